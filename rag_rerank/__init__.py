@@ -1,0 +1,62 @@
+"""Rerank documents for retrieval-augmented generation, locally or on a vLLM server, with the same scores.
+
+    from rag_rerank import LocalScorer, VLLMScorer
+
+    scorer = LocalScorer()                                   # or VLLMScorer("http://localhost:8000")
+    scorer.rerank("what is a panda?", ["hi", "a bear"])      # [Ranked(index=1, score=...), Ranked(index=0, score=...)]
+
+Names are loaded when first used (PEP 562), so ``import rag_rerank`` costs milliseconds: neither torch nor httpx nor any
+framework comes with it.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rag_rerank.errors import AuthError as AuthError
+    from rag_rerank.errors import BackendError as BackendError
+    from rag_rerank.errors import BackendRejected as BackendRejected
+    from rag_rerank.errors import BackendUnavailable as BackendUnavailable
+    from rag_rerank.errors import BadReply as BadReply
+    from rag_rerank.errors import ConfigError as ConfigError
+    from rag_rerank.errors import DeadlineExceeded as DeadlineExceeded
+    from rag_rerank.errors import DocumentRejected as DocumentRejected
+    from rag_rerank.errors import RerankError as RerankError
+    from rag_rerank.local import LocalScorer as LocalScorer
+    from rag_rerank.scorer import Ranked as Ranked
+    from rag_rerank.scorer import Scorer as Scorer
+    from rag_rerank.vllm import VLLMScorer as VLLMScorer
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "AuthError": "errors",
+    "BackendError": "errors",
+    "BackendRejected": "errors",
+    "BackendUnavailable": "errors",
+    "BadReply": "errors",
+    "ConfigError": "errors",
+    "DeadlineExceeded": "errors",
+    "DocumentRejected": "errors",
+    "RerankError": "errors",
+    "LocalScorer": "local",
+    "Ranked": "scorer",
+    "Scorer": "scorer",
+    "VLLMScorer": "vllm",
+}
+__all__ = [  # noqa: PLE0604 - one list of names, kept in _HOME
+    "__version__",
+    *_HOME,
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+    globals()[name] = value  # the next access finds it without coming here
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

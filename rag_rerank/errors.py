@@ -1,0 +1,112 @@
+"""Every error that rag_rerank raises on purpose.
+
+    RerankError
+    ├── ConfigError (ValueError)         a wrong setting: mend the call or the installation, then try again
+    └── BackendError                     a well-formed call that got no scores
+        ├── BackendUnavailable           nobody answered, or the server said that it can't at the moment
+        ├── DeadlineExceeded (TimeoutError)
+        ├── BackendRejected              an answer that repeating the same request can't change
+        │   ├── AuthError                the key is missing or wrong
+        │   └── DocumentRejected         some documents only: `indices` names them, `scores` has the others'
+        └── BadReply                     an answer that is not one finite score per document
+
+Beside these stand Python's own `TypeError` and `ValueError` for arguments of the wrong type or shape; their messages
+name the position, as in ``documents[3] must be str, got NoneType``.
+"""
+
+from collections.abc import Sequence
+
+
+class RerankError(Exception):
+    """Base of all errors below: catch it to catch anything that rag_rerank reports."""
+
+
+class ConfigError(RerankError, ValueError):
+    """A setting is wrong, a model can't be loaded as asked, or an optional dependency is missing."""
+
+
+class BackendError(RerankError):
+    """A back end did not give the scores that it was asked for.
+
+    Args:
+        message: What failed, in one clause.
+        endpoint: Where, as ``host:port`` (never with credentials). None for a local model.
+        attempts: How many requests were sent for it. None where requests don't apply.
+        elapsed: Seconds from the beginning of the call to the failure.
+        remedy: What to do next, as a sentence.
+
+    Every argument stays readable as an attribute of that name; ``str(error)`` puts them in one line.
+    """
+
+    # All but the message have defaults so that errors survive pickling (multiprocessing, Ray): unpickling calls
+    # the class with `args` alone and then restores `__dict__`.
+    def __init__(
+        self,
+        message: str,
+        *,
+        endpoint: str | None = None,
+        attempts: int | None = None,
+        elapsed: float | None = None,
+        remedy: str | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.message = message
+        self.endpoint = endpoint
+        self.attempts = attempts
+        self.elapsed = elapsed
+        self.remedy = remedy
+
+    def __str__(self) -> str:
+        facts = []
+        if self.endpoint is not None:
+            facts.append(self.endpoint)
+        if self.attempts is not None:
+            facts.append(f"{self.attempts} attempt{'' if self.attempts == 1 else 's'}")
+        if self.elapsed is not None:
+            facts.append(f"{self.elapsed:.2f} s")
+        where = f" ({', '.join(facts)})" if facts else ""
+        return f"{self.message}{where}." + (f" {self.remedy}" if self.remedy else "")
+
+
+class BackendUnavailable(BackendError):
+    """No answer (connection refused, reset, TLS failure), or answers such as 503 until the attempts were used up."""
+
+
+class DeadlineExceeded(BackendError, TimeoutError):
+    """The call's deadline passed before every document had its score."""
+
+
+class BackendRejected(BackendError):
+    """The server understood the request and refused it; the same request would be refused again."""
+
+
+class AuthError(BackendRejected):
+    """The server wants an API key, or another one (HTTP 401 or 403)."""
+
+
+class DocumentRejected(BackendRejected):
+    """Some documents can't be scored; the others can.
+
+    Args:
+        indices: Positions of the rejected documents among those that were passed.
+        scores: One entry per document in the caller's order: its score, or None where it was rejected.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        indices: Sequence[int] = (),
+        scores: Sequence[float | None] = (),
+        endpoint: str | None = None,
+        attempts: int | None = None,
+        elapsed: float | None = None,
+        remedy: str | None = None,
+    ) -> None:
+        super().__init__(message, endpoint=endpoint, attempts=attempts, elapsed=elapsed, remedy=remedy)
+        self.indices = tuple(indices)
+        self.scores = tuple(scores)
+
+
+class BadReply(BackendError):
+    """The back end answered, but not with exactly one finite score per document."""

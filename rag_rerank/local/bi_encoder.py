@@ -1,0 +1,96 @@
+"""Bi-encoders: each text embedded by itself, the score is the cosine of query and document.
+
+Weaker than a cross-encoder of the same size but cheaper, and what an embedding model served by vLLM answers to
+``/score``. No prompts are added, as vLLM adds none.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from rag_rerank.errors import ConfigError
+from rag_rerank.local.encoding import encode, padded
+from rag_rerank.local.model import Inputs, TokenSequence
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+Pooling = Callable[[Tensor, Tensor], Tensor]
+"""(states float32 ``[batch, length, size]``, mask int64 ``[batch, length]``) to ``[batch, size]``."""
+
+
+@dataclass(frozen=True, slots=True)
+class BiEncoder:
+    """An encoder with the pooling of a sentence-transformers folder.
+
+    Attributes:
+        lower_case: Whether texts are lowered before the tokenizer sees them (``do_lower_case`` of old folders).
+    """
+
+    model: "PreTrainedModel"
+    tokenizer: "PreTrainedTokenizerBase"
+    max_length: int
+    token_budget: int
+    pooling: Pooling
+    lower_case: bool = False
+
+    def inputs(self, queries: list[str], documents: list[str]) -> Inputs:
+        """One sequence per different text: a query that 100 documents share is embedded once."""
+        rows = {text: row for row, text in enumerate(dict.fromkeys(queries + documents))}
+        texts = [text.lower() for text in rows] if self.lower_case else list(rows)
+        query_rows, document_rows = [rows[text] for text in queries], [rows[text] for text in documents]
+
+        def cosines(embeddings: Tensor) -> list[float]:
+            scores: list[float] = (embeddings[query_rows] * embeddings[document_rows]).sum(dim=1).tolist()
+            return scores
+
+        return Inputs(encode(self.tokenizer, texts, None, self.max_length), cosines)
+
+    @torch.inference_mode()
+    def run(self, sequences: Sequence[TokenSequence]) -> Tensor:
+        """Unit embeddings ``[len(sequences), size]``, pooled in float32 whatever the model computes in."""
+        batch = padded(sequences, self.tokenizer.pad_token_id or 0, self.model.device)
+        states: Tensor = self.model(**batch).last_hidden_state
+        pooled = self.pooling(states.float(), batch["attention_mask"])
+        return torch.nn.functional.normalize(pooled, dim=1).cpu()
+
+
+def _mean(states: Tensor, mask: Tensor) -> Tensor:
+    weights = mask.unsqueeze(-1).to(states.dtype)
+    return (states * weights).sum(dim=1) / weights.sum(dim=1).clamp(min=1e-9)
+
+
+def _max(states: Tensor, mask: Tensor) -> Tensor:
+    return states.masked_fill(mask.unsqueeze(-1) == 0, -torch.inf).amax(dim=1)
+
+
+def _first(states: Tensor, mask: Tensor) -> Tensor:
+    return states[:, 0]
+
+
+def _last(states: Tensor, mask: Tensor) -> Tensor:
+    return states[torch.arange(len(states), device=states.device), mask.sum(dim=1) - 1]
+
+
+_POOLINGS: dict[str, Pooling] = {"mean": _mean, "max": _max, "cls": _first, "lasttoken": _last}
+
+
+def pooling_of(config: Mapping[str, Any]) -> Pooling:
+    """The pooling that ``1_Pooling/config.json`` names, in its newer (``pooling_mode``) or older (one flag each) form.
+
+    Raises:
+        ConfigError: A mode other than mean, max, cls and lasttoken, or several at once.
+    """
+    modes = config.get("pooling_mode")
+    if modes is None:
+        flags = [key for key, value in config.items() if key.startswith("pooling_mode_") and value is True]
+        modes = [flag.removeprefix("pooling_mode_").removesuffix("_tokens").removesuffix("_token") for flag in flags]
+    names = [modes] if isinstance(modes, str) else list(modes)
+    if len(names) != 1 or names[0] not in _POOLINGS:
+        raise ConfigError(
+            f"pooling {' + '.join(names) or '(none)'} is not supported; these are: {', '.join(sorted(_POOLINGS))}"
+        )
+    return _POOLINGS[names[0]]

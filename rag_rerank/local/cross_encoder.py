@@ -1,0 +1,82 @@
+"""Cross-encoders: query and document read together, one logit a pair."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from rag_rerank.errors import ConfigError
+from rag_rerank.local.encoding import encode, padded
+from rag_rerank.local.model import Inputs, TokenSequence
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+Activation = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class CrossEncoder:
+    """A ``*ForSequenceClassification`` model with one label.
+
+    Attributes:
+        activation: From logits to scores, elementwise.
+    """
+
+    model: "PreTrainedModel"
+    tokenizer: "PreTrainedTokenizerBase"
+    max_length: int
+    token_budget: int
+    activation: Activation
+
+    def inputs(self, queries: list[str], documents: list[str]) -> Inputs:
+        """One sequence per pair."""
+        if len(queries) == 1:
+            queries = queries * len(documents)
+        sequences = encode(self.tokenizer, queries, documents, self.max_length)
+        # vLLM tokenises pair by pair, and tokenizer(query, "") takes the empty document for none: [CLS] q [SEP] instead
+        # of [CLS] q [SEP] [SEP]. Another score (4e-3 in one logit), so we do as the server does.
+        empty = [position for position, document in enumerate(documents) if not document]
+        alone = encode(self.tokenizer, [queries[position] for position in empty], None, self.max_length)
+        for position, sequence in zip(empty, alone, strict=True):
+            sequences[position] = sequence
+        return Inputs(sequences, self._scores)
+
+    @torch.inference_mode()
+    def run(self, sequences: Sequence[TokenSequence]) -> Tensor:
+        """Logits ``[len(sequences), 1]``."""
+        batch = padded(sequences, self.tokenizer.pad_token_id or 0, self.model.device)
+        logits: Tensor = self.model(**batch).logits
+        return logits.float().cpu()
+
+    def _scores(self, logits: Tensor) -> list[float]:
+        scores: list[float] = self.activation(logits[:, 0]).tolist()
+        return scores
+
+
+def own_activation(config: "PreTrainedConfig") -> Activation:
+    """The activation that a checkpoint asks for, found as vLLM finds it.
+
+    In this order: ``problem_type``; the torch module that sentence-transformers wrote into the config (``Identity`` for
+    ms-marco models of old: then scores are logits, not within 0 and 1); else sigmoid, as for one label everywhere.
+    (vLLM 0.32, ``model_executor/layers/pooler/activations.py``.)
+
+    Raises:
+        ConfigError: The config names something outside ``torch.nn.modules``.
+    """
+    problem_type = getattr(config, "problem_type", None)
+    if problem_type == "regression":
+        return torch.nn.Identity()
+    if problem_type in ("single_label_classification", "multi_label_classification"):
+        return torch.sigmoid
+    name = (getattr(config, "sentence_transformers", None) or {}).get("activation_fn")
+    name = name or getattr(config, "sbert_ce_default_activation_function", None)
+    if name is None:
+        return torch.sigmoid
+    module = getattr(torch.nn, name.rpartition(".")[2], None) if name.startswith("torch.nn.modules.") else None
+    if not (isinstance(module, type) and issubclass(module, torch.nn.Module)):
+        raise ConfigError(f"the checkpoint asks for the activation {name!r}, which is not in torch.nn.modules")
+    activation: Activation = module()
+    return activation

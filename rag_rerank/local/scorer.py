@@ -1,0 +1,179 @@
+"""LocalScorer: settings, checked early; everything that needs torch is imported with the first call.
+
+Constructing one takes microseconds, so that adapters and command lines can build it before they know that they need it.
+"""
+
+import asyncio
+import importlib.util
+import os
+import threading
+import time
+import weakref
+from collections.abc import Mapping
+from typing import Any, Literal, get_args
+
+from rag_rerank.errors import ConfigError, DeadlineExceeded
+from rag_rerank.local.engine import Engine
+from rag_rerank.local.model import Model
+from rag_rerank.scorer import Scorer
+
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+ScoreType = Literal["auto", "cross-encoder", "bi-encoder"]
+
+DEFAULT_MODEL = "cross-encoder/ms-marco-MiniLM-L6-v2"
+
+
+class LocalScorer(Scorer):
+    """Runs a reranker in this process.
+
+    The model is loaded by the first call, in one thread of its own that also does all scoring: callers in any number of
+    threads and event loops share it, and what waits at the same time is scored in common batches. A forked child and an
+    unpickled copy load their own.
+
+    Args:
+        model: A hub id or a folder. A ``*ForSequenceClassification`` checkpoint with one label is a cross-encoder; a
+            sentence-transformers folder (``modules.json``) is a bi-encoder, scored by cosine.
+        device: ``"cuda"``, ``"cuda:1"``, ``"mps"``, ``"cpu"``, ... None takes the first there is, in this order.
+        dtype: ``"float32"``, ``"bfloat16"``, ``"float16"``, or ``"auto"``: the fastest that the device runs natively
+            (bfloat16 on recent GPUs and on CPUs with AVX512_BF16 or AMX, float16 on older GPUs, else float32).
+        score_type: ``"cross-encoder"`` or ``"bi-encoder"``; ``"auto"`` reads it from the checkpoint.
+        use_activation: None or True applies the checkpoint's own activation, as vLLM does (sigmoid unless its config
+            names another); False gives logits. Without effect on a bi-encoder.
+        max_length: Longest input in tokens, special tokens included. None: what the model was made for. Longer pairs are
+            cut as vLLM cuts them under ``truncate_prompt_tokens=-1``: from the longer of query and document.
+        revision: Branch, tag or commit on the hub.
+        trust_remote_code: Whether code from the checkpoint may run. Only ever on by this argument.
+        local_files_only: Never ask the hub.
+        cache_dir: Where hub files are kept; None for the usual place.
+        model_kwargs, tokenizer_kwargs: Passed on to ``from_pretrained``.
+
+    Raises:
+        ConfigError: At construction, an argument out of range or the extra `local` not installed; at the first call, a
+            model that can't be loaded as asked. Only safetensors weights are read.
+
+    A call without `deadline` waits as long as the model needs.
+    """
+
+    def __init__(
+        self,
+        model: str | os.PathLike[str] = DEFAULT_MODEL,
+        *,
+        device: str | None = None,
+        dtype: Dtype = "auto",
+        score_type: ScoreType = "auto",
+        use_activation: bool | None = None,
+        max_length: int | None = None,
+        revision: str | None = None,
+        trust_remote_code: bool = False,
+        local_files_only: bool = False,
+        cache_dir: str | os.PathLike[str] | None = None,
+        model_kwargs: Mapping[str, Any] | None = None,
+        tokenizer_kwargs: Mapping[str, Any] | None = None,
+    ) -> None:
+        self._settings: dict[str, Any] = {
+            "model": os.fspath(model),
+            "device": device,
+            "dtype": dtype,
+            "score_type": score_type,
+            "use_activation": use_activation,
+            "max_length": max_length,
+            "revision": revision,
+            "trust_remote_code": trust_remote_code,
+            "local_files_only": local_files_only,
+            "cache_dir": None if cache_dir is None else os.fspath(cache_dir),
+            "model_kwargs": dict(model_kwargs or {}),
+            "tokenizer_kwargs": dict(tokenizer_kwargs or {}),
+        }
+        if not self._settings["model"]:
+            raise ConfigError("model is empty; pass a hub id or a folder")
+        if dtype not in get_args(Dtype):
+            raise ConfigError(f"dtype must be one of {', '.join(get_args(Dtype))}; got {dtype!r}")
+        if score_type not in get_args(ScoreType):
+            raise ConfigError(f"score_type must be one of {', '.join(get_args(ScoreType))}; got {score_type!r}")
+        if max_length is not None and max_length < 1:
+            raise ConfigError(f"max_length must be at least 1 token, got {max_length}; None takes the model's own")
+        for package in ("torch", "transformers"):
+            if importlib.util.find_spec(package) is None:
+                raise ConfigError(f"LocalScorer needs {package}: pip install 'rag-rerank[local]'")
+        self._reset()
+
+    def _reset(self) -> None:
+        self._lock = threading.Lock()
+        self._engine: Engine | None = None
+        self._engine_pid = 0
+
+    @property
+    def model_name(self) -> str:
+        """The hub id or folder, as given."""
+        return str(self._settings["model"])
+
+    def warm_up(self) -> None:
+        """Load the model now instead of with the first call.
+
+        Raises:
+            ConfigError: It can't be loaded as asked.
+        """
+        self._begin(None)
+        self._running_engine().submit([], []).result()
+
+    def _score(self, queries: list[str], documents: list[str], until: float | None) -> list[float]:
+        began = time.monotonic()
+        work = self._running_engine().submit(queries, documents)
+        try:
+            return work.result(None if until is None else max(0.0, until - began))
+        except TimeoutError as error:
+            raise self._too_late(error, began) from None
+        finally:
+            work.cancel()  # no effect on finished work; what nobody waits for any more is not scored
+
+    async def _ascore(self, queries: list[str], documents: list[str], until: float | None) -> list[float]:
+        began = time.monotonic()
+        work = asyncio.wrap_future(self._running_engine().submit(queries, documents))
+        try:
+            async with asyncio.timeout(None if until is None else until - began):
+                return await work  # cancelling the task cancels the work
+        except TimeoutError as error:
+            raise self._too_late(error, began) from None
+
+    def _too_late(self, error: TimeoutError, began: float) -> TimeoutError:
+        if isinstance(error, DeadlineExceeded):
+            return error
+        return DeadlineExceeded(
+            f"{self.model_name} was still scoring when the deadline passed",
+            elapsed=time.monotonic() - began,
+            remedy="Allow more time, pass fewer documents, or call warm_up() first: loading counts.",
+        )
+
+    def _running_engine(self) -> Engine:
+        """The engine of this process, started when needed: threads don't survive a fork."""
+        with self._lock:
+            if self._engine is None or self._engine_pid != os.getpid():
+                settings = dict(self._settings)
+                self._engine, self._engine_pid = Engine(lambda: _load(settings), name=self.model_name), os.getpid()
+                # The thread must not outlive a scorer that nobody closed, nor run on into interpreter shutdown.
+                weakref.finalize(self, self._engine.close)
+            return self._engine
+
+    def _close(self) -> None:
+        with self._lock:
+            engine, self._engine = self._engine, None
+        if engine is not None and self._engine_pid == os.getpid():
+            engine.close()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"settings": self._settings, "closed": self._closed}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self._settings = state["settings"]
+        self._closed = state["closed"]
+        self._reset()
+
+    def __repr__(self) -> str:
+        return f"LocalScorer({self.model_name!r})"
+
+
+def _load(settings: dict[str, Any]) -> Model:
+    # The one import that brings torch and transformers (2-3 s): made in the engine's thread, by the first call.
+    from rag_rerank.local.loading import load  # noqa: PLC0415
+
+    return load(**settings)

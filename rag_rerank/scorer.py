@@ -1,0 +1,298 @@
+"""What a scorer promises, and the only place where those promises are kept.
+
+A back end writes one private hook, `Scorer._score`. Everything around it stands here, once, for all back ends: which
+inputs pair up how (1:1, 1:N, N:N), what is refused before any model loads or any request leaves, the check that one
+finite score came back for every pair, ranking that keeps ties in retrieval order, and what a failure becomes.
+"""
+
+import asyncio
+import logging
+import math
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Literal, Self
+
+from rag_rerank.errors import BackendError, BadReply, DeadlineExceeded, DocumentRejected, RerankError
+
+logger = logging.getLogger(__name__)
+
+OnError = Literal["raise", "passthrough"]
+
+
+@dataclass(frozen=True, slots=True)
+class Ranked:
+    """One document of a reranked list.
+
+    Attributes:
+        index: Its position in the documents that were passed.
+        score: Its relevance score, higher is better; None only after ``on_error="passthrough"``.
+    """
+
+    index: int
+    score: float | None
+
+
+class Scorer(ABC):
+    """Scores how relevant documents are to queries.
+
+    To add a back end, subclass, set `model_name`, and write `_score`; override `_ascore` where waiting can be done
+    without a thread, and `_close` where something must be given back.
+    """
+
+    _closed = False
+    _default_deadline: float | None = None  # seconds for a call that names no deadline
+
+    @property
+    @abstractmethod
+    def model_name(self) -> str:
+        """What answers, for traces and errors; ``"unknown"`` while a server has not been asked yet."""
+
+    @abstractmethod
+    def _score(self, queries: list[str], documents: list[str], until: float | None) -> list[float]:
+        """Score the pairs; called with checked input only.
+
+        Args:
+            queries: One query for all documents, or one per document.
+            documents: At least one document.
+            until: When the call must be over, on the clock of `time.monotonic`; None for no limit.
+
+        Returns:
+            One score per document, in order. The base class checks number and finiteness.
+        """
+
+    async def _ascore(self, queries: list[str], documents: list[str], until: float | None) -> list[float]:
+        """As `_score`, for callers in an event loop. By default it runs `_score` in a worker thread."""
+        return await asyncio.to_thread(self._score, queries, documents, until)
+
+    def _close(self) -> None:
+        """Give back what the scorer holds; called once."""
+
+    async def _aclose(self) -> None:
+        """As `_close`, from an event loop."""
+        self._close()
+
+    def score(
+        self, queries: str | Sequence[str], documents: str | Sequence[str], *, deadline: float | None = None
+    ) -> list[float]:
+        """Score documents against queries, paired as in vLLM's score API.
+
+        Args:
+            queries: One query, or as many as there are documents.
+            documents: One document or many: 1:1, 1:N (one query for all) or N:N (like `zip`). Lone surrogates,
+                which no tokenizer or JSON reader accepts, are read as U+FFFD.
+            deadline: Seconds from now that the whole call may take. None: the back end's own default.
+
+        Returns:
+            One finite float per pair, in the order of the documents; ``[]`` for no documents, with no model loaded
+            and no request sent.
+
+        Raises:
+            TypeError: Something is not text; the message names the position.
+            ValueError: The numbers of queries and documents do not go together.
+            ConfigError: The scorer can't work as configured.
+            BackendError: No scores; the subclass says why.
+        """
+        paired_queries, texts = _pair_up(queries, documents)
+        until = self._begin(deadline)
+        return _checked(self._score(paired_queries, texts, until), len(texts)) if texts else []
+
+    async def ascore(
+        self, queries: str | Sequence[str], documents: str | Sequence[str], *, deadline: float | None = None
+    ) -> list[float]:
+        """As `score`, without blocking the event loop; cancelling the task abandons the call."""
+        paired_queries, texts = _pair_up(queries, documents)
+        until = self._begin(deadline)
+        return _checked(await self._ascore(paired_queries, texts, until), len(texts)) if texts else []
+
+    def rerank(
+        self,
+        query: str,
+        documents: Sequence[str],
+        *,
+        top_n: int | None = None,
+        score_threshold: float | None = None,
+        on_error: OnError = "raise",
+        deadline: float | None = None,
+    ) -> list[Ranked]:
+        """Order documents by relevance to a query, best first.
+
+        Args:
+            query: The query.
+            documents: The documents, in retrieval order.
+            top_n: How many to keep, at least 1. None keeps all.
+            score_threshold: Keep only scores at or above it; applied before `top_n`, so the result may be empty.
+            on_error: ``"raise"``; or ``"passthrough"``, which turns a `BackendError` into one logged warning and the
+                first `top_n` documents in retrieval order with score None. Where only some documents were rejected,
+                the others are ranked and the rejected follow with score None.
+            deadline: As in `score`.
+
+        Returns:
+            Positions with scores. Equal scores stay in retrieval order.
+
+        Raises:
+            TypeError, ValueError, ConfigError, BackendError: As `score`; a wrong argument is never passed through.
+        """
+        texts = _rerank_input(query, documents, top_n, score_threshold, on_error)
+        try:
+            return _rank(self.score(query, texts, deadline=deadline), top_n, score_threshold)
+        except BackendError as error:
+            if on_error == "raise":
+                raise
+            return _passed_through(error, len(texts), top_n, score_threshold)
+
+    async def arerank(
+        self,
+        query: str,
+        documents: Sequence[str],
+        *,
+        top_n: int | None = None,
+        score_threshold: float | None = None,
+        on_error: OnError = "raise",
+        deadline: float | None = None,
+    ) -> list[Ranked]:
+        """As `rerank`, without blocking the event loop."""
+        texts = _rerank_input(query, documents, top_n, score_threshold, on_error)
+        try:
+            return _rank(await self.ascore(query, texts, deadline=deadline), top_n, score_threshold)
+        except BackendError as error:
+            if on_error == "raise":
+                raise
+            return _passed_through(error, len(texts), top_n, score_threshold)
+
+    def _begin(self, deadline: float | None) -> float | None:
+        """Refuse work on a closed scorer and turn seconds from now into a moment on the monotonic clock."""
+        if self._closed:
+            raise RerankError(f"This {type(self).__name__} is closed. Create a new one to go on scoring.")
+        if deadline is None:
+            deadline = self._default_deadline
+        if deadline is None:
+            return None
+        if isinstance(deadline, bool) or not isinstance(deadline, int | float):
+            raise TypeError(f"deadline must be a number of seconds or None, got {type(deadline).__name__}")
+        if math.isnan(deadline):
+            raise ValueError("deadline must be a number of seconds, got nan")
+        if deadline <= 0:
+            # Callers pass on what is left of their own budget: nothing left is a time-out, not a wrong argument.
+            raise DeadlineExceeded("the deadline had passed before the call began", elapsed=0.0)
+        return None if math.isinf(deadline) else time.monotonic() + deadline
+
+    def close(self) -> None:
+        """Give back the model or the connections. Closing twice is harmless; using the scorer afterwards is an error."""
+        if not self._closed:
+            self._closed = True
+            self._close()
+
+    async def aclose(self) -> None:
+        """As `close`, from an event loop."""
+        if not self._closed:
+            self._closed = True
+            await self._aclose()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.aclose()
+
+
+def _pair_up(queries: str | Sequence[str], documents: str | Sequence[str]) -> tuple[list[str], list[str]]:
+    """Check both sides and return (one query or N queries, N documents)."""
+    query_texts, document_texts = _texts(queries, "queries"), _texts(documents, "documents")
+    if len(query_texts) not in (1, len(document_texts)):
+        raise ValueError(
+            f"got {len(query_texts)} queries and {len(document_texts)} documents; "
+            "pass one query for all documents (1:N) or as many queries as documents (N:N)"
+        )
+    return query_texts, document_texts
+
+
+def _texts(value: str | Iterable[str], name: str) -> list[str]:
+    """`value` as a list of clean strings, or a TypeError that names the position of what is no string."""
+    if isinstance(value, str):
+        return [_clean(value)]
+    # Mappings iterate over keys, sets in no order, bytes as numbers: each would score something nobody meant.
+    if not isinstance(value, Iterable) or isinstance(value, Mapping | AbstractSet | bytes | bytearray | memoryview):
+        raise TypeError(f"{name} must be a string or a sequence of strings, got {type(value).__name__}")
+    texts = list(value)
+    for position, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise TypeError(f"{name}[{position}] must be str, got {type(text).__name__}")
+    return [_clean(text) for text in texts]
+
+
+def _clean(text: str) -> str:
+    """`text` with surrogate pairs joined and lone surrogates (seen in text from PDFs) replaced by U+FFFD."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+    return text
+
+
+def _checked(scores: Sequence[float], expected: int) -> list[float]:
+    """The back end's scores as plain floats, or BadReply: never a short list, never NaN."""
+    if len(scores) != expected:
+        raise BadReply(f"the back end gave {len(scores)} scores for {expected} documents")
+    checked = [float(score) for score in scores]
+    for position, score in enumerate(checked):
+        if not math.isfinite(score):
+            raise BadReply(
+                f"documents[{position}] got the score {score}",
+                remedy='Half precision may have overflowed: try dtype="float32".',
+            )
+    return checked
+
+
+def _rerank_input(
+    query: str, documents: Sequence[str], top_n: int | None, score_threshold: float | None, on_error: OnError
+) -> list[str]:
+    """Check the arguments of `rerank`; return the documents as a list."""
+    if not isinstance(query, str):
+        raise TypeError(f"query must be str, got {type(query).__name__}")
+    if isinstance(documents, str):
+        raise TypeError("documents must be a sequence of strings, got one str; pass [document]")
+    if top_n is not None and (isinstance(top_n, bool) or not isinstance(top_n, int)):
+        raise TypeError(f"top_n must be an int or None, got {type(top_n).__name__}")
+    if top_n is not None and top_n < 1:
+        raise ValueError(f"top_n must be at least 1, got {top_n}; None keeps all documents")
+    if score_threshold is not None and not isinstance(score_threshold, int | float):
+        raise TypeError(f"score_threshold must be a number or None, got {type(score_threshold).__name__}")
+    if score_threshold is not None and not math.isfinite(score_threshold):
+        raise ValueError(f"score_threshold must be finite, got {score_threshold}; None keeps all documents")
+    if on_error not in ("raise", "passthrough"):
+        raise ValueError(f'on_error must be "raise" or "passthrough", got {on_error!r}')
+    return _texts(documents, "documents")
+
+
+def _rank(scores: Sequence[float | None], top_n: int | None, score_threshold: float | None) -> list[Ranked]:
+    """Threshold, stable sort, cut. Documents without a score follow the scored ones, in retrieval order."""
+    threshold = -math.inf if score_threshold is None else score_threshold
+    scored = [(index, score) for index, score in enumerate(scores) if score is not None and score >= threshold]
+    scored.sort(key=lambda pair: -pair[1])  # sorted on the negative, not reversed: reversing would turn ties around
+    unscored = [Ranked(index, None) for index, score in enumerate(scores) if score is None]
+    return ([Ranked(index, score) for index, score in scored] + unscored)[:top_n]
+
+
+def _passed_through(error: BackendError, count: int, top_n: int | None, score_threshold: float | None) -> list[Ranked]:
+    """What `rerank` returns for a failed call: every document, the scored ones first."""
+    if isinstance(error, DocumentRejected) and len(error.scores) == count:
+        logger.warning(
+            "%d of %d documents could not be scored and are ranked last: %s", len(error.indices), count, error
+        )
+        return _rank(error.scores, top_n, score_threshold)
+    logger.warning("reranking failed, %d documents keep their retrieval order: %s", count, error)
+    return _rank([None] * count, top_n, score_threshold)
