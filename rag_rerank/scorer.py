@@ -68,7 +68,7 @@ class Scorer(ABC):
         """As `_score`, for callers in an event loop. By default it runs `_score` in a worker thread."""
         return await asyncio.to_thread(self._score, queries, documents, until)
 
-    def _close(self) -> None:
+    def _close(self) -> None:  # noqa: B027 - not abstract: many scorers hold nothing
         """Give back what the scorer holds; called once."""
 
     async def _aclose(self) -> None:
@@ -181,7 +181,7 @@ class Scorer(ABC):
         return None if math.isinf(deadline) else time.monotonic() + deadline
 
     def close(self) -> None:
-        """Give back the model or the connections. Closing twice is harmless; using the scorer afterwards is an error."""
+        """Give back the model or the connections. Closing twice is harmless; scoring afterwards is an error."""
         if not self._closed:
             self._closed = True
             self._close()

@@ -5,15 +5,16 @@ one device take longer than one after the other. Callers get a future each. Ever
 cuts it into batches by length (not by caller), and gives each call its scores as soon as its last sequence has run.
 """
 
+import contextlib
 import queue
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, InvalidStateError
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rag_rerank.errors import BackendError, RerankError
-from rag_rerank.local.model import Inputs, Model, TokenSequence
+from rag_rerank.local.model import Inputs, Model
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -21,17 +22,38 @@ if TYPE_CHECKING:
 
 @dataclass(slots=True, eq=False)
 class _Work:
-    """One call on its way through the engine."""
+    """One call that waits."""
 
     queries: list[str]
     documents: list[str]
     future: "Future[list[float]]" = field(default_factory=Future)
-    inputs: Inputs | None = None
-    outputs: "Tensor | None" = None
-    missing: int = 0  # sequences that have not run yet
 
-    def fail(self, error: BaseException) -> None:
-        _settle(self.future.set_exception, error)
+    def succeed(self, scores: list[float]) -> None:
+        with contextlib.suppress(InvalidStateError):  # the caller has cancelled it meanwhile
+            self.future.set_result(scores)
+
+    def fail(self, error: Exception) -> None:
+        with contextlib.suppress(InvalidStateError):
+            self.future.set_exception(error)
+
+
+@dataclass(slots=True, eq=False)
+class _Running:
+    """One call whose sequences are being run, in whatever batches."""
+
+    work: _Work
+    inputs: Inputs
+    missing: int
+    outputs: "Tensor | None" = None
+
+    def take(self, position: int, output: "Tensor") -> None:
+        """Keep the output of one sequence; with the last one, the call is finished."""
+        if self.outputs is None:
+            self.outputs = output.new_empty((len(self.inputs.sequences), len(output)))
+        self.outputs[position] = output
+        self.missing -= 1
+        if self.missing == 0:
+            self.work.succeed(self.inputs.scores(self.outputs))
 
 
 class Engine:
@@ -51,7 +73,7 @@ class Engine:
         self._thread.start()
 
     def submit(self, queries: list[str], documents: list[str]) -> "Future[list[float]]":
-        """Hand in one call; no documents only loads the model. Cancelling the future takes the work back, even half done."""
+        """Hand in one call; no documents only loads the model. Cancelling the future takes it back, even half done."""
         work = _Work(queries, documents)
         self._inbox.put(work)
         return work.future
@@ -73,9 +95,9 @@ def _serve(load: Callable[[], Model], inbox: "queue.SimpleQueue[_Work | None]", 
             return
         try:
             model = model or load()
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - the callers get it; the next one may have better luck
             for work in round_of_work:
-                work.fail(error)
+                work.fail(_as_backend_error(error, name))
             continue
         _score_together(model, round_of_work, name)
 
@@ -89,45 +111,33 @@ def _take(inbox: "queue.SimpleQueue[_Work | None]") -> tuple[list[_Work], bool]:
 
 
 def _score_together(model: Model, round_of_work: list[_Work], name: str) -> None:
-    pool: list[tuple[_Work, int]] = []
+    """Run the sequences of all calls in common batches."""
+    pool: list[tuple[_Running, int]] = []
     for work in round_of_work:
+        if work.future.done():
+            continue
         if not work.documents:
-            _settle(work.future.set_result, [])
-        elif not work.future.done():
-            try:
-                work.inputs = model.inputs(work.queries, work.documents)
-            except Exception as error:
-                work.fail(_as_backend_error(error, name))
-                continue
-            work.missing = len(work.inputs.sequences)
-            pool += [(work, position) for position in range(work.missing)]
-    for batch in batches([len(_sequence(item).ids) for item in pool], model.token_budget):
-        wanted = [pool[position] for position in batch if not pool[position][0].future.done()]
+            work.succeed([])
+            continue
+        try:
+            inputs = model.inputs(work.queries, work.documents)
+        except Exception as error:  # noqa: BLE001 - whatever a tokenizer raises belongs to this one caller
+            work.fail(_as_backend_error(error, name))
+            continue
+        running = _Running(work, inputs, missing=len(inputs.sequences))
+        pool += [(running, position) for position in range(running.missing)]
+    lengths = [len(running.inputs.sequences[position].ids) for running, position in pool]
+    for batch in batches(lengths, model.token_budget):
+        wanted = [pool[item] for item in batch if not pool[item][0].work.future.done()]
         if not wanted:
             continue
         try:
-            _hand_out(wanted, model.run([_sequence(item) for item in wanted]))
-        except Exception as error:
-            for work, _ in wanted:
-                work.fail(_as_backend_error(error, name))
-
-
-def _sequence(item: tuple[_Work, int]) -> TokenSequence:
-    work, position = item
-    assert work.inputs is not None  # set before anything of it entered the pool
-    return work.inputs.sequences[position]
-
-
-def _hand_out(wanted: list[tuple[_Work, int]], outputs: "Tensor") -> None:
-    """Put each output where its call expects it; finish the calls that were waiting for their last one."""
-    for row, (work, position) in enumerate(wanted):
-        assert work.inputs is not None
-        if work.outputs is None:
-            work.outputs = outputs.new_empty((len(work.inputs.sequences), outputs.shape[1]))
-        work.outputs[position] = outputs[row]
-        work.missing -= 1
-        if work.missing == 0:
-            _settle(work.future.set_result, work.inputs.scores(work.outputs))
+            outputs = model.run([running.inputs.sequences[position] for running, position in wanted])
+            for (running, position), output in zip(wanted, outputs, strict=True):
+                running.take(position, output)
+        except Exception as error:  # noqa: BLE001 - the thread must live on; these callers get the error
+            for running, _ in wanted:
+                running.work.fail(_as_backend_error(error, name))
 
 
 def batches(lengths: Sequence[int], token_budget: int) -> list[list[int]]:
@@ -138,8 +148,8 @@ def batches(lengths: Sequence[int], token_budget: int) -> list[list[int]]:
         token_budget: Most tokens in a batch after padding to its longest. A longer sequence gets a batch of its own.
 
     Returns:
-        Positions in `lengths`, each exactly once, longest first: the batch that needs most memory comes first, and if it
-        fits, so does the rest.
+        Positions in `lengths`, each exactly once, longest first: the batch that needs most memory comes first, and if
+        it fits, so does the rest.
     """
     grouped: list[list[int]] = []
     room = 0
@@ -150,14 +160,6 @@ def batches(lengths: Sequence[int], token_budget: int) -> list[list[int]]:
         grouped[-1].append(position)
         room -= 1
     return grouped
-
-
-def _settle(set_future: Callable[[Any], None], value: Any) -> None:
-    """Set a result or an error, unless the caller has cancelled the future meanwhile."""
-    try:
-        set_future(value)
-    except InvalidStateError:
-        pass
 
 
 def _as_backend_error(error: Exception, name: str) -> Exception:

@@ -4,8 +4,9 @@ import torch
 
 from rag_rerank.errors import ConfigError
 
-# Tokens per batch after padding. On a CPU 1,024 to 4,096 measured alike within 10 %, and beyond 32 MB a buffer is mapped
-# anew for each batch (282,000 page faults a call, 1.7 times slower). The other figures are memory-safe guesses: not measured.
+# Tokens per batch after padding. On a CPU 1,024 to 4,096 measured alike within 10 %, and beyond 32 MB a buffer is
+# mapped anew for each batch (282,000 page faults a call, 1.7 times slower). The other figures are guesses on the safe
+# side, not measured.
 TOKEN_BUDGETS = {"cpu": 2048, "mps": 16_384}
 TOKEN_BUDGET = 65_536
 
@@ -44,5 +45,5 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
 
 def _cpu_computes_bfloat16() -> bool:
     # torch.cpu.get_capabilities appeared in torch 2.11; without it we can't know, and float32 is always right.
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+    capabilities: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
     return any(capabilities.get(flag, False) for flag in ("avx512_bf16", "amx_bf16"))

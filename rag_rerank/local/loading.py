@@ -1,8 +1,7 @@
 """From a hub id or a folder to a model that is ready to score, or a ConfigError that says what is missing."""
 
 import json
-import os
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
@@ -15,7 +14,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.utils import cached_file
+from transformers.utils.hub import cached_file
 
 from rag_rerank.errors import ConfigError
 from rag_rerank.local.bi_encoder import BiEncoder, pooling_of
@@ -56,13 +55,13 @@ def load(
     weights = {"dtype": choose_dtype(dtype, target), **model_kwargs}
     budget = TOKEN_BUDGETS.get(target.type, TOKEN_BUDGET)
     if kind == "cross-encoder":
-        classifier = checkpoint.model(AutoModelForSequenceClassification, weights).to(target)
+        classifier = checkpoint.model(AutoModelForSequenceClassification, weights, target)
         tokenizer = checkpoint.tokenizer(tokenizer_kwargs)
         activation = torch.nn.Identity() if use_activation is False else own_activation(checkpoint.config)
         limit = _max_length(checkpoint, classifier, tokenizer, max_length)
         return CrossEncoder(classifier, tokenizer, limit, budget, activation)
     modules = _Modules(checkpoint)
-    encoder = checkpoint.model(AutoModel, weights, subfolder=modules.transformer).to(target)
+    encoder = checkpoint.model(AutoModel, weights, target, subfolder=modules.transformer)
     tokenizer = checkpoint.tokenizer(tokenizer_kwargs, subfolder=modules.transformer)
     pooling = pooling_of(checkpoint.json(f"{modules.pooling}/config.json") or {})
     limit = _max_length(checkpoint, encoder, tokenizer, max_length, subfolder=modules.transformer)
@@ -97,10 +96,11 @@ class _Checkpoint:
 
     def sentence_config(self, subfolder: str = "") -> dict[str, Any]:
         """What sentence-transformers wrote about its tokenizer, if anything."""
-        return self.json(os.path.join(subfolder, "sentence_bert_config.json")) or {}
+        return self.json(str(PurePosixPath(subfolder, "sentence_bert_config.json"))) or {}
 
-    def model(self, auto: Any, weights: dict[str, Any], subfolder: str = "") -> PreTrainedModel:
-        """The weights, complete, in evaluation mode."""
+    def model(self, auto: Any, weights: dict[str, Any], device: torch.device, subfolder: str = "") -> PreTrainedModel:
+        """The weights, complete, on the device, in evaluation mode."""
+        loaded: PreTrainedModel
         loaded, report = self._read(
             auto.from_pretrained,
             subfolder=subfolder,
@@ -109,16 +109,18 @@ class _Checkpoint:
             **self._code,
             **weights,
         )
-        # Weights that a checkpoint lacks are drawn at random with no more than a log line: scores from nowhere. Only the
-        # pooler may be missing, and only where we pool ourselves.
+        # Weights that a checkpoint lacks are drawn at random with no more than a log line: scores from nowhere. Only
+        # the pooler may be missing, and only where we pool ourselves.
         missing = [key for key in report["missing_keys"] if auto is not AutoModel or "pooler" not in key]
         if missing:
             raise ConfigError(
                 f"{self.name!r} has no weights for {', '.join(sorted(missing)[:3])}: not a trained "
                 f"{type(loaded).__name__}. Pass a reranker, or score_type= for what it is."
             )
-        model: PreTrainedModel = loaded.eval()
-        return model
+        # Module's own methods: those that transformers puts before them have lost their types.
+        torch.nn.Module.to(loaded, device)
+        torch.nn.Module.eval(loaded)
+        return loaded
 
     def tokenizer(self, options: dict[str, Any], subfolder: str = "") -> PreTrainedTokenizerBase:
         """The checkpoint's tokenizer."""
@@ -168,8 +170,8 @@ def _score_type(checkpoint: _Checkpoint, asked: str) -> str:
         return "bi-encoder"
     if not classifier:
         raise ConfigError(
-            f"{checkpoint.name!r} is a {architecture}: neither a *ForSequenceClassification nor a sentence-transformers "
-            "model. Pass a cross-encoder such as cross-encoder/ms-marco-MiniLM-L6-v2."
+            f"{checkpoint.name!r} is a {architecture}: neither a *ForSequenceClassification nor a "
+            "sentence-transformers model. Pass a cross-encoder such as cross-encoder/ms-marco-MiniLM-L6-v2."
         )
     if checkpoint.config.num_labels != 1:
         raise ConfigError(

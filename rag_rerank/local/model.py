@@ -1,8 +1,8 @@
 """The seam between the engine, which knows time and threads, and the score types, which know models.
 
-A model turns (queries, documents) into token sequences, runs any batch of sequences from any mixture of calls, and turns
-the outputs of one call's sequences into its scores. A cross-encoder makes one sequence per pair and one logit of each; a
-bi-encoder makes one sequence per text and an embedding of each.
+A model turns (queries, documents) into token sequences, runs any batch of sequences from any mixture of calls, and
+turns the outputs of one call's sequences into its scores. A cross-encoder makes one sequence per pair and one logit of
+each; a bi-encoder makes one sequence per text and an embedding of each.
 """
 
 from collections.abc import Callable, Sequence
@@ -42,8 +42,9 @@ class Inputs:
 class Model(Protocol):
     """A loaded model. Used by one thread only."""
 
-    token_budget: int
-    """How many tokens, padding included, one batch may hold."""
+    @property
+    def token_budget(self) -> int:
+        """How many tokens, padding included, one batch may hold."""
 
     def inputs(self, queries: list[str], documents: list[str]) -> Inputs:
         """Tokenise one call: one query for all documents, or one each."""

@@ -39,8 +39,8 @@ class LocalScorer(Scorer):
         score_type: ``"cross-encoder"`` or ``"bi-encoder"``; ``"auto"`` reads it from the checkpoint.
         use_activation: None or True applies the checkpoint's own activation, as vLLM does (sigmoid unless its config
             names another); False gives logits. Without effect on a bi-encoder.
-        max_length: Longest input in tokens, special tokens included. None: what the model was made for. Longer pairs are
-            cut as vLLM cuts them under ``truncate_prompt_tokens=-1``: from the longer of query and document.
+        max_length: Longest input in tokens, special tokens included. None: what the model was made for. Longer pairs
+            are cut as vLLM cuts them under ``truncate_prompt_tokens=-1``: from the longer of query and document.
         revision: Branch, tag or commit on the hub.
         trust_remote_code: Whether code from the checkpoint may run. Only ever on by this argument.
         local_files_only: Never ask the hub.

@@ -174,6 +174,7 @@ class Call:
         if isinstance(outcome, Reply):
             raise self._refusal(outcome)
         failure = outcome or Failure("broken", "no answer")
+        error: BackendError
         if failure.kind == "timeout":
             error = self._error(
                 DeadlineExceeded,
@@ -236,7 +237,8 @@ class Call:
             seconds = math.nan
         if 0 <= seconds < math.inf:
             return seconds
-        return self._jitter() * min(LONGEST_PAUSE, FIRST_PAUSE * 2**retry)
+        bound: float = min(LONGEST_PAUSE, FIRST_PAUSE * 2**retry)
+        return self._jitter() * bound
 
 
 def _it_serves(served: Sequence[tuple[str, str]]) -> str:

@@ -17,8 +17,8 @@ DEFAULT_BASE_URL = "http://localhost:8000"
 class VLLMScorer(Scorer):
     """Asks a vLLM server (0.8 or newer) for scores over HTTP.
 
-    Nothing is sent at construction. The first call asks for the server's version and, where no `model` is named, for the
-    model that it serves; both are remembered. Threads and event loops may share one scorer, forked processes too.
+    Nothing is sent at construction. The first call asks for the server's version and, where no `model` is named, for
+    the model that it serves; both are remembered. Threads and event loops may share one scorer, forked processes too.
 
     Args:
         base_url: The server's address, with or without ``/v1`` or ``/score`` at its end. None reads ``VLLM_BASE_URL``
@@ -26,15 +26,15 @@ class VLLMScorer(Scorer):
         model: The name that the server serves the model under. None takes the only one.
         api_key: Sent as bearer token. None reads ``VLLM_API_KEY`` from the environment, never another service's
             variable. The key is in no repr, error or pickle: an unpickled copy reads the environment again.
-        use_activation: None leaves the score to the model's own activation (vLLM's default: sigmoid for one label unless
-            its config names another); False asks for logits; True is the same as None on today's vLLM.
+        use_activation: None leaves the score to the model's own activation (vLLM's default: sigmoid for one label
+            unless its config names another); False asks for logits; True is the same as None on today's vLLM.
         timeout: Seconds that a call may take in all, tries and waits included, unless it names a `deadline`.
         max_retries: How often a request is repeated after a failure that may pass: connection refused or broken, the
             statuses 408, 429, 500, 502, 503, 504, or an invalid reply; with full jitter over 0.5 s, doubling.
-        truncate_prompt_tokens: Where the server cuts a pair that is longer than the model allows. -1, the default: at the
-            model's maximum, from the longer of query and document. An int: at that many tokens. None: not at all, so that
-            one over-long document fails the call. Pass None for a server with ``--chat-template``: there vLLM cuts
-            the end of the rendered prompt, which the score is read from.
+        truncate_prompt_tokens: Where the server cuts a pair that is longer than the model allows. -1, the default: at
+            the model's maximum, from the longer of query and document. An int: at that many tokens. None: not at all,
+            so that one over-long document fails the call. Pass None for a server with ``--chat-template``: there vLLM
+            cuts the end of the rendered prompt, which the score is read from.
 
     Raises:
         ConfigError: An address that is no http(s) address or holds a password, or a number out of range.

@@ -103,12 +103,14 @@ def read_scores(body: bytes, expected: int) -> list[float]:
         raise BadReply(f"the answer has {len(entries)} scores for {expected} documents")
     scores: list[float | None] = [None] * expected
     for entry in entries:
-        index, score = (entry.get("index"), entry.get("score")) if isinstance(entry, dict) else (None, None)
+        fields = entry if isinstance(entry, dict) else {}
+        index: Any = fields.get("index")
+        score: Any = fields.get("score")
         if type(index) is not int or not 0 <= index < expected:
             raise BadReply(f"the answer has the index {index!r} for {expected} documents")
         if scores[index] is not None:
             raise BadReply(f"the answer has two scores for documents[{index}]")
-        if type(score) not in (int, float) or not math.isfinite(score):
+        if type(score) not in {int, float} or not math.isfinite(score):
             raise BadReply(f"documents[{index}] got the score {score!r}")
         scores[index] = float(score)
     return [score for score in scores if score is not None]
@@ -155,7 +157,7 @@ def error_text(body: bytes) -> str:
 
 
 def is_model_missing(body: bytes) -> bool:
-    """Whether a 404 means an unknown model (an ``error`` object) and not an unknown path (``{"detail": "Not Found"}``)."""
+    """Whether a 404 means an unknown model (an ``error`` object), not an unknown path (``{"detail": "Not Found"}``)."""
     try:
         content = _object(body)
     except BadReply:

