@@ -88,7 +88,7 @@ def serving(
     if api_key is not None:
         environment["VLLM_API_KEY"] = api_key  # not --api-key: command lines are visible to everyone
     with open(handle, "wb") as log:  # noqa: PTH123 - a file descriptor, not a path
-        process = subprocess.Popen(  # noqa: S603
+        process = subprocess.Popen(
             command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True, env=environment, cwd=folder.parent
         )
     kept = True

@@ -2,7 +2,9 @@
 
 import asyncio
 import copy
+import gc
 import inspect
+import os
 import pickle
 import re
 import socket
@@ -11,6 +13,7 @@ import sys
 import threading
 import time
 from operator import itemgetter
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -26,7 +29,7 @@ from pydantic import SecretStr, ValidationError
 import langchain_rag_rerank
 import rag_rerank
 from langchain_rag_rerank import LocalReranker, ScorerReranker, VLLMReranker
-from rag_rerank import BackendUnavailable, ConfigError, LocalScorer, RerankError, Scorer, VLLMScorer
+from rag_rerank import AuthError, BackendUnavailable, ConfigError, LocalScorer, RerankError, Scorer, VLLMScorer
 
 QUERY = "how do bears sleep in winter"
 TEXTS = [
@@ -139,49 +142,50 @@ def keywords(**fields):
     return ScorerReranker(scorer=KeywordScorer(), **fields)
 
 
-@pytest.fixture(
-    params=[
-        "scorer",
-        "local",
-        pytest.param("vllm", marks=pytest.mark.vllm),
-        pytest.param("vllm with a key", marks=pytest.mark.vllm),
-    ]
-)
-def reranker_and_model(request):
-    """Each kind of reranker, and the folder of the model behind it."""
-    if request.param.startswith("vllm"):
-        server = request.getfixturevalue("vllm_minilm" if request.param == "vllm" else "vllm_cross_encoder")
-        made, model = VLLMReranker(base_url=server.base_url, api_key=server.api_key, top_n=None), server.folder
-    else:
-        model = request.getfixturevalue("minilm")
-        if request.param == "local":
-            made = LocalReranker(model=model, dtype="float32", top_n=None)
-        else:
-            made = ScorerReranker(scorer=request.getfixturevalue("local"), top_n=None)
-    with made:
-        yield made, model
+@pytest.fixture(params=[LocalReranker, ScorerReranker])
+def in_process(request, minilm, local):
+    """The rerankers that run MiniLM here."""
+    fields = {"scorer": local} if request.param is ScorerReranker else {"model": minilm, "dtype": "float32"}
+    with request.param(top_n=None, **fields) as reranker:
+        yield reranker
+
+
+def served(server, **fields):
+    return VLLMReranker(base_url=server.base_url, api_key=server.api_key, top_n=None, timeout=120, **fields)
 
 
 # --- In a retriever ---------------------------------------------------------------------------------------------------
 
 
-def test_a_retriever_returns_what_the_scorer_ranks(reranker_and_model):
+def assert_retrievers_rank_as(folder, reranker):
     """Behind ContextualCompressionRetriever, sync and async, order and scores are those of Scorer.rerank."""
-    reranker, model = reranker_and_model
-    retriever = compressing(reranker)
-    with LocalScorer(model, dtype="float32") as reference:
-        expected = reference.rerank(QUERY, TEXTS)
+    with LocalScorer(folder, dtype="float32") as scorer:
+        expected = scorer.rerank(QUERY, TEXTS)
 
     async def ask():
-        try:
-            return await retriever.ainvoke(QUERY)
-        finally:
-            if isinstance(reranker, VLLMReranker):
-                await reranker.aclose()
+        # The last call: what a loop has opened is closed in it.
+        documents = await compressing(reranker).ainvoke(QUERY)
+        await reranker.aclose()
+        return documents
 
-    for documents in (retriever.invoke(QUERY), asyncio.run(ask())):
+    for documents in (compressing(reranker).invoke(QUERY), asyncio.run(ask())):
         assert scores(documents) == pytest.approx([place.score for place in expected], abs=1e-4)
         assert [TEXTS[n] for n in numbers(documents)] == [TEXTS[place.index] for place in expected]
+
+
+def test_a_retriever_ranks_in_process(in_process, minilm):
+    """LocalReranker and ScorerReranker rank a retriever's documents as the scorer does."""
+    assert_retrievers_rank_as(minilm, in_process)
+
+
+def test_a_retriever_ranks_with_a_served_bi_encoder(vllm_minilm):
+    """VLLMReranker gives the scores of the same model in this process."""
+    assert_retrievers_rank_as(vllm_minilm.folder, served(vllm_minilm))
+
+
+def test_a_retriever_ranks_with_a_served_cross_encoder(vllm_cross_encoder):
+    """So it does with a cross-encoder, on a server that wants a key."""
+    assert_retrievers_rank_as(vllm_cross_encoder.folder, served(vllm_cross_encoder))
 
 
 def test_every_reranker_is_a_compressor_and_a_runnable():
@@ -398,18 +402,21 @@ def test_async_calls_need_no_thread():
     assert numbers(asyncio.run(reranker.acompress_documents(found(), QUERY))) == [1, 3, 2]
 
 
-def test_one_reranker_outlives_its_event_loops(reranker_and_model):
+def test_one_reranker_outlives_its_event_loops(in_process):
     """Scripts and notebooks call asyncio.run again and again with the same reranker."""
-    reranker, _ = reranker_and_model
+    first, second = (asyncio.run(in_process.acompress_documents(found(), QUERY)) for _ in range(2))
+    assert first == second
 
-    async def ask():
-        result = await reranker.acompress_documents(found(), QUERY)
-        if isinstance(reranker, VLLMReranker):
-            # Connections of a loop can be closed in it only; the next call opens its own.
-            await reranker.scorer._transport.aclose()
-        return result
 
-    assert numbers(asyncio.run(ask())) == numbers(asyncio.run(ask()))
+@pytest.mark.filterwarnings("ignore::ResourceWarning")
+def test_one_served_reranker_outlives_its_event_loops(vllm_cross_encoder):
+    """A connection dies with its loop: the next loop opens its own."""
+    with served(vllm_cross_encoder) as reranker:
+        first, second = (asyncio.run(reranker.acompress_documents(found(), QUERY)) for _ in range(2))
+    assert numbers(first) == numbers(second)
+    # What dead loops have left open goes with the scorer: here, where the warning is expected.
+    del reranker
+    gc.collect()
 
 
 # --- In traces --------------------------------------------------------------------------------------------------------
@@ -594,25 +601,44 @@ def test_a_scorer_is_not_dumped():
     assert dumpd(keywords())["type"] == "not_implemented"
 
 
-def test_copies_rank_as_the_original_does(reranker_and_model):
-    """copy, deepcopy, model_copy and pickle give working rerankers; in one process they share the scorer."""
-    reranker, _ = reranker_and_model
+def assert_copies_rank_alike(reranker):
     expected = numbers(reranker.compress_documents(found(), QUERY))
     copies = [copy.copy(reranker), copy.deepcopy(reranker), reranker.model_copy(), reranker.model_copy(deep=True)]
     assert {id(each.scorer) for each in copies} == {id(reranker.scorer)}
     assert all(numbers(each.compress_documents(found(), QUERY)) == expected for each in copies)
 
 
-def test_a_pickled_reranker_goes_on_elsewhere(minilm, vllm_cross_encoder, monkeypatch):
-    """The other process loads its own model, and takes the key from its own environment."""
-    with pickle.loads(pickle.dumps(LocalReranker(model=minilm, dtype="float32"))) as reranker:  # noqa: S301
-        assert len(reranker.compress_documents(found(), QUERY)) == 3
+def test_copies_share_the_loaded_model(in_process):
+    """A copy, deep or not, ranks as the original does and loads no second model."""
+    assert_copies_rank_alike(in_process)
 
+
+def test_copies_keep_the_key(vllm_cross_encoder):
+    """A copy, deep or not, is let in by the server that wants a key."""
+    with served(vllm_cross_encoder) as reranker:
+        assert_copies_rank_alike(reranker)
+
+
+def test_a_pickled_reranker_loads_its_own_model(in_process):
+    """The copy works on its own; closing it leaves the original open."""
+    expected = numbers(in_process.compress_documents(found(), QUERY))
+    with pickle.loads(pickle.dumps(in_process)) as reranker:  # noqa: S301
+        assert numbers(reranker.compress_documents(found(), QUERY)) == expected
+        assert reranker.scorer is not in_process.scorer
+        reranker.scorer.close()
+    assert numbers(in_process.compress_documents(found(), QUERY)) == expected
+
+
+def test_a_pickled_reranker_takes_the_key_from_its_environment(vllm_cross_encoder, monkeypatch):
+    """The key does not travel: a process without it is refused, one that has it in VLLM_API_KEY is let in."""
     server = vllm_cross_encoder
-    sent = pickle.dumps(VLLMReranker(base_url=server.base_url, api_key=server.api_key))
+    sent = pickle.dumps(served(server))
+    monkeypatch.delenv("VLLM_API_KEY", raising=False)
+    with pickle.loads(sent) as reranker, pytest.raises(AuthError):  # noqa: S301
+        reranker.compress_documents(found(), QUERY)
     monkeypatch.setenv("VLLM_API_KEY", server.api_key)
     with pickle.loads(sent) as reranker:  # noqa: S301
-        assert len(reranker.compress_documents(found(), QUERY)) == 3
+        assert len(reranker.compress_documents(found(), QUERY)) == 5
 
 
 # --- Import -----------------------------------------------------------------------------------------------------------
@@ -630,7 +656,8 @@ def test_importing_brings_only_what_langchain_core_brings():
         langchain_rag_rerank.LocalReranker()
         print(heavy & (set(sys.modules) - before))
     """
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)  # noqa: S603
+    path = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    done = subprocess.run([sys.executable, "-c", program], env=path, capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["set()", "False", "set()"]
 
 
@@ -638,3 +665,14 @@ def test_only_public_names_of_the_core_are_used():
     """The adapter stands on rag_rerank.__all__, which versions may not change at will."""
     named = set(re.findall(r"\brag_rerank\.(\w+)", inspect.getsource(langchain_rag_rerank.rerank)))
     assert {"LocalScorer", "VLLMScorer"} <= named <= set(rag_rerank.__all__)
+
+
+# --- README -----------------------------------------------------------------------------------------------------------
+
+
+def test_the_readme_prints_what_it_says(minilm, capsys):
+    """The first example of the README is run as it stands, and prints the block that follows it."""
+    readme = Path(__file__).parents[2] / "integrations" / "langchain" / "README.md"
+    [(example, printed)] = re.findall(r"```python\n(.*?)```\n\n```text\n(.*?)```", readme.read_text("utf-8"), re.DOTALL)
+    exec(example, {})  # noqa: S102
+    assert capsys.readouterr().out == printed

@@ -2,6 +2,7 @@
 
 import asyncio
 import copy
+import gc
 import inspect
 import json
 import logging
@@ -48,6 +49,7 @@ TEXTS = [
     "Bread is baked from flour, water and yeast.",
     "Zoo keepers feed their giant pandas bamboo shoots and fruit.",
 ]
+ROOT = Path(__file__).resolve().parents[2]
 SECRET = "sk-very-secret"
 NOBODY = "http://127.0.0.1:9"  # the discard port: nothing answers there
 
@@ -239,11 +241,15 @@ def assert_served_as_local(server: VLLMServer) -> None:
         assert_answers_as(asyncio.run(ask()), reference)
 
 
+@pytest.mark.filterwarnings("ignore::ResourceWarning")
 def test_a_served_model_survives_its_event_loop(vllm_minilm: VLLMServer) -> None:
     """One VLLMReranker serves two `asyncio.run` in a row, each with its own connections."""
     with VLLMReranker(base_url=vllm_minilm.base_url, api_key=vllm_minilm.api_key, timeout=120) as reranker:
         first, second = (asyncio.run(reranker.apostprocess_nodes(found(), query_str=QUERY)) for _ in range(2))
     assert ids(first) == ids(second)
+    # Connections can't be closed after their loop: they end with the reranker, here rather than in a later test.
+    del reranker
+    gc.collect()
 
 
 def test_a_served_model_can_be_called_inside_a_running_loop(vllm_minilm: VLLMServer) -> None:
@@ -258,7 +264,7 @@ def test_a_served_model_can_be_called_inside_a_running_loop(vllm_minilm: VLLMSer
 
 
 @pytest.mark.usefixtures("offline")
-def test_an_engine_may_set_the_callback_manager(scorer: KeywordScorer) -> None:
+def test_an_engine_may_set_the_callback_manager() -> None:
     """Engines assign `callback_manager`; the scorer in use stays the same."""
     manager = CallbackManager([])
     reranker = VLLMReranker()
@@ -682,4 +688,16 @@ LocalReranker(), VLLMReranker()
 assert not {"torch", "transformers"} & sys.modules.keys()
 """
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
-    subprocess.run([sys.executable, "-c", script], check=True, env=environment)  # noqa: S603
+    subprocess.run([sys.executable, "-c", script], check=True, env=environment)
+
+
+@pytest.mark.usefixtures("offline", "minilm")
+def test_the_readme_shows_what_its_example_prints(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first example of the README runs as it stands and prints what stands below it."""
+    monkeypatch.setattr(Settings, "_embed_model", None)  # the example sets it; this puts it back afterwards
+    readme = (ROOT / "integrations" / "llama_index" / "README.md").read_text(encoding="utf-8")
+    example = readme.partition("```python\n")[2].partition("```")[0]
+    exec(compile(example, "README.md", "exec"), {})  # noqa: S102 - our own
+    assert capsys.readouterr().out == readme.partition("```text\n")[2].partition("```")[0]

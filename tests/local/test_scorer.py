@@ -1,0 +1,364 @@
+"""LocalScorer: the real MiniLM against sentence-transformers, and a tiny cross-encoder against transformers."""
+
+import asyncio
+import copy
+import json
+import math
+import multiprocessing
+import pickle
+import shutil
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+
+from rag_rerank import ConfigError, DeadlineExceeded, LocalScorer, Ranked
+from rag_rerank.embedded import collection_folder
+from rag_rerank.evaluation import Collection
+from tests.models import MAX_LENGTH, make_bert_cross_encoder
+
+QUERY = "How do I copy a file?"
+
+
+@pytest.fixture(scope="module")
+def documents() -> list[str]:
+    """60 real documents of all lengths, and an empty one."""
+    return [*list(Collection.load(collection_folder()).documents.values())[::11][:60], ""]
+
+
+def largest_difference(first: list[float], second: list[float]) -> float:
+    return max(abs(a - b) for a, b in zip(first, second, strict=True))
+
+
+class TestBiEncoder:
+    """The real all-MiniLM-L6-v2."""
+
+    def test_scores_are_the_cosines_of_sentence_transformers(
+        self, local: LocalScorer, minilm: Path, documents: list[str]
+    ):
+        """To 1e-5 in float32, over-long documents included."""
+        from sentence_transformers import SentenceTransformer, util
+
+        reference = SentenceTransformer(str(minilm), device="cpu")
+        cosines = util.cos_sim(reference.encode(QUERY), reference.encode(documents))[0].tolist()
+        assert largest_difference(local.score(QUERY, documents), cosines) <= 1e-5
+
+    def test_a_known_relevant_document_wins(self, local: LocalScorer):
+        """It is a real model."""
+        ranked = local.rerank("capital of France", ["Bananas are yellow.", "Paris is the capital of France.", ""])
+        assert ranked[0] == Ranked(1, pytest.approx(0.85, abs=0.1))
+
+    def test_a_score_does_not_depend_on_its_company(self, local: LocalScorer, documents: list[str]):
+        """Alone, with others, in another order: to 1e-5."""
+        together = local.score(QUERY, documents)
+        alone = [local.score(QUERY, document)[0] for document in documents]
+        backwards = local.score(QUERY, documents[::-1])[::-1]
+        assert largest_difference(together, alone) <= 1e-5
+        assert largest_difference(together, backwards) <= 1e-5
+
+    def test_many_queries_are_the_same_as_one_by_one(self, local: LocalScorer, documents: list[str]):
+        """N:N is N times 1:1."""
+        queries = [f"{QUERY} {number}" for number in range(len(documents))]
+        one_by_one = [local.score(query, text)[0] for query, text in zip(queries, documents, strict=True)]
+        assert largest_difference(local.score(queries, documents), one_by_one) <= 1e-5
+
+    def test_duplicates_get_the_same_score(self, local: LocalScorer):
+        """Each of them."""
+        assert len(set(local.score(QUERY, ["same text"] * 5))) == 1
+
+    @pytest.mark.skipif(sys.platform != "linux", reason="fork is only safe there")
+    def test_a_forked_child_loads_its_own(self, minilm: Path):
+        """The engine's thread does not survive a fork; the scorer does."""
+        with LocalScorer(minilm, dtype="float32") as scorer:
+            context = multiprocessing.get_context("spawn")
+            with context.Pool(1) as pool:
+                assert pool.apply(scorer.score, ("q", ["a"])) == pytest.approx(scorer.score("q", ["a"]), abs=1e-6)
+
+
+class TestCrossEncoder:
+    """A tiny BERT with one label."""
+
+    def reference(self, folder: Path, queries: list[str], documents: list[str]) -> list[float]:
+        """Logits of plain transformers, one pair at a time."""
+        from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+        model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        options = {"truncation": "longest_first", "max_length": MAX_LENGTH, "return_tensors": "pt"}
+        with torch.inference_mode():
+            return [
+                model(**tokenizer(text=query, text_pair=document, **options)).logits.item()
+                for query, document in zip(queries, documents, strict=True)
+            ]
+
+    def test_logits_are_those_of_transformers(self, cross_encoder: Path, documents: list[str]):
+        """To 1e-5, though ours ran in batches."""
+        with LocalScorer(cross_encoder, dtype="float32", use_activation=False) as scorer:
+            ours = scorer.score(QUERY, documents)
+        expected = self.reference(cross_encoder, [QUERY] * len(documents), documents)
+        assert largest_difference(ours, expected) <= 1e-5
+        assert max(expected) - min(expected) > 0.5
+
+    def test_scores_are_those_of_sentence_transformers(self, cross_encoder: Path, documents: list[str]):
+        """The package that users come from, with its default activation."""
+        from sentence_transformers import CrossEncoder
+
+        documents = [document for document in documents if document]  # theirs scores "" as a second empty segment
+        expected = CrossEncoder(str(cross_encoder), device="cpu").predict([(QUERY, text) for text in documents])
+        with LocalScorer(cross_encoder, dtype="float32") as scorer:
+            assert largest_difference(scorer.score(QUERY, documents), expected.tolist()) <= 1e-5
+
+    def test_the_default_score_is_the_sigmoid_of_the_logit(self, cross_encoder: Path, documents: list[str]):
+        """As on a vLLM server."""
+        with (
+            LocalScorer(cross_encoder, dtype="float32") as scorer,
+            LocalScorer(cross_encoder, dtype="float32", use_activation=False) as logits,
+        ):
+            expected = [1 / (1 + math.exp(-logit)) for logit in logits.score(QUERY, documents)]
+            assert largest_difference(scorer.score(QUERY, documents), expected) <= 1e-6
+
+    @pytest.mark.parametrize(
+        "extra",
+        [
+            {"problem_type": "regression"},
+            {"sbert_ce_default_activation_function": "torch.nn.modules.linear.Identity"},
+            {"sentence_transformers": {"activation_fn": "torch.nn.modules.linear.Identity"}},
+        ],
+    )
+    def test_a_checkpoint_may_ask_for_logits(self, extra: dict[str, object], cross_encoder: Path, tmp_path: Path):
+        """ms-marco models do: their own activation is none."""
+        config = edited(cross_encoder, tmp_path / "model", **extra)
+        with LocalScorer(config, dtype="float32") as own, LocalScorer(config, dtype="float32", use_activation=False) as raw:
+            assert own.score(QUERY, ["a", "b c"]) == raw.score(QUERY, ["a", "b c"])
+
+    def test_an_activation_from_elsewhere_is_refused(self, cross_encoder: Path, tmp_path: Path):
+        """A config must not name code to run."""
+        folder = edited(cross_encoder, tmp_path / "model", sbert_ce_default_activation_function="os.system")
+        with pytest.raises(ConfigError, match="os.system"):
+            LocalScorer(folder).score("q", "d")
+
+    def test_a_document_cannot_spell_a_special_token(self, local_cross_encoder: LocalScorer):
+        """[SEP] in a text is five letters: it does not end the document."""
+        engine_model = _model_of(local_cross_encoder)
+        plain = engine_model.inputs(["q"], ["a [SEP] [CLS] b"]).sequences[0]
+        special = set(engine_model.tokenizer.all_special_ids)
+        assert sum(token in special for token in plain.ids) == 3
+
+    def test_bfloat16_ranks_almost_as_float32(self, cross_encoder: Path, documents: list[str]):
+        """Half the bits cost less than a hundredth of the score's scale."""
+        with LocalScorer(cross_encoder, dtype="bfloat16") as half, LocalScorer(cross_encoder, dtype="float32") as full:
+            assert largest_difference(half.score(QUERY, documents), full.score(QUERY, documents)) <= 0.02
+
+    def test_max_length_cuts_earlier(self, cross_encoder: Path):
+        """What is beyond it has no influence."""
+        with LocalScorer(cross_encoder, dtype="float32", max_length=16) as scorer:
+            one, other = scorer.score("q", ["word " * 50 + "a", "word " * 50 + "b"])
+            assert one == other
+
+
+def _model_of(scorer: LocalScorer):
+    from rag_rerank.local.loading import load
+
+    return load(**{**scorer._settings, "dtype": "float32"})
+
+
+def edited(source: Path, target: Path, **config: object) -> Path:
+    """A copy of a model folder with a changed config."""
+    shutil.copytree(source, target)
+    path = target / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | config))
+    return target
+
+
+class TestRefused:
+    """What can't be scored is refused with what it is and what to pass instead."""
+
+    def test_a_folder_that_is_not_there(self, tmp_path: Path):
+        """Nobody asks a hub for a path."""
+        with pytest.raises(ConfigError, match="there is no folder.*org/name"):
+            LocalScorer(tmp_path / "nothing").score("q", "d")
+
+    def test_a_folder_that_is_no_model(self, tmp_path: Path):
+        """It says which file is missing."""
+        with pytest.raises(ConfigError, match="holds no model.*config.json"):
+            LocalScorer(tmp_path).score("q", "d")
+
+    def test_a_hub_model_that_cannot_be_had(self):
+        """Offline and not cached: the cause is in the message."""
+        with pytest.raises(ConfigError, match="'no-such-org/no-such-model' can't be loaded"):
+            LocalScorer("no-such-org/no-such-model", local_files_only=True).score("q", "d")
+
+    def test_a_classifier_with_several_labels(self, tmp_path: Path):
+        """Which of three labels would be relevance?"""
+        folder = make_bert_cross_encoder(tmp_path / "m", num_labels=3)
+        with pytest.raises(ConfigError, match="3 labels"):
+            LocalScorer(folder).score("q", "d")
+
+    def test_a_model_that_only_generates(self, cross_encoder: Path, tmp_path: Path):
+        """Its scores would be anybody's guess."""
+        folder = edited(cross_encoder, tmp_path / "m", architectures=["Qwen3ForCausalLM"])
+        with pytest.raises(ConfigError, match="Qwen3ForCausalLM"):
+            LocalScorer(folder).score("q", "d")
+
+    def test_weights_that_are_missing(self, minilm: Path, tmp_path: Path):
+        """An encoder posing as a cross-encoder would get a random head and random scores."""
+        folder = edited(minilm, tmp_path / "m", architectures=["BertForSequenceClassification"], num_labels=1)
+        with pytest.raises(ConfigError, match=r"no weights for .*classifier"):
+            LocalScorer(folder).score("q", "d")
+
+    def test_pickled_weights(self, tmp_path: Path):
+        """A pickle can run code; only safetensors are read."""
+        folder = make_bert_cross_encoder(tmp_path / "m", safe=False)
+        with pytest.raises(ConfigError, match="safetensors"):
+            LocalScorer(folder).score("q", "d")
+
+    def test_code_in_a_checkpoint(self, cross_encoder: Path, tmp_path: Path):
+        """It runs only with trust_remote_code=True."""
+        folder = edited(
+            cross_encoder,
+            tmp_path / "m",
+            model_type="custom",
+            auto_map={"AutoConfig": "canary.Config", "AutoModelForSequenceClassification": "canary.Model"},
+        )
+        (folder / "canary.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+        with pytest.raises(ConfigError, match="trust_remote_code"):
+            LocalScorer(folder).score("q", "d")
+        assert not (tmp_path / "ran").exists()
+
+    def test_a_bi_encoder_part_that_is_not_supported(self, minilm: Path, tmp_path: Path):
+        """Leaving a layer out would give other embeddings."""
+        shutil.copytree(minilm, tmp_path / "m")
+        path = tmp_path / "m" / "modules.json"
+        dense = {"idx": 2, "name": "2", "path": "2_Dense", "type": "sentence_transformers.models.Dense"}
+        path.write_text(json.dumps([*json.loads(path.read_text())[:2], dense]))
+        with pytest.raises(ConfigError, match="Dense"):
+            LocalScorer(tmp_path / "m").score("q", "d")
+
+    def test_an_input_longer_than_the_model_has_positions(self, cross_encoder: Path):
+        """It would crash in the middle of a batch."""
+        with pytest.raises(ConfigError, match=f"max_length=4096 .* {MAX_LENGTH} tokens"):
+            LocalScorer(cross_encoder, max_length=4096).score("q", "d")
+
+    @pytest.mark.parametrize("device", ["cuda:99", "nonsense"])
+    def test_a_device_that_is_not_there(self, cross_encoder: Path, device: str):
+        """With its name."""
+        with pytest.raises(ConfigError, match=device):
+            LocalScorer(cross_encoder, device=device).score("q", "d")
+
+    @pytest.mark.parametrize(
+        ("arguments", "words"),
+        [
+            ({"model": ""}, "model is empty"),
+            ({"dtype": "int8"}, "dtype must be one of"),
+            ({"score_type": "causal"}, "score_type must be one of"),
+            ({"max_length": 0}, "max_length"),
+        ],
+    )
+    def test_wrong_settings_are_refused_at_construction(self, arguments: dict[str, object], words: str):
+        """Before anything is loaded."""
+        with pytest.raises(ConfigError, match=words):
+            LocalScorer(**arguments)
+
+
+class TestPooling:
+    """The poolings of sentence-transformers, in both forms of their config."""
+
+    @pytest.mark.parametrize(
+        "config",
+        [{"pooling_mode": mode} for mode in ("mean", "cls", "max", "lasttoken")]
+        + [{"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": False}, {"pooling_mode_max_tokens": True}],
+    )
+    def test_each_is_that_of_sentence_transformers(self, config: dict[str, object], minilm: Path, tmp_path: Path):
+        """To 1e-5."""
+        from sentence_transformers import SentenceTransformer, util
+
+        folder = tmp_path / "m"
+        shutil.copytree(minilm, folder)
+        (folder / "1_Pooling" / "config.json").write_text(json.dumps({"word_embedding_dimension": 384} | config))
+        documents = ["a", "a somewhat longer document", "x y z"]
+        reference = SentenceTransformer(str(folder), device="cpu")
+        cosines = util.cos_sim(reference.encode(QUERY), reference.encode(documents))[0].tolist()
+        with LocalScorer(folder, dtype="float32") as scorer:
+            assert largest_difference(scorer.score(QUERY, documents), cosines) <= 1e-5
+
+    def test_one_that_is_not_supported_is_named(self, minilm: Path, tmp_path: Path):
+        """Several at once, for example."""
+        folder = tmp_path / "m"
+        shutil.copytree(minilm, folder)
+        (folder / "1_Pooling" / "config.json").write_text(json.dumps({"pooling_mode": ["mean", "max"]}))
+        with pytest.raises(ConfigError, match=r"mean \+ max"):
+            LocalScorer(folder).score("q", "d")
+
+
+class TestCallers:
+    """Threads, event loops, copies, deadlines."""
+
+    def test_many_threads_get_their_own_scores(self, local_cross_encoder: LocalScorer, documents: list[str]):
+        """Mixed into common batches, told apart again."""
+        expected = local_cross_encoder.score(QUERY, documents)
+        with ThreadPoolExecutor(8) as pool:
+            scores = list(pool.map(lambda text: local_cross_encoder.score(QUERY, [text])[0], documents))
+        assert largest_difference(scores, expected) <= 1e-5
+
+    def test_async_calls_do_not_block_the_event_loop(self, local: LocalScorer, documents: list[str]):
+        """A heartbeat goes on beside them."""
+
+        async def beats() -> tuple[int, list[float]]:
+            count = 0
+            task = asyncio.create_task(local.ascore(QUERY, documents))
+            while not task.done():
+                await asyncio.sleep(0.005)
+                count += 1
+            return count, await task
+
+        count, scores = asyncio.run(beats())
+        assert count > 3
+        assert largest_difference(scores, local.score(QUERY, documents)) <= 1e-5
+
+    def test_one_event_loop_after_another(self, local_cross_encoder: LocalScorer):
+        """The engine belongs to no loop."""
+        first, second = (asyncio.run(local_cross_encoder.ascore("q", ["a"])) for _ in range(2))
+        assert first == second
+
+    @pytest.mark.parametrize("asynchronous", [False, True])
+    def test_a_deadline_is_kept(self, local: LocalScorer, documents: list[str], asynchronous: bool):
+        """The caller gets on in time, and the engine is free for the next call."""
+        many = documents * 30
+        began = time.monotonic()
+        with pytest.raises(DeadlineExceeded, match="still scoring"):
+            if asynchronous:
+                asyncio.run(local.ascore(QUERY, many, deadline=0.2))
+            else:
+                local.score(QUERY, many, deadline=0.2)
+        assert time.monotonic() - began < 1.5
+        assert len(local.score(QUERY, ["a"])) == 1
+
+    def test_copies_are_independent_and_load_their_own(self, cross_encoder: Path):
+        """By pickle and deepcopy; a copy outlives the original."""
+        scorer = LocalScorer(cross_encoder, dtype="float32")
+        expected = scorer.score("q", ["a", "b"])
+        copies = [pickle.loads(pickle.dumps(scorer)), copy.deepcopy(scorer)]  # noqa: S301
+        scorer.close()
+        for copied in copies:
+            with copied:
+                assert copied.score("q", ["a", "b"]) == expected
+
+    def test_a_dropped_scorer_ends_its_thread(self, cross_encoder: Path):
+        """Nobody has to close it."""
+        before = threading.active_count()
+        LocalScorer(cross_encoder).score("q", "d")
+        until = time.monotonic() + 5
+        while threading.active_count() > before and time.monotonic() < until:
+            time.sleep(0.01)
+        assert threading.active_count() == before
+
+    def test_warming_up_loads_the_model(self, cross_encoder: Path, tmp_path: Path):
+        """And reports what is wrong with it before the first query does."""
+        with LocalScorer(cross_encoder) as scorer:
+            scorer.warm_up()
+        with pytest.raises(ConfigError):
+            LocalScorer(tmp_path).warm_up()

@@ -1,0 +1,47 @@
+"""`import rag_rerank` is cheap and its public names are complete."""
+
+import subprocess
+import sys
+
+import pytest
+
+import rag_rerank
+
+HEAVY = {"torch", "transformers", "httpx", "jinja2", "numpy", "langchain_core", "llama_index", "typer", "rich"}
+
+
+def modules_after(code: str) -> set[str]:
+    """Top-level modules loaded in a fresh interpreter that has run `code`."""
+    script = f"import sys\n{code}\nprint(*{{name.partition('.')[0] for name in sys.modules}})"
+    return set(
+        subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True).stdout.split()
+    )
+
+
+def test_importing_the_package_loads_nothing_heavy():
+    """Neither torch, transformers, httpx nor a framework comes with the import."""
+    assert modules_after("import rag_rerank") & HEAVY == set()
+
+
+def test_building_a_local_scorer_loads_neither_torch_nor_transformers():
+    """Construction is free: the first call pays."""
+    loaded = modules_after("import rag_rerank; s = rag_rerank.LocalScorer('x'); assert s.score('q', []) == []")
+    assert loaded & {"torch", "transformers", "httpx"} == set()
+
+
+def test_building_a_remote_scorer_loads_no_torch():
+    """A client of a server needs no torch."""
+    assert modules_after("import rag_rerank; rag_rerank.VLLMScorer()") & {"torch", "transformers", "numpy"} == set()
+
+
+@pytest.mark.parametrize("name", rag_rerank.__all__)
+def test_every_public_name_is_there(name: str):
+    """Each name of __all__ can be had and is listed by dir()."""
+    assert getattr(rag_rerank, name) is not None
+    assert name in dir(rag_rerank)
+
+
+def test_an_unknown_name_is_an_attribute_error():
+    """Lazy names do not turn typing errors into something else."""
+    with pytest.raises(AttributeError, match="LocalScorerr"):
+        rag_rerank.LocalScorerr  # noqa: B018

@@ -1,0 +1,59 @@
+"""Users paste all kinds of addresses."""
+
+import pytest
+
+from rag_rerank import ConfigError, VLLMScorer
+from rag_rerank.vllm.endpoint import Endpoint
+
+
+@pytest.mark.parametrize(
+    ("base_url", "root", "label"),
+    [
+        ("http://localhost:8000", "http://localhost:8000", "localhost:8000"),
+        ("http://localhost:8000/", "http://localhost:8000", "localhost:8000"),
+        ("http://localhost:8000/v1", "http://localhost:8000", "localhost:8000"),
+        ("http://localhost:8000/v1/", "http://localhost:8000", "localhost:8000"),
+        ("http://localhost:8000/score", "http://localhost:8000", "localhost:8000"),
+        ("http://localhost:8000/v1/score", "http://localhost:8000", "localhost:8000"),
+        ("http://localhost:8000/v1/rerank/", "http://localhost:8000", "localhost:8000"),
+        ("https://gateway.example/team/reranker/v1", "https://gateway.example/team/reranker", "gateway.example:443"),
+        (" http://[::1]:8000 ", "http://[::1]:8000", "[::1]:8000"),
+        ("http://host", "http://host", "host:80"),
+    ],
+)
+def test_an_address_may_end_in_a_path_of_the_api(base_url: str, root: str, label: str):
+    """What follows the server's root is dropped; a gateway's own path is kept."""
+    assert Endpoint.parse(base_url) == Endpoint(root, label)
+
+
+@pytest.mark.parametrize(
+    ("base_url", "reason"),
+    [
+        ("localhost:8000", "http://"),
+        ("ftp://host", "http://"),
+        ("file:///etc/passwd", "http://"),
+        ("http://", "no host"),
+        ("http://host:99999", "not a URL"),
+        ("http://host/?key=1", "query"),
+        (3, "string"),
+    ],
+)
+def test_what_is_no_address_is_refused_at_construction(base_url: str, reason: str):
+    """With the reason, and nothing sent."""
+    with pytest.raises(ConfigError, match=reason):
+        VLLMScorer(base_url)
+
+
+def test_a_password_in_the_address_is_refused_and_not_repeated():
+    """It would end up in logs; the error says where keys go."""
+    with pytest.raises(ConfigError, match="VLLM_API_KEY") as caught:
+        VLLMScorer("http://user:hunter2@host")
+    assert "hunter2" not in str(caught.value)
+
+
+def test_the_environment_names_the_server_where_the_caller_does_not(monkeypatch: pytest.MonkeyPatch):
+    """An argument wins over VLLM_BASE_URL, which wins over localhost:8000."""
+    assert "http://localhost:8000" in repr(VLLMScorer())
+    monkeypatch.setenv("VLLM_BASE_URL", "http://elsewhere:9000/v1")
+    assert "http://elsewhere:9000'" in repr(VLLMScorer())
+    assert "http://here:1'" in repr(VLLMScorer("http://here:1"))
