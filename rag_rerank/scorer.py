@@ -192,6 +192,14 @@ class Scorer(ABC):
             self._closed = True
             await self._aclose()
 
+    # A scorer is a service, not a value: a copy that loaded the model again would be a surprise, deep or not. Pickles
+    # are for other processes and do make a new one.
+    def __copy__(self) -> Self:
+        return self
+
+    def __deepcopy__(self, memo: dict[int, object]) -> Self:
+        return self
+
     def __enter__(self) -> Self:
         return self
 

@@ -1,6 +1,7 @@
 """What every scorer promises, whatever its back end: the invariants of `rag_rerank.scorer`."""
 
 import asyncio
+import copy
 import logging
 import math
 from collections.abc import Callable
@@ -269,6 +270,13 @@ class TestDeadline:
         """Callers pass on what is left of their own time."""
         with pytest.raises(DeadlineExceeded):
             WordOverlap().score("q", "d", deadline=deadline)
+
+
+def test_copies_are_the_scorer_itself():
+    """A framework that copies its components does not load the model again."""
+    scorer = WordOverlap()
+    assert copy.copy(scorer) is scorer
+    assert copy.deepcopy({"scorer": scorer})["scorer"] is scorer
 
 
 class TestClosing:

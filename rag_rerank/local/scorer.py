@@ -27,8 +27,8 @@ class LocalScorer(Scorer):
     """Runs a reranker in this process.
 
     The model is loaded by the first call, in one thread of its own that also does all scoring: callers in any number of
-    threads and event loops share it, and what waits at the same time is scored in common batches. A forked child and an
-    unpickled copy load their own.
+    threads and event loops share it, and what waits at the same time is scored in common batches. Copies share it, too;
+    a forked child and an unpickled copy load their own.
 
     Args:
         model: A hub id or a folder. A ``*ForSequenceClassification`` checkpoint with one label is a cross-encoder; a
@@ -45,7 +45,8 @@ class LocalScorer(Scorer):
         trust_remote_code: Whether code from the checkpoint may run. Only ever on by this argument.
         local_files_only: Never ask the hub.
         cache_dir: Where hub files are kept; None for the usual place.
-        model_kwargs, tokenizer_kwargs: Passed on to ``from_pretrained``.
+        model_kwargs, tokenizer_kwargs: Passed on to ``from_pretrained``. An access token is refused here, for settings
+            are shown, stored and pickled: set the environment variable ``HF_TOKEN``.
 
     Raises:
         ConfigError: At construction, an argument out of range or the extra `local` not installed; at the first call, a
@@ -92,6 +93,8 @@ class LocalScorer(Scorer):
             raise ConfigError(f"score_type must be one of {', '.join(get_args(ScoreType))}; got {score_type!r}")
         if max_length is not None and max_length < 1:
             raise ConfigError(f"max_length must be at least 1 token, got {max_length}; None takes the model's own")
+        if {"token", "use_auth_token"} & (self._settings["model_kwargs"] | self._settings["tokenizer_kwargs"]).keys():
+            raise ConfigError("no access token belongs in the settings; set the environment variable HF_TOKEN")
         for package in ("torch", "transformers"):
             if importlib.util.find_spec(package) is None:
                 raise ConfigError(f"LocalScorer needs {package}: pip install 'rag-rerank[local]'")

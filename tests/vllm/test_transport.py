@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import copy
 import gc
 import json
 import multiprocessing
@@ -343,7 +342,7 @@ class TestSharing:
             child.join()
         scorer.close()
 
-    def test_copies_work_and_carry_no_key(self, serve, monkeypatch: pytest.MonkeyPatch):
+    def test_pickles_work_and_carry_no_key(self, serve, monkeypatch: pytest.MonkeyPatch):
         """A pickle is read by whoever has the file; the copy takes its key from the environment."""
         server = serve(scores)
         scorer = VLLMScorer(server.base_url, model="m", api_key="canary-k3y")
@@ -351,9 +350,8 @@ class TestSharing:
         assert b"canary" not in pickled
         assert "canary" not in repr(scorer) + str(vars(scorer))
         monkeypatch.setenv("VLLM_API_KEY", "from-env")
-        for copied in (pickle.loads(pickled), copy.deepcopy(scorer)):  # noqa: S301
-            with copied:
-                assert copied.score("q", ["a"]) == [oracle("q", "a")]
+        with pickle.loads(pickled) as copied:  # noqa: S301
+            assert copied.score("q", ["a"]) == [oracle("q", "a")]
         assert {headers["authorization"] for path, headers, _ in server.requests} == {"bearer from-env"}
 
     @pytest.mark.parametrize("key", ["line\nbreak", "ключ", " padded "])

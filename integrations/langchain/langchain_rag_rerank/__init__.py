@@ -4,7 +4,8 @@ Importing the package imports neither torch nor transformers nor an HTTP client 
 a reranker needs them.
 """
 
-from langchain_rag_rerank.rerank import LocalReranker, RerankInput, ScorerReranker, VLLMReranker
+from langchain_rag_rerank.base import RerankInput
+from langchain_rag_rerank.rerank import LocalReranker, ScorerReranker, VLLMReranker
 
 __version__ = "0.1.0"
 __all__ = ["VLLMReranker", "LocalReranker", "ScorerReranker", "RerankInput", "__version__"]
