@@ -13,6 +13,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from rag_rerank.errors import ConfigError, RerankError
@@ -129,10 +130,11 @@ def demo(
         raise ConfigError(f"the demo needs {error.name}: pip install 'rag-rerank[demo]'") from error
     # Nothing is downloaded here, so the only bar that this hides is "Loading weights", in the middle of the tables.
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    shown = model
     if model is None and base_url is None and host is None and port is None:
-        model = str(minilm_folder())
+        model, shown = str(minilm_folder()), "all-MiniLM-L6-v2 (embedded, a bi-encoder)"
     with _scorer(model, base_url, host, port, device, dtype, logits=False) as scorer:
-        run_demo(scorer, Console(), limit=queries)
+        run_demo(scorer, Console(), model=shown or "the server's model", limit=queries)
 
 
 def _scorer(
@@ -196,12 +198,12 @@ def _score_table(query: str, documents: list[str], scores: list[float]) -> Table
 
 
 def _ranked_table(query: str, documents: list[str], ranked: list[Ranked]) -> Table:
-    table = Table(title=query, title_justify="left", title_style="bold")
+    table = Table(title=escape(query), title_justify="left", title_style="bold")
     table.add_column("index", justify="right")
     table.add_column("score", justify="right")
     table.add_column("document", no_wrap=True, overflow="ellipsis")
     for item in ranked:
-        text = " ".join(documents[item.index].split()).replace("[", r"\[")
+        text = escape(" ".join(documents[item.index].split()))
         table.add_row(str(item.index), "" if item.score is None else f"{item.score:.6f}", text)
     return table
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import track
 from rich.table import Table
 
@@ -39,12 +40,13 @@ class _Reranked:
     seconds_after: float
 
 
-def run_demo(scorer: Scorer, console: Console, *, limit: int | None = None) -> dict[str, float]:
+def run_demo(scorer: Scorer, console: Console, *, model: str, limit: int | None = None) -> dict[str, float]:
     """Rerank the embedded collection and show what came of it.
 
     Args:
         scorer: Does the reranking.
         console: Where tables and the progress bar go.
+        model: What to call it.
         limit: Only the first so many queries; None for all 170.
 
     Returns:
@@ -55,7 +57,7 @@ def run_demo(scorer: Scorer, console: Console, *, limit: int | None = None) -> d
     judgments = {query: collection.judgments[query] for query in queries}
     console.print(
         f"[bold]Python FAQ[/]: {len(collection.documents)} documents, {len(queries)} questions, one right answer each. "
-        f"BM25 retrieves {DEPTH}, [bold]{scorer.model_name}[/] reranks them.\n"
+        f"BM25 retrieves {DEPTH}, [bold]{escape(model)}[/] reranks them.\n"
     )
     bm25 = BM25(collection.documents)
     scorer.score("warm up", "loads the model, or connects")  # not part of any query's time
@@ -103,7 +105,7 @@ def _worth_showing(gains: Mapping[str, float]) -> dict[str, str]:
 
 
 def _movements(title: str, result: _Reranked, relevant: Mapping[str, int], documents: Mapping[str, str]) -> Table:
-    table = Table(title=f"{title}: {result.query}", title_justify="left", title_style="bold", expand=True)
+    table = Table(title=f"{title}: {escape(result.query)}", title_justify="left", title_style="bold", expand=True)
     table.add_column("before", justify="right")
     table.add_column("after", justify="right")
     table.add_column("moved", justify="right")
@@ -116,9 +118,9 @@ def _movements(title: str, result: _Reranked, relevant: Mapping[str, int], docum
             continue
         moved = ranks[document] - rank
         arrow = f"[green]▲ {moved}[/]" if moved > 0 else f"[red]▼ {-moved}[/]" if moved < 0 else "="
-        snippet = " ".join(documents[document].split())[:120].replace("[", r"\[")
+        snippet = " ".join(documents[document].split())[:120]
         mark = "[bold green]✓[/] " if right else ""
-        table.add_row(str(ranks[document]), str(rank), arrow, f"{score:.4f}", mark + snippet)
+        table.add_row(str(ranks[document]), str(rank), arrow, f"{score:.4f}", mark + escape(snippet))
     return table
 
 
@@ -156,7 +158,7 @@ def _agreement(console: Console, scorer: Scorer, documents: Mapping[str, str], r
         table.add_column(framework)
     for result in results:
         expected = list(result.after)
-        row = [result.query, ", ".join(expected[:3])]
+        row = [escape(result.query), ", ".join(expected[:3])]
         candidates = {document: documents[document] for document in result.before}
         for order in orders.values():
             try:
@@ -190,7 +192,7 @@ def _llama_index_order(scorer: Scorer, query: str, candidates: Mapping[str, str]
     """Node ids as a query engine returns them, with no model to write the answer."""
     from llama_index.core.llms import MockLLM
     from llama_index.core.query_engine import RetrieverQueryEngine
-    from llama_index.core.response_synthesizers import ResponseMode
+    from llama_index.core.response_synthesizers.no_text import NoText
     from llama_index.core.retrievers import BaseRetriever
     from llama_index.core.schema import NodeWithScore, QueryBundle, TextNode
 
@@ -203,8 +205,7 @@ def _llama_index_order(scorer: Scorer, query: str, candidates: Mapping[str, str]
     logging.getLogger("llama_index").setLevel(logging.WARNING)
     engine = RetrieverQueryEngine.from_args(
         Candidates(),
-        llm=MockLLM(),
-        response_mode=ResponseMode.NO_TEXT,
+        response_synthesizer=NoText(llm=MockLLM()),
         node_postprocessors=[ScorerReranker(scorer=scorer, top_n=None)],
     )
     return [node.node_id for node in engine.query(query).source_nodes]

@@ -12,7 +12,6 @@ import sys
 import threading
 import time
 from operator import itemgetter
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -660,14 +659,3 @@ def test_only_public_names_of_the_core_are_used():
     """The adapter stands on rag_rerank.__all__, which versions may not change at will."""
     named = set(re.findall(r"\brag_rerank\.(\w+)", inspect.getsource(langchain_rag_rerank.rerank)))
     assert {"LocalScorer", "VLLMScorer"} <= named <= set(rag_rerank.__all__)
-
-
-# --- README -----------------------------------------------------------------------------------------------------------
-
-
-def test_the_readme_prints_what_it_says(minilm, capsys):
-    """The first example of the README is run as it stands, and prints the block that follows it."""
-    readme = Path(__file__).parents[2] / "integrations" / "langchain" / "README.md"
-    [(example, printed)] = re.findall(r"```python\n(.*?)```\n\n```text\n(.*?)```", readme.read_text("utf-8"), re.DOTALL)
-    exec(example, {})  # noqa: S102
-    assert capsys.readouterr().out == printed

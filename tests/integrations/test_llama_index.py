@@ -684,15 +684,3 @@ assert not {"torch", "transformers"} & sys.modules.keys()
 """
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
     subprocess.run([sys.executable, "-c", script], check=True, env=environment)
-
-
-@pytest.mark.usefixtures("offline", "minilm")
-def test_the_readme_shows_what_its_example_prints(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The first example of the README runs as it stands and prints what stands below it."""
-    monkeypatch.setattr(Settings, "_embed_model", None)  # the example sets it; this puts it back afterwards
-    readme = (ROOT / "integrations" / "llama_index" / "README.md").read_text(encoding="utf-8")
-    example = readme.partition("```python\n")[2].partition("```")[0]
-    exec(compile(example, "README.md", "exec"), {})  # noqa: S102 - our own
-    assert capsys.readouterr().out == readme.partition("```text\n")[2].partition("```")[0]

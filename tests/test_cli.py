@@ -1,0 +1,129 @@
+"""The command line, run as a user runs it."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from rag_rerank import LocalScorer
+from tests.vllm_server import VLLMServer
+
+QUERY, DOCUMENTS = "capital of France", ["Bananas are yellow.", "Paris is the capital [of] France."]
+
+
+def run(*arguments: str, stdin: str = "", **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "rag_rerank.cli", *arguments],
+        input=stdin,
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "COLUMNS": "120", **environment},
+    )
+
+
+def local_options(folder: Path) -> list[str]:
+    return ["--model", str(folder), "--dtype", "float32"]
+
+
+class TestLocal:
+    """With a model in this process."""
+
+    def test_rerank_prints_a_table_best_first(self, minilm: Path):
+        """Index, score, document; brackets in a document are text, not markup."""
+        result = run("rerank", QUERY, *DOCUMENTS, *local_options(minilm))
+        assert result.returncode == 0, result.stderr
+        rows = [line for line in result.stdout.splitlines() if "yellow" in line or "Paris" in line]
+        assert "Paris is the capital [of] France." in rows[0]
+        assert "│     1 │" in rows[0]
+        assert "│     0 │" in rows[1]
+
+    def test_score_reads_json_lines_and_writes_json_lines(self, minilm: Path, local: LocalScorer):
+        """One line of scores for every line of input."""
+        lines = [{"query": QUERY, "documents": DOCUMENTS}, {"query": "x", "documents": []}]
+        result = run("score", *local_options(minilm), stdin="\n".join(map(json.dumps, lines)))
+        assert result.returncode == 0, result.stderr
+        first, second = map(json.loads, result.stdout.splitlines())
+        assert first["scores"] == pytest.approx(local.score(QUERY, DOCUMENTS), abs=1e-5)
+        assert second == {"scores": []}
+
+    def test_rerank_takes_top_n_and_threshold(self, minilm: Path):
+        """As Scorer.rerank does; --json writes one object."""
+        result = run("rerank", QUERY, *DOCUMENTS, "--json", "--top-n", "1", *local_options(minilm))
+        assert [item["index"] for item in json.loads(result.stdout)["ranked"]] == [1]
+        result = run("rerank", QUERY, *DOCUMENTS, "--json", "--score-threshold", "2", *local_options(minilm))
+        assert json.loads(result.stdout) == {"ranked": []}
+
+    def test_example_shows_the_three_patterns(self, minilm: Path):
+        """1:1, 1:N and N:N, with the prompts as vLLM's example client prints them."""
+        result = run("score", "--example", *local_options(minilm))
+        assert result.returncode == 0, result.stderr
+        for pattern in (
+            "text_1 and text_2 are both strings",
+            "text_1 is string and text_2 is a list",
+            "text_1 and text_2 are both lists",
+        ):
+            assert f"Prompt when {pattern}:" in result.stdout
+        assert result.stdout.count("Score Response:") == 3
+        assert result.stdout.count("'score':") == 5
+
+
+class TestRemote:
+    """With a vLLM server."""
+
+    def test_a_server_is_named_by_url_or_by_host_and_port(self, vllm_minilm: VLLMServer, local: LocalScorer):
+        """And answers with the same scores as the local model."""
+        host, port = vllm_minilm.base_url.removeprefix("http://").split(":")
+        expected = pytest.approx(local.score(QUERY, DOCUMENTS), abs=1e-4)
+        for where in (["--base-url", vllm_minilm.base_url], ["--host", host, "--port", port]):
+            result = run("score", QUERY, *DOCUMENTS, "--json", *where)
+            assert result.returncode == 0, result.stderr
+            assert json.loads(result.stdout)["scores"] == expected
+
+    def test_the_key_comes_from_the_environment(self, vllm_cross_encoder: VLLMServer):
+        """Command lines are visible to everyone on the machine."""
+        arguments = ("score", QUERY, *DOCUMENTS, "--json", "--logits", "--base-url", vllm_cross_encoder.base_url)
+        without = run(*arguments, VLLM_API_KEY="")
+        assert without.returncode == 1
+        assert "VLLM_API_KEY" in without.stderr
+        assert len(json.loads(run(*arguments, VLLM_API_KEY=vllm_cross_encoder.api_key).stdout)["scores"]) == 2
+
+
+class TestMistakes:
+    """One line on stderr, nothing on stdout, and an exit code."""
+
+    @pytest.mark.parametrize(
+        ("arguments", "stdin", "code", "words"),
+        [
+            (["score", "q"], "", 2, "at least one document"),
+            (["score"], "nope", 2, "stdin, line 1"),
+            (["score"], '{"query": "q"}', 2, "stdin, line 1"),
+            (["rerank"], '{"query": "q", "documents": [null]}', 2, "documents[0] must be str, got NoneType"),
+            (["rerank", "q", "d", "--top-n", "0"], "", 2, "top_n must be at least 1"),
+            (["score", "q", "d", "--model", "/no/such/folder"], "", 2, "there is no folder"),
+            (["score", "q", "d", "--base-url", "ftp://x"], "", 2, "http://"),
+            (["score", "q", "d", "--base-url", "http://x", "--port", "1"], "", 2, "either --base-url or"),
+            (["score", "q", "d", "--base-url", "http://x", "--dtype", "float32"], "", 2, "local models"),
+        ],
+    )
+    def test_a_mistake_is_one_line(self, arguments: list[str], stdin: str, code: int, words: str, cross_encoder: Path):
+        """Without a traceback."""
+        if "--model" not in arguments and "--base-url" not in arguments:
+            arguments = [*arguments, "--model", str(cross_encoder)]
+        result = run(*arguments, stdin=stdin)
+        assert result.returncode == code
+        assert words in result.stderr
+        assert "Traceback" not in result.stderr
+        assert result.stdout == ""
+
+    def test_a_server_that_is_not_there(self):
+        """Exit code 1, for scripts that try again later."""
+        with socket.create_server(("127.0.0.1", 0)) as closed:
+            port = closed.getsockname()[1]
+        result = run("score", "q", "d", "--port", str(port))
+        assert result.returncode == 1
+        assert f"localhost:{port}" in result.stderr

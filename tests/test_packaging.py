@@ -1,0 +1,51 @@
+"""What is built is what is needed: three wheels, built here without a network."""
+
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def wheel_of(project: Path, target: Path) -> set[str]:
+    """The names of all files in the project's wheel."""
+    command = [sys.executable, "-m", "hatchling", "build", "--target", "wheel", "--directory", str(target)]
+    subprocess.run(command, cwd=project, check=True, capture_output=True)
+    (wheel,) = target.glob("*.whl")
+    return set(zipfile.ZipFile(wheel).namelist())
+
+
+@pytest.mark.parametrize(
+    ("project", "expected"),
+    [
+        (
+            ".",
+            [
+                "rag_rerank/__init__.py",
+                "rag_rerank/py.typed",
+                "rag_rerank/local/scorer.py",
+                "rag_rerank/data/python_faq/corpus.jsonl",
+                "rag_rerank/data/python_faq/LICENSE.rst",
+            ],
+        ),
+        ("integrations/langchain", ["langchain_rag_rerank/rerank.py", "langchain_rag_rerank/py.typed"]),
+        (
+            "integrations/llama_index",
+            [
+                "llama_index/postprocessor/rag_rerank/rerank.py",
+                "llama_index/postprocessor/rag_rerank/py.typed",
+            ],
+        ),
+    ],
+)
+def test_each_wheel_has_its_package_its_data_and_its_licence(project: str, expected: list[str], tmp_path: Path):
+    """And nothing else: no tests, no `__init__.py` in LlamaIndex's namespaces."""
+    names = wheel_of(ROOT / project, tmp_path)
+    assert set(expected) <= names
+    assert any(name.endswith("licenses/LICENSE") for name in names)
+    assert not names & {"llama_index/__init__.py", "llama_index/postprocessor/__init__.py"}
+    top = {name.partition("/")[0] for name in names}
+    assert {part for part in top if not part.endswith(".dist-info")} == {expected[0].partition("/")[0]}
