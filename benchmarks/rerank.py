@@ -3,9 +3,9 @@
     make bench                                        # or: .venv/bin/python -m benchmarks.rerank --rounds 10
 
 The model is a cross-encoder of MiniLM's shape: the encoder of all-MiniLM-L6-v2 with a random one-label head, so times
-are those of ms-marco-MiniLM-L6-v2, while scores mean nothing. Queries and documents are those of the embedded collection.
-Every round runs all contestants on the same query, in rotating order; what counts is the ratio within a round, for
-machines are noisy. Agreement is against sentence-transformers in float32.
+are those of ms-marco-MiniLM-L6-v2, while scores mean nothing. Queries and documents are those of the embedded
+collection. Every round runs all contestants on the same query, in rotating order; what counts is the ratio within a
+round, for machines are noisy. Agreement is against sentence-transformers in float32.
 """
 
 import argparse

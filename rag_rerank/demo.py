@@ -205,7 +205,8 @@ def _llama_index_order(scorer: Scorer, query: str, candidates: Mapping[str, str]
     logging.getLogger("llama_index").setLevel(logging.WARNING)
     engine = RetrieverQueryEngine.from_args(
         Candidates(),
-        response_synthesizer=NoText(llm=MockLLM()),
+        llm=MockLLM(),
+        response_synthesizer=NoText(llm=MockLLM()),  # response_mode="no_text" would ask for an OpenAI key
         node_postprocessors=[ScorerReranker(scorer=scorer, top_n=None)],
     )
     return [node.node_id for node in engine.query(query).source_nodes]
