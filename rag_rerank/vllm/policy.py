@@ -6,7 +6,6 @@ loops (`rag_rerank.vllm.transport`), so the rules stand here once and are tested
 that of httpx's authentication flow.
 """
 
-import itertools
 import math
 import random
 import time
@@ -151,8 +150,11 @@ class Call:
 
     def _exchange(self, request: Request, read: Callable[[bytes], T]) -> Steps[T]:
         """Send a request until there is a readable answer or a final refusal, or no try or no time is left."""
-        for retry in itertools.count():
-            outcome = yield Send(request, self._left())
+        retry = 0
+        while True:
+            if self._left() <= 0:
+                raise self._error(DeadlineExceeded, "the deadline passed")
+            outcome = yield Send(request, None if self._until is None else self._left())
             self._attempts += 1
             try:
                 return read(self._answer(outcome))
@@ -161,11 +163,11 @@ class Call:
                 failure.__cause__ = error
             except BackendUnavailable as error:
                 failure = error
-            pause, left = self._pause(retry, outcome), self._left()
-            if retry >= self._max_retries or (left is not None and pause >= left):
+            pause = self._pause(retry, outcome)
+            if retry >= self._max_retries or pause >= self._left():
                 raise failure
             yield Sleep(pause)
-        raise RuntimeError("itertools.count never ends")
+            retry += 1
 
     def _answer(self, outcome: Reply | Failure | None) -> bytes:
         """The body of a good answer; anything else as the error that it is."""
@@ -219,14 +221,9 @@ class Call:
         elapsed = self._clock() - self._began
         return kind(message, endpoint=self._label, attempts=self._attempts, elapsed=elapsed, remedy=remedy)
 
-    def _left(self) -> float | None:
-        """Seconds left for the call; DeadlineExceeded when there are none."""
-        if self._until is None:
-            return None
-        left = self._until - self._clock()
-        if left <= 0:
-            raise self._error(DeadlineExceeded, "the deadline passed")
-        return left
+    def _left(self) -> float:
+        """Seconds left for the call."""
+        return math.inf if self._until is None else self._until - self._clock()
 
     def _pause(self, retry: int, outcome: Reply | Failure | None) -> float:
         """Seconds to wait before the next try: what the server asks for, else full jitter over doubling bounds."""
