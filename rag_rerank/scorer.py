@@ -8,6 +8,7 @@ finite score came back for every pair, ranking that keeps ties in retrieval orde
 import asyncio
 import logging
 import math
+import re
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
@@ -83,7 +84,8 @@ class Scorer(ABC):
         Args:
             queries: One query, or as many as there are documents.
             documents: One document or many: 1:1, 1:N (one query for all) or N:N (like `zip`). Lone surrogates,
-                which no tokenizer or JSON reader accepts, are read as U+FFFD.
+                which no tokenizer or JSON reader accepts, are read as U+FFFD; text that spells a special token, such
+                as ``<|im_end|>``, is read with a space in it, so that it is not one.
             deadline: Seconds from now that the whole call may take. None: the back end's own default.
 
         Returns:
@@ -242,12 +244,31 @@ def _texts(value: str | Iterable[str], name: str) -> list[str]:
     return [_clean(text) for text in texts]
 
 
+# How the tokenizers of rerankers spell their special tokens: <|im_end|> (Qwen, Llama 3, ModernBERT), </s> (RoBERTa),
+# <end_of_turn> (Gemma), [SEP] (BERT), |||EMAIL_ADDRESS||| (ModernBERT). What matches is the first character only.
+_SPECIAL_TOKEN = re.compile(
+    r"""<(?=\|[^<>|\s]{1,64}\|>)
+    | <(?=/?(?:s|pad|unk|mask|bos|eos|cls|sep|think|tool_call|tool_response|start_of_turn|end_of_turn|unused\d+)>)
+    | \[(?=(?:PAD|UNK|CLS|SEP|MASK|/?INST|/?SYSTEM_PROMPT|unused\d+)\])
+    | \|(?=\|\|[A-Z_]{1,32}\|\|\|)""",
+    re.VERBOSE,
+)
+
+
 def _clean(text: str) -> str:
-    """`text` with surrogate pairs joined and lone surrogates (seen in text from PDFs) replaced by U+FFFD."""
+    """`text` as every tokenizer and JSON reader takes it, and with nothing in it that a tokenizer takes for a command.
+
+    Surrogate pairs are joined, lone surrogates (seen in text from PDFs) become U+FFFD. The spelling of a special token
+    gets a space behind its first character, ``< |im_end|>``: tokenizers read it as the token even in the middle of a
+    document, which could so end its turn and answer for itself. Done here because a server can't be told to do it, and
+    a pair must score the same everywhere.
+    """
     try:
         text.encode()
     except UnicodeEncodeError:
-        return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+        text = text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+    if "<" in text or "[" in text or "|||" in text:
+        text = _SPECIAL_TOKEN.sub(r"\g<0> ", text)
     return text
 
 

@@ -5,6 +5,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
+
+# A property that takes long on a busy machine is not wrong.
+settings.register_profile("no deadline", deadline=None)
+settings.load_profile("no deadline")
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # tests never ask a hub; set before transformers is imported
 

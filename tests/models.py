@@ -5,7 +5,9 @@ trained on the bundled collection.
 """
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
@@ -17,28 +19,47 @@ CORPUS = Path(rag_rerank.__file__).parent / "data" / "python_faq" / "corpus.json
 MAX_LENGTH = 96  # short, so that ordinary documents are over-long
 
 
-def word_piece_tokenizer(vocabulary: int = 2000) -> PreTrainedTokenizerFast:
-    """A BERT tokenizer, trained on the bundled collection."""
-    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+BERT_SPECIALS = {
+    "pad_token": "[PAD]",
+    "unk_token": "[UNK]",
+    "cls_token": "[CLS]",
+    "sep_token": "[SEP]",
+    "mask_token": "[MASK]",
+}
+
+
+def word_piece_tokenizer(
+    vocabulary: int = 2000,
+    *,
+    specials: Mapping[str, str] = MappingProxyType(BERT_SPECIALS),
+    pair: str = "{cls} $A {sep} $B:1 {sep}:1",
+    token_types: bool = True,
+) -> PreTrainedTokenizerFast:
+    """A BERT tokenizer, trained on the bundled collection.
+
+    Args:
+        vocabulary: How many tokens.
+        specials: Special tokens by transformers' names, in the order of their ids.
+        pair: How two texts are joined.
+        token_types: Whether it makes ``token_type_ids``.
+    """
+    unknown, cls, sep = specials["unk_token"], specials["cls_token"], specials["sep_token"]
+    tokenizer = Tokenizer(models.WordPiece(unk_token=unknown))
     tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    specials = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-    trainer = trainers.WordPieceTrainer(vocab_size=vocabulary, special_tokens=specials, show_progress=False)
+    trainer = trainers.WordPieceTrainer(
+        vocab_size=vocabulary, special_tokens=list(specials.values()), show_progress=False
+    )
     texts = (json.loads(line)["text"] for line in CORPUS.read_text(encoding="utf-8").splitlines()[:200])
     tokenizer.train_from_iterator(texts, trainer)
     tokenizer.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]",
-        pair="[CLS] $A [SEP] $B:1 [SEP]:1",
-        special_tokens=[(token, tokenizer.token_to_id(token)) for token in ("[CLS]", "[SEP]")],
+        single=f"{cls} $A {sep}",
+        pair=pair.format(cls=cls, sep=sep),
+        special_tokens=[(token, tokenizer.token_to_id(token)) for token in (cls, sep)],
     )
-    names = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
-    inputs = ["input_ids", "token_type_ids", "attention_mask"]
+    inputs = ["input_ids", *(["token_type_ids"] if token_types else []), "attention_mask"]
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        mask_token="[MASK]",
-        model_max_length=MAX_LENGTH,
-        model_input_names=inputs,
-        **names,
+        tokenizer_object=tokenizer, model_max_length=MAX_LENGTH, model_input_names=inputs, **specials
     )
 
 
@@ -59,10 +80,7 @@ def make_bert_cross_encoder(folder: Path, *, num_labels: int = 1, safe: bool = T
             **config,
         )
     )
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            if weight.dim() == 2 and "embeddings" not in name:
-                weight.mul_(8.0)
+    widen(model, 8.0)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     if not safe:  # the same weights as a pickle, which nothing here may open
@@ -70,3 +88,11 @@ def make_bert_cross_encoder(folder: Path, *, num_labels: int = 1, safe: bool = T
         torch.save(model.state_dict(), folder / "pytorch_model.bin")
         weights.unlink()
     return folder
+
+
+def widen(model: torch.nn.Module, factor: float) -> None:
+    """Enlarge all matrices but the embeddings: as they are drawn, scores hardly differ."""
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if weight.dim() == 2 and "embeddings" not in name:
+                weight.mul_(factor)

@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 
 from rag_rerank.errors import ConfigError
-from rag_rerank.local.encoding import encode, padded
+from rag_rerank.local.encoding import padded
 from rag_rerank.local.model import Inputs, TokenSequence
+from rag_rerank.local.prompting import Prompts
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 Activation = Callable[[Tensor], Tensor]
 
@@ -26,28 +27,18 @@ class CrossEncoder:
     """
 
     model: "PreTrainedModel"
-    tokenizer: "PreTrainedTokenizerBase"
-    max_length: int
+    prompts: Prompts
     token_budget: int
     activation: Activation
 
     def inputs(self, queries: list[str], documents: list[str]) -> Inputs:
         """One sequence per pair."""
-        if len(queries) == 1:
-            queries = queries * len(documents)
-        sequences = encode(self.tokenizer, queries, documents, self.max_length)
-        # vLLM tokenises pair by pair, and tokenizer(query, "") takes the empty document for none: [CLS] q [SEP] instead
-        # of [CLS] q [SEP] [SEP]. Another score (4e-3 in one logit), so we do as the server does.
-        empty = [position for position, document in enumerate(documents) if not document]
-        alone = encode(self.tokenizer, [queries[position] for position in empty], None, self.max_length)
-        for position, sequence in zip(empty, alone, strict=True):
-            sequences[position] = sequence
-        return Inputs(sequences, self._scores)
+        return Inputs(self.prompts.sequences(queries, documents), self._scores)
 
     @torch.inference_mode()
     def run(self, sequences: Sequence[TokenSequence]) -> Tensor:
         """Logits ``[len(sequences), 1]``."""
-        batch = padded(sequences, self.tokenizer.pad_token_id or 0, self.model.device)
+        batch = padded(sequences, self.prompts.tokenizer.pad_token_id or 0, self.model.device)
         logits: Tensor = self.model(**batch).logits
         return logits.float().cpu()
 

@@ -4,21 +4,19 @@ Constructing one takes microseconds, so that adapters and command lines can buil
 """
 
 import asyncio
-import importlib.util
 import os
 import threading
 import time
 import weakref
-from collections.abc import Mapping
-from typing import Any, Literal, get_args
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-from rag_rerank.errors import ConfigError, DeadlineExceeded
+from rag_rerank.errors import DeadlineExceeded
 from rag_rerank.local.engine import Engine
 from rag_rerank.local.model import Model
+from rag_rerank.local.settings import Dtype, ScoreType, Settings
 from rag_rerank.scorer import Scorer
-
-Dtype = Literal["auto", "float32", "bfloat16", "float16"]
-ScoreType = Literal["auto", "cross-encoder", "bi-encoder"]
+from rag_rerank.template import Template
 
 DEFAULT_MODEL = "cross-encoder/ms-marco-MiniLM-L6-v2"
 
@@ -31,16 +29,27 @@ class LocalScorer(Scorer):
     a forked child and an unpickled copy load their own.
 
     Args:
-        model: A hub id or a folder. A ``*ForSequenceClassification`` checkpoint with one label is a cross-encoder; a
-            sentence-transformers folder (``modules.json``) is a bi-encoder, scored by cosine.
+        model: A hub id or a folder. A ``*ForSequenceClassification`` checkpoint with one label is a cross-encoder, and
+            so is a ``*ForCausalLM`` that answers with a known word; a sentence-transformers folder (``modules.json``)
+            is a bi-encoder, scored by cosine; ColBERT is late interaction, scored by MaxSim.
         device: ``"cuda"``, ``"cuda:1"``, ``"mps"``, ``"cpu"``, ... None takes the first there is, in this order.
         dtype: ``"float32"``, ``"bfloat16"``, ``"float16"``, or ``"auto"``: the fastest that the device runs natively
             (bfloat16 on recent GPUs and on CPUs with AVX512_BF16 or AMX, float16 on older GPUs, else float32).
-        score_type: ``"cross-encoder"`` or ``"bi-encoder"``; ``"auto"`` reads it from the checkpoint.
+        score_type: ``"cross-encoder"``, ``"bi-encoder"``, ``"late-interaction"``; ``"auto"`` reads it from the
+            checkpoint.
+        template: The score template: a shipped name, a path or the text (see `Template.load`). ``"auto"`` takes the one
+            that the model was trained with, if the model's name or the checkpoint tells; a decoder (Qwen, Gemma, Llama)
+            with no known template is refused rather than scored wrongly. None: query and document as a plain pair.
+        instruction: The task, for a template with a place for it; None leaves it to the template.
+        chat_template_kwargs: More variables for the template.
+        classifier_tokens: For a ``*ForCausalLM`` that is not known: ``(true,)``, whose logit is the score, or
+            ``(false, true)``, scored by the difference, as with vLLM's ``classifier_from_token``.
         use_activation: None or True applies the checkpoint's own activation, as vLLM does (sigmoid unless its config
             names another); False gives logits. Without effect on a bi-encoder.
         max_length: Longest input in tokens, special tokens included. None: what the model was made for. Longer pairs
-            are cut as vLLM cuts them under ``truncate_prompt_tokens=-1``: from the longer of query and document.
+            are cut as vLLM cuts them under ``truncate_prompt_tokens=-1``: from the longer of query and document; but
+            with a template only from the document, for vLLM's cut would take the end of the prompt.
+        max_tokens_per_query, max_tokens_per_doc: Cut each query or document at so many tokens first, as vLLM does.
         revision: Branch, tag or commit on the hub.
         trust_remote_code: Whether code from the checkpoint may run. Only ever on by this argument.
         local_files_only: Never ask the hub.
@@ -62,8 +71,14 @@ class LocalScorer(Scorer):
         device: str | None = None,
         dtype: Dtype = "auto",
         score_type: ScoreType = "auto",
+        template: str | os.PathLike[str] | None = "auto",
+        instruction: str | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        classifier_tokens: Sequence[str] | None = None,
         use_activation: bool | None = None,
         max_length: int | None = None,
+        max_tokens_per_query: int | None = None,
+        max_tokens_per_doc: int | None = None,
         revision: str | None = None,
         trust_remote_code: bool = False,
         local_files_only: bool = False,
@@ -71,33 +86,26 @@ class LocalScorer(Scorer):
         model_kwargs: Mapping[str, Any] | None = None,
         tokenizer_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
-        self._settings: dict[str, Any] = {
-            "model": os.fspath(model),
-            "device": device,
-            "dtype": dtype,
-            "score_type": score_type,
-            "use_activation": use_activation,
-            "max_length": max_length,
-            "revision": revision,
-            "trust_remote_code": trust_remote_code,
-            "local_files_only": local_files_only,
-            "cache_dir": None if cache_dir is None else os.fspath(cache_dir),
-            "model_kwargs": dict(model_kwargs or {}),
-            "tokenizer_kwargs": dict(tokenizer_kwargs or {}),
-        }
-        if not self._settings["model"]:
-            raise ConfigError("model is empty; pass a hub id or a folder")
-        if dtype not in get_args(Dtype):
-            raise ConfigError(f"dtype must be one of {', '.join(get_args(Dtype))}; got {dtype!r}")
-        if score_type not in get_args(ScoreType):
-            raise ConfigError(f"score_type must be one of {', '.join(get_args(ScoreType))}; got {score_type!r}")
-        if max_length is not None and max_length < 1:
-            raise ConfigError(f"max_length must be at least 1 token, got {max_length}; None takes the model's own")
-        if {"token", "use_auth_token"} & (self._settings["model_kwargs"] | self._settings["tokenizer_kwargs"]).keys():
-            raise ConfigError("no access token belongs in the settings; set the environment variable HF_TOKEN")
-        for package in ("torch", "transformers"):
-            if importlib.util.find_spec(package) is None:
-                raise ConfigError(f"LocalScorer needs {package}: pip install 'rag-rerank[local]'")
+        self._settings = Settings(
+            model=os.fspath(model),
+            device=device,
+            dtype=dtype,
+            score_type=score_type,
+            template=None if template is None else "auto" if template == "auto" else Template.load(template),
+            instruction=instruction,
+            chat_template_kwargs=dict(chat_template_kwargs or {}),
+            classifier_tokens=None if classifier_tokens is None else tuple(classifier_tokens),
+            use_activation=use_activation,
+            max_length=max_length,
+            max_tokens_per_query=max_tokens_per_query,
+            max_tokens_per_doc=max_tokens_per_doc,
+            revision=revision,
+            trust_remote_code=trust_remote_code,
+            local_files_only=local_files_only,
+            cache_dir=None if cache_dir is None else os.fspath(cache_dir),
+            model_kwargs=dict(model_kwargs or {}),
+            tokenizer_kwargs=dict(tokenizer_kwargs or {}),
+        )
         self._reset()
 
     def _reset(self) -> None:
@@ -108,7 +116,7 @@ class LocalScorer(Scorer):
     @property
     def model_name(self) -> str:
         """The hub id or folder, as given."""
-        return str(self._settings["model"])
+        return self._settings.model
 
     def warm_up(self) -> None:
         """Load the model now instead of with the first call.
@@ -151,7 +159,7 @@ class LocalScorer(Scorer):
         """The engine of this process, started when needed: threads don't survive a fork."""
         with self._lock:
             if self._engine is None or self._engine_pid != os.getpid():
-                settings = dict(self._settings)
+                settings = self._settings  # not self: the thread must not keep the scorer alive
                 self._engine, self._engine_pid = Engine(lambda: _load(settings), name=self.model_name), os.getpid()
                 # The thread must not outlive a scorer that nobody closed, nor run on into interpreter shutdown.
                 weakref.finalize(self, self._engine.close)
@@ -175,8 +183,8 @@ class LocalScorer(Scorer):
         return f"LocalScorer({self.model_name!r})"
 
 
-def _load(settings: dict[str, Any]) -> Model:
+def _load(settings: Settings) -> Model:
     # The one import that brings torch and transformers (2-3 s): made in the engine's thread, by the first call.
     from rag_rerank.local.loading import load  # noqa: PLC0415
 
-    return load(**settings)
+    return load(settings)

@@ -6,10 +6,11 @@ loops (`rag_rerank.vllm.transport`), so the rules stand here once and are tested
 that of httpx's authentication flow.
 """
 
+import itertools
 import math
 import random
 import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeVar
 
@@ -23,14 +24,17 @@ from rag_rerank.errors import (
     DeadlineExceeded,
 )
 from rag_rerank.vllm.wire import (
+    Options,
     Reply,
     Request,
     Server,
     error_text,
     is_model_missing,
     read_models,
+    read_relevance_scores,
     read_scores,
     read_version,
+    rerank_request,
     score_request,
 )
 
@@ -114,36 +118,43 @@ class Call:
         queries: Sequence[str],
         documents: Sequence[str],
         *,
-        use_activation: bool | None,
-        truncate_prompt_tokens: int | None,
+        options: Options,
+        endpoint: Literal["score", "rerank"] = "score",
     ) -> Steps[list[float]]:
         """Score checked input on a server that `learn` has described."""
-        request = score_request(
-            server,
-            queries,
-            documents,
-            use_activation=use_activation,
-            truncate_prompt_tokens=truncate_prompt_tokens,
-        )
         try:
-            return (yield from self._exchange(request, lambda body: read_scores(body, len(documents))))
+            if endpoint == "score":
+                request = score_request(server, queries, documents, options)
+                return (yield from self._exchange(request, lambda body: read_scores(body, len(documents))))
+            scores: list[float] = []
+            for query, texts in _by_query(queries, documents):
+                scores += yield from self._rerank(rerank_request(server, query, texts, options), len(texts))
         except _ModelMissing:
             served = yield from self._served()
             message = f"the server does not serve the model {server.model!r}"
             raise self._error(BackendRejected, message, f"{_it_serves(served)} Pass one of them as model=.") from None
+        return scores
+
+    def _rerank(self, request: Request, expected: int) -> Steps[list[float]]:
+        return (yield from self._exchange(request, lambda body: read_relevance_scores(body, expected)))
 
     def learn(self, model: str | None) -> Steps[Server]:
-        """Ask the server for its version and, where the caller named no model, for the one that it serves."""
+        """Ask the server for its version and its models; `model` is the name that the caller gave, if any."""
         try:
             version = yield from self._exchange(Request("GET", "/version"), read_version)
         except BackendRejected:  # a gateway that forwards only /v1
             version = None
+        try:
+            served = yield from self._served()
+        except (BackendRejected, BadReply):
+            if model is None:
+                raise
+            served = []
         if model is not None:
-            return Server(version, model)
-        served = yield from self._served()
+            return Server(version, model, dict(served).get(model))
         if len({checkpoint for _, checkpoint in served}) != 1:
             raise ConfigError(f"{self._label} serves {len(served)} models; pass model=. {_it_serves(served)}")
-        return Server(version, served[0][0])
+        return Server(version, *served[0])
 
     def _served(self) -> Steps[list[tuple[str, str]]]:
         return (yield from self._exchange(Request("GET", "/v1/models"), read_models))
@@ -236,6 +247,13 @@ class Call:
             return seconds
         bound: float = min(LONGEST_PAUSE, FIRST_PAUSE * 2**retry)
         return self._jitter() * bound
+
+
+def _by_query(queries: Sequence[str], documents: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
+    """The documents of each query: a rerank API takes one query at a time."""
+    rows = list(queries) * len(documents) if len(queries) == 1 else queries
+    for query, pairs in itertools.groupby(zip(rows, documents, strict=True), key=lambda pair: pair[0]):
+        yield query, [document for _, document in pairs]
 
 
 def _it_serves(served: Sequence[tuple[str, str]]) -> str:

@@ -8,7 +8,7 @@ becomes scores only when it holds exactly one finite number for each document.
 import json
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -49,63 +49,114 @@ class Server:
     Attributes:
         version: Of vLLM; None where it doesn't say (then it is taken for a recent one).
         model: The name to ask for.
+        checkpoint: The hub id or folder behind that name, if the server tells.
     """
 
     version: Version | None
     model: str
+    checkpoint: str | None = None
 
 
-def score_request(
-    server: Server,
-    queries: Sequence[str],
-    documents: Sequence[str],
-    *,
-    use_activation: bool | None,
-    truncate_prompt_tokens: int | None,
-) -> Request:
-    """A score request in the form that the server's version knows.
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What a request may say beside query and documents; None says nothing. See `VLLMScorer` for the meanings."""
 
-    Unknown fields are ignored silently by vLLM, so a field that the version lacks must not be sent and hoped for.
+    use_activation: bool | None = None
+    truncate_prompt_tokens: int | None = None
+    max_tokens_per_query: int | None = None
+    max_tokens_per_doc: int | None = None
+    instruction: str | None = None
+    chat_template_kwargs: Mapping[str, Any] | None = None
+    priority: int | None = None
+    extra_body: Mapping[str, Any] | None = None
+
+    def fields(self, version: Version | None) -> dict[str, Any]:
+        """The options as fields of a request to a server of this version; None is taken for a recent one.
+
+        Raises:
+            ConfigError: The version does not know one of them. vLLM ignores unknown fields silently, so a score would
+                come back all the same, but not the one that was asked for.
+        """
+        version = version or (1, 0)
+        given = {name: getattr(self, name) for name in _SINCE if getattr(self, name) is not None}
+        if given.get("truncate_prompt_tokens") == -1 and version < (0, 9):
+            del given["truncate_prompt_tokens"]  # -1 came with 0.9; without it, over-long pairs are refused, not missed
+        for name in given:
+            if version < _SINCE[name]:
+                need = ".".join(map(str, _SINCE[name]))
+                raise ConfigError(f"vLLM {version[0]}.{version[1]} does not know {name}; it needs {need} or newer")
+        if "use_activation" in given and version < (0, 12):
+            given["activation"] = given.pop("use_activation")  # its name in 0.10 and 0.11
+        return given | dict(self.extra_body or {})
+
+
+# The versions from which a field is known (the sources of the releases; 0.16 to 0.33 were read, 0.32 was run).
+_SINCE: dict[str, Version] = {
+    "use_activation": (0, 10),
+    "truncate_prompt_tokens": (0, 8),
+    "max_tokens_per_query": (0, 20),
+    "max_tokens_per_doc": (0, 20),
+    "instruction": (0, 22),
+    "chat_template_kwargs": (0, 22),
+    "priority": (0, 8),
+}
+
+
+def score_request(server: Server, queries: Sequence[str], documents: Sequence[str], options: Options) -> Request:
+    """A request to the score API.
 
     Raises:
-        ConfigError: The server is too old for what is asked.
+        ConfigError: The server is too old for an option.
     """
-    body: dict[str, Any] = {
+    body = {
         "model": server.model,
         "text_1": queries[0] if len(queries) == 1 else list(queries),
         "text_2": list(documents),
     }
-    version = server.version or (1, 0)
-    if truncate_prompt_tokens is not None and (version >= (0, 9) or truncate_prompt_tokens > 0):
-        body["truncate_prompt_tokens"] = truncate_prompt_tokens  # -1 is known from 0.9.2 on
-    if use_activation is not None:
-        if version < (0, 10):
-            raise ConfigError(f"vLLM {version[0]}.{version[1]} can't be told use_activation; it needs 0.10 or newer")
-        body["use_activation" if version >= (0, 12) else "activation"] = use_activation
-    return Request(
-        "POST",
-        "/v1/score",
-        json.dumps(body, ensure_ascii=False).encode(),
-        reply_limit=(64 << 10) + 256 * len(documents),  # an entry of the answer takes about 60 bytes
-    )
+    return _post("/v1/score", body | options.fields(server.version), len(documents))
+
+
+def rerank_request(server: Server, query: str, documents: Sequence[str], options: Options) -> Request:
+    """A request to a rerank API of Jina's and Cohere's shape, which vLLM has too; without ``top_n``, it scores all.
+
+    Raises:
+        ConfigError: The server is too old for an option.
+    """
+    body = {"model": server.model, "query": query, "documents": list(documents)}
+    return _post("/v1/rerank", body | options.fields(server.version), len(documents), sum(map(len, documents)))
+
+
+def _post(path: str, body: Mapping[str, Any], documents: int, echoed: int = 0) -> Request:
+    # An entry of a score answer takes about 60 bytes; a rerank answer echoes the documents, up to 12 bytes a character.
+    limit = (64 << 10) + 256 * documents + 12 * echoed
+    return Request("POST", path, json.dumps(body, ensure_ascii=False).encode(), reply_limit=limit)
 
 
 def read_scores(body: bytes, expected: int) -> list[float]:
-    """The scores of a reply, in the order of the documents.
+    """The scores of a score API's reply, in the order of the documents.
 
     Raises:
         BadReply: Anything but one finite score for each index of ``range(expected)``.
     """
-    entries = _object(body).get("data")
+    return _scores(body, expected, "data", "score")
+
+
+def read_relevance_scores(body: bytes, expected: int) -> list[float]:
+    """As `read_scores`, from a rerank API's reply, whose order is its own."""
+    return _scores(body, expected, "results", "relevance_score")
+
+
+def _scores(body: bytes, expected: int, list_name: str, score_name: str) -> list[float]:
+    entries = _object(body).get(list_name)
     if not isinstance(entries, list):
-        raise BadReply("the answer has no list 'data'")
+        raise BadReply(f"the answer has no list {list_name!r}")
     if len(entries) != expected:
         raise BadReply(f"the answer has {len(entries)} scores for {expected} documents")
     scores: list[float | None] = [None] * expected
     for entry in entries:
         fields = entry if isinstance(entry, dict) else {}
         index: Any = fields.get("index")
-        score: Any = fields.get("score")
+        score: Any = fields.get(score_name)
         if type(index) is not int or not 0 <= index < expected:
             raise BadReply(f"the answer has the index {index!r} for {expected} documents")
         if scores[index] is not None:

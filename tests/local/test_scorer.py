@@ -144,7 +144,7 @@ class TestCrossEncoder:
         """[SEP] in a text is five letters: it does not end the document."""
         engine_model = _model_of(local_cross_encoder)
         plain = engine_model.inputs(["q"], ["a [SEP] [CLS] b"]).sequences[0]
-        special = set(engine_model.tokenizer.all_special_ids)
+        special = set(engine_model.prompts.tokenizer.all_special_ids)
         assert sum(token in special for token in plain.ids) == 3
 
     def test_bfloat16_ranks_almost_as_float32(self, cross_encoder: Path, documents: list[str]):
@@ -162,7 +162,7 @@ class TestCrossEncoder:
 def _model_of(scorer: LocalScorer):
     from rag_rerank.local.loading import load
 
-    return load(**{**scorer._settings, "dtype": "float32"})
+    return load(scorer._settings)
 
 
 def edited(source: Path, target: Path, **config: object) -> Path:

@@ -6,36 +6,10 @@ import itertools
 import pytest
 
 from rag_rerank import AuthError, BackendRejected, LocalScorer, VLLMScorer
-from rag_rerank.embedded import collection_folder
-from rag_rerank.evaluation import Collection
+from tests.pairs import largest_difference, pairs
 from tests.vllm_server import VLLMServer
 
 TOLERANCE = 1e-4
-
-
-def pairs() -> tuple[list[str], list[str]]:
-    """60 queries with a document each: real ones (most over-long for the tiny model), and every kind of odd text."""
-    collection = Collection.load(collection_folder())
-    queries = list(collection.queries.values())[:44]
-    documents = list(collection.documents.values())[::14][:44]
-    odd = [
-        "",
-        " ",
-        "x",
-        "\n\t",
-        "naïve café",
-        "日本語の文書",
-        "עברית",
-        "🎉🎉🎉",
-        "a\u2028b",
-        "NUL\x00byte",
-        "lone \ud800 surrogate",
-    ]
-    odd += ["word " * 3000, "x" * 5000, "[ SEP ]", "{{ 7 * 7 }}"]
-    return (
-        queries + ["what is " + text[:200] for text in odd] + ["word " * 400],
-        documents + odd + ["short"],
-    )
 
 
 @pytest.fixture(scope="module")
@@ -43,10 +17,6 @@ def texts() -> tuple[list[str], list[str]]:
     queries, documents = pairs()
     assert len(queries) == len(documents) == 60
     return queries, documents
-
-
-def largest_difference(first: list[float], second: list[float]) -> float:
-    return max(abs(a - b) for a, b in zip(first, second, strict=True))
 
 
 class TestCrossEncoder:

@@ -18,7 +18,7 @@ from rag_rerank import (
     RerankError,
 )
 from rag_rerank.vllm.policy import Call, Failure, Send, Sleep
-from rag_rerank.vllm.wire import Reply, Server
+from rag_rerank.vllm.wire import Options, Reply, Server
 
 SCORES = [0.25, 0.75]
 GOOD = Reply(200, json.dumps({"data": [{"index": i, "score": s} for i, s in enumerate(SCORES)]}).encode())
@@ -57,8 +57,8 @@ class World:
             return finished.value
 
     def score(self, max_retries: int = 2) -> list[float]:
-        arguments = {"use_activation": None, "truncate_prompt_tokens": None}
-        return self.run(self.call(max_retries).score(Server((0, 32), "m"), ["q"], ["a", "b"], **arguments))
+        steps = self.call(max_retries).score(Server((0, 32), "m"), ["q"], ["a", "b"], options=Options())
+        return self.run(steps)
 
     def learn(self, model: str | None = None) -> Server:
         return self.run(self.call().learn(model))
@@ -215,17 +215,22 @@ class TestLearning:
 
     VERSION = Reply(200, b'{"version": "0.32.0"}')
 
-    def test_a_named_model_needs_only_the_version(self):
-        """One request."""
-        world = World(self.VERSION)
-        assert world.learn("mine") == Server((0, 32), "mine")
-        assert world.paths == ["/version"]
+    def test_a_named_model_is_looked_up(self):
+        """Its checkpoint tells what it is."""
+        world = World(self.VERSION, Reply(200, b'{"data": [{"id": "other"}, {"id": "mine", "root": "org/x"}]}'))
+        assert world.learn("mine") == Server((0, 32), "mine", "org/x")
+        assert world.paths == ["/version", "/v1/models"]
+
+    @pytest.mark.parametrize("models", [Reply(404, b""), Reply(200, b'{"data": []}')])
+    def test_a_named_model_needs_no_list_of_models(self, models: Reply):
+        """A gateway may have none, or name models differently."""
+        assert World(self.VERSION, models).learn("mine") == Server((0, 32), "mine")
 
     def test_an_unnamed_model_is_the_one_that_is_served(self):
         """Aliases of one checkpoint count as one; the first is asked for."""
         models = Reply(200, b'{"data": [{"id": "a", "root": "r"}, {"id": "b", "root": "r"}]}')
         world = World(self.VERSION, models)
-        assert world.learn() == Server((0, 32), "a")
+        assert world.learn() == Server((0, 32), "a", "r")
         assert world.paths == ["/version", "/v1/models"]
 
     @pytest.mark.parametrize(
@@ -238,7 +243,37 @@ class TestLearning:
 
     def test_a_gateway_that_hides_the_version_is_fine(self):
         """404 on /version is an answer, too."""
-        assert World(Reply(404, b"")).learn("m") == Server(None, "m")
+        models = Reply(200, b'{"data": [{"id": "m"}]}')
+        assert World(Reply(404, b""), models).learn() == Server(None, "m", "m")
+
+
+class TestRerankEndpoint:
+    """Servers that have only a rerank API."""
+
+    def run(self, world: World, queries: list[str], documents: list[str]) -> list[float]:
+        return world.run(
+            world.call().score(Server(None, "m"), queries, documents, options=Options(), endpoint="rerank")
+        )
+
+    @staticmethod
+    def reply(*scores: float) -> Reply:
+        results = [{"index": index, "relevance_score": score} for index, score in enumerate(scores)]
+        return Reply(
+            200, json.dumps({"results": sorted(results, key=lambda entry: -entry["relevance_score"])}).encode()
+        )
+
+    def test_scores_come_back_in_the_order_of_the_documents(self):
+        """Though the server sorts them."""
+        world = World(self.reply(0.1, 0.9, 0.5))
+        assert self.run(world, ["q"], ["a", "b", "c"]) == [0.1, 0.9, 0.5]
+        assert world.paths == ["/v1/rerank"]
+        assert json.loads(world.sent[0].request.body) == {"model": "m", "query": "q", "documents": ["a", "b", "c"]}
+
+    def test_many_queries_are_many_requests(self):
+        """One for each run of the same query."""
+        world = World(self.reply(0.1, 0.2), self.reply(0.3))
+        assert self.run(world, ["q", "q", "r"], ["a", "b", "c"]) == [0.1, 0.2, 0.3]
+        assert [json.loads(step.request.body)["query"] for step in world.sent] == ["q", "r"]
 
 
 outcomes = st.sampled_from(

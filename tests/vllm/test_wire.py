@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from rag_rerank import BadReply, ConfigError
 from rag_rerank.vllm.wire import (
+    Options,
     Server,
     error_text,
     is_model_missing,
@@ -20,8 +21,7 @@ from rag_rerank.vllm.wire import (
 
 
 def body_of(version: tuple[int, int] | None = (0, 32), **options: object) -> dict[str, object]:
-    arguments = {"use_activation": None, "truncate_prompt_tokens": -1} | options
-    request = score_request(Server(version, "m"), ["q"], ["a", "b"], **arguments)
+    request = score_request(Server(version, "m"), ["q"], ["a", "b"], Options(**options))
     assert (request.method, request.path) == ("POST", "/v1/score")
     return json.loads(request.body)
 
@@ -34,14 +34,12 @@ class TestRequest:
     """text_1 and text_2, no nulls, nothing that the server would silently ignore."""
 
     def test_the_plain_form(self):
-        """What every version since 0.9 understands."""
-        assert body_of() == {"model": "m", "text_1": "q", "text_2": ["a", "b"], "truncate_prompt_tokens": -1}
+        """What every version understands."""
+        assert body_of() == {"model": "m", "text_1": "q", "text_2": ["a", "b"]}
 
     def test_many_queries_are_a_list(self):
         """N:N sends both sides as lists."""
-        request = score_request(
-            Server(None, "m"), ["q", "r"], ["a", "b"], use_activation=None, truncate_prompt_tokens=None
-        )
+        request = score_request(Server(None, "m"), ["q", "r"], ["a", "b"], Options())
         assert json.loads(request.body) == {"model": "m", "text_1": ["q", "r"], "text_2": ["a", "b"]}
 
     @pytest.mark.parametrize(("version", "field"), [((0, 32), "use_activation"), ((0, 11), "activation")])
@@ -49,14 +47,31 @@ class TestRequest:
         """use_activation from 0.12 on, activation before."""
         assert body_of(version, use_activation=False)[field] is False
 
-    def test_a_version_without_the_field_is_refused(self):
-        """vLLM ignores unknown fields: the scores would be on the wrong scale."""
-        with pytest.raises(ConfigError, match="0.10 or newer"):
-            body_of((0, 9), use_activation=False)
+    @pytest.mark.parametrize(
+        ("version", "options", "need"),
+        [
+            ((0, 9), {"use_activation": False}, "0.10"),
+            ((0, 19), {"max_tokens_per_doc": 10}, "0.20"),
+            ((0, 19), {"max_tokens_per_query": 10}, "0.20"),
+            ((0, 21), {"instruction": "i"}, "0.22"),
+            ((0, 21), {"chat_template_kwargs": {"x": 1}}, "0.22"),
+        ],
+    )
+    def test_a_version_without_the_field_is_refused(self, version: tuple[int, int], options: dict, need: str):
+        """vLLM ignores unknown fields: a score would come back, but not the one that was asked for."""
+        with pytest.raises(ConfigError, match=f"does not know {next(iter(options))}; it needs {need} or newer"):
+            body_of(version, **options)
+        major, minor = map(int, need.split("."))
+        assert set(body_of((major, minor), **options)) > {"model", "text_1", "text_2"}
+
+    def test_other_fields_are_sent_as_they_are(self):
+        """extra_body is for what we don't know."""
+        assert body_of(priority=3, extra_body={"user": "me"}) == body_of() | {"priority": 3, "user": "me"}
 
     def test_cutting_at_the_maximum_is_only_asked_of_versions_that_know_it(self):
         """-1 came with 0.9; a number is older."""
-        assert "truncate_prompt_tokens" not in body_of((0, 8))
+        assert "truncate_prompt_tokens" not in body_of((0, 8), truncate_prompt_tokens=-1)
+        assert body_of((0, 9), truncate_prompt_tokens=-1)["truncate_prompt_tokens"] == -1
         assert body_of((0, 8), truncate_prompt_tokens=512)["truncate_prompt_tokens"] == 512
 
     def test_an_unknown_version_is_taken_for_a_recent_one(self):

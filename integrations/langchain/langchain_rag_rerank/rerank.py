@@ -6,7 +6,7 @@ They differ in where the scorer comes from: `ScorerReranker` is given one, the o
 import os
 import threading
 from abc import abstractmethod
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field, PrivateAttr, SecretStr
 
@@ -177,11 +177,19 @@ class VLLMReranker(_SettingsReranker):
         model: The name that the server serves the model under. None takes the only one.
         api_key: Sent as bearer token. None reads ``VLLM_API_KEY`` from the environment, never another service's
             variable. Neither shown nor dumped nor pickled: an unpickled copy reads the environment again.
+        template: A score template to render here, for a server without ``--chat-template``; a shipped name, a path or
+            the text. See `rag_rerank.VLLMScorer` for this and the next ones.
+        instruction: The task, for a reranker whose template has a place for it.
+        chat_template_kwargs: More variables for the template.
         use_activation: None leaves the score to the model's own activation; False asks for logits.
+        truncate_prompt_tokens: Where the server cuts a pair that is longer than the model allows: -1 at the model's
+            maximum, an int at that many tokens, None not at all; ``"auto"`` is -1 where that does no harm.
+        max_tokens_per_query, max_tokens_per_doc: Cut each query or document at so many tokens (vLLM 0.20).
+        priority: Of the requests, where the server schedules by it; lower goes first.
+        extra_body: More fields for the request, as they are.
+        endpoint: ``"score"``; or ``"rerank"`` for other servers, which have only a rerank API.
         timeout: Seconds that a call may take in all, tries and waits included.
         max_retries: How often a request is repeated after a failure that may pass.
-        truncate_prompt_tokens: Where the server cuts a pair that is longer than the model allows: -1 at the model's
-            maximum, an int at that many tokens, None not at all. See `rag_rerank.VLLMScorer`.
         top_n, score_threshold, score_key, document_formatter, on_error, name: As for `ScorerReranker`. Dumps leave
             `document_formatter` out.
 
@@ -194,19 +202,35 @@ class VLLMReranker(_SettingsReranker):
     base_url: str | None = None
     model: str | None = None
     api_key: SecretStr | None = None
+    template: _PathText | None = None
+    instruction: str | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
     use_activation: bool | None = None
+    truncate_prompt_tokens: int | Literal["auto"] | None = "auto"
+    max_tokens_per_query: int | None = None
+    max_tokens_per_doc: int | None = None
+    priority: int | None = None
+    extra_body: dict[str, Any] | None = None
+    endpoint: str = "score"
     timeout: float = 30.0
     max_retries: int = 2
-    truncate_prompt_tokens: int | None = -1
 
     _scorer_fields: ClassVar[tuple[str, ...]] = (
         "base_url",
         "model",
         "api_key",
+        "template",
+        "instruction",
+        "chat_template_kwargs",
         "use_activation",
+        "truncate_prompt_tokens",
+        "max_tokens_per_query",
+        "max_tokens_per_doc",
+        "priority",
+        "extra_body",
+        "endpoint",
         "timeout",
         "max_retries",
-        "truncate_prompt_tokens",
     )
 
     def _build(self, settings: dict[str, Any]) -> Scorer:

@@ -4,7 +4,7 @@ import copy
 import os
 import threading
 from abc import abstractmethod
-from typing import Annotated, Any, cast
+from typing import Annotated, Any, Literal, cast
 
 from llama_index.core.bridge.pydantic import BeforeValidator, Field, PrivateAttr, SecretStr, WithJsonSchema
 
@@ -180,12 +180,19 @@ class VLLMReranker(_OwnScorer):
             until the first call has asked.
         api_key: Sent as bearer token. None reads ``VLLM_API_KEY`` from the environment. The key is in no repr,
             `to_dict` or pickle: pass it again, ``VLLMReranker.from_dict(data, api_key=key)``.
-        use_activation: None leaves the score to the model's own activation (mostly sigmoid: scores from 0 to 1); False
-            asks for logits.
+        template: A score template to render here, for a server without ``--chat-template``; a shipped name, a path or
+            the text. See `rag_rerank.VLLMScorer` for this and the next ones.
+        instruction: The task, for a reranker whose template has a place for it.
+        chat_template_kwargs: More variables for the template.
+        use_activation: None leaves the score to the model's own activation; False asks for logits.
+        truncate_prompt_tokens: Where the server cuts a pair that is longer than the model allows: -1 at the model's
+            maximum, an int at that many tokens, None not at all; ``"auto"`` is -1 where that does no harm.
+        max_tokens_per_query, max_tokens_per_doc: Cut each query or document at so many tokens (vLLM 0.20).
+        priority: Of the requests, where the server schedules by it; lower goes first.
+        extra_body: More fields for the request, as they are.
+        endpoint: ``"score"``; or ``"rerank"`` for other servers, which have only a rerank API.
         timeout: Seconds that a call may take in all, tries and waits included.
         max_retries: How often a request is repeated after a failure that may pass.
-        truncate_prompt_tokens: Where the server cuts a pair that is longer than the model allows. -1: at the model's
-            maximum. An int: at that many tokens. None: not at all, so that one over-long node fails the call.
         top_n, score_threshold, metadata_mode, on_error, callback_manager: As in `ScorerReranker`.
 
     Raises:
@@ -200,10 +207,18 @@ class VLLMReranker(_OwnScorer):
     base_url: str | None = None
     model: str | None = None
     api_key: SecretStr | None = Field(default=None, exclude=True, repr=False)
+    template: _PathText | None = None
+    instruction: str | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
     use_activation: bool | None = None
+    truncate_prompt_tokens: int | Literal["auto"] | None = "auto"
+    max_tokens_per_query: int | None = None
+    max_tokens_per_doc: int | None = None
+    priority: int | None = None
+    extra_body: dict[str, Any] | None = None
+    endpoint: str = "score"
     timeout: float = 30.0
     max_retries: int = 2
-    truncate_prompt_tokens: int | None = -1
 
     @property
     def scorer(self) -> "rag_rerank.VLLMScorer":

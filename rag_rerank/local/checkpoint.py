@@ -1,0 +1,125 @@
+"""Reading a checkpoint, from the hub or a folder: config, weights, tokenizer; or an error that says what is missing."""
+
+import json
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils.hub import cached_file
+
+from rag_rerank.errors import ConfigError
+from rag_rerank.local.hardware import choose_dtype
+from rag_rerank.local.settings import Settings
+
+
+class Checkpoint:
+    """A hub id or a folder, and how to read it; `config` is read at once, which shows whether it is there."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.name = name = settings.model
+        self._settings = settings
+        self._source = {
+            "revision": settings.revision,
+            "local_files_only": settings.local_files_only,
+            "cache_dir": settings.cache_dir,
+        }
+        self._code = {"trust_remote_code": settings.trust_remote_code}
+        if not Path(name).is_dir() and (Path(name).is_absolute() or name.startswith((".", "~")) or name.count("/") > 1):
+            raise ConfigError(f"there is no folder {name!r}; pass an existing folder or a hub id such as org/name")
+        if Path(name).is_dir() and not any(Path(name, file).is_file() for file in ("config.json", "modules.json")):
+            raise ConfigError(f"the folder {name!r} holds no model: neither config.json nor modules.json is in it")
+        self.modules: list[dict[str, Any]] | None = self.json("modules.json")
+        subfolder = next((module["path"] for module in self.modules or [] if module_kind(module) == "Transformer"), "")
+        self.config: PreTrainedConfig = self._read(AutoConfig.from_pretrained, subfolder=subfolder, **self._code)
+        self.architectures: tuple[str, ...] = tuple(self.config.architectures or ())
+
+    def file(self, path: str) -> Path | None:
+        """Where a file of the checkpoint lies on this machine, or None where it has no such file."""
+        found: str | None = self._read(cached_file, path, _raise_exceptions_for_missing_entries=False)
+        return None if found is None else Path(found)
+
+    def json(self, path: str) -> Any:
+        """The content of a JSON file of the checkpoint, or None where it has no such file."""
+        found = self.file(path)
+        if found is None:
+            return None
+        try:
+            return json.loads(found.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ConfigError(f"{path} of {self.name!r} is not valid JSON: {error}") from error
+
+    def sentence_config(self, subfolder: str = "") -> dict[str, Any]:
+        """What sentence-transformers wrote about its tokenizer, if anything."""
+        return self.json(str(PurePosixPath(subfolder, "sentence_bert_config.json"))) or {}
+
+    def model(self, auto: Any, device: torch.device, subfolder: str = "") -> PreTrainedModel:
+        """The weights, complete, on the device, in evaluation mode."""
+        loaded: PreTrainedModel
+        loaded, report = self._read(
+            auto.from_pretrained,
+            subfolder=subfolder,
+            use_safetensors=True,  # pickle weights can run code
+            output_loading_info=True,
+            **self._code,
+            **{"dtype": choose_dtype(self._settings.dtype, device), **self._settings.model_kwargs},
+        )
+        # Weights that a checkpoint lacks are drawn at random with no more than a log line: scores from nowhere. Only
+        # the pooler may be missing, and only where we pool ourselves.
+        missing = [key for key in report["missing_keys"] if auto is not AutoModel or "pooler" not in key]
+        if missing:
+            raise ConfigError(
+                f"{self.name!r} has no weights for {', '.join(sorted(missing)[:3])}: not a trained "
+                f"{type(loaded).__name__}. Pass a reranker, or score_type= for what it is."
+            )
+        # Module's own methods: those that transformers puts before them have lost their types.
+        torch.nn.Module.to(loaded, device)
+        torch.nn.Module.eval(loaded)
+        return loaded
+
+    def tokenizer(self, subfolder: str = "") -> PreTrainedTokenizerBase:
+        """The checkpoint's tokenizer."""
+        tokenizer: PreTrainedTokenizerBase = self._read(
+            AutoTokenizer.from_pretrained, subfolder=subfolder, **self._code, **self._settings.tokenizer_kwargs
+        )
+        return tokenizer
+
+    def _read(self, reader: Any, *args: Any, **options: Any) -> Any:
+        try:
+            return reader(self.name, *args, **self._source, **options)
+        except (OSError, ValueError, ImportError, KeyError) as error:
+            reason = " ".join(str(error).split())
+            raise ConfigError(f"{self.name!r} can't be loaded: {reason}") from error
+
+
+def module_kind(module: dict[str, Any]) -> str:
+    """``Pooling`` of ``sentence_transformers.models.Pooling``: the path before it changed over the versions."""
+    return str(module.get("type", "")).rpartition(".")[2]
+
+
+def max_length(
+    checkpoint: Checkpoint,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    asked: int | None,
+    subfolder: str = "",
+) -> int:
+    """Longest input in tokens: the least of what positions, tokenizer, sentence-transformers and the caller allow."""
+    limits = [int(getattr(checkpoint.config, "max_position_embeddings", 0) or 0)]
+    for name, module in model.named_modules():
+        if name.endswith("position_embeddings") and isinstance(module, torch.nn.Embedding):
+            # RoBERTa counts positions from padding_idx + 1: 514 rows are 512 positions.
+            limits.append(module.num_embeddings - (0 if module.padding_idx is None else module.padding_idx + 1))
+    limits.append(int(checkpoint.sentence_config(subfolder).get("max_seq_length") or 0))
+    limits.append(int(min(tokenizer.model_max_length, 10**9)))  # "no limit" is written as 10**30
+    limit = min(value for value in limits if value > 0)
+    if asked is not None and asked > limit:
+        raise ConfigError(f"max_length={asked} is more than {checkpoint.name!r} was made for: {limit} tokens")
+    return asked or limit

@@ -1,0 +1,165 @@
+"""Tiny encoders of other families than BERT that the tests make: cross-encoders, bi-encoders and ColBERTs.
+
+As in `tests.models`, the architectures are real and the weights random but wide. Heads are of 32, which is the least
+that vLLM's CPU attention knows.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from transformers import (
+    CONFIG_MAPPING,
+    AutoModel,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
+
+from rag_rerank.local.engine import Engine
+from rag_rerank.local.late_interaction import LateInteraction, read_projection
+from rag_rerank.scorer import Scorer
+from tests.models import MAX_LENGTH, widen, word_piece_tokenizer
+
+VECTOR_SIZE = 48
+
+
+def _bert() -> tuple[PreTrainedTokenizerFast, dict[str, Any]]:
+    return word_piece_tokenizer(), {}
+
+
+def _roberta() -> tuple[PreTrainedTokenizerFast, dict[str, Any]]:
+    """The padding token's id matters: RoBERTa counts positions from the one after it.
+
+    The configs of real RoBERTa and BGE rerankers have ``position_embedding_type``; transformers 5 writes none. Without
+    it vLLM 0.32 takes all 98 positions for usable, reads past the end of its table from token 97 on, and over-long pairs
+    score up to 0.12 off; ``--max-model-len 96`` is the remedy then.
+    """
+    specials = {"cls_token": "<s>", "pad_token": "<pad>", "sep_token": "</s>", "unk_token": "<unk>"}
+    tokenizer = word_piece_tokenizer(
+        specials={**specials, "mask_token": "<mask>"}, pair="{cls} $A {sep} {sep} $B {sep}", token_types=False
+    )
+    assert tokenizer.pad_token_id == 1
+    own = {"max_position_embeddings": MAX_LENGTH + 2, "type_vocab_size": 1, "position_embedding_type": "absolute"}
+    return tokenizer, own
+
+
+def _modern_bert() -> tuple[PreTrainedTokenizerFast, dict[str, Any]]:
+    """The first and the fourth layer see all tokens, those between them 8 to each side."""
+    tokenizer = word_piece_tokenizer(token_types=False)
+    own = {"cls_token_id": tokenizer.cls_token_id, "sep_token_id": tokenizer.sep_token_id}
+    own |= {"bos_token_id": None, "eos_token_id": None}  # the default ids lie beyond this vocabulary
+    return tokenizer, {"num_hidden_layers": 4, "local_attention": 16, **own}
+
+
+_FAMILIES = {"bert": _bert, "roberta": _roberta, "xlm-roberta": _roberta, "modernbert": _modern_bert}
+KINDS = tuple(_FAMILIES)
+
+
+def make_encoder_cross_encoder(folder: Path, kind: str) -> Path:
+    """Save a ``*ForSequenceClassification`` of the family `kind` (one of `KINDS`), with one label, into `folder`."""
+    return _save(folder, *_random(AutoModelForSequenceClassification, kind, num_labels=1))
+
+
+def make_bi_encoder(folder: Path, pooling: str) -> Path:
+    """Save a BERT as sentence-transformers does, cut at 64 tokens; `pooling` as in its config: ``cls_token``, ..."""
+    _save(folder, *_random(AutoModel, "bert"))
+    _write(folder / "modules.json", _modules(Transformer="", Pooling="1_Pooling", Normalize="2_Normalize"))
+    _write(folder / "sentence_bert_config.json", {"max_seq_length": 64, "do_lower_case": False})
+    _write(folder / "1_Pooling" / "config.json", {"word_embedding_dimension": 64, f"pooling_mode_{pooling}": True})
+    return folder
+
+
+def make_colbert(folder: Path) -> Path:
+    """Save a ColBERT as its authors do: one file with a BERT under ``bert.``, and ``linear.weight``.
+
+    The config has no ``dim``, of which vLLM 0.32 dies: it makes a layer before ``Module.__init__``.
+    """
+    model, tokenizer = _random(AutoModel, "bert")
+    _save(folder, model, tokenizer)
+    model.config.architectures = ["HF_ColBERT"]  # saving a model writes its class
+    model.config.save_pretrained(folder)
+    weights = {f"bert.{name}": weight for name, weight in model.state_dict().items()}
+    save_file(weights | {"linear.weight": _projection()}, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def make_pylate_colbert(folder: Path, **dense: object) -> Path:
+    """Save a ModernBERT ColBERT as PyLate does: the bare encoder, and the projection as a Dense module of its own."""
+    _save(folder, *_random(AutoModel, "modernbert"))
+    _write(folder / "modules.json", _modules(Transformer="", Dense="1_Dense"))
+    identity = "torch.nn.modules.linear.Identity"
+    config = {"in_features": 64, "out_features": VECTOR_SIZE, "bias": False, "activation_function": identity, **dense}
+    _write(folder / "1_Dense" / "config.json", config)
+    save_file({"linear.weight": _projection()}, folder / "1_Dense" / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+class LateInteractionScorer(Scorer):
+    """A ColBERT of this module in this process, in float32."""
+
+    def __init__(self, folder: Path, *, use_activation: bool | None = None) -> None:
+        self.folder = folder
+        self.model = load_late_interaction(folder, normalize=use_activation is not False)
+        self._engine = Engine(lambda: self.model, name=self.model_name)
+
+    @property
+    def model_name(self) -> str:
+        return str(self.folder)
+
+    def _score(self, queries: list[str], documents: list[str], until: float | None) -> list[float]:
+        return self._engine.submit(queries, documents).result()
+
+    def _close(self) -> None:
+        self._engine.close()
+
+
+def load_late_interaction(folder: Path, *, normalize: bool = True, token_budget: int = 2048) -> LateInteraction:
+    """A ColBERT of this module, ready to score."""
+    model, tokenizer = AutoModel.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
+    config = folder / "1_Dense" / "config.json"
+    dense = {"1_Dense": json.loads(config.read_text())} if config.exists() else {}
+    projection = read_projection(folder.joinpath, dense)
+    return LateInteraction(model, tokenizer, MAX_LENGTH, token_budget, projection, normalize)
+
+
+def _random(auto: Any, kind: str, **options: object) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
+    tokenizer, own = _FAMILIES[kind]()
+    sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 128}
+    sizes |= {"max_position_embeddings": MAX_LENGTH, "vocab_size": len(tokenizer)}
+    config = CONFIG_MAPPING[kind](**{"pad_token_id": tokenizer.pad_token_id, **sizes, **own, **options})
+    torch.manual_seed(0)
+    model = auto.from_config(config)
+    widen(model, 4.0 if kind == "modernbert" else 8.0)
+    return model, tokenizer
+
+
+def _projection() -> torch.Tensor:
+    return torch.randn(VECTOR_SIZE, 64, generator=torch.Generator().manual_seed(1)) / 8
+
+
+def _save(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> Path:
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def _modules(**folders: str) -> list[dict[str, object]]:
+    names = {"Dense": "pylate.models.Dense.Dense"}
+    return [
+        {
+            "idx": index,
+            "name": str(index),
+            "path": path,
+            "type": names.get(kind, f"sentence_transformers.models.{kind}"),
+        }
+        for index, (kind, path) in enumerate(folders.items())
+    ]
+
+
+def _write(path: Path, content: object) -> None:
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(content), encoding="utf-8")
