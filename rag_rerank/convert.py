@@ -90,8 +90,7 @@ def convert(
     if method not in get_args(Method):
         raise ConfigError(f"method must be one of {', '.join(get_args(Method))}; got {method!r}")
     if isinstance(tokens, str) or len(tokens) != len(_TOKENS[method]):
-        wanted = ", ".join(_TOKENS[method])
-        raise ConfigError(f"method {method!r} takes {len(_TOKENS[method])} tokens ({wanted}); got {tokens!r}")
+        raise ConfigError(f"method {method!r} takes the tokens ({', '.join(_TOKENS[method])}); got {tokens!r}")
     if dtype is not None and dtype not in get_args(Dtype):
         raise ConfigError(f"dtype must be None or one of {', '.join(get_args(Dtype))}; got {dtype!r}")
     target = Path(out).absolute()
@@ -119,7 +118,7 @@ class _CausalModel:
     def __init__(self, name: str, folder: Path) -> None:
         self.name = name
         self.folder = folder
-        local = {"local_files_only": True, "trust_remote_code": False}
+        local = {"local_files_only": True, "trust_remote_code": False}  # no code of the model ever runs
         self.config: PreTrainedConfig = self._read(AutoConfig.from_pretrained, folder, **local)
         self.architecture = _classifier(name, self.config)
         self.tokenizer: PreTrainedTokenizerBase = self._read(AutoTokenizer.from_pretrained, folder, **local)
@@ -132,8 +131,7 @@ class _CausalModel:
         self._home = {tensor: shard for shard in self.shards for tensor in self._read(_tensors, folder / shard)}
         self.head = _EMBEDDINGS if self.config.tie_word_embeddings else _HEAD
         if self.head not in self._home or "lm_head.bias" in self._home:
-            lack = f"no {self.head}" if self.head not in self._home else "an lm_head.bias, which a classifier has not"
-            raise ConfigError(f"{name!r} has {lack}: only plain causal language models are converted")
+            raise ConfigError(f"{name!r} has no {self.head}, or an lm_head.bias: a classifier has a weight and no bias")
 
     def token_ids(self, tokens: Sequence[str]) -> list[int]:
         """The row of each token; ConfigError unless each is one entry, and what its text is tokenized to."""
@@ -167,11 +165,14 @@ class _CausalModel:
         for done, shard in enumerate(self.shards, 1):
             with safe_open(self.folder / shard, framework="pt") as source:
                 names = [name for name in source.keys() if name != _HEAD]  # noqa: SIM118 - it is not a dict
-                tensors = {name: _cast(source.get_tensor(name), dtype) for name in names}
+                tensors = {name: source.get_tensor(name) for name in names}
+                for name in [name for name in names if dtype and tensors[name].is_floating_point()]:
+                    tensors[name] = tensors[name].to(getattr(torch, str(dtype)))
                 metadata = source.metadata() or {"format": "pt"}
             if shard == home:
                 tensors[_SCORE] = score
             save_file(tensors, out / shard, metadata=metadata)
+            shutil.copymode(self.folder / shard, out / shard)  # safetensors makes files for the owner alone
             index |= dict.fromkeys(tensors, shard)
             size += sum(tensor.nbytes for tensor in tensors.values())
             del tensors  # before the next shard is read
@@ -207,11 +208,9 @@ class _CausalModel:
             _write_json(out / "tokenizer_config.json", settings)
 
     def _shards(self) -> list[str]:
-        """The weight files, in order."""
-        if (self.folder / _INDEX).is_file():
-            shards = sorted(set(self._json(_INDEX)["weight_map"].values()))
-        else:
-            shards = [_WEIGHTS]
+        """The weight files, in order; as in transformers, one file goes before an index."""
+        index = {} if (self.folder / _WEIGHTS).is_file() else self._json(_INDEX)
+        shards = sorted(set(index.get("weight_map", {}).values())) or [_WEIGHTS]
         outside = [shard for shard in shards if Path(shard).name != shard]
         missing = [shard for shard in shards if not (self.folder / shard).is_file()]
         if outside or missing:
@@ -227,10 +226,9 @@ class _CausalModel:
             weight: torch.Tensor = shard.get_slice(self.head)[row : row + 1]
         return weight
 
-    def _json(self, file: str) -> dict[str, Any]:
+    def _json(self, file: str) -> Any:
         path = self.folder / file
-        entries: dict[str, Any] = self._read(json.loads, path.read_bytes()) if path.is_file() else {}
-        return entries
+        return self._read(json.loads, path.read_bytes()) if path.is_file() else {}
 
     def _read(self, reader: Any, *args: Any, **options: Any) -> Any:
         try:
@@ -243,8 +241,7 @@ def _classifier(name: str, config: PreTrainedConfig) -> str:
     """The classifier of the same architecture, if its score can be the causal model's logit."""
     architecture = (config.architectures or ["(none)"])[0]
     if not architecture.endswith("ForCausalLM"):
-        hint = "; it is a classifier already" if architecture.endswith("ForSequenceClassification") else ""
-        raise ConfigError(f"{name!r} is a {architecture}{hint}. Pass a reranker that is a *ForCausalLM.")
+        raise ConfigError(f"{name!r} is a {architecture}. Pass a *ForCausalLM; other rerankers need no conversion.")
     wanted = architecture.removesuffix("ForCausalLM") + "ForSequenceClassification"
     known: Any = CLASSIFIERS.get(type(config), None)
     if getattr(known, "__name__", None) != wanted or not issubclass(known, GenericForSequenceClassification):
@@ -263,7 +260,7 @@ def _folder(name: str, **source: Any) -> Path:
         return Path(name)
     if Path(name).is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
         raise ConfigError(f"there is no folder {name!r}; pass an existing folder or a hub id such as org/name")
-    wanted = ["*.safetensors", "*.json", *_TOKENIZER_FILES]
+    wanted = ["model*.safetensors", "*.json", *_TOKENIZER_FILES]
     try:
         return Path(snapshot_download(name, allow_patterns=wanted, ignore_patterns=["*/*"], **source))
     except (OSError, ValueError) as error:
@@ -271,13 +268,12 @@ def _folder(name: str, **source: Any) -> Path:
 
 
 def _check_target(target: Path, overwrite: bool) -> None:
-    if target.exists() and not target.is_dir():
+    if target.is_file():
         raise ConfigError(f"{str(target)!r} is a file; pass a folder")
-    if not target.exists() or not any(target.iterdir()):
-        return
-    if not overwrite:
+    there = target.exists() and any(target.iterdir())
+    if there and not overwrite:
         raise ConfigError(f"{str(target)!r} is not empty; pass another folder, or overwrite=True to replace it")
-    if not (target / "config.json").is_file():
+    if there and not (target / "config.json").is_file():
         raise ConfigError(f"{str(target)!r} holds something else than a model, which is never replaced; pass another")
 
 
@@ -293,10 +289,6 @@ def _put(staging: Path, target: Path) -> None:
             old.rename(target)
         raise
     shutil.rmtree(old, ignore_errors=True)
-
-
-def _cast(tensor: torch.Tensor, dtype: Dtype | None) -> torch.Tensor:
-    return tensor if dtype is None or not tensor.is_floating_point() else tensor.to(getattr(torch, dtype))
 
 
 def _tensors(shard: Path) -> list[str]:

@@ -63,16 +63,25 @@ def vllm_cross_encoder(cross_encoder: Path) -> Iterator[VLLMServer]:
 
 
 def _server(folder: Path, name: str | None = None, api_key: str | None = None) -> Iterator[VLLMServer]:
+    require_server()
+    with vllm_server.serving(folder, name=name, api_key=api_key) as server:
+        yield server
+
+
+def require_server() -> None:
+    """Skip the test where no vLLM server can be started; fail it where one must be there."""
     reason = vllm_server.why_not()
     if reason is not None and os.environ.get("RAG_RERANK_REQUIRE_VLLM"):
         pytest.fail(reason)
     if reason is not None:
         pytest.skip(reason)
-    with vllm_server.serving(folder, name=name, api_key=api_key) as server:
-        yield server
 
 
-SERVER_FIXTURES = {"vllm_minilm", "vllm_cross_encoder"}
+def needs_server(item: pytest.Item) -> bool:
+    """By name: every fixture that starts a server is called vllm_ and what it serves."""
+    return any(name.startswith("vllm_") for name in getattr(item, "fixturenames", ()))
+
+
 _needs_server: set[str] = set()
 _passed: set[str] = set()
 
@@ -80,7 +89,7 @@ _passed: set[str] = set()
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Fast tests first: those that need a server, which takes half a minute to start, come last."""
     for item in items:
-        if SERVER_FIXTURES & set(getattr(item, "fixturenames", ())):
+        if needs_server(item):
             _needs_server.add(item.nodeid)
     items.sort(key=lambda item: item.nodeid in _needs_server)
 

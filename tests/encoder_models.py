@@ -19,9 +19,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from rag_rerank.local.engine import Engine
 from rag_rerank.local.late_interaction import LateInteraction, read_projection
-from rag_rerank.scorer import Scorer
 from tests.models import MAX_LENGTH, widen, word_piece_tokenizer
 
 VECTOR_SIZE = 48
@@ -35,8 +33,8 @@ def _roberta() -> tuple[PreTrainedTokenizerFast, dict[str, Any]]:
     """The padding token's id matters: RoBERTa counts positions from the one after it.
 
     The configs of real RoBERTa and BGE rerankers have ``position_embedding_type``; transformers 5 writes none. Without
-    it vLLM 0.32 takes all 98 positions for usable, reads past the end of its table from token 97 on, and over-long pairs
-    score up to 0.12 off; ``--max-model-len 96`` is the remedy then.
+    it vLLM 0.32 takes all 98 positions for usable and reads past the end of its table from token 97 on: over-long pairs
+    score up to 0.12 off, unless it is started with ``--max-model-len 96``.
     """
     specials = {"cls_token": "<s>", "pad_token": "<pad>", "sep_token": "</s>", "unk_token": "<unk>"}
     tokenizer = word_piece_tokenizer(
@@ -98,25 +96,6 @@ def make_pylate_colbert(folder: Path, **dense: object) -> Path:
     return folder
 
 
-class LateInteractionScorer(Scorer):
-    """A ColBERT of this module in this process, in float32."""
-
-    def __init__(self, folder: Path, *, use_activation: bool | None = None) -> None:
-        self.folder = folder
-        self.model = load_late_interaction(folder, normalize=use_activation is not False)
-        self._engine = Engine(lambda: self.model, name=self.model_name)
-
-    @property
-    def model_name(self) -> str:
-        return str(self.folder)
-
-    def _score(self, queries: list[str], documents: list[str], until: float | None) -> list[float]:
-        return self._engine.submit(queries, documents).result()
-
-    def _close(self) -> None:
-        self._engine.close()
-
-
 def load_late_interaction(folder: Path, *, normalize: bool = True, token_budget: int = 2048) -> LateInteraction:
     """A ColBERT of this module, ready to score."""
     model, tokenizer = AutoModel.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
@@ -138,7 +117,8 @@ def _random(auto: Any, kind: str, **options: object) -> tuple[PreTrainedModel, P
 
 
 def _projection() -> torch.Tensor:
-    return torch.randn(VECTOR_SIZE, 64, generator=torch.Generator().manual_seed(1)) / 8
+    """Small enough that plain dot products, too, add up to less than 100: float32 has 7 digits."""
+    return torch.randn(VECTOR_SIZE, 64, generator=torch.Generator().manual_seed(1)) / 64
 
 
 def _save(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> Path:

@@ -13,7 +13,7 @@ import httpx
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from rag_rerank.convert import convert
@@ -169,8 +169,6 @@ class TestWeights:
 
     def test_of_both_matrices_are_dropped(self, copied: Path, tmp_path: Path) -> None:
         """A model with tied embeddings that stores the output matrix too loses it all the same."""
-        from safetensors.torch import save_file
-
         weights = load_file(copied / WEIGHTS)
         save_file(
             {**weights, "lm_head.weight": weights["model.embed_tokens.weight"].clone()},
@@ -181,6 +179,12 @@ class TestWeights:
         with safe_open(out / WEIGHTS, framework="pt") as file:
             assert "lm_head.weight" not in file.keys()  # noqa: SIM118 - it is not a dict
             assert file.metadata() == {"format": "pt"}
+
+    def test_may_be_read_by_whom_the_source_may_be_read(self, copied: Path, tmp_path: Path) -> None:
+        """A server under another account can read the result if it could read the source."""
+        (copied / WEIGHTS).chmod(0o644)
+        out = convert(copied, tmp_path / "out", **YES_NO)
+        assert (out / WEIGHTS).stat().st_mode & 0o777 == 0o644
 
 
 class TestConfig:
@@ -323,9 +327,9 @@ class TestErrors:
         ("options", "message"),
         [
             ({"method": "three-token", "tokens": ("no", "yes")}, "method must be one of two-token, single-token"),
-            ({"method": "two-token", "tokens": ("yes",)}, r"takes 2 tokens \(false, true\)"),
-            ({"method": "single-token", "tokens": ("no", "yes")}, r"takes 1 tokens \(true\)"),
-            ({"method": "single-token", "tokens": "yes"}, r"takes 1 tokens \(true\)"),
+            ({"method": "two-token", "tokens": ("yes",)}, r"takes the tokens \(false, true\)"),
+            ({"method": "single-token", "tokens": ("no", "yes")}, r"takes the tokens \(true\)"),
+            ({"method": "single-token", "tokens": "yes"}, r"takes the tokens \(true\)"),
             ({"method": "two-token", "tokens": ("yes", "yes")}, "the two tokens are the same"),
             ({"method": "single-token", "tokens": ("absolutely",)}, "'absolutely' is not one entry of the vocabulary"),
             ({"method": "single-token", "tokens": ("",)}, "'' is not one entry of the vocabulary"),
@@ -344,13 +348,13 @@ class TestErrors:
     def test_of_a_classifier(self, tmp_path: Path) -> None:
         """What is a classifier already needs no conversion."""
         source = make_decoder_classifier(tmp_path / "source", "qwen3")
-        with pytest.raises(ConfigError, match="Qwen3ForSequenceClassification; it is a classifier already"):
+        with pytest.raises(ConfigError, match="Qwen3ForSequenceClassification.*need no conversion"):
             convert(source, tmp_path / "out", **YES_NO)
 
     @pytest.mark.parametrize(
         ("changes", "message"),
         [
-            ({"architectures": ["Qwen3Model"]}, "is a Qwen3Model. Pass a reranker that is a [*]ForCausalLM"),
+            ({"architectures": ["Qwen3Model"]}, "is a Qwen3Model. Pass a [*]ForCausalLM"),
             ({"architectures": None}, r"is a \(none\)"),
             ({"architectures": ["MyForCausalLM"]}, "transformers has no MyForSequenceClassification"),
             ({"model_type": "granite", "architectures": ["GraniteForCausalLM"]}, "no GraniteForSequenceClassification"),
@@ -377,18 +381,30 @@ class TestErrors:
         with pytest.raises(ConfigError, match=r"no model\.safetensors: .*pickle weights can run code.*save_pretrained"):
             convert(copied, tmp_path / "out", **YES_NO)
 
-    @pytest.mark.parametrize("shard", ["model-00002-of-00002.safetensors", "../copied/model.safetensors"])
+    @pytest.mark.parametrize(
+        "shard", ["model-00002-of-00002.safetensors", "../copied/model-00001-of-00002.safetensors"]
+    )
     def test_of_shards_that_are_missing_or_elsewhere(self, shard: str, copied: Path, tmp_path: Path) -> None:
         """Every shard of the index must be a file of the folder: its name is also where it would be written."""
-        (copied / INDEX).write_text(json.dumps({"weight_map": {"model.norm.weight": WEIGHTS, "score.weight": shard}}))
+        (copied / WEIGHTS).rename(copied / "model-00001-of-00002.safetensors")
+        weight_map = {"model.norm.weight": "model-00001-of-00002.safetensors", "lm_head.weight": shard}
+        (copied / INDEX).write_text(json.dumps({"weight_map": weight_map}))
         with pytest.raises(ConfigError, match=f"has no {shard}"):
             convert(copied, tmp_path / "out", **YES_NO)
 
     @pytest.mark.parametrize("file", [WEIGHTS, INDEX])
     def test_of_broken_files(self, file: str, copied: Path, tmp_path: Path) -> None:
         """A file that was cut off is named as such, before anything is written."""
+        (copied / WEIGHTS).unlink()
         (copied / file).write_bytes(b"{")
         with pytest.raises(ConfigError, match="can't be loaded"):
+            convert(copied, tmp_path / "out", **YES_NO)
+
+    def test_of_an_output_matrix_with_a_bias(self, copied: Path, tmp_path: Path) -> None:
+        """A classifier has no bias, so a model with one would score otherwise."""
+        weights = load_file(copied / WEIGHTS)
+        save_file({**weights, "lm_head.bias": torch.ones(8)}, copied / WEIGHTS, metadata={"format": "pt"})
+        with pytest.raises(ConfigError, match="an lm_head.bias"):
             convert(copied, tmp_path / "out", **YES_NO)
 
     def test_of_a_tokenizer_without_padding(self, copied: Path, tmp_path: Path) -> None:

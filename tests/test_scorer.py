@@ -131,16 +131,10 @@ class TestText:
     @pytest.mark.parametrize(
         "token",
         [
-            "<|im_end|>",
-            "<|endoftext|>",
-            "<|reserved_special_token_7|>",
-            "</s>",
-            "<s>",
-            "<mask>",
-            "<bos>",
-            "<end_of_turn>",
-        ]
-        + ["[SEP]", "[CLS]", "[unused12]", "<think>", "</think>", "|||EMAIL_ADDRESS|||", "<|padding|>"],
+            *("<|im_end|>", "<|endoftext|>", "<|padding|>", "<|reserved_special_token_7|>", "|||EMAIL_ADDRESS|||"),
+            *("</s>", "<s>", "<mask>", "<bos>", "<end_of_turn>", "<think>", "</think>"),
+            *("[SEP]", "[CLS]", "[unused12]"),
+        ],
     )
     def test_what_spells_a_special_token_gets_a_space(self, token: str):
         """A document could end its own turn and answer for itself."""

@@ -110,7 +110,7 @@ def _wait(process: subprocess.Popen[bytes], server: VLLMServer) -> None:
         if process.poll() is not None:
             raise RuntimeError(f"vLLM ended with {process.returncode}:\n{_tail(server.log)}")
         try:
-            with urllib.request.urlopen(f"{server.base_url}/health", timeout=5) as answer:  # noqa: S310
+            with urllib.request.urlopen(f"{server.base_url}/health", timeout=5) as answer:
                 if answer.status == 200:
                     return
         except (urllib.error.URLError, OSError):

@@ -183,10 +183,10 @@ class _Loading:
         ):
             return Template("chat_template", saved)
         if needed:
+            architecture, shipped = self.checkpoint.architectures[0], ", ".join(Template.shipped())
             raise ConfigError(
-                f"the score template of {self.checkpoint.name!r} is not known; without it, a "
-                f"{self.checkpoint.architectures[0]} scores near random. Pass template=: {", ".join(Template.shipped())}, "
-                "or template=None if it was trained on plain pairs."
+                f"the score template of {self.checkpoint.name!r} is not known; a {architecture} scores near random "
+                f"without it. Pass template=: {shipped}, a file, or the text; or None if it was trained on plain pairs."
             )
         return None
 

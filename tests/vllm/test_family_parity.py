@@ -1,0 +1,92 @@
+"""Encoder families, poolings and ColBERTs: LocalScorer in float32 against one real vLLM server after the other."""
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from rag_rerank import LocalScorer, VLLMScorer
+from tests.encoder_models import make_bi_encoder, make_colbert, make_encoder_cross_encoder, make_pylate_colbert
+from tests.pairs import largest_difference, pairs
+from tests.vllm_server import VLLMServer, serving, why_not
+
+TOLERANCE = 1e-4
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """A model to be compared.
+
+    Attributes:
+        make: Saves it into a folder.
+        spread: How far its scores must be apart at least, or equality would say little.
+        options: What its server must be told.
+    """
+
+    make: Callable[[Path], Path]
+    spread: float
+    options: tuple[str, ...] = ()
+
+
+FAMILIES = {
+    "roberta": Family(partial(make_encoder_cross_encoder, kind="roberta"), 1),
+    "xlm-roberta": Family(partial(make_encoder_cross_encoder, kind="xlm-roberta"), 1),
+    "modernbert": Family(partial(make_encoder_cross_encoder, kind="modernbert"), 1),
+    "bi-encoder-cls": Family(partial(make_bi_encoder, pooling="cls_token"), 0.2),
+    "bi-encoder-last": Family(partial(make_bi_encoder, pooling="lasttoken"), 0.2),
+    "colbert-bert": Family(make_colbert, 10),
+    # A PyLate folder calls itself a ModernBertModel; the server must be told what it is.
+    "colbert-modernbert": Family(
+        make_pylate_colbert, 10, ("--hf-overrides", json.dumps({"architectures": ["ColBERTModernBertModel"]}))
+    ),
+}
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def vllm_family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[VLLMServer]:
+    """A server for one model; it is gone before the next one starts."""
+    reason = why_not()
+    if reason is not None and os.environ.get("RAG_RERANK_REQUIRE_VLLM"):
+        pytest.fail(reason)
+    if reason is not None:
+        pytest.skip(reason)
+    family = FAMILIES[request.param]
+    with serving(family.make(tmp_path_factory.mktemp("models") / request.param), *family.options) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def texts() -> tuple[list[str], list[str]]:
+    return pairs()
+
+
+def scored(server: VLLMServer, *texts: str | list[str], use_activation: bool | None) -> tuple[list[float], list[float]]:
+    """The scores of both sides."""
+    with (
+        LocalScorer(server.folder, dtype="float32", use_activation=use_activation) as local,
+        VLLMScorer(server.base_url, use_activation=use_activation) as remote,
+    ):
+        return local.score(*texts), remote.score(*texts)
+
+
+class TestFamilies:
+    """60 pairs, over-long, empty and odd texts among them."""
+
+    def test_scores_are_equal(self, vllm_family: VLLMServer, texts):
+        """As they come by default."""
+        assert largest_difference(*scored(vllm_family, *texts, use_activation=None)) <= TOLERANCE
+
+    def test_scores_without_activation_are_equal(self, vllm_family: VLLMServer, texts):
+        """Logits of a cross-encoder, plain dot products of a ColBERT, a bi-encoder's cosines as ever."""
+        ours, theirs = scored(vllm_family, *texts, use_activation=False)
+        assert largest_difference(ours, theirs) <= TOLERANCE
+        assert max(ours) - min(ours) > FAMILIES[vllm_family.name].spread
+
+    def test_one_query_for_all_is_equal(self, vllm_family: VLLMServer, texts):
+        """As a reranker asks."""
+        ours, theirs = scored(vllm_family, "How do I copy a file?", texts[1], use_activation=None)
+        assert largest_difference(ours, theirs) <= TOLERANCE
