@@ -200,12 +200,11 @@ class _CausalModel:
         for file in _TOKENIZER_FILES:
             if (self.folder / file).is_file():
                 shutil.copyfile(self.folder / file, out / file)
-        if template is None:
-            return
-        (out / "chat_template.jinja").write_text(template, encoding="utf-8", newline="")
-        settings = self._json("tokenizer_config.json")
-        if settings.pop("chat_template", None) is not None:  # older readers look here first
-            _write_json(out / "tokenizer_config.json", settings)
+        if template is not None:
+            (out / "chat_template.jinja").write_text(template, encoding="utf-8", newline="")
+            settings = self._json("tokenizer_config.json")
+            if settings.pop("chat_template", None) is not None:  # older readers look here first
+                _write_json(out / "tokenizer_config.json", settings)
 
     def _shards(self) -> list[str]:
         """The weight files, in order; as in transformers, one file goes before an index."""

@@ -244,12 +244,15 @@ def _texts(value: str | Iterable[str], name: str) -> list[str]:
     return [_clean(text) for text in texts]
 
 
-# How the tokenizers of rerankers spell their special tokens: <|im_end|> (Qwen, Llama 3, ModernBERT), </s> (RoBERTa),
-# <end_of_turn> (Gemma), [SEP] (BERT), |||EMAIL_ADDRESS||| (ModernBERT). What matches is the first character only.
+# How the tokenizers of rerankers spell their special tokens: <|im_end|> (Qwen, Llama 3, ModernBERT), </s> (RoBERTa,
+# Mistral), <end_of_turn> (Gemma), [SEP] (BERT), [INST] (Mistral), |||EMAIL_ADDRESS||| (ModernBERT). What matches is the
+# first character only.
 _SPECIAL_TOKEN = re.compile(
     r"""<(?=\|[^<>|\s]{1,64}\|>)
-    | <(?=/?(?:s|pad|unk|mask|bos|eos|cls|sep|think|tool_call|tool_response|start_of_turn|end_of_turn|unused\d+)>)
-    | \[(?=(?:PAD|UNK|CLS|SEP|MASK|/?INST|/?SYSTEM_PROMPT|unused\d+)\])
+    | <(?=/?(?:s|pad|unk|mask|bos|eos|cls|sep|think|tool_call|tool_response|2mass|unused\d+|image|IMG_CONTEXT
+        |(?:start|end)_of_(?:turn|image)|image_soft_token)>)
+    | \[(?=(?:PAD|UNK|CLS|SEP|MASK|unused\d+|@BOS@
+        |/?(?:INST|SYSTEM_PROMPT|AVAILABLE_TOOLS|TOOL_RESULTS|TOOL_CALLS|TOOL_CONTENT|IMG|PREFIX|MIDDLE|SUFFIX))\])
     | \|(?=\|\|[A-Z_]{1,32}\|\|\|)""",
     re.VERBOSE,
 )

@@ -25,6 +25,30 @@ from tests.scorers import Answers, WordOverlap, overlap
 texts = st.text(st.characters(codec=None), max_size=20)  # lone surrogates included
 
 
+# Every special or added token that the tokenizers of the families in rag_rerank.families have, but for numbered ones.
+SPECIAL_TOKENS = [
+    *("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "[unused12]"),  # BERT
+    *("<s>", "</s>", "<pad>", "<unk>", "<mask>"),  # RoBERTa, XLM-R, Mistral
+    *("<|padding|>", "<|endoftext|>", "|||IP_ADDRESS|||", "|||EMAIL_ADDRESS|||", "|||PHONE_NUMBER|||"),  # ModernBERT
+    *(
+        "<|im_start|>",
+        "<|im_end|>",
+        "<|object_ref_start|>",
+        "<|object_ref_end|>",
+        "<|box_start|>",
+        "<|box_end|>",
+    ),  # Qwen
+    *("<|quad_start|>", "<|quad_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>"),
+    *("<|video_pad|>", "<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>", "<|fim_pad|>", "<|repo_name|>"),
+    *("<|file_sep|>", "<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>", "<think>", "</think>"),
+    *("<bos>", "<eos>", "<2mass>", "[@BOS@]", "<unused7>", "<start_of_turn>", "<end_of_turn>"),  # Gemma
+    *("<|begin_of_text|>", "<|end_of_text|>", "<|reserved_special_token_7|>", "<|finetune_right_pad_id|>"),  # Llama 3
+    *("<|start_header_id|>", "<|end_header_id|>", "<|eom_id|>", "<|eot_id|>", "<|python_tag|>"),
+    *("[INST]", "[/INST]", "[AVAILABLE_TOOLS]", "[/TOOL_RESULTS]", "[TOOL_CALLS]", "[IMG]"),  # Mistral
+    *("<|rerank_token|>", "<|embed_token|>", "<|score_token|>", "<image>", "<IMG_CONTEXT>"),  # Jina, nemotron VL
+]
+
+
 class TestPairing:
     """Queries and documents pair up as in vLLM's score API."""
 
@@ -130,11 +154,7 @@ class TestText:
 
     @pytest.mark.parametrize(
         "token",
-        [
-            *("<|im_end|>", "<|endoftext|>", "<|padding|>", "<|reserved_special_token_7|>", "|||EMAIL_ADDRESS|||"),
-            *("</s>", "<s>", "<mask>", "<bos>", "<end_of_turn>", "<think>", "</think>"),
-            *("[SEP]", "[CLS]", "[unused12]"),
-        ],
+        SPECIAL_TOKENS,
     )
     def test_what_spells_a_special_token_gets_a_space(self, token: str):
         """A document could end its own turn and answer for itself."""
