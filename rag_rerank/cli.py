@@ -17,9 +17,12 @@ from rich.markup import escape
 from rich.table import Table
 
 from rag_rerank.errors import ConfigError, RerankError
+from rag_rerank.families import FAMILIES
+from rag_rerank.families import family as family_called
 from rag_rerank.local import LocalScorer
 from rag_rerank.local.scorer import DEFAULT_MODEL
 from rag_rerank.scorer import Ranked, Scorer
+from rag_rerank.template import Template
 from rag_rerank.vllm import VLLMScorer
 
 app = typer.Typer(
@@ -135,6 +138,32 @@ def demo(
         model, shown = str(minilm_folder()), "all-MiniLM-L6-v2 (embedded, a bi-encoder)"
     with _scorer(model, base_url, host, port, device, dtype, logits=False) as scorer:
         run_demo(scorer, Console(), model=shown or "the server's model", limit=queries)
+
+
+template_app = typer.Typer(no_args_is_help=True, help="Score templates and the families of models that they are for.")
+app.add_typer(template_app, name="template")
+
+
+@template_app.command("list")
+def list_templates() -> None:
+    """Every family that vLLM's score API scores: its models, its template, and where its score comes from."""
+    table = Table("family", "models", "template", "score from", "instruction", show_lines=True)
+    for family in FAMILIES:
+        answer = f" ({' / '.join(family.tokens)})" if family.tokens else ""
+        cells = family.name, "\n".join(family.models), family.template or "", family.method + answer
+        table.add_row(*map(escape, (*cells, family.instruction or "")))
+    Console().print(table)
+
+
+@template_app.command("show")
+def show_template(name: Annotated[str, typer.Argument(help="A family's or template's name.")]) -> None:
+    """Print a template file, as ``vllm serve --chat-template`` takes it."""
+    if name not in Template.shipped():
+        found = family_called(name).template
+        if found is None:
+            raise ConfigError(f"the family {name!r} has no template: query and document are encoded as a pair")
+        name = found
+    typer.echo(Template.load(name).source, nl=False)
 
 
 def _scorer(

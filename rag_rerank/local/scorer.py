@@ -9,6 +9,7 @@ import threading
 import time
 import weakref
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
 from typing import Any
 
 from rag_rerank.errors import DeadlineExceeded
@@ -16,7 +17,7 @@ from rag_rerank.local.engine import Engine
 from rag_rerank.local.model import Model
 from rag_rerank.local.settings import Dtype, ScoreType, Settings
 from rag_rerank.scorer import Scorer
-from rag_rerank.template import Template
+from rag_rerank.template import Template, prefixed
 
 DEFAULT_MODEL = "cross-encoder/ms-marco-MiniLM-L6-v2"
 
@@ -44,6 +45,8 @@ class LocalScorer(Scorer):
         chat_template_kwargs: More variables for the template.
         classifier_tokens: For a ``*ForCausalLM`` that is not known: ``(true,)``, whose logit is the score, or
             ``(false, true)``, scored by the difference, as with vLLM's ``classifier_from_token``.
+        query_prompt, document_prompt: Text to put before each query or document: embedding models such as E5 and
+            Qwen3-Embedding were trained with one. Neither here nor on vLLM is any added by itself.
         use_activation: None or True applies the checkpoint's own activation, as vLLM does (sigmoid unless its config
             names another); False gives logits. Without effect on a bi-encoder.
         max_length: Longest input in tokens, special tokens included. None: what the model was made for. Longer pairs
@@ -75,6 +78,8 @@ class LocalScorer(Scorer):
         instruction: str | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
         classifier_tokens: Sequence[str] | None = None,
+        query_prompt: str | None = None,
+        document_prompt: str | None = None,
         use_activation: bool | None = None,
         max_length: int | None = None,
         max_tokens_per_query: int | None = None,
@@ -95,6 +100,8 @@ class LocalScorer(Scorer):
             instruction=instruction,
             chat_template_kwargs=dict(chat_template_kwargs or {}),
             classifier_tokens=None if classifier_tokens is None else tuple(classifier_tokens),
+            query_prompt=query_prompt,
+            document_prompt=document_prompt,
             use_activation=use_activation,
             max_length=max_length,
             max_tokens_per_query=max_tokens_per_query,
@@ -129,7 +136,7 @@ class LocalScorer(Scorer):
 
     def _score(self, queries: list[str], documents: list[str], until: float | None) -> list[float]:
         began = time.monotonic()
-        work = self._running_engine().submit(queries, documents)
+        work = self._submit(queries, documents)
         try:
             return work.result(None if until is None else max(0.0, until - began))
         except TimeoutError as error:
@@ -139,12 +146,18 @@ class LocalScorer(Scorer):
 
     async def _ascore(self, queries: list[str], documents: list[str], until: float | None) -> list[float]:
         began = time.monotonic()
-        work = asyncio.wrap_future(self._running_engine().submit(queries, documents))
+        work = asyncio.wrap_future(self._submit(queries, documents))
         try:
             async with asyncio.timeout(None if until is None else until - began):
                 return await work  # cancelling the task cancels the work
         except TimeoutError as error:
             raise self._too_late(error, began) from None
+
+    def _submit(self, queries: list[str], documents: list[str]) -> "Future[list[float]]":
+        settings = self._settings
+        return self._running_engine().submit(
+            prefixed(settings.query_prompt, queries), prefixed(settings.document_prompt, documents)
+        )
 
     def _too_late(self, error: TimeoutError, began: float) -> TimeoutError:
         if isinstance(error, DeadlineExceeded):

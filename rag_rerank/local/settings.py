@@ -28,6 +28,8 @@ class Settings:
     instruction: str | None
     chat_template_kwargs: Mapping[str, Any] = field(repr=False)
     classifier_tokens: tuple[str, ...] | None
+    query_prompt: str | None
+    document_prompt: str | None
     use_activation: bool | None
     max_length: int | None
     max_tokens_per_query: int | None

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from rag_rerank.errors import ConfigError
 from rag_rerank.families import find_family
 from rag_rerank.scorer import Scorer
-from rag_rerank.template import Halves, Template
+from rag_rerank.template import Halves, Template, prefixed
 from rag_rerank.vllm.endpoint import Endpoint
 from rag_rerank.vllm.policy import Call, Steps
 from rag_rerank.vllm.transport import Transport
@@ -35,6 +35,8 @@ class VLLMScorer(Scorer):
             where they do (Gemma, Llama), the second half would get it too: give those servers ``--chat-template``.
         instruction: The task, for a reranker whose template has a place for it; None leaves it to the template.
         chat_template_kwargs: More variables for the template.
+        query_prompt, document_prompt: Text to put before each query or document: embedding models such as E5 and
+            Qwen3-Embedding were trained with one, and vLLM adds none.
         use_activation: None leaves the score to the model's own activation (vLLM's default: sigmoid for one label
             unless its config names another); False asks for logits; True is the same as None on today's vLLM.
         truncate_prompt_tokens: Where the server cuts a pair that is longer than the model allows. -1: at the model's
@@ -65,6 +67,8 @@ class VLLMScorer(Scorer):
         template: str | os.PathLike[str] | None = None,
         instruction: str | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
+        query_prompt: str | None = None,
+        document_prompt: str | None = None,
         use_activation: bool | None = None,
         truncate_prompt_tokens: int | Literal["auto"] | None = "auto",
         max_tokens_per_query: int | None = None,
@@ -89,6 +93,7 @@ class VLLMScorer(Scorer):
         _check(self._options, timeout, max_retries, endpoint)
         self._truncate_automatically = truncate_prompt_tokens == "auto"
         self._halves = None if template is None else self._split(template)
+        self._query_prompt, self._document_prompt = query_prompt, document_prompt
         self._api: Literal["score", "rerank"] = endpoint
         self._default_deadline = float(timeout)
         self._model = model
@@ -125,6 +130,7 @@ class VLLMScorer(Scorer):
         options = self._options
         if self._truncate_automatically and not self._templated(server):
             options = replace(options, truncate_prompt_tokens=-1)
+        queries, documents = prefixed(self._query_prompt, queries), prefixed(self._document_prompt, documents)
         if self._halves is not None:
             queries = [self._halves.of(query, "")[0] for query in queries]
             documents = [self._halves.of("", document)[1] for document in documents]

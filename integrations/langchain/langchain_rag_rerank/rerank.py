@@ -119,9 +119,17 @@ class LocalReranker(_SettingsReranker):
         device: ``"cuda"``, ``"cuda:1"``, ``"mps"``, ``"cpu"``, ... None takes the first there is, in this order.
         dtype: ``"float32"``, ``"bfloat16"``, ``"float16"``, or ``"auto"``: the fastest that the device runs natively.
         score_type: ``"cross-encoder"`` or ``"bi-encoder"``; ``"auto"`` reads it from the checkpoint.
+        template: The score template: a shipped name, a path or the text. ``"auto"`` takes the one that the model was
+            trained with; None is query and document as a plain pair. See `rag_rerank.LocalScorer` for this and the
+            next ones.
+        instruction: The task, for a template with a place for it.
+        chat_template_kwargs: More variables for the template.
+        classifier_tokens: For a causal model that is not known: ``(true,)`` or ``(false, true)``.
+        query_prompt, document_prompt: Text to put before each query or document, as some embedding models want it.
         use_activation: None or True applies the checkpoint's own activation (sigmoid unless its config names another);
             False gives logits. Without effect on a bi-encoder, whose scores are cosines.
         max_length: Longest input in tokens; None for what the model was made for. Longer pairs are cut.
+        max_tokens_per_query, max_tokens_per_doc: Cut each query or document at so many tokens first.
         revision: Branch, tag or commit on the hub.
         trust_remote_code: Whether code from the checkpoint may run.
         local_files_only: Never ask the hub.
@@ -140,8 +148,16 @@ class LocalReranker(_SettingsReranker):
     device: str | None = None
     dtype: str = "auto"
     score_type: str = "auto"
+    template: _PathText | None = "auto"
+    instruction: str | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    classifier_tokens: tuple[str, ...] | None = None
+    query_prompt: str | None = None
+    document_prompt: str | None = None
     use_activation: bool | None = None
     max_length: int | None = None
+    max_tokens_per_query: int | None = None
+    max_tokens_per_doc: int | None = None
     revision: str | None = None
     trust_remote_code: bool = False
     local_files_only: bool = False
@@ -154,8 +170,16 @@ class LocalReranker(_SettingsReranker):
         "device",
         "dtype",
         "score_type",
+        "template",
+        "instruction",
+        "chat_template_kwargs",
+        "classifier_tokens",
+        "query_prompt",
+        "document_prompt",
         "use_activation",
         "max_length",
+        "max_tokens_per_query",
+        "max_tokens_per_doc",
         "revision",
         "trust_remote_code",
         "local_files_only",
@@ -181,6 +205,7 @@ class VLLMReranker(_SettingsReranker):
             the text. See `rag_rerank.VLLMScorer` for this and the next ones.
         instruction: The task, for a reranker whose template has a place for it.
         chat_template_kwargs: More variables for the template.
+        query_prompt, document_prompt: Text to put before each query or document, as some embedding models want it.
         use_activation: None leaves the score to the model's own activation; False asks for logits.
         truncate_prompt_tokens: Where the server cuts a pair that is longer than the model allows: -1 at the model's
             maximum, an int at that many tokens, None not at all; ``"auto"`` is -1 where that does no harm.
@@ -205,6 +230,8 @@ class VLLMReranker(_SettingsReranker):
     template: _PathText | None = None
     instruction: str | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+    query_prompt: str | None = None
+    document_prompt: str | None = None
     use_activation: bool | None = None
     truncate_prompt_tokens: int | Literal["auto"] | None = "auto"
     max_tokens_per_query: int | None = None
@@ -222,6 +249,8 @@ class VLLMReranker(_SettingsReranker):
         "template",
         "instruction",
         "chat_template_kwargs",
+        "query_prompt",
+        "document_prompt",
         "use_activation",
         "truncate_prompt_tokens",
         "max_tokens_per_query",
