@@ -36,6 +36,7 @@ class Family:
         logit_bias: See `logit_scale`. A vLLM server that applies the two does so under use_activation=false as well.
         max_length: How many tokens of prompt the card's code keeps, else how many the model takes; None where models
             of the family differ.
+        local: Whether `LocalScorer` runs it; if not, it needs a vLLM server.
         vllm_flags: What follows ``vllm serve MODEL``. ``{template}`` stands for the template's path; put it in with
             `str.replace`, since the JSON in the flags has braces too.
         note: What else to know.
@@ -52,6 +53,7 @@ class Family:
     logit_scale: float = 1.0
     logit_bias: float = 0.0
     max_length: int | None = None
+    local: bool = True
     vllm_flags: str = ""
     note: str = ""
 
@@ -99,9 +101,10 @@ FAMILIES: tuple[Family, ...] = (
         tokens=("no", "yes"),
         instruction="Given a search query, retrieve relevant candidates that answer the query.",
         max_length=10240,
+        local=False,
         vllm_flags='--hf-overrides \'{"architectures": ["Qwen3VLForSequenceClassification"], "classifier_from_token": '
         f'["no", "yes"], "is_original_qwen3_reranker": true}}\' --max-model-len 4096 {_TEMPLATE_FLAG}',
-        note="Locally, text only. vLLM takes images and videos with the same template.",
+        note="vLLM takes images and videos with the same template.",
     ),
     Family(
         name="mxbai-rerank-v2",
@@ -206,6 +209,7 @@ FAMILIES: tuple[Family, ...] = (
         architectures=("LlamaNemotronVLForSequenceClassification",),
         template="nemotron-rerank.jinja",
         max_length=8192,
+        local=False,
         vllm_flags=f"--runner pooling --trust-remote-code {_TEMPLATE_FLAG}",
         note="Text only: for images give vLLM its example template nemotron-vl-rerank.jinja, which puts <image> first. "
         "The model's own code removes a first <image> from text; this template leaves text as it is.",
@@ -219,6 +223,7 @@ FAMILIES: tuple[Family, ...] = (
         template="jina-reranker-m0.jinja",
         logit_bias=-2.65,
         max_length=10240,
+        local=False,
         vllm_flags="--runner pooling",
         note="vLLM has this prompt built in, and the token with id 100 that must follow it.",
     ),
@@ -308,6 +313,7 @@ FAMILIES: tuple[Family, ...] = (
         models=("jinaai/jina-colbert-v2",),
         card="https://huggingface.co/jinaai/jina-colbert-v2",
         method="late-interaction",
+        local=False,
         vllm_flags='--hf-overrides \'{"architectures": ["ColBERTJinaRobertaModel"]}\' --trust-remote-code',
     ),
     Family(
@@ -315,6 +321,7 @@ FAMILIES: tuple[Family, ...] = (
         models=("LiquidAI/LFM2-ColBERT-350M",),
         card="https://huggingface.co/LiquidAI/LFM2-ColBERT-350M",
         method="late-interaction",
+        local=False,
         vllm_flags='--hf-overrides \'{"architectures": ["ColBERTLfm2Model"]}\'',
     ),
 )

@@ -34,10 +34,14 @@ def load(settings: Settings) -> Model:
     """
     checkpoint = Checkpoint(settings)
     device = choose_device(settings.device)
+    family = find_family(checkpoint.name, checkpoint.architectures)
+    if family is not None and not family.local:
+        flags = family.vllm_flags.replace("{template}", f"{family.template}")
+        raise ConfigError(f"{checkpoint.name!r} runs on vLLM only: vllm serve {checkpoint.name} {flags}")
     loading = _Loading(
         checkpoint,
         settings,
-        find_family(checkpoint.name, checkpoint.architectures),
+        family,
         device,
         TOKEN_BUDGETS.get(device.type, TOKEN_BUDGET),
     )
@@ -91,7 +95,8 @@ class _Loading:
         model = self.checkpoint.model(AutoModelForSequenceClassification, self.device)
         head = getattr(model, "score", None)
         prompts = self._prompts(model, self.checkpoint.tokenizer(), needs_template=isinstance(head, torch.nn.Linear))
-        if isinstance(head, torch.nn.Linear):
+        # A checkpoint's own code may read its score from elsewhere (nemotron: the mean): that runs as it is.
+        if isinstance(head, torch.nn.Linear) and type(model).__module__.startswith("transformers."):
             row = head.weight[0].detach().float()
             return Decoder(model.base_model, prompts, row, self.budget, self._activation())
         return CrossEncoder(model, prompts, self.budget, self._activation())

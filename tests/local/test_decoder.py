@@ -218,6 +218,15 @@ class TestSpecialTokens:
                     assert self.added(tokenizer, kind, document) == 0, document
 
 
+def test_a_family_that_needs_a_server_is_refused_with_the_command(tmp_path: Path):
+    """Not scored by something that looks like it."""
+    folder = make_causal_lm(tmp_path / "jina-reranker-m0", "qwen2")
+    config = folder / "config.json"
+    config.write_text(config.read_text().replace("Qwen2ForCausalLM", "JinaVLForRanking"))
+    with pytest.raises(ConfigError, match="runs on vLLM only: vllm serve .*--runner pooling"):
+        LocalScorer(folder).score("q", "d")
+
+
 def test_every_family_with_a_template_has_a_template():
     """The table and the files go together."""
     for family in FAMILIES:

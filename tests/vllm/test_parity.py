@@ -2,6 +2,7 @@
 
 import asyncio
 import itertools
+from pathlib import Path
 
 import pytest
 
@@ -43,6 +44,14 @@ class TestCrossEncoder:
             ours, theirs = local.score(*texts), remote.score(*texts)
         assert largest_difference(ours, theirs) <= TOLERANCE
         assert max(ours) - min(ours) > 1
+
+    def test_the_rerank_api_gives_the_same_scores(self, remote: VLLMScorer, vllm_cross_encoder: VLLMServer, texts):
+        """For servers that have no other; one query and many, or one each."""
+        server = vllm_cross_encoder
+        queries, documents = texts[0][:5] * 2, texts[1][:10]
+        with VLLMScorer(server.base_url, api_key=server.api_key, endpoint="rerank") as other:
+            for query in (queries[0], queries):
+                assert largest_difference(other.score(query, documents), remote.score(query, documents)) <= 1e-6
 
     def test_one_query_for_all_is_the_same_as_one_each(self, remote: VLLMScorer, texts):
         """1:N and N:N differ only on the wire."""
@@ -115,3 +124,16 @@ class TestBiEncoder:
         """As a reranker asks."""
         query, documents = texts[0][1], texts[1]
         assert largest_difference(local.score(query, documents), remote.score(query, documents)) <= TOLERANCE
+
+    def test_prompts_before_queries_and_documents(self, vllm_minilm: VLLMServer, minilm: Path, texts):
+        """Which vLLM leaves to its clients."""
+        prompts = {"query_prompt": "query: ", "document_prompt": "passage: "}
+        with (
+            LocalScorer(minilm, dtype="float32", **prompts) as local,
+            VLLMScorer(vllm_minilm.base_url, **prompts) as remote,
+        ):
+            ours = local.score(*texts)
+            assert largest_difference(ours, remote.score(*texts)) <= TOLERANCE
+        with LocalScorer(minilm, dtype="float32") as plain:
+            by_hand = plain.score([f"query: {text}" for text in texts[0]], [f"passage: {text}" for text in texts[1]])
+            assert largest_difference(ours, by_hand) <= 1e-5

@@ -133,6 +133,31 @@ def test_prompts_have_the_same_tokens(case: Case, vllm_decoder: VLLMServer):
             assert post(vllm_decoder, "/score", body)["usage"]["prompt_tokens"] == len(sequence.ids)
 
 
+@pytest.fixture(scope="module")
+def vllm_untemplated(tmp_path_factory: pytest.TempPathFactory) -> Iterator[VLLMServer]:
+    """A Qwen3 classifier on a server that nobody gave a template."""
+    require_server()
+    folder = make_decoder_classifier(tmp_path_factory.mktemp("models") / "qwen3-untemplated", "qwen3")
+    with vllm_server.serving(folder, "--max-model-len", str(MAX_POSITIONS)) as server:
+        yield server
+
+
+def test_a_template_can_be_rendered_here(vllm_untemplated: VLLMServer):
+    """In halves that the server joins: the same scores as with the template there, the same as locally."""
+    server = vllm_untemplated
+    queries = [query[:100] for query in pairs()[0]]
+    documents = [document[:300] for document in pairs()[1]]
+    options = {"template": "qwen3-reranker", "instruction": "Find it.", "use_activation": False}
+    with (
+        LocalScorer(server.folder, dtype="float32", **options) as local,
+        VLLMScorer(server.base_url, **options) as remote,
+    ):
+        ours = local.score(queries, documents)
+        assert largest_difference(ours, remote.score(queries, documents)) <= TOLERANCE
+    with VLLMScorer(server.base_url, use_activation=False) as without:
+        assert largest_difference(ours, without.score(queries, documents)) > 1  # what a forgotten template does
+
+
 def post(server: VLLMServer, path: str, body: dict[str, object]) -> dict:
     """Ask the server, with no client in between."""
     request = urllib.request.Request(
