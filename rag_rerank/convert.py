@@ -6,6 +6,7 @@ of two) as the weight of a one-label classifier gives the same score, without th
 ``--hf-overrides``: transformers and vLLM load the result like any other cross-encoder.
 """
 
+import functools
 import json
 import os
 import secrets
@@ -73,7 +74,7 @@ def convert(
         out: The folder to make.
         method: ``"two-token"``: the score is the logit of the true token minus that of the false one (its sigmoid is
             the softmax over the two). ``"single-token"``: the logit of the true token.
-        tokens: ``(false, true)`` or ``(true,)``: vocabulary entries, such as ``("no", "yes")`` or ``("Yes",)``.
+        tokens: ``(false, true)`` or ``(true,)``: vocabulary entries, as in ``("no", "yes")`` or ``("Yes",)``.
         template: Text of the score template. It becomes ``chat_template.jinja``, where transformers looks for the
             tokenizer's template. vLLM up to 0.33 does not take it from there for a text reranker: start the server
             with ``--chat-template OUT/chat_template.jinja``. None keeps what the model has.
@@ -134,18 +135,17 @@ class _CausalModel:
             raise ConfigError(f"{name!r} has no {self.head}, or an lm_head.bias: a classifier has a weight and no bias")
 
     def token_ids(self, tokens: Sequence[str]) -> list[int]:
-        """The row of each token; ConfigError unless each is one entry, and what its text is tokenized to."""
-        ids = []
+        """The row of each token; ConfigError unless each is one entry, and what its own text is tokenized to."""
+        ids: list[int] = []
+        encode = functools.partial(self.tokenizer.encode, add_special_tokens=False)
         for token in tokens:
-            found = self.tokenizer.convert_tokens_to_ids(token)
-            spelt = self.tokenizer.encode(token, add_special_tokens=False)
-            if not isinstance(found, int) or found == self.tokenizer.unk_token_id or spelt != [found]:
-                parts = self.tokenizer.convert_ids_to_tokens(spelt)
+            row: Any = self.tokenizer.convert_tokens_to_ids(token)
+            if row in {None, self.tokenizer.unk_token_id} or encode(self.tokenizer.decode([row])) != [row]:
                 raise ConfigError(
-                    f"{token!r} is not one entry of the vocabulary of {self.name!r}: it is tokenized to {parts}. Pass "
-                    "the tokens that the model was trained to answer with; upper and lower case differ."
+                    f"{token!r} is not one entry of the vocabulary of {self.name!r}: it is tokenized to "
+                    f"{self.tokenizer.convert_ids_to_tokens(encode(token))}. Pass the model's own answers, in its case."
                 )
-            ids.append(found)
+            ids.append(row)
         if len(set(ids)) < len(ids):
             raise ConfigError(f"the two tokens are the same: {tokens!r}; pass (false, true)")
         return ids

@@ -122,6 +122,14 @@ class TestScores:
         assert max(expected) - min(expected) > 5  # scores that are all alike would show nothing
         assert largest_difference(classifier_scores(out, prompts), expected) <= TOLERANCE
 
+    def test_of_a_token_that_begins_a_word(
+        self, causal: Callable[..., Path], prompts: list[str], tmp_path: Path
+    ) -> None:
+        """A vocabulary entry may be named as it is written there, with its sign for a space."""
+        out = convert(causal("llama"), tmp_path / "out", method="single-token", tokens=("Ġthe",))
+        expected = causal_scores(causal("llama"), prompts[:10], method="single-token", tokens=("Ġthe",))
+        assert largest_difference(classifier_scores(out, prompts[:10]), expected) <= TOLERANCE
+
     def test_in_padded_batches_are_the_same(
         self, causal: Callable[..., Path], prompts: list[str], tmp_path: Path
     ) -> None:
@@ -334,6 +342,7 @@ class TestErrors:
             ({"method": "single-token", "tokens": ("absolutely",)}, "'absolutely' is not one entry of the vocabulary"),
             ({"method": "single-token", "tokens": ("",)}, "'' is not one entry of the vocabulary"),
             ({"method": "single-token", "tokens": ("<missing>",)}, "'<missing>' is not one entry"),
+            ({"method": "single-token", "tokens": ("Ã",)}, "'Ã' is not one entry"),  # half of a character
             ({**YES_NO, "dtype": "float8"}, "dtype must be None or one of"),
         ],
     )

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from rag_rerank.families import FAMILIES
+
 ROOT = Path(__file__).resolve().parent.parent
 READMES = ["README.md", "integrations/langchain/README.md", "integrations/llama_index/README.md"]
 EXAMPLE = re.compile(r"```python\n(.*?)```(?:\n\n```text\n(.*?)```)?", re.DOTALL)
@@ -36,9 +38,32 @@ def test_an_example_without_output_compiles(code: str, printed: None):
     compile(code, "README.md", "exec")
 
 
+def family_table() -> str:
+    """The README's table of models, from the one in rag_rerank.families."""
+    score = {"head": "head", "bi-encoder": "cosine", "late-interaction": "MaxSim"}
+    rows = ["| model | template; score from | `LocalScorer` | `vllm serve MODEL` and |", "|---|---|---|---|"]
+    for family in FAMILIES:
+        models = "<br>".join(family.models).replace("*", "\\*")
+        source = score.get(family.method) or " against ".join(f"`{token}`" for token in reversed(family.tokens))
+        template = f"{family.template.removesuffix('.jinja')}; " if family.template else ""
+        flags = family.vllm_flags.replace("{template}", family.template or "")
+        local = "yes" if family.local else "no"
+        rows.append(f"| {models} | {template}{source} | {local} | {f'`{flags}`' if flags else ''} |")
+    return "\n".join(rows)
+
+
+def test_the_table_of_models_is_that_of_the_package():
+    """To write it anew: python -m tests.test_readme."""
+    assert family_table() in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
 def test_the_tree_of_the_readme_is_the_tree_of_the_package():
     """Every module stands in it, and nothing that is not there."""
     tree = (ROOT / "README.md").read_text(encoding="utf-8").partition("## What is where")[2].partition("```\n\n")[0]
     named = set(re.findall(r"(\w+\.py)\b", tree.partition("integrations/")[0]))
     there = {path.name for path in (ROOT / "rag_rerank").rglob("*.py") if path.name != "__init__.py"}
     assert named == there
+
+
+if __name__ == "__main__":
+    sys.stdout.write(family_table() + "\n")
