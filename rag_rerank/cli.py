@@ -1,4 +1,4 @@
-"""The command line: ``rag-rerank demo | score | rerank`` (extra `cli`).
+"""The command line: ``rag-rerank demo | score | rerank | template | convert`` (extra `cli`).
 
 Results go to stdout, everything else to stderr. The exit code is 0, 1 for a back end that gave no scores, or 2 for
 wrong arguments or input.
@@ -14,10 +14,11 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.markup import escape
+from rich.progress import Progress
 from rich.table import Table
 
 from rag_rerank.errors import ConfigError, RerankError
-from rag_rerank.families import FAMILIES
+from rag_rerank.families import FAMILIES, find_family
 from rag_rerank.families import family as family_called
 from rag_rerank.local import LocalScorer
 from rag_rerank.local.scorer import DEFAULT_MODEL
@@ -138,6 +139,40 @@ def demo(
         model, shown = str(minilm_folder()), "all-MiniLM-L6-v2 (embedded, a bi-encoder)"
     with _scorer(model, base_url, host, port, device, dtype, logits=False) as scorer:
         run_demo(scorer, Console(), model=shown or "the server's model", limit=queries)
+
+
+@app.command()
+def convert(
+    model: Annotated[str, typer.Argument(help="A causal reranker: hub id or folder, with safetensors weights.")],
+    out: Annotated[str, typer.Argument(help="The folder to make.")],
+    token: Annotated[
+        list[str] | None, typer.Option(help="The answer, or twice: the false and the true one. Known for known models.")
+    ] = None,
+    template: Annotated[str | None, typer.Option(help="Score template to put into it. Known for known models.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; as it is if none.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a model that is there.")] = False,
+) -> None:
+    """Write a causal reranker as a classifier, which vLLM and transformers load without overrides."""
+    from rag_rerank.convert import convert as write
+
+    family = find_family(model)
+    tokens = tuple(token or (family.tokens if family else ()))
+    if not tokens:
+        raise ConfigError(f"{model!r} is no known causal reranker; pass its answers: --token no --token yes")
+    template = template or (family.template if family else None)
+    with Progress(console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("Writing weights", total=None)
+        write(
+            model,
+            out,
+            method="single-token" if len(tokens) == 1 else "two-token",
+            tokens=tokens,
+            template=None if template is None else Template.load(template).source,
+            dtype=dtype,  # type: ignore[arg-type]  # checked there
+            overwrite=overwrite,
+            progress=lambda done, total: bar.update(task, completed=done, total=total),
+        )
+    typer.echo(f"vllm serve {out}" + ("" if template is None else f" --chat-template {out}/chat_template.jinja"))
 
 
 template_app = typer.Typer(no_args_is_help=True, help="Score templates and the families of models that they are for.")

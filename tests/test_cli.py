@@ -10,6 +10,9 @@ from pathlib import Path
 import pytest
 
 from rag_rerank import LocalScorer
+from rag_rerank.families import FAMILIES
+from rag_rerank.template import SHIPPED
+from tests.causal_models import make_causal_lm
 from tests.vllm_server import VLLMServer
 
 QUERY, DOCUMENTS = "capital of France", ["Bananas are yellow.", "Paris is the capital [of] France."]
@@ -91,6 +94,49 @@ class TestRemote:
         assert without.returncode == 1
         assert "VLLM_API_KEY" in without.stderr
         assert len(json.loads(run(*arguments, VLLM_API_KEY=vllm_cross_encoder.api_key).stdout)["scores"]) == 2
+
+
+class TestTemplates:
+    """What the package knows about models."""
+
+    def test_a_template_is_printed_as_the_file_that_it_is(self):
+        """For vllm serve --chat-template, by its own or its family's name."""
+        shown = run("template", "show", "qwen3-reranker-seq-cls").stdout
+        assert shown == (SHIPPED / "qwen3-reranker.jinja").read_text(encoding="utf-8")
+        assert run("template", "show", "qwen3-reranker").stdout == shown
+
+    def test_the_list_names_every_family(self):
+        """With its template and answers."""
+        listed = run("template", "list", COLUMNS="200").stdout
+        assert all(family.name in listed for family in FAMILIES)
+        assert "two-token (no / yes)" in listed
+
+    @pytest.mark.parametrize(("name", "words"), [("qwen3-rerank", "Did you mean"), ("bge-reranker", "has no template")])
+    def test_what_has_no_template_is_said(self, name: str, words: str):
+        """Unknown, or scored as a pair."""
+        result = run("template", "show", name)
+        assert (result.returncode, words in result.stderr) == (2, True)
+
+
+class TestConvert:
+    """A causal reranker becomes a classifier."""
+
+    def test_a_known_model_needs_no_more_than_its_name(self, tmp_path: Path):
+        """Answers and template come from the table; the result scores the same, without either."""
+        source = make_causal_lm(tmp_path / "Qwen3-Reranker-0.6B", "qwen3")
+        out = tmp_path / "converted"
+        result = run("convert", str(source), str(out))
+        assert result.returncode == 0, result.stderr
+        assert result.stdout == f"vllm serve {out} --chat-template {out}/chat_template.jinja\n"
+        with LocalScorer(source, dtype="float32") as before, LocalScorer(out, dtype="float32") as after:
+            assert after.score(QUERY, DOCUMENTS) == pytest.approx(before.score(QUERY, DOCUMENTS), abs=1e-5)
+
+    def test_an_unknown_model_needs_its_answers(self, tmp_path: Path):
+        """One or two."""
+        source = make_causal_lm(tmp_path / "mine", "gemma")
+        out = tmp_path / "out"
+        assert "--token no --token yes" in run("convert", str(source), str(out)).stderr
+        assert run("convert", str(source), str(out), "--token", "Yes").stdout == f"vllm serve {out}\n"
 
 
 class TestMistakes:
