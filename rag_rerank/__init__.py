@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from rag_rerank.errors import DocumentRejected as DocumentRejected
     from rag_rerank.errors import RerankError as RerankError
     from rag_rerank.local import LocalScorer as LocalScorer
+    from rag_rerank.scorer import Closeable as Closeable
     from rag_rerank.scorer import Ranked as Ranked
     from rag_rerank.scorer import Scorer as Scorer
     from rag_rerank.vllm import VLLMScorer as VLLMScorer
@@ -40,6 +41,7 @@ _HOME = {
     "DocumentRejected": "errors",
     "RerankError": "errors",
     "LocalScorer": "local",
+    "Closeable": "scorer",
     "Ranked": "scorer",
     "Scorer": "scorer",
     "VLLMScorer": "vllm",

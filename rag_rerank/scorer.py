@@ -37,7 +37,34 @@ class Ranked:
     score: float | None
 
 
-class Scorer(ABC):
+class Closeable:
+    """Something to be closed after use: by `close` or `aclose`, or by leaving a ``with`` or ``async with``."""
+
+    def close(self) -> None:
+        """Give back what is held. Closing twice is harmless."""
+
+    async def aclose(self) -> None:
+        """As `close`, from an event loop."""
+        self.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.aclose()
+
+
+class Scorer(Closeable, ABC):
     """Scores how relevant documents are to queries.
 
     To add a back end, subclass, set `model_name`, and write `_score`; override `_ascore` where waiting can be done
@@ -69,7 +96,7 @@ class Scorer(ABC):
         """As `_score`, for callers in an event loop. By default it runs `_score` in a worker thread."""
         return await asyncio.to_thread(self._score, queries, documents, until)
 
-    def _close(self) -> None:  # noqa: B027 - not abstract: many scorers hold nothing
+    def _close(self) -> None:
         """Give back what the scorer holds; called once."""
 
     async def _aclose(self) -> None:
@@ -201,22 +228,6 @@ class Scorer(ABC):
 
     def __deepcopy__(self, memo: dict[int, object]) -> Self:
         return self
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        await self.aclose()
 
 
 def _pair_up(queries: str | Sequence[str], documents: str | Sequence[str]) -> tuple[list[str], list[str]]:

@@ -19,14 +19,13 @@ Activation = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True, slots=True)
-class CrossEncoder:
-    """A ``*ForSequenceClassification`` model with one label.
+class PairModel:
+    """What models that read query and document together have in common: a sequence and a logit for each pair.
 
     Attributes:
         activation: From logits to scores, elementwise.
     """
 
-    model: "PreTrainedModel"
     prompts: Prompts
     token_budget: int
     activation: Activation
@@ -35,16 +34,23 @@ class CrossEncoder:
         """One sequence per pair."""
         return Inputs(self.prompts.sequences(queries, documents), self._scores)
 
+    def _scores(self, logits: Tensor) -> list[float]:
+        scores: list[float] = self.activation(logits[:, 0]).tolist()
+        return scores
+
+
+@dataclass(frozen=True, slots=True)
+class CrossEncoder(PairModel):
+    """A ``*ForSequenceClassification`` model with one label."""
+
+    model: "PreTrainedModel"
+
     @torch.inference_mode()
     def run(self, sequences: Sequence[TokenSequence]) -> Tensor:
         """Logits ``[len(sequences), 1]``."""
         batch = padded(sequences, self.prompts.tokenizer.pad_token_id or 0, self.model.device)
         logits: Tensor = self.model(**batch).logits
         return logits.float().cpu()
-
-    def _scores(self, logits: Tensor) -> list[float]:
-        scores: list[float] = self.activation(logits[:, 0]).tolist()
-        return scores
 
 
 def own_activation(config: "PreTrainedConfig") -> Activation:

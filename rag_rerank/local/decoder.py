@@ -14,34 +14,25 @@ import torch
 from torch import Tensor
 
 from rag_rerank.errors import ConfigError
-from rag_rerank.local.cross_encoder import Activation
+from rag_rerank.local.cross_encoder import PairModel
 from rag_rerank.local.encoding import padded
-from rag_rerank.local.model import Inputs, TokenSequence
-from rag_rerank.local.prompting import Prompts
+from rag_rerank.local.model import TokenSequence
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True, slots=True)
-class Decoder:
+class Decoder(PairModel):
     """A decoder and the row that makes a logit of its last state.
 
     Attributes:
         model: Without its output layer or head.
         row: float32 ``[hidden]``, on the model's device.
-        activation: From logits to scores, elementwise.
     """
 
     model: torch.nn.Module
-    prompts: Prompts
     row: Tensor
-    token_budget: int
-    activation: Activation
-
-    def inputs(self, queries: list[str], documents: list[str]) -> Inputs:
-        """One sequence per pair."""
-        return Inputs(self.prompts.sequences(queries, documents), self._scores)
 
     @torch.inference_mode()
     def run(self, sequences: Sequence[TokenSequence]) -> Tensor:
@@ -53,10 +44,6 @@ class Decoder:
         # The head in float32 whatever the model computes in, as vLLM has it.
         logits = states[torch.arange(len(states), device=states.device), last].float() @ self.row
         return logits.unsqueeze(1).cpu()
-
-    def _scores(self, logits: Tensor) -> list[float]:
-        scores: list[float] = self.activation(logits[:, 0]).tolist()
-        return scores
 
 
 def token_row(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", tokens: Sequence[str]) -> Tensor:

@@ -98,8 +98,8 @@ class _Loading:
         # A checkpoint's own code may read its score from elsewhere (nemotron: the mean): that runs as it is.
         if isinstance(head, torch.nn.Linear) and type(model).__module__.startswith("transformers."):
             row = head.weight[0].detach().float()
-            return Decoder(model.base_model, prompts, row, self.budget, self._activation())
-        return CrossEncoder(model, prompts, self.budget, self._activation())
+            return Decoder(prompts, self.budget, self._activation(), model.base_model, row)
+        return CrossEncoder(prompts, self.budget, self._activation(), model)
 
     def causal(self) -> Model:
         """A model that answers with a word."""
@@ -116,7 +116,7 @@ class _Loading:
         model = self.checkpoint.model(AutoModelForCausalLM, self.device)
         prompts = self._prompts(model, tokenizer, needs_template=True)
         row = token_row(model, tokenizer, tokens)
-        return Decoder(model.base_model, prompts, row, self.budget, self._activation())
+        return Decoder(prompts, self.budget, self._activation(), model.base_model, row)
 
     def bi_encoder(self) -> Model:
         """A sentence-transformers folder of transformer, pooling and perhaps normalisation."""

@@ -2,7 +2,8 @@
 
 A model turns (queries, documents) into token sequences, runs any batch of sequences from any mixture of calls, and
 turns the outputs of one call's sequences into its scores. A cross-encoder makes one sequence per pair and one logit of
-each; a bi-encoder makes one sequence per text and an embedding of each.
+each; a bi-encoder makes one sequence per text and an embedding of each; late interaction makes one sequence per
+document and, in `run`, its score against the query that the sequence refers to.
 """
 
 from collections.abc import Callable, Sequence

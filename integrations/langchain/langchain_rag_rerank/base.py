@@ -4,31 +4,17 @@ Each reranker is a `BaseDocumentCompressor`, which retrievers accept, and a `Run
 lead through `invoke` or `ainvoke`, so that every call appears once, and alike, in traces.
 """
 
-import os
-import threading
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from types import TracebackType
-from typing import Annotated, Any, Literal, Self
+from typing import Any, Literal
 
 from langchain_core.callbacks import Callbacks
 from langchain_core.documents import BaseDocumentCompressor, Document
 from langchain_core.runnables import RunnableConfig, RunnableSerializable, ensure_config
-from pydantic import BeforeValidator, ConfigDict, Field
+from pydantic import ConfigDict, Field
 from typing_extensions import TypedDict  # pydantic refuses typing's own before Python 3.12
 
-from rag_rerank import Ranked, Scorer
-
-# One lock for all rerankers: one in each of them could be neither copied nor pickled, and building takes microseconds.
-_building = threading.Lock()
-
-
-def _as_text(path: object) -> object:
-    return os.fspath(path) if isinstance(path, os.PathLike) else path
-
-
-# Kept as text, for LangChain's dumps have no form for a pathlib.Path.
-_PathText = Annotated[str, BeforeValidator(_as_text)]
+from rag_rerank import Closeable, Ranked, Scorer
 
 
 class RerankInput(TypedDict):
@@ -48,7 +34,7 @@ class _Limits(TypedDict):
     score_threshold: float | None
 
 
-class Reranker(BaseDocumentCompressor, RunnableSerializable[RerankInput, list[Document]]):
+class Reranker(BaseDocumentCompressor, RunnableSerializable[RerankInput, list[Document]], Closeable):
     """All that does not depend on where the scorer comes from; the fields are described in the public classes."""
 
     model_config = ConfigDict(
@@ -187,29 +173,6 @@ class Reranker(BaseDocumentCompressor, RunnableSerializable[RerankInput, list[Do
         if score is not None:
             metadata[self.score_key] = score
         return document.model_copy(update={"metadata": metadata})
-
-    def close(self) -> None:
-        """Give back what the reranker itself holds. Closing twice is harmless."""
-
-    async def aclose(self) -> None:
-        """As `close`, from an event loop."""
-        self.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        await self.aclose()
 
     @classmethod
     def get_lc_namespace(cls) -> list[str]:

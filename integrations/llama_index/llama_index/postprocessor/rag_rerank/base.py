@@ -7,8 +7,7 @@ import functools
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from types import TracebackType
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 from llama_index.core.bridge.pydantic import ConfigDict, Field
 from llama_index.core.callbacks import CBEventType, EventPayload
@@ -22,7 +21,7 @@ import rag_rerank  # names are touched where they are needed: the package loads 
 dispatcher = get_dispatcher(__name__)
 
 
-class Reranker(BaseNodePostprocessor):
+class Reranker(BaseNodePostprocessor, rag_rerank.Closeable):
     """The behaviour that all rerankers share; each says which scorer it uses and what closing means."""
 
     # A typing error in a field name would otherwise be dropped in silence. Fields called `model` and `model_kwargs`
@@ -39,14 +38,6 @@ class Reranker(BaseNodePostprocessor):
     @abstractmethod
     def _current_scorer(self) -> rag_rerank.Scorer:
         """The scorer to use for a call that begins now."""
-
-    @abstractmethod
-    def close(self) -> None:
-        """Give back what the reranker itself has built."""
-
-    @abstractmethod
-    async def aclose(self) -> None:
-        """As `close`, from an event loop."""
 
     @classmethod
     def class_name(cls) -> str:
@@ -122,22 +113,6 @@ class Reranker(BaseNodePostprocessor):
     # carry the key along.
     def __reduce__(self) -> tuple[Any, ...]:
         return functools.partial(type(self), **self._pickled()), ()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        await self.aclose()
 
 
 def _results(nodes: Sequence[NodeWithScore], ranked: Sequence[rag_rerank.Ranked]) -> list[NodeWithScore]:

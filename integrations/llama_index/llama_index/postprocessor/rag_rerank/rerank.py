@@ -39,12 +39,6 @@ class ScorerReranker(Reranker):
     def _current_scorer(self) -> rag_rerank.Scorer:
         return self.scorer
 
-    def close(self) -> None:
-        """Do nothing: the scorer stays open for its owner."""
-
-    async def aclose(self) -> None:
-        """As `close`."""
-
     def _pickled(self) -> dict[str, Any]:
         return {**super()._pickled(), "scorer": self.scorer}
 
