@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -20,6 +19,7 @@ from rag_rerank.convert import convert
 from rag_rerank.errors import ConfigError
 from tests import vllm_server
 from tests.causal_models import make_causal_lm, make_decoder_classifier
+from tests.conftest import require_server
 from tests.pairs import largest_difference, pairs
 
 TOLERANCE = 1e-5
@@ -442,11 +442,7 @@ def test_a_hub_id_is_found_in_the_cache(causal: Callable[..., Path], tmp_path: P
 @pytest.fixture(scope="module")
 def vllm_converted(causal: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> list[list[float]]:
     """Logits of 20 pairs from two real vLLM servers: the converted model, and the original with overrides."""
-    reason = vllm_server.why_not()
-    if reason is not None and os.environ.get("RAG_RERANK_REQUIRE_VLLM"):
-        pytest.fail(reason)
-    if reason is not None:
-        pytest.skip(reason)
+    require_server()
     out = convert(causal("qwen3"), tmp_path_factory.mktemp("served") / "converted", template=TEMPLATE, **YES_NO)
     overrides = {
         "architectures": ["Qwen3ForSequenceClassification"],

@@ -37,8 +37,9 @@ class Checkpoint:
         if Path(name).is_dir() and not any(Path(name, file).is_file() for file in ("config.json", "modules.json")):
             raise ConfigError(f"the folder {name!r} holds no model: neither config.json nor modules.json is in it")
         self.modules: list[dict[str, Any]] | None = self.json("modules.json")
-        subfolder = next((module["path"] for module in self.modules or [] if module_kind(module) == "Transformer"), "")
-        self.config: PreTrainedConfig = self._read(AutoConfig.from_pretrained, subfolder=subfolder, **self._code)
+        paths = [str(module["path"]) for module in self.modules or [] if module_kind(module) == "Transformer"]
+        self.transformer = (*paths, "")[0]  # the folder within the checkpoint where the transformer is
+        self.config: PreTrainedConfig = self._read(AutoConfig.from_pretrained, subfolder=self.transformer, **self._code)
         self.architectures: tuple[str, ...] = tuple(self.config.architectures or ())
 
     def file(self, path: str) -> Path | None:

@@ -1,7 +1,7 @@
 """From text to padded tensors: what cross-encoders and bi-encoders have in common."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 
@@ -11,21 +11,28 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+Truncation = Literal["longest_first", "only_second"]
+
+
 def encode(
-    tokenizer: "PreTrainedTokenizerBase", texts: list[str], pairs: list[str] | None, max_length: int
+    tokenizer: "PreTrainedTokenizerBase",
+    texts: list[str],
+    pairs: list[str] | None,
+    max_length: int,
+    truncation: Truncation = "longest_first",
 ) -> list[TokenSequence]:
     """Tokenise texts, or pairs of texts, in one call and without padding.
 
     Text that spells a special token (``[SEP]`` in a document) stays text. What is longer than `max_length` is cut:
-    pairs from the longer side (transformers' ``longest_first``, which is what vLLM does for
-    ``truncate_prompt_tokens=-1``).
+    pairs from the longer side, as vLLM does for ``truncate_prompt_tokens=-1``, or from the second only, as vLLM does
+    where ``max_tokens_per_doc`` is set too.
     """
     if not texts:
         return []
     encoded = tokenizer(
         texts,
         pairs,
-        truncation=True,
+        truncation=truncation if pairs else True,
         max_length=max_length,
         padding=False,
         return_attention_mask=False,

@@ -20,7 +20,7 @@ from rag_rerank.local.decoder import Decoder, token_row
 from rag_rerank.local.hardware import TOKEN_BUDGET, TOKEN_BUDGETS, choose_device
 from rag_rerank.local.late_interaction import LateInteraction, is_late_interaction, read_projection
 from rag_rerank.local.model import Model
-from rag_rerank.local.prompting import Prompts
+from rag_rerank.local.prompting import Limited, Prompts
 from rag_rerank.local.settings import Settings
 from rag_rerank.template import Template
 
@@ -45,15 +45,17 @@ def load(settings: Settings) -> Model:
         device,
         TOKEN_BUDGETS.get(device.type, TOKEN_BUDGET),
     )
-    match _kind(checkpoint, settings.score_type):
-        case "causal":
-            return loading.causal()
-        case "bi-encoder":
-            return loading.bi_encoder()
-        case "late-interaction":
-            return loading.late_interaction()
-        case _:
-            return loading.classifier()
+    kinds = {
+        "causal": loading.causal,
+        "bi-encoder": loading.bi_encoder,
+        "late-interaction": loading.late_interaction,
+        "classifier": loading.classifier,
+    }
+    model = kinds[_kind(checkpoint, settings.score_type)]()
+    if settings.max_tokens_per_query is None and settings.max_tokens_per_doc is None:
+        return model
+    tokenizer = checkpoint.tokenizer(checkpoint.transformer)
+    return Limited(model, tokenizer, settings.max_tokens_per_query, settings.max_tokens_per_doc)
 
 
 def _kind(checkpoint: Checkpoint, asked: str) -> str:
@@ -132,9 +134,9 @@ class _Loading:
                 f"{checkpoint.name!r} is made of {', '.join(paths)}; as a bi-encoder only Transformer, Pooling and "
                 "Normalize are supported"
             )
-        folder = paths.get("Transformer", "")
+        folder = checkpoint.transformer
         model = checkpoint.model(AutoModel, self.device, subfolder=folder)
-        tokenizer = checkpoint.tokenizer(subfolder=folder)
+        tokenizer = checkpoint.tokenizer(folder)
         return BiEncoder(
             model,
             tokenizer,
@@ -150,12 +152,13 @@ class _Loading:
         paths = [str(module["path"]) for module in checkpoint.modules or [] if module_kind(module) == "Dense"]
         dense = {path: checkpoint.json(f"{path}/config.json") or {} for path in paths}
         projection = read_projection(checkpoint.file, dense).to(self.device)
-        model = checkpoint.model(AutoModel, self.device)
-        tokenizer = checkpoint.tokenizer()
+        folder = checkpoint.transformer
+        model = checkpoint.model(AutoModel, self.device, subfolder=folder)
+        tokenizer = checkpoint.tokenizer(folder)
         return LateInteraction(
             model,
             tokenizer,
-            max_length(checkpoint, model, tokenizer, self.settings.max_length),
+            max_length(checkpoint, model, tokenizer, self.settings.max_length, subfolder=folder),
             self.budget,
             projection,
             normalize=self.settings.use_activation is not False,
@@ -171,8 +174,7 @@ class _Loading:
             limit,
             self._template(tokenizer, needed=needs_template),
             settings.variables,
-            settings.max_tokens_per_query,
-            settings.max_tokens_per_doc,
+            "longest_first" if settings.max_tokens_per_doc is None else "only_second",
         )
 
     def _template(self, tokenizer: PreTrainedTokenizerBase, *, needed: bool) -> Template | None:

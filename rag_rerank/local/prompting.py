@@ -9,11 +9,12 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from rag_rerank.errors import BackendRejected
-from rag_rerank.local.encoding import encode
-from rag_rerank.local.model import TokenSequence
+from rag_rerank.local.encoding import Truncation, encode
+from rag_rerank.local.model import Inputs, Model, TokenSequence
 from rag_rerank.template import Template
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import PreTrainedTokenizerBase
 
 
@@ -25,15 +26,14 @@ class Prompts:
         max_length: Longest sequence, in tokens.
         template: None encodes query and document as the tokenizer's pair.
         variables: For the template, such as the instruction.
-        max_tokens_per_query, max_tokens_per_doc: Cut each text at so many tokens first; None doesn't.
+        truncation: From which of a plain pair the tokens beyond `max_length` are cut.
     """
 
     tokenizer: "PreTrainedTokenizerBase"
     max_length: int
     template: Template | None = None
     variables: Mapping[str, Any] = field(default_factory=dict)
-    max_tokens_per_query: int | None = None
-    max_tokens_per_doc: int | None = None
+    truncation: Truncation = "longest_first"
 
     def sequences(self, queries: Sequence[str], documents: Sequence[str]) -> list[TokenSequence]:
         """One sequence per pair.
@@ -45,13 +45,9 @@ class Prompts:
         Raises:
             BackendRejected: A query leaves no room for any document.
         """
-        if self.max_tokens_per_query is not None:
-            queries = [cut(self.tokenizer, query, self.max_tokens_per_query) for query in queries]
-        if self.max_tokens_per_doc is not None:
-            documents = [cut(self.tokenizer, document, self.max_tokens_per_doc) for document in documents]
         rows = list(queries) * len(documents) if len(queries) == 1 else list(queries)
         if self.template is None:
-            return _pairs(self.tokenizer, rows, list(documents), self.max_length)
+            return self._pairs(rows, list(documents))
         prompts = [
             self.template.render(query, document, self.variables)
             for query, document in zip(rows, documents, strict=True)
@@ -60,6 +56,16 @@ class Prompts:
             TokenSequence(ids if len(ids) <= self.max_length else self._shortened(self.template, ids, query, document))
             for ids, query, document in zip(self._ids(prompts), rows, documents, strict=True)
         ]
+
+    def _pairs(self, queries: list[str], documents: list[str]) -> list[TokenSequence]:
+        sequences = encode(self.tokenizer, queries, documents, self.max_length, self.truncation)
+        # vLLM tokenises pair by pair, and tokenizer(query, "") takes the empty document for none: [CLS] q [SEP] instead
+        # of [CLS] q [SEP] [SEP]. Another score (4e-3 in one logit), so we do as the server does.
+        empty = [position for position, document in enumerate(documents) if not document]
+        alone = encode(self.tokenizer, [queries[position] for position in empty], None, self.max_length)
+        for position, sequence in zip(empty, alone, strict=True):
+            sequences[position] = sequence
+        return sequences
 
     def _shortened(self, template: Template, ids: list[int], query: str, document: str) -> list[int]:
         """The prompt's tokens with as much cut from the end of the document as is needed."""
@@ -102,14 +108,33 @@ def cut(tokenizer: "PreTrainedTokenizerBase", text: str, max_tokens: int) -> str
     return text
 
 
-def _pairs(
-    tokenizer: "PreTrainedTokenizerBase", queries: list[str], documents: list[str], max_length: int
-) -> list[TokenSequence]:
-    sequences = encode(tokenizer, queries, documents, max_length)
-    # vLLM tokenises pair by pair, and tokenizer(query, "") takes the empty document for none: [CLS] q [SEP] instead of
-    # [CLS] q [SEP] [SEP]. Another score (4e-3 in one logit), so we do as the server does.
-    empty = [position for position, document in enumerate(documents) if not document]
-    alone = encode(tokenizer, [queries[position] for position in empty], None, max_length)
-    for position, sequence in zip(empty, alone, strict=True):
-        sequences[position] = sequence
-    return sequences
+@dataclass(frozen=True, slots=True)
+class Limited:
+    """A model of any kind whose queries and documents are cut before it sees them.
+
+    Attributes:
+        max_tokens_per_query, max_tokens_per_doc: None doesn't cut.
+    """
+
+    model: Model
+    tokenizer: "PreTrainedTokenizerBase"
+    max_tokens_per_query: int | None
+    max_tokens_per_doc: int | None
+
+    @property
+    def token_budget(self) -> int:
+        """The model's."""
+        return self.model.token_budget
+
+    def inputs(self, queries: list[str], documents: list[str]) -> Inputs:
+        """The model's, of what is left."""
+        return self.model.inputs(
+            self._cut(queries, self.max_tokens_per_query), self._cut(documents, self.max_tokens_per_doc)
+        )
+
+    def run(self, sequences: Sequence[TokenSequence]) -> "Tensor":
+        """The model's."""
+        return self.model.run(sequences)
+
+    def _cut(self, texts: list[str], limit: int | None) -> list[str]:
+        return texts if limit is None else [cut(self.tokenizer, text, limit) for text in texts]

@@ -48,7 +48,8 @@ class LocalScorer(Scorer):
         query_prompt, document_prompt: Text to put before each query or document: embedding models such as E5 and
             Qwen3-Embedding were trained with one. Neither here nor on vLLM is any added by itself.
         use_activation: None or True applies the checkpoint's own activation, as vLLM does (sigmoid unless its config
-            names another); False gives logits. Without effect on a bi-encoder.
+            names another); False gives logits. Without effect on a bi-encoder; for late interaction, False leaves
+            token vectors at their own length.
         max_length: Longest input in tokens, special tokens included. None: what the model was made for. Longer pairs
             are cut as vLLM cuts them under ``truncate_prompt_tokens=-1``: from the longer of query and document; but
             with a template only from the document, for vLLM's cut would take the end of the prompt.

@@ -68,7 +68,7 @@ class TestScores:
         with LocalScorer(folder, classifier_tokens=TOKENS[kind], **options) as scorer:
             scores = scorer.score(*pairs())
         expected = reference(folder, kind, TEMPLATES[kind], causal=True)
-        assert largest_difference(scores, expected) <= 2e-5
+        assert largest_difference(scores, expected) <= 1e-5
         assert max(expected) - min(expected) > 2
 
     def test_a_classifier_is_scored_by_its_head(self, kind: str, tmp_path: Path):
@@ -78,7 +78,7 @@ class TestScores:
         with LocalScorer(folder, **options) as scorer:
             scores = scorer.score(*pairs())
         expected = reference(folder, kind, TEMPLATES[kind], causal=False)
-        assert largest_difference(scores, expected) <= 2e-5
+        assert largest_difference(scores, expected) <= 1e-5
         assert max(expected) - min(expected) > 2
 
     def test_the_default_score_is_the_sigmoid(self, tmp_path: Path):

@@ -1,7 +1,6 @@
 """Encoder families, poolings and ColBERTs: LocalScorer in float32 against one real vLLM server after the other."""
 
 import json
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -10,9 +9,10 @@ from pathlib import Path
 import pytest
 
 from rag_rerank import LocalScorer, VLLMScorer
+from tests.conftest import require_server
 from tests.encoder_models import make_bi_encoder, make_colbert, make_encoder_cross_encoder, make_pylate_colbert
 from tests.pairs import largest_difference, pairs
-from tests.vllm_server import VLLMServer, serving, why_not
+from tests.vllm_server import VLLMServer, serving
 
 TOLERANCE = 1e-4
 
@@ -49,11 +49,7 @@ FAMILIES = {
 @pytest.fixture(scope="module", params=FAMILIES)
 def vllm_family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[VLLMServer]:
     """A server for one model; it is gone before the next one starts."""
-    reason = why_not()
-    if reason is not None and os.environ.get("RAG_RERANK_REQUIRE_VLLM"):
-        pytest.fail(reason)
-    if reason is not None:
-        pytest.skip(reason)
+    require_server()
     family = FAMILIES[request.param]
     with serving(family.make(tmp_path_factory.mktemp("models") / request.param), *family.options) as server:
         yield server
@@ -64,11 +60,11 @@ def texts() -> tuple[list[str], list[str]]:
     return pairs()
 
 
-def scored(server: VLLMServer, *texts: str | list[str], use_activation: bool | None) -> tuple[list[float], list[float]]:
+def scored(server: VLLMServer, *texts: str | list[str], **options: object) -> tuple[list[float], list[float]]:
     """The scores of both sides."""
     with (
-        LocalScorer(server.folder, dtype="float32", use_activation=use_activation) as local,
-        VLLMScorer(server.base_url, use_activation=use_activation) as remote,
+        LocalScorer(server.folder, dtype="float32", **options) as local,
+        VLLMScorer(server.base_url, **options) as remote,
     ):
         return local.score(*texts), remote.score(*texts)
 
@@ -78,7 +74,7 @@ class TestFamilies:
 
     def test_scores_are_equal(self, vllm_family: VLLMServer, texts):
         """As they come by default."""
-        assert largest_difference(*scored(vllm_family, *texts, use_activation=None)) <= TOLERANCE
+        assert largest_difference(*scored(vllm_family, *texts)) <= TOLERANCE
 
     def test_scores_without_activation_are_equal(self, vllm_family: VLLMServer, texts):
         """Logits of a cross-encoder, plain dot products of a ColBERT, a bi-encoder's cosines as ever."""
@@ -88,5 +84,11 @@ class TestFamilies:
 
     def test_one_query_for_all_is_equal(self, vllm_family: VLLMServer, texts):
         """As a reranker asks."""
-        ours, theirs = scored(vllm_family, "How do I copy a file?", texts[1], use_activation=None)
+        ours, theirs = scored(vllm_family, "How do I copy a file?", texts[1])
         assert largest_difference(ours, theirs) <= TOLERANCE
+
+    def test_texts_are_cut_at_the_same_place(self, vllm_family: VLLMServer, texts):
+        """max_tokens_per_query and max_tokens_per_doc mean the same on both sides, for every kind of model."""
+        ours, theirs = scored(vllm_family, *texts, max_tokens_per_query=12, max_tokens_per_doc=30)
+        assert largest_difference(ours, theirs) <= TOLERANCE
+        assert ours != scored(vllm_family, *texts)[0]
