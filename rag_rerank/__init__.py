@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from rag_rerank.scorer import Closeable as Closeable
     from rag_rerank.scorer import Ranked as Ranked
     from rag_rerank.scorer import Scorer as Scorer
+    from rag_rerank.template import Template as Template
     from rag_rerank.vllm import VLLMScorer as VLLMScorer
 
 __version__ = "0.1.0"
@@ -44,6 +45,7 @@ _HOME = {
     "Closeable": "scorer",
     "Ranked": "scorer",
     "Scorer": "scorer",
+    "Template": "template",
     "VLLMScorer": "vllm",
 }
 __all__ = [  # noqa: PLE0604 - one list of names, kept in _HOME

@@ -66,6 +66,9 @@ class Engine:
 
     def __init__(self, load: Callable[[], Model], *, name: str) -> None:
         self._inbox: queue.SimpleQueue[_Work | None] = queue.SimpleQueue()
+        self._name = name
+        self._lock = threading.Lock()
+        self._closed = False
         # The thread holds the inbox, not the engine: whoever drops the engine can have it collected and closed.
         self._thread = threading.Thread(
             target=_serve, args=(load, self._inbox, name), name=f"rag_rerank {name}", daemon=True
@@ -75,12 +78,18 @@ class Engine:
     def submit(self, queries: list[str], documents: list[str]) -> "Future[list[float]]":
         """Hand in one call; no documents only loads the model. Cancelling the future takes it back, even half done."""
         work = _Work(queries, documents)
-        self._inbox.put(work)
+        with self._lock:  # nothing may come behind the None that ends the thread: nobody would ever answer it
+            if self._closed:
+                work.fail(_closed(self._name))
+            else:
+                self._inbox.put(work)
         return work.future
 
     def close(self) -> None:
         """Stop after the batch that is running; work that waits fails."""
-        self._inbox.put(None)
+        with self._lock:
+            self._closed = True
+            self._inbox.put(None)
         if threading.current_thread() is not self._thread:
             self._thread.join()
 
@@ -91,7 +100,7 @@ def _serve(load: Callable[[], Model], inbox: "queue.SimpleQueue[_Work | None]", 
         round_of_work, closing = _take(inbox)
         if closing:
             for work in round_of_work:
-                work.fail(RerankError(f"The scorer of {name} was closed while this call waited."))
+                work.fail(_closed(name))
             return
         try:
             model = model or load()
@@ -100,6 +109,11 @@ def _serve(load: Callable[[], Model], inbox: "queue.SimpleQueue[_Work | None]", 
                 work.fail(_as_backend_error(error, name))
             continue
         _score_together(model, round_of_work, name)
+        del round_of_work  # an idle engine must not keep the last call's texts
+
+
+def _closed(name: str) -> RerankError:
+    return RerankError(f"The scorer of {name} was closed before this call was done.")
 
 
 def _take(inbox: "queue.SimpleQueue[_Work | None]") -> tuple[list[_Work], bool]:

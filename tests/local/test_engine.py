@@ -160,3 +160,5 @@ class TestLife:
         with pytest.raises(RerankError, match="closed"):
             waiting.result(5)
         assert not engine._thread.is_alive()
+        with pytest.raises(RerankError, match="closed"):
+            engine.submit(["q"], ["too late"]).result(5)
