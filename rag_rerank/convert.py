@@ -6,7 +6,6 @@ of two) as the weight of a one-label classifier gives the same score, without th
 ``--hf-overrides``: transformers and vLLM load the result like any other cross-encoder.
 """
 
-import functools
 import json
 import os
 import secrets
@@ -24,6 +23,8 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrained
 from transformers.modeling_layers import GenericForSequenceClassification
 
 from rag_rerank.errors import ConfigError
+from rag_rerank.local.checkpoint import check_exists
+from rag_rerank.local.decoder import token_ids
 
 Method = Literal["two-token", "single-token"]
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -100,7 +101,7 @@ def convert(
     if folder.resolve().is_relative_to(target.resolve()):
         raise ConfigError(f"{str(target)!r} holds the model itself; pass another folder to write to")
     source = _CausalModel(str(model), folder)
-    score = source.score_weight(source.token_ids(tokens))
+    score = source.score_weight(token_ids(source.tokenizer, tokens, source.name))
     staging = target.with_name(f".{target.name}-{secrets.token_hex(4)}")
     try:
         staging.mkdir(parents=True)
@@ -133,22 +134,6 @@ class _CausalModel:
         self.head = _EMBEDDINGS if self.config.tie_word_embeddings else _HEAD
         if self.head not in self._home or "lm_head.bias" in self._home:
             raise ConfigError(f"{name!r} has no {self.head}, or an lm_head.bias: a classifier has a weight and no bias")
-
-    def token_ids(self, tokens: Sequence[str]) -> list[int]:
-        """The row of each token; ConfigError unless each is one entry, and what its own text is tokenized to."""
-        ids: list[int] = []
-        encode = functools.partial(self.tokenizer.encode, add_special_tokens=False)
-        for token in tokens:
-            row: Any = self.tokenizer.convert_tokens_to_ids(token)
-            if row in {None, self.tokenizer.unk_token_id} or encode(self.tokenizer.decode([row])) != [row]:
-                raise ConfigError(
-                    f"{token!r} is not one entry of the vocabulary of {self.name!r}: it is tokenized to "
-                    f"{self.tokenizer.convert_ids_to_tokens(encode(token))}. Pass the model's own answers, in its case."
-                )
-            ids.append(row)
-        if len(set(ids)) < len(ids):
-            raise ConfigError(f"the two tokens are the same: {tokens!r}; pass (false, true)")
-        return ids
 
     def score_weight(self, ids: Sequence[int]) -> torch.Tensor:
         """The classifier's one row, in float32: the true token's, less the false token's if there is one."""
@@ -257,8 +242,7 @@ def _folder(name: str, **source: Any) -> Path:
     """Where the model's files are, after fetching them from the hub if need be."""
     if Path(name).is_dir():
         return Path(name)
-    if Path(name).is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
-        raise ConfigError(f"there is no folder {name!r}; pass an existing folder or a hub id such as org/name")
+    check_exists(name)
     wanted = ["model*.safetensors", "*.json", *_TOKENIZER_FILES]
     try:
         return Path(snapshot_download(name, allow_patterns=wanted, ignore_patterns=["*/*"], **source))

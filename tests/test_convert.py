@@ -338,7 +338,7 @@ class TestErrors:
             ({"method": "two-token", "tokens": ("yes",)}, r"takes the tokens \(false, true\)"),
             ({"method": "single-token", "tokens": ("no", "yes")}, r"takes the tokens \(true\)"),
             ({"method": "single-token", "tokens": "yes"}, r"takes the tokens \(true\)"),
-            ({"method": "two-token", "tokens": ("yes", "yes")}, "the two tokens are the same"),
+            ({"method": "two-token", "tokens": ("yes", "yes")}, "must be .true,. or .false, true.; got .'yes', 'yes'."),
             ({"method": "single-token", "tokens": ("absolutely",)}, "'absolutely' is not one entry of the vocabulary"),
             ({"method": "single-token", "tokens": ("",)}, "'' is not one entry of the vocabulary"),
             ({"method": "single-token", "tokens": ("<missing>",)}, "'<missing>' is not one entry"),

@@ -20,6 +20,12 @@ from rag_rerank.local.hardware import choose_dtype
 from rag_rerank.local.settings import Settings
 
 
+def check_exists(name: str) -> None:
+    """ConfigError for what is written like a path and leads nowhere: no hub need be asked for it."""
+    if not Path(name).is_dir() and (Path(name).is_absolute() or name.startswith((".", "~")) or name.count("/") > 1):
+        raise ConfigError(f"there is no folder {name!r}; pass an existing folder or a hub id such as org/name")
+
+
 class Checkpoint:
     """A hub id or a folder, and how to read it; `config` is read at once, which shows whether it is there."""
 
@@ -32,8 +38,7 @@ class Checkpoint:
             "cache_dir": settings.cache_dir,
         }
         self._code = {"trust_remote_code": settings.trust_remote_code}
-        if not Path(name).is_dir() and (Path(name).is_absolute() or name.startswith((".", "~")) or name.count("/") > 1):
-            raise ConfigError(f"there is no folder {name!r}; pass an existing folder or a hub id such as org/name")
+        check_exists(name)
         if Path(name).is_dir() and not any(Path(name, file).is_file() for file in ("config.json", "modules.json")):
             raise ConfigError(f"the folder {name!r} holds no model: neither config.json nor modules.json is in it")
         self.modules: list[dict[str, Any]] | None = self.json("modules.json")

@@ -8,7 +8,7 @@ of 150,000 rows at most two are ever computed.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -46,23 +46,35 @@ class Decoder(PairModel):
         return logits.unsqueeze(1).cpu()
 
 
-def token_row(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", tokens: Sequence[str]) -> Tensor:
-    """The row of a causal model that scores with one token, or with the second of two against the first.
+def token_ids(tokenizer: "PreTrainedTokenizerBase", tokens: Sequence[str], name: str) -> list[int]:
+    """The vocabulary entries that a causal model answers with.
 
     Args:
-        model: With its output layer.
         tokenizer: The model's.
-        tokens: ``(true,)`` or ``(false, true)``, each one entry of the vocabulary.
+        tokens: ``(true,)`` or ``(false, true)``, each as it is written in the vocabulary (``Ġyes``, too).
+        name: The model's, for errors.
 
     Raises:
-        ConfigError: A token is not one entry of the vocabulary, or there are not one or two.
+        ConfigError: A token is not one entry (vLLM would take the unknown token for it without a word), or half a
+            character; or there are not one or two, or they are the same.
     """
-    if len(tokens) not in (1, 2):
-        raise ConfigError(f"classifier_tokens must be (true,) or (false, true), got {len(tokens)} tokens")
-    ids = [tokenizer.convert_tokens_to_ids(token) for token in tokens]
-    for token, number in zip(tokens, ids, strict=True):
-        if number is None or tokenizer.convert_ids_to_tokens(number) != token:
-            raise ConfigError(f"the classifier token {token!r} is not an entry of the model's vocabulary")
+    if len(tokens) not in (1, 2) or len(set(tokens)) < len(tokens):
+        raise ConfigError(f"the classifier tokens of {name!r} must be (true,) or (false, true); got {tuple(tokens)}")
+    ids: list[int] = []
+    for token in tokens:
+        row: Any = tokenizer.convert_tokens_to_ids(token)
+        if row is None or tokenizer.convert_ids_to_tokens(row) != token or "\ufffd" in tokenizer.decode([row]):
+            parts = tokenizer.convert_ids_to_tokens(tokenizer.encode(token, add_special_tokens=False))
+            raise ConfigError(
+                f"{token!r} is not one entry of the vocabulary of {name!r}: it is tokenized to {parts}. "
+                "Pass the model's own answers, in its case."
+            )
+        ids.append(row)
+    return ids
+
+
+def token_row(model: "PreTrainedModel", ids: Sequence[int]) -> Tensor:
+    """The row of a causal model that scores with one token, or with the second of two against the first; float32."""
     weight: Tensor = model.get_output_embeddings().weight  # type: ignore[no-untyped-call]
-    rows = weight[ids].detach().float()
-    return rows[0] if len(tokens) == 1 else rows[1] - rows[0]
+    rows = weight[list(ids)].detach().float()
+    return rows[0] if len(ids) == 1 else rows[1] - rows[0]

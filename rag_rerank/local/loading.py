@@ -16,7 +16,7 @@ from rag_rerank.families import Family, find_family
 from rag_rerank.local.bi_encoder import BiEncoder, pooling_of
 from rag_rerank.local.checkpoint import Checkpoint, max_length, module_kind
 from rag_rerank.local.cross_encoder import Activation, CrossEncoder, own_activation
-from rag_rerank.local.decoder import Decoder, token_row
+from rag_rerank.local.decoder import Decoder, token_ids, token_row
 from rag_rerank.local.hardware import TOKEN_BUDGET, TOKEN_BUDGETS, choose_device
 from rag_rerank.local.late_interaction import LateInteraction, is_late_interaction, read_projection
 from rag_rerank.local.model import Model
@@ -114,11 +114,11 @@ class _Loading:
                 'one, pass template= with its prompt and classifier_tokens= with its answer, such as ("no", "yes").'
             )
         tokenizer = self.checkpoint.tokenizer()
-        self._template(tokenizer, needed=True)  # before gigabytes of weights are read
+        ids = token_ids(tokenizer, tokens, self.checkpoint.name)
+        self._template(tokenizer, needed=True)  # like the tokens, before gigabytes of weights are read
         model = self.checkpoint.model(AutoModelForCausalLM, self.device)
         prompts = self._prompts(model, tokenizer, needs_template=True)
-        row = token_row(model, tokenizer, tokens)
-        return Decoder(prompts, self.budget, self._activation(), model.base_model, row)
+        return Decoder(prompts, self.budget, self._activation(), model.base_model, token_row(model, ids))
 
     def bi_encoder(self) -> Model:
         """A sentence-transformers folder of transformer, pooling and perhaps normalisation."""

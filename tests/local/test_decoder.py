@@ -147,7 +147,7 @@ class TestKnownModels:
     def test_answers_must_be_one_entry_of_the_vocabulary(self, tokens: tuple[str, ...], tmp_path: Path):
         """vLLM takes the unknown token without a word."""
         folder = make_causal_lm(tmp_path / "m", "qwen3")
-        with pytest.raises(ConfigError, match="not an entry"):
+        with pytest.raises(ConfigError, match="not one entry"):
             LocalScorer(folder, template=PLAIN, classifier_tokens=tokens).score("q", "d")
 
 
