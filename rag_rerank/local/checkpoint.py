@@ -1,5 +1,6 @@
 """Reading a checkpoint, from the hub or a folder: config, weights, tokenizer; or an error that says what is missing."""
 
+import functools
 import json
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -62,16 +63,17 @@ class Checkpoint:
         except ValueError as error:
             raise ConfigError(f"{path} of {self.name!r} is not valid JSON: {error}") from error
 
-    def sentence_config(self, subfolder: str = "") -> dict[str, Any]:
+    @functools.cached_property
+    def sentence_config(self) -> dict[str, Any]:
         """What sentence-transformers wrote about its tokenizer, if anything."""
-        return self.json(str(PurePosixPath(subfolder, "sentence_bert_config.json"))) or {}
+        return self.json(str(PurePosixPath(self.transformer, "sentence_bert_config.json"))) or {}
 
-    def model(self, auto: Any, device: torch.device, subfolder: str = "") -> PreTrainedModel:
+    def model(self, auto: Any, device: torch.device) -> PreTrainedModel:
         """The weights, complete, on the device, in evaluation mode."""
         loaded: PreTrainedModel
         loaded, report = self._read(
             auto.from_pretrained,
-            subfolder=subfolder,
+            subfolder=self.transformer,
             use_safetensors=True,  # pickle weights can run code
             output_loading_info=True,
             **self._code,
@@ -90,10 +92,11 @@ class Checkpoint:
         torch.nn.Module.eval(loaded)
         return loaded
 
-    def tokenizer(self, subfolder: str = "") -> PreTrainedTokenizerBase:
+    @functools.cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
         """The checkpoint's tokenizer."""
         tokenizer: PreTrainedTokenizerBase = self._read(
-            AutoTokenizer.from_pretrained, subfolder=subfolder, **self._code, **self._settings.tokenizer_kwargs
+            AutoTokenizer.from_pretrained, subfolder=self.transformer, **self._code, **self._settings.tokenizer_kwargs
         )
         return tokenizer
 
@@ -110,21 +113,15 @@ def module_kind(module: dict[str, Any]) -> str:
     return str(module.get("type", "")).rpartition(".")[2]
 
 
-def max_length(
-    checkpoint: Checkpoint,
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    asked: int | None,
-    subfolder: str = "",
-) -> int:
+def max_length(checkpoint: Checkpoint, model: PreTrainedModel, asked: int | None) -> int:
     """Longest input in tokens: the least of what positions, tokenizer, sentence-transformers and the caller allow."""
     limits = [int(getattr(checkpoint.config, "max_position_embeddings", 0) or 0)]
     for name, module in model.named_modules():
         if name.endswith("position_embeddings") and isinstance(module, torch.nn.Embedding):
             # RoBERTa counts positions from padding_idx + 1: 514 rows are 512 positions.
             limits.append(module.num_embeddings - (0 if module.padding_idx is None else module.padding_idx + 1))
-    limits.append(int(checkpoint.sentence_config(subfolder).get("max_seq_length") or 0))
-    limits.append(int(min(tokenizer.model_max_length, 10**9)))  # "no limit" is written as 10**30
+    limits.append(int(checkpoint.sentence_config.get("max_seq_length") or 0))
+    limits.append(int(min(checkpoint.tokenizer.model_max_length, 10**9)))  # "no limit" is written as 10**30
     limit = min(value for value in limits if value > 0)
     if asked is not None and asked > limit:
         raise ConfigError(f"max_length={asked} is more than {checkpoint.name!r} was made for: {limit} tokens")

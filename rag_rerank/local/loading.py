@@ -54,8 +54,7 @@ def load(settings: Settings) -> Model:
     model = kinds[_kind(checkpoint, settings.score_type)]()
     if settings.max_tokens_per_query is None and settings.max_tokens_per_doc is None:
         return model
-    tokenizer = checkpoint.tokenizer(checkpoint.transformer)
-    return Limited(model, tokenizer, settings.max_tokens_per_query, settings.max_tokens_per_doc)
+    return Limited(model, checkpoint.tokenizer, settings.max_tokens_per_query, settings.max_tokens_per_doc)
 
 
 def _kind(checkpoint: Checkpoint, asked: str) -> str:
@@ -96,7 +95,7 @@ class _Loading:
         """A model with a one-label head: that of an encoder is called "classifier", that of a decoder "score"."""
         model = self.checkpoint.model(AutoModelForSequenceClassification, self.device)
         head = getattr(model, "score", None)
-        prompts = self._prompts(model, self.checkpoint.tokenizer(), needs_template=isinstance(head, torch.nn.Linear))
+        prompts = self._prompts(model, self._template(needed=isinstance(head, torch.nn.Linear)))
         # A checkpoint's own code may read its score from elsewhere (nemotron: the mean): that runs as it is.
         if isinstance(head, torch.nn.Linear) and type(model).__module__.startswith("transformers."):
             row = head.weight[0].detach().float()
@@ -113,11 +112,11 @@ class _Loading:
                 f"{self.checkpoint.name!r} is a {self.checkpoint.architectures[0]} that is no known reranker. If it is "
                 'one, pass template= with its prompt and classifier_tokens= with its answer, such as ("no", "yes").'
             )
-        tokenizer = self.checkpoint.tokenizer()
-        ids = token_ids(tokenizer, tokens, self.checkpoint.name)
-        self._template(tokenizer, needed=True)  # like the tokens, before gigabytes of weights are read
+        # Tokens and template first: what is wrong with them is told before gigabytes of weights are read.
+        ids = token_ids(self.checkpoint.tokenizer, tokens, self.checkpoint.name)
+        template = self._template(needed=True)
         model = self.checkpoint.model(AutoModelForCausalLM, self.device)
-        prompts = self._prompts(model, tokenizer, needs_template=True)
+        prompts = self._prompts(model, template)
         return Decoder(prompts, self.budget, self._activation(), model.base_model, token_row(model, ids))
 
     def bi_encoder(self) -> Model:
@@ -134,16 +133,11 @@ class _Loading:
                 f"{checkpoint.name!r} is made of {', '.join(paths)}; as a bi-encoder only Transformer, Pooling and "
                 "Normalize are supported"
             )
-        folder = checkpoint.transformer
-        model = checkpoint.model(AutoModel, self.device, subfolder=folder)
-        tokenizer = checkpoint.tokenizer(folder)
         return BiEncoder(
-            model,
-            tokenizer,
-            max_length(checkpoint, model, tokenizer, self.settings.max_length, subfolder=folder),
+            *self._encoder(),
             self.budget,
             pooling_of(checkpoint.json(f"{paths['Pooling']}/config.json") or {}),
-            bool(checkpoint.sentence_config(folder).get("do_lower_case", False)),
+            bool(checkpoint.sentence_config.get("do_lower_case", False)),
         )
 
     def late_interaction(self) -> Model:
@@ -152,38 +146,38 @@ class _Loading:
         paths = [str(module["path"]) for module in checkpoint.modules or [] if module_kind(module) == "Dense"]
         dense = {path: checkpoint.json(f"{path}/config.json") or {} for path in paths}
         projection = read_projection(checkpoint.file, dense).to(self.device)
-        folder = checkpoint.transformer
-        model = checkpoint.model(AutoModel, self.device, subfolder=folder)
-        tokenizer = checkpoint.tokenizer(folder)
         return LateInteraction(
-            model,
-            tokenizer,
-            max_length(checkpoint, model, tokenizer, self.settings.max_length, subfolder=folder),
+            *self._encoder(),
             self.budget,
             projection,
             normalize=self.settings.use_activation is not False,
         )
 
-    def _prompts(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, needs_template: bool) -> Prompts:
+    def _encoder(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, int]:
+        """A model without a head, its tokenizer, and its longest input."""
+        model = self.checkpoint.model(AutoModel, self.device)
+        return model, self.checkpoint.tokenizer, max_length(self.checkpoint, model, self.settings.max_length)
+
+    def _prompts(self, model: PreTrainedModel, template: Template | None) -> Prompts:
         settings = self.settings
-        limit = max_length(self.checkpoint, model, tokenizer, settings.max_length)
+        limit = max_length(self.checkpoint, model, settings.max_length)
         if settings.max_length is None and self.family is not None and self.family.max_length is not None:
             limit = min(limit, self.family.max_length)
         return Prompts(
-            tokenizer,
+            self.checkpoint.tokenizer,
             limit,
-            self._template(tokenizer, needed=needs_template),
+            template,
             settings.variables,
             "longest_first" if settings.max_tokens_per_doc is None else "only_second",
         )
 
-    def _template(self, tokenizer: PreTrainedTokenizerBase, *, needed: bool) -> Template | None:
+    def _template(self, *, needed: bool) -> Template | None:
         """The template to prompt with: the caller's, the family's, or one for scoring that the checkpoint brings."""
         if isinstance(self.settings.template, Template) or self.settings.template is None:
             return self.settings.template
         if self.family is not None and self.family.template is not None:
             return Template.load(self.family.template)
-        saved = tokenizer.chat_template
+        saved = self.checkpoint.tokenizer.chat_template
         # Most checkpoints inherit a chat template from the model that they were made of; one for scoring has its roles.
         if isinstance(saved, str) and any(
             f"{mark}query{mark}" in saved and f"{mark}document{mark}" in saved for mark in "\"'"
