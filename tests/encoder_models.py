@@ -20,6 +20,7 @@ from transformers import (
 )
 
 from rag_rerank.local.late_interaction import LateInteraction, read_projection
+from rag_rerank.local.transformer import over
 from tests.models import MAX_LENGTH, widen, word_piece_tokenizer
 
 VECTOR_SIZE = 48
@@ -96,13 +97,16 @@ def make_pylate_colbert(folder: Path, **dense: object) -> Path:
     return folder
 
 
-def load_late_interaction(folder: Path, *, normalize: bool = True, token_budget: int = 2048) -> LateInteraction:
-    """A ColBERT of this module, ready to score."""
-    model, tokenizer = AutoModel.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
+def load_late_interaction(
+    folder: Path, *, normalize: bool = True, token_budget: int = 2048, dtype: torch.dtype = torch.float32
+) -> LateInteraction:
+    """A ColBERT of this module, ready to score; `dtype` is the encoder's."""
+    model, tokenizer = AutoModel.from_pretrained(folder, dtype=dtype).eval(), AutoTokenizer.from_pretrained(folder)
     config = folder / "1_Dense" / "config.json"
     dense = {"1_Dense": json.loads(config.read_text())} if config.exists() else {}
     projection = read_projection(folder.joinpath, dense)
-    return LateInteraction(model, tokenizer, MAX_LENGTH, token_budget, projection, normalize)
+    transformer = over(model, tokenizer.pad_token_id, token_budget)
+    return LateInteraction(transformer, tokenizer, MAX_LENGTH, projection, normalize)
 
 
 def _random(auto: Any, kind: str, **options: object) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:

@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 
 from rag_rerank.errors import ConfigError
-from rag_rerank.local.encoding import encode, padded
+from rag_rerank.local.encoding import encode, room
 from rag_rerank.local.model import Inputs, TokenSequence
+from rag_rerank.local.transformer import Transformer
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
 
 Pooling = Callable[[Tensor, Tensor], Tensor]
 """(states float32 ``[batch, length, size]``, mask int64 ``[batch, length]``) to ``[batch, size]``."""
@@ -30,12 +31,16 @@ class BiEncoder:
         lower_case: Whether texts are lowered before the tokenizer sees them (``do_lower_case`` of old folders).
     """
 
-    model: "PreTrainedModel"
+    transformer: Transformer
     tokenizer: "PreTrainedTokenizerBase"
     max_length: int
-    token_budget: int
     pooling: Pooling
     lower_case: bool = False
+
+    @property
+    def round_tokens(self) -> int:
+        """The transformer's."""
+        return self.transformer.round_tokens
 
     def inputs(self, queries: list[str], documents: list[str]) -> Inputs:
         """One sequence per different text: a query that 100 documents share is embedded once."""
@@ -49,13 +54,19 @@ class BiEncoder:
 
         return Inputs(encode(self.tokenizer, texts, None, self.max_length), cosines)
 
+    def room(self, queries: Sequence[str]) -> list[int]:
+        """How many tokens of a document are read beside each of the queries."""
+        return [room(self.tokenizer, self.max_length)] * len(queries)
+
+    def batches(self, sequences: Sequence[TokenSequence]) -> list[list[int]]:
+        """The transformer's."""
+        return self.transformer.batches(sequences)
+
     @torch.inference_mode()
     def run(self, sequences: Sequence[TokenSequence]) -> Tensor:
         """Unit embeddings ``[len(sequences), size]``, pooled in float32 whatever the model computes in."""
-        batch = padded(sequences, self.tokenizer.pad_token_id or 0, self.model.device)
-        states: Tensor = self.model(**batch).last_hidden_state
-        pooled = self.pooling(states.float(), batch["attention_mask"])
-        return torch.nn.functional.normalize(pooled, dim=1).cpu()
+        states, mask = self.transformer.states(sequences).padded()
+        return torch.nn.functional.normalize(self.pooling(states.float(), mask), dim=1)
 
 
 def _mean(states: Tensor, mask: Tensor) -> Tensor:

@@ -1,16 +1,18 @@
 """Cross-encoders: query and document read together, one logit a pair."""
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from rag_rerank.errors import ConfigError
-from rag_rerank.local.encoding import padded
 from rag_rerank.local.model import Inputs, TokenSequence
 from rag_rerank.local.prompting import Prompts
+from rag_rerank.local.transformer import Padded, States, Transformer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -24,15 +26,29 @@ class PairModel:
 
     Attributes:
         activation: From logits to scores, elementwise.
+        transformer: The model without its head.
     """
 
     prompts: Prompts
-    token_budget: int
     activation: Activation
+    transformer: Transformer
+
+    @property
+    def round_tokens(self) -> int:
+        """The transformer's."""
+        return self.transformer.round_tokens
 
     def inputs(self, queries: list[str], documents: list[str]) -> Inputs:
         """One sequence per pair."""
         return Inputs(self.prompts.sequences(queries, documents), self._scores)
+
+    def room(self, queries: Sequence[str]) -> list[int]:
+        """How many tokens of a document are read beside each of the queries."""
+        return self.prompts.room(queries)
+
+    def batches(self, sequences: Sequence[TokenSequence]) -> list[list[int]]:
+        """The transformer's."""
+        return self.transformer.batches(sequences)
 
     def _scores(self, logits: Tensor) -> list[float]:
         scores: list[float] = self.activation(logits[:, 0]).tolist()
@@ -41,16 +57,70 @@ class PairModel:
 
 @dataclass(frozen=True, slots=True)
 class CrossEncoder(PairModel):
-    """A ``*ForSequenceClassification`` model with one label."""
+    """A transformer and the head of its ``*ForSequenceClassification``, with one label."""
 
-    model: "PreTrainedModel"
+    head: "Head"
 
     @torch.inference_mode()
     def run(self, sequences: Sequence[TokenSequence]) -> Tensor:
         """Logits ``[len(sequences), 1]``."""
-        batch = padded(sequences, self.prompts.tokenizer.pad_token_id or 0, self.model.device)
-        logits: Tensor = self.model(**batch).logits
-        return logits.float().cpu()
+        return self.head.logits(self.transformer.states(sequences)).float()
+
+
+@dataclass(frozen=True, slots=True)
+class WholeCrossEncoder(PairModel):
+    """A ``*ForSequenceClassification`` of an architecture that we don't know: run as it is, in padded batches."""
+
+    transformer: Padded  # of the whole model, head included
+
+    @torch.inference_mode()
+    def run(self, sequences: Sequence[TokenSequence]) -> Tensor:
+        """Logits ``[len(sequences), 1]``."""
+        logits: Tensor = self.transformer.model(**self.transformer.inputs(sequences)).logits
+        return logits.float()
+
+
+class Head:
+    """What a ``*ForSequenceClassification`` does with the states of its transformer, as transformers wrote it.
+
+    It is the model itself, with something in the transformer's place that answers with states that we have already. So
+    no family's head (pooler, dense layers, activation, mean or first token) is written twice.
+    """
+
+    def __init__(self, model: "PreTrainedModel") -> None:
+        self._given = _Given(getattr(model.base_model, "pooler", None))
+        self._model = copy.copy(model)
+        self._model._modules = {**model._modules, model.base_model_prefix: self._given}
+        pooling = getattr(model.config, "classifier_pooling", "cls")  # ModernBERT, EuroBERT
+        self._first_only = pooling in ("cls", "bos")
+
+    def logits(self, states: States) -> Tensor:
+        """Logits ``[sequences, 1]``."""
+        if self._first_only:
+            self._given.states = states.first().unsqueeze(1)
+            mask = self._given.states.new_ones(self._given.states.shape[:2], dtype=torch.int64)
+        else:
+            self._given.states, mask = states.padded()
+        try:
+            # Some heads ask the ids for the size of the batch.
+            logits: Tensor = self._model(input_ids=mask, attention_mask=mask).logits
+        finally:
+            self._given.states = None
+        return logits
+
+
+class _Given(torch.nn.Module):
+    """Answers as a transformer would, with states that are given."""
+
+    def __init__(self, pooler: torch.nn.Module | None) -> None:
+        super().__init__()
+        self.pooler = pooler
+        self.states: Tensor | None = None
+
+    def forward(self, *_: object, **__: object) -> BaseModelOutputWithPooling:
+        """The states, and what the transformer's pooler makes of them."""
+        pooled = None if self.pooler is None else self.pooler(self.states)
+        return BaseModelOutputWithPooling(last_hidden_state=self.states, pooler_output=pooled)
 
 
 def own_activation(config: "PreTrainedConfig") -> Activation:

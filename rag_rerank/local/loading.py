@@ -1,6 +1,7 @@
 """From settings to a model that is ready to score: finds out what a checkpoint is, and puts the parts together."""
 
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from transformers import (
@@ -15,13 +16,15 @@ from rag_rerank.errors import ConfigError
 from rag_rerank.families import Family, find_family
 from rag_rerank.local.bi_encoder import BiEncoder, pooling_of
 from rag_rerank.local.checkpoint import Checkpoint, max_length, module_kind
-from rag_rerank.local.cross_encoder import Activation, CrossEncoder, own_activation
+from rag_rerank.local.cross_encoder import Activation, CrossEncoder, Head, WholeCrossEncoder, own_activation
 from rag_rerank.local.decoder import Decoder, token_ids, token_row
-from rag_rerank.local.hardware import TOKEN_BUDGET, TOKEN_BUDGETS, choose_device
+from rag_rerank.local.hardware import choose_device, token_budget
 from rag_rerank.local.late_interaction import LateInteraction, is_late_interaction, read_projection
 from rag_rerank.local.model import Model
+from rag_rerank.local.passages import MaxPassage
 from rag_rerank.local.prompting import Limited, Prompts
 from rag_rerank.local.settings import Settings
+from rag_rerank.local.transformer import Padded, Transformer, can_unpad, over
 from rag_rerank.template import Template
 
 
@@ -38,13 +41,7 @@ def load(settings: Settings) -> Model:
     if family is not None and not family.local:
         flags = family.vllm_flags.replace("{template}", f"{family.template}")
         raise ConfigError(f"{checkpoint.name!r} runs on vLLM only: vllm serve {checkpoint.name} {flags}")
-    loading = _Loading(
-        checkpoint,
-        settings,
-        family,
-        device,
-        TOKEN_BUDGETS.get(device.type, TOKEN_BUDGET),
-    )
+    loading = _Loading(checkpoint, settings, family, device)
     kinds = {
         "causal": loading.causal,
         "bi-encoder": loading.bi_encoder,
@@ -52,6 +49,8 @@ def load(settings: Settings) -> Model:
         "classifier": loading.classifier,
     }
     model = kinds[_kind(checkpoint, settings.score_type)]()
+    if settings.long_documents == "max-passage":
+        model = MaxPassage(model, checkpoint.tokenizer, model.room)
     if settings.max_tokens_per_query is None and settings.max_tokens_per_doc is None:
         return model
     return Limited(model, checkpoint.tokenizer, settings.max_tokens_per_query, settings.max_tokens_per_doc)
@@ -89,7 +88,6 @@ class _Loading:
     settings: Settings
     family: Family | None
     device: torch.device
-    budget: int
 
     def classifier(self) -> Model:
         """A model with a one-label head: that of an encoder is called "classifier", that of a decoder "score"."""
@@ -99,8 +97,11 @@ class _Loading:
         # A checkpoint's own code may read its score from elsewhere (nemotron: the mean): that runs as it is.
         if isinstance(head, torch.nn.Linear) and type(model).__module__.startswith("transformers."):
             row = head.weight[0].detach().float()
-            return Decoder(prompts, self.budget, self._activation(), model.base_model, row)
-        return CrossEncoder(prompts, self.budget, self._activation(), model)
+            return Decoder(prompts, self._activation(), self._over(_body(model)), row)
+        if can_unpad(_body(model)):
+            return CrossEncoder(prompts, self._activation(), self._over(_body(model)), Head(model))
+        pad_id = self.checkpoint.tokenizer.pad_token_id or 0
+        return WholeCrossEncoder(prompts, self._activation(), Padded(model, pad_id, token_budget(self.device)))
 
     def causal(self) -> Model:
         """A model that answers with a word."""
@@ -117,7 +118,8 @@ class _Loading:
         template = self._template(needed=True)
         model = self.checkpoint.model(AutoModelForCausalLM, self.device)
         prompts = self._prompts(model, template)
-        return Decoder(prompts, self.budget, self._activation(), model.base_model, token_row(model, ids))
+        row = token_row(model, ids)
+        return Decoder(prompts, self._activation(), self._over(_body(model)), row)
 
     def bi_encoder(self) -> Model:
         """A sentence-transformers folder of transformer, pooling and perhaps normalisation."""
@@ -135,7 +137,6 @@ class _Loading:
             )
         return BiEncoder(
             *self._encoder(),
-            self.budget,
             pooling_of(checkpoint.json(f"{paths['Pooling']}/config.json") or {}),
             bool(checkpoint.sentence_config.get("do_lower_case", False)),
         )
@@ -148,15 +149,18 @@ class _Loading:
         projection = read_projection(checkpoint.file, dense).to(self.device)
         return LateInteraction(
             *self._encoder(),
-            self.budget,
             projection,
             normalize=self.settings.use_activation is not False,
         )
 
-    def _encoder(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, int]:
+    def _encoder(self) -> tuple[Transformer, PreTrainedTokenizerBase, int]:
         """A model without a head, its tokenizer, and its longest input."""
         model = self.checkpoint.model(AutoModel, self.device)
-        return model, self.checkpoint.tokenizer, max_length(self.checkpoint, model, self.settings.max_length)
+        limit = max_length(self.checkpoint, model, self.settings.max_length)
+        return self._over(model), self.checkpoint.tokenizer, limit
+
+    def _over(self, model: PreTrainedModel) -> Transformer:
+        return over(model, self.checkpoint.tokenizer.pad_token_id, token_budget(self.device))
 
     def _prompts(self, model: PreTrainedModel, template: Template | None) -> Prompts:
         settings = self.settings
@@ -197,3 +201,8 @@ class _Loading:
             return own
         scale, bias = self.family.logit_scale, self.family.logit_bias
         return lambda logits: own(logits * scale + bias)  # without the activation, too: so does vLLM
+
+
+def _body(model: PreTrainedModel) -> PreTrainedModel:
+    """A model without its head."""
+    return cast("PreTrainedModel", model.base_model)

@@ -21,10 +21,12 @@ class TokenSequence:
     Attributes:
         ids: Token ids, special tokens included.
         types: Token type ids (0 for the query's part, 1 for the document's), where the tokenizer makes them.
+        query: The query of a prompt. Prompts of one query begin alike, which a decoder makes use of.
     """
 
     ids: list[int]
     types: list[int] | None = None
+    query: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,11 +46,17 @@ class Model(Protocol):
     """A loaded model. Used by one thread only."""
 
     @property
-    def token_budget(self) -> int:
-        """How many tokens, padding included, one batch may hold."""
+    def round_tokens(self) -> int:
+        """How many tokens of waiting sequences are best cut into batches at a time."""
+
+    def room(self, queries: "Sequence[str]") -> list[int]:
+        """How many tokens of a document it reads beside each of the queries."""
 
     def inputs(self, queries: list[str], documents: list[str]) -> Inputs:
-        """Tokenise one call: one query for all documents, or one each."""
+        """Tokenise a call or a part of one: one query for all documents, or one each."""
+
+    def batches(self, sequences: "Sequence[TokenSequence]") -> list[list[int]]:
+        """Positions of the sequences, each exactly once, grouped into batches for `run`."""
 
     def run(self, sequences: "Sequence[TokenSequence]") -> "Tensor":
-        """Outputs of one batch: float32 on the CPU, ``[len(sequences), size]``."""
+        """Outputs of one batch: float32 ``[len(sequences), size]``, perhaps still being computed on a device."""

@@ -53,9 +53,22 @@ class Prompts:
             for query, document in zip(rows, documents, strict=True)
         ]
         return [
-            TokenSequence(ids if len(ids) <= self.max_length else self._shortened(self.template, ids, query, document))
+            TokenSequence(
+                ids if len(ids) <= self.max_length else self._shortened(self.template, ids, query, document),
+                query=query,
+            )
             for ids, query, document in zip(self._ids(prompts), rows, documents, strict=True)
         ]
+
+    def room(self, queries: Sequence[str]) -> list[int]:
+        """How many tokens of a document fit beside each query."""
+        if self.template is None:
+            special = self.tokenizer.num_special_tokens_to_add(pair=True)
+            taken = [len(ids) + special for ids in self._ids(list(queries), add_special_tokens=False)]
+        else:
+            prompts = [self.template.render(query, "", self.variables) for query in queries]
+            taken = [len(ids) for ids in self._ids(prompts)]
+        return [self.max_length - tokens for tokens in taken]
 
     def _pairs(self, queries: list[str], documents: list[str]) -> list[TokenSequence]:
         sequences = encode(self.tokenizer, queries, documents, self.max_length, self.truncation)
@@ -122,15 +135,23 @@ class Limited:
     max_tokens_per_doc: int | None
 
     @property
-    def token_budget(self) -> int:
+    def round_tokens(self) -> int:
         """The model's."""
-        return self.model.token_budget
+        return self.model.round_tokens
 
     def inputs(self, queries: list[str], documents: list[str]) -> Inputs:
         """The model's, of what is left."""
         return self.model.inputs(
             self._cut(queries, self.max_tokens_per_query), self._cut(documents, self.max_tokens_per_doc)
         )
+
+    def room(self, queries: Sequence[str]) -> list[int]:
+        """The model's."""
+        return self.model.room(queries)
+
+    def batches(self, sequences: Sequence[TokenSequence]) -> list[list[int]]:
+        """The model's."""
+        return self.model.batches(sequences)
 
     def run(self, sequences: Sequence[TokenSequence]) -> "Tensor":
         """The model's."""

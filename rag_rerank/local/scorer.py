@@ -15,7 +15,7 @@ from typing import Any
 from rag_rerank.errors import DeadlineExceeded
 from rag_rerank.local.engine import Engine
 from rag_rerank.local.model import Model
-from rag_rerank.local.settings import Dtype, ScoreType, Settings
+from rag_rerank.local.settings import Dtype, LongDocuments, ScoreType, Settings
 from rag_rerank.scorer import Scorer
 from rag_rerank.template import Template, prefixed
 
@@ -54,6 +54,10 @@ class LocalScorer(Scorer):
             are cut as vLLM cuts them under ``truncate_prompt_tokens=-1``: from the longer of query and document; but
             with a template only from the document, for vLLM's cut would take the end of the prompt.
         max_tokens_per_query, max_tokens_per_doc: Cut each query or document at so many tokens first, as vLLM does.
+        long_documents: What becomes of a document longer than the model's window: ``"truncate"`` reads its beginning,
+            as vLLM does; ``"max-passage"`` reads all of it, in passages that overlap by half, and gives it the score of
+            the best (MaxP, Dai and Callan 2019, https://arxiv.org/abs/1905.09217). Twice the work for its length.
+        max_waiting_calls: How many calls may be unfinished at a time; one more is refused at once.
         revision: Branch, tag or commit on the hub.
         trust_remote_code: Whether code from the checkpoint may run. Only ever on by this argument.
         local_files_only: Never ask the hub.
@@ -85,6 +89,8 @@ class LocalScorer(Scorer):
         max_length: int | None = None,
         max_tokens_per_query: int | None = None,
         max_tokens_per_doc: int | None = None,
+        long_documents: LongDocuments = "truncate",
+        max_waiting_calls: int = 1024,
         revision: str | None = None,
         trust_remote_code: bool = False,
         local_files_only: bool = False,
@@ -107,6 +113,8 @@ class LocalScorer(Scorer):
             max_length=max_length,
             max_tokens_per_query=max_tokens_per_query,
             max_tokens_per_doc=max_tokens_per_doc,
+            long_documents=long_documents,
+            max_waiting_calls=max_waiting_calls,
             revision=revision,
             trust_remote_code=trust_remote_code,
             local_files_only=local_files_only,
@@ -126,14 +134,14 @@ class LocalScorer(Scorer):
         """The hub id or folder, as given."""
         return self._settings.model
 
-    def warm_up(self) -> None:
-        """Load the model now instead of with the first call.
+    def warmup(self) -> None:
+        """Load the model and score a pair now, so that the first call doesn't pay for it.
 
         Raises:
             ConfigError: It can't be loaded as asked.
         """
         self._begin(None)
-        self._running_engine().submit([], []).result()
+        self._running_engine().submit(["warm"], ["up"]).result()
 
     def _score(self, queries: list[str], documents: list[str], until: float | None) -> list[float]:
         began = time.monotonic()
@@ -166,7 +174,7 @@ class LocalScorer(Scorer):
         return DeadlineExceeded(
             f"{self.model_name} was still scoring when the deadline passed",
             elapsed=time.monotonic() - began,
-            remedy="Allow more time, pass fewer documents, or call warm_up() first: loading counts.",
+            remedy="Allow more time, pass fewer documents, or call warmup() first: loading counts.",
         )
 
     def _running_engine(self) -> Engine:
@@ -174,7 +182,7 @@ class LocalScorer(Scorer):
         with self._lock:
             if self._engine is None or self._engine_pid != os.getpid():
                 settings = self._settings  # not self: the thread must not keep the scorer alive
-                self._engine, self._engine_pid = Engine(lambda: _load(settings), name=self.model_name), os.getpid()
+                self._engine, self._engine_pid = _engine(settings), os.getpid()
                 # The thread must not outlive a scorer that nobody closed, nor run on into interpreter shutdown.
                 weakref.finalize(self, self._engine.close)
             return self._engine
@@ -195,6 +203,10 @@ class LocalScorer(Scorer):
 
     def __repr__(self) -> str:
         return f"LocalScorer({self.model_name!r})"
+
+
+def _engine(settings: Settings) -> Engine:
+    return Engine(lambda: _load(settings), name=settings.model, max_waiting_calls=settings.max_waiting_calls)
 
 
 def _load(settings: Settings) -> Model:

@@ -10,6 +10,7 @@ from rag_rerank.template import Template
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 ScoreType = Literal["auto", "cross-encoder", "bi-encoder", "late-interaction"]
+LongDocuments = Literal["truncate", "max-passage"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,6 +35,8 @@ class Settings:
     max_length: int | None
     max_tokens_per_query: int | None
     max_tokens_per_doc: int | None
+    long_documents: LongDocuments
+    max_waiting_calls: int
     revision: str | None
     trust_remote_code: bool
     local_files_only: bool
@@ -44,13 +47,15 @@ class Settings:
     def __post_init__(self) -> None:
         if not self.model:
             raise ConfigError("model is empty; pass a hub id or a folder")
-        for name, allowed in (("dtype", Dtype), ("score_type", ScoreType)):
+        for name, allowed in (("dtype", Dtype), ("score_type", ScoreType), ("long_documents", LongDocuments)):
             if getattr(self, name) not in get_args(allowed):
                 raise ConfigError(f"{name} must be one of {', '.join(get_args(allowed))}; got {getattr(self, name)!r}")
         for name in ("max_length", "max_tokens_per_query", "max_tokens_per_doc"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"{name} must be at least 1 token, got {value}; None sets no limit of yours")
+        if self.max_waiting_calls < 1:
+            raise ConfigError(f"max_waiting_calls must be at least 1, got {self.max_waiting_calls}")
         if self.classifier_tokens is not None and len(self.classifier_tokens) not in (1, 2):
             raise ConfigError("classifier_tokens must be (true,) or (false, true)")
         # Settings are shown, stored and pickled.

@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rag_rerank import BackendError, ConfigError, RerankError
-from rag_rerank.local.engine import Engine, batches
+from rag_rerank.local.batching import by_length as batches
+from rag_rerank.local.engine import Engine
 from rag_rerank.local.model import Inputs, TokenSequence
 
 
@@ -18,7 +19,7 @@ class Lengths:
     """A model that scores a document by its length; keeps what it was asked to run."""
 
     def __init__(self, token_budget: int = 10) -> None:
-        self.token_budget = token_budget
+        self.round_tokens = token_budget
         self.ran: list[list[int]] = []
         self.running, self.go_on = threading.Event(), threading.Event()
         self.go_on.set()
@@ -27,6 +28,9 @@ class Lengths:
         if "unreadable" in documents:
             raise KeyError("no such token")
         return Inputs([TokenSequence([1] * len(text)) for text in documents], lambda outputs: outputs[:, 0].tolist())
+
+    def batches(self, sequences: Sequence[TokenSequence]) -> list[list[int]]:
+        return batches([len(sequence.ids) for sequence in sequences], self.round_tokens)
 
     def run(self, sequences: Sequence[TokenSequence]) -> torch.Tensor:
         self.running.set()
@@ -45,7 +49,7 @@ def model() -> Lengths:
 
 @pytest.fixture
 def engine(model: Lengths):
-    engine = Engine(lambda: model, name="lengths")
+    engine = Engine(lambda: model, name="lengths", max_waiting_calls=8)
     yield engine
     model.go_on.set()
     engine.close()
@@ -124,7 +128,7 @@ class TestLife:
             loaded.append(threading.current_thread().name)
             return Lengths()
 
-        engine = Engine(load, name="lengths")
+        engine = Engine(load, name="lengths", max_waiting_calls=8)
         time.sleep(0.05)
         assert loaded == []
         for _ in range(2):
@@ -142,7 +146,7 @@ class TestLife:
                 raise answer
             return answer
 
-        engine = Engine(load, name="lengths")
+        engine = Engine(load, name="lengths", max_waiting_calls=8)
         with pytest.raises(ConfigError, match="not there"):
             engine.submit(["q"], ["a"]).result(5)
         assert engine.submit(["q"], ["a"]).result(5) == [1.0]

@@ -360,6 +360,6 @@ class TestCallers:
     def test_warming_up_loads_the_model(self, cross_encoder: Path, tmp_path: Path):
         """And reports what is wrong with it before the first query does."""
         with LocalScorer(cross_encoder) as scorer:
-            scorer.warm_up()
+            scorer.warmup()
         with pytest.raises(ConfigError):
-            LocalScorer(tmp_path).warm_up()
+            LocalScorer(tmp_path).warmup()

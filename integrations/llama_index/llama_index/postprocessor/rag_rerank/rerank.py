@@ -128,6 +128,9 @@ class LocalReranker(_OwnScorer):
             vLLM does; False gives logits. Without effect on a bi-encoder, whose scores are cosines.
         max_length: Longest input in tokens, special tokens included. None: what the model was made for.
         max_tokens_per_query, max_tokens_per_doc: Cut each query or document at so many tokens first.
+        long_documents: ``"truncate"`` reads the beginning of a document longer than the model's window;
+            ``"max-passage"`` reads all of it and takes its best passage's score.
+        max_waiting_calls: How many calls may be unfinished at a time; one more is refused at once.
         revision: Branch, tag or commit on the hub.
         trust_remote_code: Whether code from the checkpoint may run.
         local_files_only: Never ask the hub.
@@ -157,6 +160,8 @@ class LocalReranker(_OwnScorer):
     max_length: int | None = None
     max_tokens_per_query: int | None = None
     max_tokens_per_doc: int | None = None
+    long_documents: str = "truncate"
+    max_waiting_calls: int = 1024
     revision: str | None = None
     trust_remote_code: bool = False
     local_files_only: bool = False

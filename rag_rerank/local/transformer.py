@@ -1,0 +1,271 @@
+"""A transformer without its head, run over sequences of any lengths: unpadded where we know how, else padded.
+
+Which one it is makes no difference to what comes out, only to how long it takes. Unpadded, the sequences of a batch
+are one row (see `rag_rerank.local.attention`), and what prompts of one query have in common, their prefix, is in the
+row once: a decoder's states of a prefix do not depend on what follows it.
+"""
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+from torch import Tensor
+
+from rag_rerank.local.attention import NAME, Layout, Segment, available, to_device
+from rag_rerank.local.batching import by_length, by_tokens
+from rag_rerank.local.linear import pack
+from rag_rerank.local.model import TokenSequence
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+# Architectures (``model_type``) that tests run both ways. All others are padded.
+ENCODERS = frozenset({"bert", "camembert", "electra", "eurobert", "gte", "modernbert", "roberta", "xlm-roberta"})
+DECODERS = frozenset({"gemma", "gemma2", "gemma3_text", "llama", "mistral", "phi3", "qwen2", "qwen3"})
+
+# Fewer tokens in common are not worth the bookkeeping.
+LEAST_SHARED = 16
+# How many batches' worth of padded sequences are sorted by length at a time.
+_SORTED_TOGETHER = 8
+
+
+@dataclass(frozen=True, slots=True)
+class States:
+    """Last hidden states of some sequences.
+
+    Attributes:
+        tokens: ``[tokens, size]``, in the model's dtype.
+        firsts, lasts: int64 ``[sequences]``: where in `tokens` each begins, and its last.
+        lengths: How many tokens each has.
+    """
+
+    tokens: Tensor
+    firsts: Tensor
+    lasts: Tensor
+    lengths: Sequence[int]
+
+    def first(self) -> Tensor:
+        """The state of each first token, ``[sequences, size]``."""
+        return self.tokens[self.firsts]
+
+    def last(self) -> Tensor:
+        """The state of each last token, ``[sequences, size]``."""
+        return self.tokens[self.lasts]
+
+    def padded(self) -> tuple[Tensor, Tensor]:
+        """States ``[sequences, longest, size]``, and int64 ``[sequences, longest]``: 1 for a token, 0 for padding."""
+        places = torch.arange(max(self.lengths), device=self.firsts.device)
+        rows = self.firsts.unsqueeze(1) + places
+        mask = rows <= self.lasts.unsqueeze(1)
+        return self.tokens[rows.minimum(self.lasts.unsqueeze(1))], mask.long()
+
+
+class Transformer(Protocol):
+    """Runs sequences."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+
+    @property
+    def round_tokens(self) -> int:
+        """How many tokens of waiting sequences are best cut into batches at a time."""
+
+    def batches(self, sequences: Sequence[TokenSequence]) -> list[list[int]]:
+        """Positions of the sequences, each exactly once, grouped into batches."""
+
+    def states(self, sequences: Sequence[TokenSequence]) -> States:
+        """Run one batch."""
+
+
+def over(model: "PreTrainedModel", pad_id: int | None, token_budget: int, *, unpadded: bool = True) -> Transformer:
+    """The fastest way to run a model that is right for it.
+
+    Args:
+        model: Without its head; its layers may be replaced by faster ones.
+        pad_id: The token to pad with.
+        token_budget: Tokens in a batch.
+        unpadded: False pads in any case.
+    """
+    if hasattr(model.config, "use_cache"):
+        model.config.use_cache = False  # nothing is generated: keys and values are not asked for again
+    if not unpadded or not can_unpad(model):
+        return Padded(model, pad_id or 0, token_budget)
+    model.set_attn_implementation(NAME)
+    pack(model, token_budget)
+    return Unpadded(model, pad_id or 0, token_budget, model.config.model_type in DECODERS, _first_position(model))
+
+
+def can_unpad(model: "PreTrainedModel") -> bool:
+    """Whether `over` runs this model without padding."""
+    if model.config.model_type not in ENCODERS | DECODERS or not type(model).__module__.startswith("transformers."):
+        return False  # an architecture that we don't know, or a checkpoint's own code
+    if model.config._attn_implementation not in ("sdpa", "eager", NAME):
+        return False  # the caller asked for another
+    if model.device.type == "cuda" and getattr(model.config, "attn_logit_softcapping", None) is not None:
+        return False  # the varlen kernel has no soft cap
+    return available(model.device, model.dtype)
+
+
+def _first_position(model: "PreTrainedModel") -> int:
+    """RoBERTa and its kin count positions from one behind the padding token's."""
+    for name, module in model.named_modules():
+        if name.endswith("position_embeddings") and isinstance(module, torch.nn.Embedding):
+            return 0 if module.padding_idx is None else module.padding_idx + 1
+    return 0
+
+
+@dataclass(frozen=True, slots=True)
+class Padded:
+    """Sequences of like length side by side, padded on the right."""
+
+    model: "PreTrainedModel"
+    pad_id: int
+    token_budget: int
+
+    @property
+    def device(self) -> torch.device:
+        """The model's."""
+        return self.model.device
+
+    @property
+    def round_tokens(self) -> int:
+        """Several batches', so that lengths are alike in each."""
+        return _SORTED_TOGETHER * self.token_budget
+
+    def batches(self, sequences: Sequence[TokenSequence]) -> list[list[int]]:
+        """By length."""
+        return by_length([len(sequence.ids) for sequence in sequences], self.token_budget)
+
+    def inputs(self, sequences: Sequence[TokenSequence]) -> dict[str, Tensor]:
+        """What the model takes: ``input_ids``, ``attention_mask`` and, where there are any, ``token_type_ids``.
+
+        Returns:
+            int64 ``[len(sequences), longest]`` each.
+        """
+        longest = max(len(sequence.ids) for sequence in sequences)
+        rows = {
+            "input_ids": [sequence.ids + [self.pad_id] * (longest - len(sequence.ids)) for sequence in sequences],
+            "attention_mask": [[1] * len(sequence.ids) + [0] * (longest - len(sequence.ids)) for sequence in sequences],
+        }
+        if sequences[0].types is not None:
+            rows["token_type_ids"] = [
+                (sequence.types or []) + [0] * (longest - len(sequence.ids)) for sequence in sequences
+            ]
+        return {name: to_device(numbers, self.device) for name, numbers in rows.items()}
+
+    def states(self, sequences: Sequence[TokenSequence]) -> States:
+        """Run one batch. In a decoder, padding on the right is never seen: tokens attend to those before them."""
+        states: Tensor = self.model(**self.inputs(sequences)).last_hidden_state
+        lengths = [len(sequence.ids) for sequence in sequences]
+        firsts = torch.arange(len(sequences)) * states.shape[1]
+        lasts = firsts + torch.tensor(lengths) - 1
+        return States(states.flatten(0, 1), firsts.to(self.device), lasts.to(self.device), lengths)
+
+
+@dataclass(frozen=True, slots=True)
+class Unpadded:
+    """Sequences end to end in one row.
+
+    Attributes:
+        share: Whether a prefix that sequences of one query have in common is run once. Only right for decoders.
+        first_position: The number of a sequence's first position.
+    """
+
+    model: "PreTrainedModel"
+    pad_id: int
+    token_budget: int
+    share: bool
+    first_position: int
+
+    @property
+    def device(self) -> torch.device:
+        """The model's."""
+        return self.model.device
+
+    @property
+    def round_tokens(self) -> int:
+        """One batch's; with prefixes to share, as much as may become one."""
+        return self.token_budget * 2 if self.share else self.token_budget
+
+    def batches(self, sequences: Sequence[TokenSequence]) -> list[list[int]]:
+        """By query, and within it in order."""
+        order: list[int] = []
+        costs: list[int] = []
+        for positions in _by_query(sequences, share=self.share):
+            common = _common([sequences[position] for position in positions], share=self.share)
+            order += positions
+            costs += [len(sequences[position].ids) - common for position in positions]
+            costs[-len(positions)] += common
+        return [[order[item] for item in batch] for batch in by_tokens(costs, self.token_budget)]
+
+    def states(self, sequences: Sequence[TokenSequence]) -> States:
+        """Run one batch. With shared prefixes, only the last states are those of the sequences."""
+        ids: list[int] = []
+        positions: list[int] = []
+        types: list[int] = []
+        segments: list[Segment] = []
+        spans = [(0, 0)] * len(sequences)
+
+        def add(sequence: TokenSequence, start: int, stop: int, prefix: tuple[int, int]) -> tuple[int, int]:
+            span = len(ids), len(ids) + stop - start
+            ids.extend(sequence.ids[start:stop])
+            positions.extend(range(self.first_position + start, self.first_position + stop))
+            types.extend((sequence.types or [])[start:stop])
+            segments.append(Segment(*span, prefix))
+            return span
+
+        for members in _by_query(sequences, share=self.share):
+            group = [sequences[position] for position in members]
+            common = _common(group, share=self.share)
+            prefix = add(group[0], 0, common, (0, 0)) if common else (0, 0)
+            for position, sequence in zip(members, group, strict=True):
+                spans[position] = add(sequence, common, len(sequence.ids), prefix)
+        padding = _padding(len(ids), self.device)
+        row = {"input_ids": ids + [self.pad_id] * padding, "position_ids": positions + [self.first_position] * padding}
+        if types:
+            row["token_type_ids"] = types + [0] * padding
+        states: Tensor = self.model(
+            **{name: to_device([numbers], self.device) for name, numbers in row.items()},
+            layout=Layout.of(segments, self.device),
+        ).last_hidden_state
+        return States(
+            states[0],
+            to_device([start for start, _ in spans], self.device),
+            to_device([stop - 1 for _, stop in spans], self.device),
+            [stop - start for start, stop in spans],
+        )
+
+
+def _padding(tokens: int, device: torch.device) -> int:
+    """Tokens to fill a row up with.
+
+    On the CPU each new number of rows costs a new kernel, 0.6 ms and memory that is never given back (441 MB after
+    1,000 documents of different lengths): so there are few different ones, at 1.5 % more tokens. They also give the
+    last sequence something to run on into (see `attention`).
+    """
+    return 0 if device.type != "cpu" else -tokens % (16 if tokens < 512 else 64)
+
+
+def _by_query(sequences: Sequence[TokenSequence], *, share: bool) -> list[list[int]]:
+    """Positions of the sequences, those of one query together."""
+    if not share:
+        return [[position] for position in range(len(sequences))]
+    groups: dict[object, list[int]] = {}
+    for position, sequence in enumerate(sequences):
+        key = position if sequence.query is None else sequence.query
+        groups.setdefault(key, []).append(position)
+    return list(groups.values())
+
+
+def _common(sequences: Sequence[TokenSequence], *, share: bool) -> int:
+    """How many tokens all the sequences begin with; at least the last of each is its own, for its state is read."""
+    if not share or len(sequences) < 2:
+        return 0
+    rows = [sequence.ids for sequence in sequences]
+    # What the first and the last in lexical order have in common, all have.
+    alike = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(min(rows), max(rows), strict=False))
+    common = min(sum(1 for _ in alike), min(map(len, rows)) - 1)
+    return common if common >= LEAST_SHARED else 0
