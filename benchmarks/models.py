@@ -245,9 +245,9 @@ def _qwen_tokenizer() -> "PreTrainedTokenizerFast":
         tokenizer_object=tokenizer,
         model_max_length=40960,
         model_input_names=["input_ids", "attention_mask"],
-        eos_token="<|im_end|>",
-        pad_token="<|endoftext|>",
         additional_special_tokens=["<|im_start|>"],
+        eos_token="<|im_end|>",  # noqa: S106 - no password
+        pad_token="<|endoftext|>",  # noqa: S106
     )
 
 

@@ -133,19 +133,30 @@ _CARD = {
     ],
     "pair": f"<Instruct>: {family('qwen3-reranker').instruction}\n<Query>: {{query}}\n<Document>: {{doc}}",
 }
-_OPENVINO = {"backend": "openvino"}
-_NAMED_ONNX = {"backend": "onnx", "file_name": "onnx/model_qint8_avx512_vnni.onnx", "dtype": "int8"}
+_OPENVINO = {"backend": "openvino", "dtype": "auto"}
+_OPENVINO_FLOAT32 = {
+    "backend": "openvino",
+    "dtype": "float32",
+    "model_kwargs": {"ov_config": {"INFERENCE_PRECISION_HINT": "f32"}},
+}
+_ONNX_INT8 = {
+    "backend": "onnx",
+    "dtype": "int8",
+    "model_kwargs": {"file_name": "onnx/model_qint8_avx512_vnni.onnx"},
+}
 
 CONTESTANTS = (
     Peer(REFERENCE, "cross_encoder", heavy=True),
     Peer("sentence-transformers bfloat16", "cross_encoder", options={"dtype": "bfloat16"}),
     Peer("sentence-transformers float32, batch_size=4", "cross_encoder", options={"batch_size": 4}),
-    Peer("sentence-transformers bfloat16, batch_size=8", "cross_encoder", options={"dtype": "bfloat16", "batch_size": 8}),
+    Peer(
+        "sentence-transformers bfloat16, batch_size=8", "cross_encoder", options={"dtype": "bfloat16", "batch_size": 8}
+    ),
     Peer("LangChain CrossEncoderReranker", "langchain"),
     Peer("LlamaIndex SentenceTransformerRerank", "llama_index"),
     Peer("transformers, plain loop", "plain_transformers"),
     Peer("sentence-transformers ONNX", "cross_encoder", ONNX, options={"backend": "onnx"}, export=("onnx", ONNX)),
-    Peer("sentence-transformers ONNX int8", "cross_encoder", ONNX, options=_NAMED_ONNX, export=("onnx_int8", ONNX)),
+    Peer("sentence-transformers ONNX int8", "cross_encoder", ONNX, options=_ONNX_INT8, export=("onnx_int8", ONNX)),
     Peer(
         "sentence-transformers OpenVINO",
         "cross_encoder",
@@ -153,6 +164,13 @@ CONTESTANTS = (
         options=_OPENVINO,
         export=("openvino", PEERS),
         heavy=True,
+    ),
+    Peer(
+        "sentence-transformers OpenVINO, float32 asked for",
+        "cross_encoder",
+        PEERS,
+        options=_OPENVINO_FLOAT32,
+        export=("openvino", PEERS),
     ),
     Peer(
         "sentence-transformers OpenVINO, batch_size=8",

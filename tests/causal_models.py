@@ -14,8 +14,10 @@ import torch
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import (
     CONFIG_MAPPING,
+    AutoModel,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
+    PreTrainedModel,
     PreTrainedTokenizerFast,
 )
 
@@ -157,3 +159,36 @@ def _save(
     model.to(dtype).save_pretrained(folder, max_shard_size=max_shard_size)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+# By model type, what a random decoder needs beyond `random_decoder`'s own sizes. None is saved. Windows are short
+# enough to matter for 40 tokens.
+_ARCHITECTURES: dict[str, dict[str, Any]] = {
+    "gemma": {"head_dim": 32},
+    "gemma2": {"head_dim": 32, "sliding_window": 24, "attn_logit_softcapping": 5.0, "query_pre_attn_scalar": 32},
+    "gemma3_text": {"head_dim": 32, "sliding_window": 24, "sliding_window_pattern": 2},
+    "llama": {},
+    "mistral": {"sliding_window": 24},
+    "phi3": {"sliding_window": None},
+    "qwen2": {"use_sliding_window": True, "sliding_window": 24, "max_window_layers": 1},
+    "qwen3": {"head_dim": 32},
+}
+
+
+def random_decoder(kind: str, **options: object) -> PreTrainedModel:
+    """A model of the type `kind`, without a head: 200 tokens, three layers, 4 heads on 2 for keys, wide matrices.
+
+    Raises:
+        KeyError: Its config is not written down here.
+    """
+    special = {f"{name}_token_id": 2 for name in ("bos", "eos")}
+    sizes = {"hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2}
+    sizes |= {"intermediate_size": 128, "max_position_embeddings": 512, "vocab_size": 200, "pad_token_id": 0}
+    config = CONFIG_MAPPING[kind](**{**sizes, **special, **_ARCHITECTURES[kind], **options})
+    torch.manual_seed(0)
+    model = AutoModel.from_config(config, dtype=torch.float32).eval()
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.dim() > 1:
+                weight.mul_(6)
+    return model

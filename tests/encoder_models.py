@@ -147,3 +147,47 @@ def _modules(**folders: str) -> list[dict[str, object]]:
 def _write(path: Path, content: object) -> None:
     path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps(content), encoding="utf-8")
+
+
+# By model type, what a random model of three layers needs beyond `random_encoder`'s own sizes. None is saved.
+_ARCHITECTURES: dict[str, dict[str, Any]] = {
+    "albert": {"embedding_size": 64},
+    "bert": {},
+    "camembert": {"pad_token_id": 1},
+    "deberta-v2": {"relative_attention": True, "pos_att_type": ["p2c", "c2p"], "position_buckets": 16},
+    "distilbert": {},
+    "electra": {"embedding_size": 64},
+    "eurobert": {"mask_token_id": 3, "num_key_value_heads": 2},
+    "gte": {},
+    # The second and third layer see 8 tokens to each side, the others all.
+    "modernbert": {"num_hidden_layers": 4, "local_attention": 16, "global_attn_every_n_layers": 3},
+    "mpnet": {"pad_token_id": 1},
+    "roberta": {"pad_token_id": 1},
+    "xlm-roberta": {"pad_token_id": 1},
+}
+
+
+def random_encoder(kind: str, auto: Any = AutoModel, **options: object) -> PreTrainedModel:
+    """A model of the type `kind` with 200 tokens, never the same state twice: all its matrices are wide.
+
+    Raises:
+        KeyError: Its config is not written down here.
+    """
+    special = {f"{name}_token_id": 2 for name in ("bos", "eos", "cls", "sep")}
+    sizes = {"hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 128}
+    sizes |= {"max_position_embeddings": 512, "vocab_size": 200, "pad_token_id": 0}
+    config = CONFIG_MAPPING[kind](**{**sizes, **special, **_ARCHITECTURES[kind], **options})
+    torch.manual_seed(0)
+    model = auto.from_config(config, dtype=torch.float32).eval()
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.dim() > 1:
+                weight.mul_(6)
+    return model
+
+
+def make_random_cross_encoder(folder: Path, kind: str) -> Path:
+    """Save a `random_encoder` with one label, and a tokenizer of as many tokens as it has, into `folder`."""
+    tokenizer = word_piece_tokenizer(token_types=kind not in {"distilbert"})
+    sizes = {"vocab_size": len(tokenizer), "max_position_embeddings": MAX_LENGTH}
+    return _save(folder, random_encoder(kind, AutoModelForSequenceClassification, num_labels=1, **sizes), tokenizer)

@@ -25,7 +25,7 @@ NAME = "rag_rerank"
 # (bfloat16, AVX-512). So up to 15 of the following tokens are handed in as keys, too, and masked: 1.4 times faster over
 # real lengths in bfloat16, 1.15 times in float32.
 _LANES = 16
-_BLOCK = 128  # queries at a time under a sliding window
+_BLOCK = 128  # queries at a time under a sliding window, of sequences of twice that and more
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,23 +147,24 @@ class _How:
 
 
 def _one_by_one(query: Tensor, key: Tensor, value: Tensor, layout: Layout, how: _How) -> Tensor:
-    groups = query.shape[1] // key.shape[1]
+    heads, groups = key.shape[1], query.shape[1] // key.shape[1]
     if groups > 1:
-        key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
-    out = query.new_empty(1, query.shape[2], query.shape[1], value.shape[3])
+        # Heads that share keys as a batch each: repeating the keys for each instead would take twice as long.
+        query = query[0].unflatten(0, (heads, groups))
+        key, value = key[0].unsqueeze(1), value[0].unsqueeze(1)
+    out = query.new_empty(query.shape[2], *query.shape[:2], value.shape[3])
     for segment in layout.segments:
-        own = slice(segment.start, segment.stop)
-        out[:, own] = _segment(query, key, value, segment, how).transpose(1, 2)
-    out[:, layout.segments[-1].stop :] = 0  # padding must stay finite: 0 times infinity is not 0
-    return out
+        out[segment.start : segment.stop] = _segment(query, key, value, segment, how).permute(2, 0, 1, 3)
+    out[layout.segments[-1].stop :] = 0  # padding must stay finite: 0 times infinity is not 0
+    return out.flatten(1, 2).unsqueeze(0)
 
 
 def _segment(query: Tensor, key: Tensor, value: Tensor, segment: Segment, how: _How) -> Tensor:
-    """Attention of one segment: ``[1, heads, its tokens, size]``."""
+    """Attention of one segment: ``[batch, heads, its tokens, size]``, keys with as many heads or one."""
     own, before = segment.stop - segment.start, segment.prefix_length
     windowed = how.window is not None and segment.length > how.window
     # Behind its keys come others, as many as make their number round; the row may end before.
-    reach = segment.start + own if windowed else segment.stop + -segment.length % _LANES
+    reach = segment.stop + -segment.length % _LANES
     if reach > key.shape[2]:
         reach = segment.stop
     asks = query[:, :, segment.start : segment.stop]
@@ -184,18 +185,26 @@ def _segment(query: Tensor, key: Tensor, value: Tensor, segment: Segment, how: _
 
 
 def _banded(query: Tensor, key: Tensor, value: Tensor, how: _How) -> Tensor:
-    """Attention under a sliding window, block by block: with 512 tokens and a window of 64 to each side, half of it."""
+    """Attention under a sliding window: in blocks, where much of the square is not seen."""
     length, window = query.shape[2], how.window or 0
+    block = length if length <= 2 * _BLOCK else _BLOCK
     out = []
-    for start in range(0, length, _BLOCK):
-        stop = min(start + _BLOCK, length)
+    for start in range(0, length, block):
+        stop = min(start + block, length)
         first, last = max(0, start - window + 1), stop if how.causal else min(length, stop + window - 1)
-        distance = torch.arange(start, stop).unsqueeze(1) - torch.arange(first, last)
-        hidden = (distance >= window) | (distance < 0 if how.causal else distance <= -window)
-        mask = torch.zeros(hidden.shape, dtype=query.dtype).masked_fill_(hidden, -torch.inf)
-        seen = slice(first, last)
-        out.append(_kernel(query[:, :, start:stop], key[:, :, seen], value[:, :, seen], how, mask[None, None]))
-    return torch.cat(out, 2)
+        reach = min(key.shape[2], last + -(last - first) % _LANES)
+        mask = _band(stop - start, start - first, last - first, reach - first, window, how.causal, query.dtype)
+        seen = slice(first, reach)
+        out.append(_kernel(query[:, :, start:stop], key[:, :, seen], value[:, :, seen], how, mask))
+    return out[0] if len(out) == 1 else torch.cat(out, 2)
+
+
+@functools.lru_cache(maxsize=256)
+def _band(queries: int, shift: int, seen: int, keys: int, window: int, causal: bool, dtype: torch.dtype) -> Tensor:
+    """Lets query i see the keys at distances below `window` from key i + `shift`, of the first `seen`."""
+    ahead = torch.arange(keys) - torch.arange(queries).unsqueeze(1) - shift
+    hidden = (ahead <= -window) | (ahead > 0 if causal else ahead >= window) | (torch.arange(keys) >= seen)
+    return torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, -torch.inf)[None, None]
 
 
 @functools.lru_cache(maxsize=1024)
@@ -218,6 +227,7 @@ def _kernel(
     query: Tensor, key: Tensor, value: Tensor, how: _How, mask: Tensor | None = None, *, causal: bool = False
 ) -> Tensor:
     if how.softcap is None:
+        key, value = key.expand(-1, query.shape[1], -1, -1), value.expand(-1, query.shape[1], -1, -1)
         return scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=causal, scale=how.scale)
     if causal:
         mask = _lower_right(query.shape[2], query.shape[2], key.shape[2], query.dtype)

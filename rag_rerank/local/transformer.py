@@ -22,7 +22,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 # Architectures (``model_type``) that tests run both ways. All others are padded.
-ENCODERS = frozenset({"bert", "camembert", "electra", "eurobert", "gte", "modernbert", "roberta", "xlm-roberta"})
+ENCODERS = frozenset(
+    {"bert", "camembert", "distilbert", "electra", "eurobert", "gte", "modernbert", "roberta", "xlm-roberta"}
+)
 DECODERS = frozenset({"gemma", "gemma2", "gemma3_text", "llama", "mistral", "phi3", "qwen2", "qwen3"})
 
 # Fewer tokens in common are not worth the bookkeeping.
