@@ -150,8 +150,8 @@ def _one_by_one(query: Tensor, key: Tensor, value: Tensor, layout: Layout, how: 
     heads, groups = key.shape[1], query.shape[1] // key.shape[1]
     if groups > 1:
         # Heads that share keys as a batch each: repeating the keys for each instead would take twice as long.
-        query = query[0].unflatten(0, (heads, groups))
-        key, value = key[0].unsqueeze(1), value[0].unsqueeze(1)
+        query = query.reshape(heads, groups, *query.shape[2:])
+        key, value = key.transpose(0, 1), value.transpose(0, 1)
     out = query.new_empty(query.shape[2], *query.shape[:2], value.shape[3])
     for segment in layout.segments:
         out[segment.start : segment.stop] = _segment(query, key, value, segment, how).permute(2, 0, 1, 3)
