@@ -33,7 +33,7 @@ class Peer:
 
     Attributes:
         name: For tables.
-        worker: Its name in `worker.CONTESTANTS`.
+        worker: Its name in `contestants.CONTESTANTS`.
         venv: The virtual environment that it needs.
         kind: The shapes that it runs: ``pairs`` or ``causal``.
         options: What it is loaded with, beside the folder.

@@ -25,7 +25,7 @@ class Worker:
 
     Args:
         python: Of the contestant's virtual environment.
-        contestant: Its name in `worker.CONTESTANTS`.
+        contestant: Its name in `contestants.CONTESTANTS`.
         options: What it is loaded with.
         log: Where its output goes.
         environment: More environment variables.

@@ -1,7 +1,7 @@
 """What is scored: passages of the embedded collection, as a RAG splitter leaves them, found with BM25.
 
 Questions are the collection's own. `passages` are its documents cut at paragraph ends into pieces of at most about
-1,000 characters, roughly 230 tokens; `whole` are the documents as they are, about 400 tokens each.
+1,000 characters, about 200 tokens a pair; `whole` are the documents as they are, about 400 tokens each.
 """
 
 from collections.abc import Iterator

@@ -188,6 +188,6 @@ def random_encoder(kind: str, auto: Any = AutoModel, **options: object) -> PreTr
 
 def make_random_cross_encoder(folder: Path, kind: str) -> Path:
     """Save a `random_encoder` with one label, and a tokenizer of as many tokens as it has, into `folder`."""
-    tokenizer = word_piece_tokenizer(token_types=kind not in {"distilbert"})
+    tokenizer = word_piece_tokenizer(token_types=kind != "distilbert")
     sizes = {"vocab_size": len(tokenizer), "max_position_embeddings": MAX_LENGTH}
     return _save(folder, random_encoder(kind, AutoModelForSequenceClassification, num_labels=1, **sizes), tokenizer)

@@ -173,15 +173,15 @@ def _segment(query: Tensor, key: Tensor, value: Tensor, segment: Segment, how: _
         prefix = slice(*segment.prefix)
         keys, values = torch.cat((key[:, :, prefix], keys), 2), torch.cat((value[:, :, prefix], values), 2)
         # Causal attention of all tokens takes half a square; of these tokens alone, with a mask, a whole rectangle.
-        if windowed or own * 1.15 > segment.length / 2:
+        if windowed or (how.causal and own * 1.15 > segment.length / 2):
             asks = torch.cat((query[:, :, prefix], asks), 2)
     if windowed:
         return _banded(asks, keys, values, how)[:, :, -own:]
     if how.causal and asks.shape[2] == segment.length:
         return _kernel(asks, keys, values, how, causal=True)[:, :, -own:]  # later tokens are not seen anyway
     if how.causal:
-        return _kernel(asks, keys, values, how, _lower_right(own, segment.length, keys.shape[2], query.dtype))
-    return _kernel(asks, keys, values, how, _tail(segment.length, keys.shape[2], query.dtype))
+        return _kernel(asks, keys, values, how, _lower_right(own, keys.shape[2], query.dtype, segment.length))
+    return _kernel(asks, keys, values, how, _tail(own, segment.length, keys.shape[2], query.dtype))
 
 
 def _banded(query: Tensor, key: Tensor, value: Tensor, how: _How) -> Tensor:
@@ -193,34 +193,47 @@ def _banded(query: Tensor, key: Tensor, value: Tensor, how: _How) -> Tensor:
         stop = min(start + block, length)
         first, last = max(0, start - window + 1), stop if how.causal else min(length, stop + window - 1)
         reach = min(key.shape[2], last + -(last - first) % _LANES)
-        mask = _band(stop - start, start - first, last - first, reach - first, window, how.causal, query.dtype)
+        mask = _band(stop - start, reach - first, query.dtype, start - first, last - first, window, how.causal)
         seen = slice(first, reach)
         out.append(_kernel(query[:, :, start:stop], key[:, :, seen], value[:, :, seen], how, mask))
     return out[0] if len(out) == 1 else torch.cat(out, 2)
 
 
-@functools.lru_cache(maxsize=256)
-def _band(queries: int, shift: int, seen: int, keys: int, window: int, causal: bool, dtype: torch.dtype) -> Tensor:
+def _remembered(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Masks of a batch come again in every layer, and many in the next batch: small ones are kept, 64 MB at most."""
+    kept = functools.lru_cache(maxsize=128)(make)
+
+    @functools.wraps(make)
+    def mask(queries: int, keys: int, *how: Any) -> Tensor:
+        return (kept if queries * keys <= 128 * 1024 else make)(queries, keys, *how)
+
+    return mask
+
+
+@_remembered
+def _band(queries: int, keys: int, dtype: torch.dtype, shift: int, seen: int, window: int, causal: bool) -> Tensor:
     """Lets query i see the keys at distances below `window` from key i + `shift`, of the first `seen`."""
     ahead = torch.arange(keys) - torch.arange(queries).unsqueeze(1) - shift
     hidden = (ahead <= -window) | (ahead > 0 if causal else ahead >= window) | (torch.arange(keys) >= seen)
     return torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, -torch.inf)[None, None]
 
 
-@functools.lru_cache(maxsize=1024)
-def _tail(seen: int, keys: int, dtype: torch.dtype) -> Tensor | None:
-    """Hides all keys but the first `seen`."""
-    if seen == keys:
-        return None
-    mask = torch.zeros(keys, dtype=dtype)
-    mask[seen:] = -torch.inf
-    return mask.expand(1, 1, seen, keys)
-
-
-@functools.lru_cache(maxsize=256)
-def _lower_right(queries: int, seen: int, keys: int, dtype: torch.dtype) -> Tensor:
+@_remembered
+def _lower_right(queries: int, keys: int, dtype: torch.dtype, seen: int) -> Tensor:
     """Lets the last of the queries see `seen` keys, the one before it one less, and so on."""
     return torch.full((queries, keys), -torch.inf, dtype=dtype).triu_(seen - queries + 1)[None, None]
+
+
+def _tail(queries: int, seen: int, keys: int, dtype: torch.dtype) -> Tensor | None:
+    """Hides all keys but the first `seen`."""
+    return None if seen == keys else _ends(1, keys, dtype, seen).expand(1, 1, queries, keys)
+
+
+@_remembered
+def _ends(_: int, keys: int, dtype: torch.dtype, seen: int) -> Tensor:
+    mask = torch.zeros(keys, dtype=dtype)
+    mask[seen:] = -torch.inf
+    return mask
 
 
 def _kernel(
@@ -230,7 +243,7 @@ def _kernel(
         key, value = key.expand(-1, query.shape[1], -1, -1), value.expand(-1, query.shape[1], -1, -1)
         return scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=causal, scale=how.scale)
     if causal:
-        mask = _lower_right(query.shape[2], query.shape[2], key.shape[2], query.dtype)
+        mask = _lower_right(query.shape[2], key.shape[2], query.dtype, query.shape[2])
     scale = query.shape[3] ** -0.5 if how.scale is None else how.scale
     scores = torch.tanh(query @ key.transpose(2, 3) * (scale / how.softcap)) * how.softcap
     scores = scores if mask is None else scores + mask

@@ -14,13 +14,13 @@ from torch import Tensor
 from rag_rerank.errors import ConfigError
 from rag_rerank.local.encoding import encode, room
 from rag_rerank.local.model import Inputs, TokenSequence
-from rag_rerank.local.transformer import Transformer
+from rag_rerank.local.transformer import States, Transformer, most
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Pooling = Callable[[Tensor, Tensor], Tensor]
-"""(states float32 ``[batch, length, size]``, mask int64 ``[batch, length]``) to ``[batch, size]``."""
+Pooling = Callable[[States], Tensor]
+"""From the states of a batch to float32 ``[sequences, size]``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,25 +65,27 @@ class BiEncoder:
     @torch.inference_mode()
     def run(self, sequences: Sequence[TokenSequence]) -> Tensor:
         """Unit embeddings ``[len(sequences), size]``, pooled in float32 whatever the model computes in."""
-        states, mask = self.transformer.states(sequences).padded()
-        return torch.nn.functional.normalize(self.pooling(states.float(), mask), dim=1)
+        return torch.nn.functional.normalize(self.pooling(self.transformer.states(sequences)), dim=1)
 
 
-def _mean(states: Tensor, mask: Tensor) -> Tensor:
-    weights = mask.unsqueeze(-1).to(states.dtype)
-    return (states * weights).sum(dim=1) / weights.sum(dim=1).clamp(min=1e-9)
+def _mean(states: States) -> Tensor:
+    tokens, owners = states.flat()
+    sums = tokens.new_zeros(len(states.lengths), tokens.shape[1], dtype=torch.float32)
+    counts = (states.lasts - states.firsts + 1).unsqueeze(1)
+    return sums.index_add_(0, owners, tokens.float()) / counts
 
 
-def _max(states: Tensor, mask: Tensor) -> Tensor:
-    return states.masked_fill(mask.unsqueeze(-1) == 0, -torch.inf).amax(dim=1)
+def _max(states: States) -> Tensor:
+    tokens, owners = states.flat()
+    return most(tokens.float(), owners, len(states.lengths))
 
 
-def _first(states: Tensor, mask: Tensor) -> Tensor:
-    return states[:, 0]
+def _first(states: States) -> Tensor:
+    return states.first().float()
 
 
-def _last(states: Tensor, mask: Tensor) -> Tensor:
-    return states[torch.arange(len(states), device=states.device), mask.sum(dim=1) - 1]
+def _last(states: States) -> Tensor:
+    return states.last().float()
 
 
 _POOLINGS: dict[str, Pooling] = {"mean": _mean, "max": _max, "cls": _first, "lasttoken": _last}

@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from rag_rerank.errors import ConfigError
+from rag_rerank.local.batching import by_length
 from rag_rerank.local.model import Inputs, TokenSequence
 from rag_rerank.local.prompting import Prompts
 from rag_rerank.local.transformer import Padded, States, Transformer
@@ -97,10 +98,15 @@ class Head:
     def logits(self, states: States) -> Tensor:
         """Logits ``[sequences, 1]``."""
         if self._first_only:
-            self._given.states = states.first().unsqueeze(1)
-            mask = self._given.states.new_ones(self._given.states.shape[:2], dtype=torch.int64)
-        else:
-            self._given.states, mask = states.padded()
+            firsts = states.first().unsqueeze(1)
+            return self._logits(firsts, torch.ones(firsts.shape[:2], dtype=torch.int64, device=firsts.device))
+        # Like lengths together: one long sequence must not make all others as long.
+        groups = by_length(states.lengths, 2 * sum(states.lengths))
+        logits = torch.cat([self._logits(*states.some(group).padded()) for group in groups])
+        return logits[torch.tensor([row for group in groups for row in group]).argsort()]
+
+    def _logits(self, states: Tensor, mask: Tensor) -> Tensor:
+        self._given.states = states
         try:
             # Some heads ask the ids for the size of the batch.
             logits: Tensor = self._model(input_ids=mask, attention_mask=mask).logits

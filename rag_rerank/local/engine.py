@@ -133,7 +133,12 @@ def _run_round(model: Model, calls: list[Call], sent: "deque[_Sent]", closing: t
             call.fail(_as_backend_error(taken, name))
         else:
             items += taken
-    for batch in model.batches([item.sequence for item in items]):
+    try:
+        batches = model.batches([item.sequence for item in items])
+    except Exception as error:  # noqa: BLE001 - the thread must live on
+        _fail([item.call for item in items], _as_backend_error(error, name))
+        return
+    for batch in batches:
         if closing.is_set():
             return
         _run(model, [items[position] for position in batch], sent, name)

@@ -17,7 +17,7 @@ from torch import Tensor
 from rag_rerank.errors import ConfigError
 from rag_rerank.local.encoding import encode, room
 from rag_rerank.local.model import Inputs, TokenSequence
-from rag_rerank.local.transformer import Transformer
+from rag_rerank.local.transformer import States, Transformer, most
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -94,11 +94,11 @@ class LateInteraction:
         for row, document in enumerate(documents):
             rows_of.setdefault(document.against, []).append(row)
         asked = self._query_vectors(rows_of)
-        vectors, padding = self._vectors(documents)
-        scores = vectors.new_empty(len(documents))
+        states = self.transformer.states(documents)
+        scores = torch.empty(len(documents), dtype=torch.float32, device=states.tokens.device)
         for query, rows in zip(asked, rows_of.values(), strict=True):
-            dots = vectors[rows] @ query.T  # [documents, document tokens, query tokens]
-            scores[rows] = dots.masked_fill(padding[rows].unsqueeze(2), -torch.inf).amax(dim=1).sum(dim=1)
+            vectors, owners = self._vectors(states.some(rows))
+            scores[rows] = most(vectors @ query.T, owners, len(rows)).sum(dim=1)
         return scores.unsqueeze(1)
 
     def _encode(self, texts: list[str]) -> list[TokenSequence]:
@@ -108,18 +108,19 @@ class LateInteraction:
         missing = [query for query in queries if query.vectors is None]
         for batch in self.transformer.batches([query.sequence for query in missing]):
             group = [missing[position] for position in batch]
-            vectors, _ = self._vectors([query.sequence for query in group])
-            for query, rows in zip(group, vectors, strict=True):
-                query.vectors = rows[: len(query.sequence.ids)].clone()  # a view would keep the padding of all alive
+            states = self.transformer.states([query.sequence for query in group])
+            vectors, _ = self._vectors(states)
+            for query, rows in zip(group, torch.split(vectors, list(states.lengths)), strict=True):
+                query.vectors = rows.clone()  # a view would keep those of all queries alive
         return [query.vectors for query in queries if query.vectors is not None]
 
-    def _vectors(self, sequences: Sequence[TokenSequence]) -> tuple[Tensor, Tensor]:
-        """Token vectors, float32 ``[len(sequences), longest, size]``, and where they are padding."""
-        states, mask = self.transformer.states(sequences).padded()
-        vectors: Tensor = self.projection(states.float())
+    def _vectors(self, states: States) -> tuple[Tensor, Tensor]:
+        """Token vectors, float32 ``[tokens, size]``, and which sequence each is of."""
+        tokens, owners = states.flat()
+        vectors: Tensor = self.projection(tokens.float())
         if self.normalize:
             vectors = torch.nn.functional.normalize(vectors, dim=-1)
-        return vectors, mask == 0
+        return vectors, owners
 
 
 def is_late_interaction(architecture: str, modules: Collection[str]) -> bool:

@@ -58,16 +58,17 @@ def pack(model: torch.nn.Module, rows: int) -> None:
             _pack(model, rows, {})
 
 
-def _pack(module: torch.nn.Module, rows: int, packed: dict[torch.nn.Linear, PackedLinear]) -> None:
+def _pack(module: torch.nn.Module, rows: int, packed: dict[tuple[torch.nn.Linear, str], PackedLinear]) -> None:
     # BERT and its kin: dense, then intermediate_act_fn. Exact GELU only, for that is what the kernel has.
     dense, then = getattr(module, "dense", None), getattr(module, "intermediate_act_fn", None)
     fused = type(dense) is torch.nn.Linear and _is_exact_gelu(then)
-    for name, child in module.named_children():
+    for name, child in list(module._modules.items()):
         if type(child) is torch.nn.Linear and min(child.in_features, child.out_features) >= _SMALLEST:
-            if child not in packed:  # a layer that is used in several places stays one
-                packed[child] = PackedLinear(child, rows, "gelu" if fused and child is dense else "none")
-            setattr(module, name, packed[child])
-        else:
+            key = child, "gelu" if fused and name == "dense" else "none"
+            if key not in packed:  # a layer that is used in several places stays one
+                packed[key] = PackedLinear(child, rows, key[1])
+            setattr(module, name, packed[key])
+        elif child is not None:
             _pack(child, rows, packed)
     if fused and isinstance(module.dense, PackedLinear):
         module.intermediate_act_fn = torch.nn.Identity()

@@ -24,7 +24,7 @@ from rag_rerank.local.model import Model
 from rag_rerank.local.passages import MaxPassage
 from rag_rerank.local.prompting import Limited, Prompts
 from rag_rerank.local.settings import Settings
-from rag_rerank.local.transformer import Padded, Transformer, can_unpad, over
+from rag_rerank.local.transformer import Padded, Transformer, known, over
 from rag_rerank.template import Template
 
 
@@ -50,7 +50,7 @@ def load(settings: Settings) -> Model:
     }
     model = kinds[_kind(checkpoint, settings.score_type)]()
     if settings.long_documents == "max-passage":
-        model = MaxPassage(model, checkpoint.tokenizer, model.room)
+        model = MaxPassage(model, checkpoint.tokenizer, model.room, settings.document_prompt or "")
     if settings.max_tokens_per_query is None and settings.max_tokens_per_doc is None:
         return model
     return Limited(model, checkpoint.tokenizer, settings.max_tokens_per_query, settings.max_tokens_per_doc)
@@ -98,7 +98,7 @@ class _Loading:
         if isinstance(head, torch.nn.Linear) and type(model).__module__.startswith("transformers."):
             row = head.weight[0].detach().float()
             return Decoder(prompts, self._activation(), self._over(_body(model)), row)
-        if can_unpad(_body(model)):
+        if known(_body(model)):
             return CrossEncoder(prompts, self._activation(), self._over(_body(model)), Head(model))
         pad_id = self.checkpoint.tokenizer.pad_token_id or 0
         return WholeCrossEncoder(prompts, self._activation(), Padded(model, pad_id, token_budget(self.device)))

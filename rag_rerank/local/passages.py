@@ -25,11 +25,13 @@ class MaxPassage:
 
     Attributes:
         room: How many tokens of a document the model reads beside each of some queries.
+        prompt: What stands before each document, and so before each passage.
     """
 
     model: Model
     tokenizer: "PreTrainedTokenizerBase"
     room: Callable[[Sequence[str]], list[int]]
+    prompt: str = ""
 
     @property
     def round_tokens(self) -> int:
@@ -62,7 +64,13 @@ class MaxPassage:
         return self.model.run(sequences)
 
     def _passages(self, document: str, room: int) -> list[str]:
-        return passages(self.tokenizer, document, room) if room >= LEAST_ROOM else [document]
+        text = document.removeprefix(self.prompt)
+        if self.prompt and len(text) < len(document):
+            room -= len(self.tokenizer(self.prompt, add_special_tokens=False)["input_ids"])
+        if room < LEAST_ROOM:
+            return [document]
+        prompt = document[: len(document) - len(text)]
+        return [prompt + passage for passage in passages(self.tokenizer, text, room)]
 
 
 def passages(tokenizer: "PreTrainedTokenizerBase", text: str, size: int) -> list[str]:

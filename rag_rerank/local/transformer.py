@@ -56,12 +56,39 @@ class States:
         """The state of each last token, ``[sequences, size]``."""
         return self.tokens[self.lasts]
 
+    def flat(self) -> tuple[Tensor, Tensor]:
+        """The states of all tokens, one sequence after the other, and int64 ``[tokens]``: which sequence each is of."""
+        counts = self.lasts - self.firsts + 1
+        owners = torch.repeat_interleave(counts, output_size=sum(self.lengths))
+        places = torch.arange(len(owners), device=owners.device) - (counts.cumsum(0) - counts)[owners]
+        return self.tokens[self.firsts[owners] + places], owners
+
     def padded(self) -> tuple[Tensor, Tensor]:
         """States ``[sequences, longest, size]``, and int64 ``[sequences, longest]``: 1 for a token, 0 for padding."""
         places = torch.arange(max(self.lengths), device=self.firsts.device)
         rows = self.firsts.unsqueeze(1) + places
         mask = rows <= self.lasts.unsqueeze(1)
         return self.tokens[rows.minimum(self.lasts.unsqueeze(1))], mask.long()
+
+    def some(self, positions: Sequence[int]) -> "States":
+        """Those of some of the sequences."""
+        lengths = [self.lengths[position] for position in positions]
+        return States(self.tokens, self.firsts[list(positions)], self.lasts[list(positions)], lengths)
+
+
+def most(values: Tensor, owners: Tensor, count: int) -> Tensor:
+    """The largest values of each owner.
+
+    Args:
+        values: ``[rows, size]``.
+        owners: int64 ``[rows]``, each less than `count`; whose each row is.
+        count: How many owners there are, each with a row at least.
+
+    Returns:
+        ``[count, size]``.
+    """
+    largest = values.new_full((count, values.shape[1]), -torch.inf)
+    return largest.scatter_reduce_(0, owners.unsqueeze(1).expand_as(values), values, "amax")
 
 
 class Transformer(Protocol):
@@ -93,22 +120,31 @@ def over(model: "PreTrainedModel", pad_id: int | None, token_budget: int, *, unp
     """
     if hasattr(model.config, "use_cache"):
         model.config.use_cache = False  # nothing is generated: keys and values are not asked for again
-    if not unpadded or not can_unpad(model):
+    if unpadded and known(model) and _can_unpad(model):
+        model.set_attn_implementation(NAME)
+    if model.config._attn_implementation != NAME:  # transformers 5.0 can't set it for ModernBERT, and only warns
+        if _soft_capped(model):
+            model.set_attn_implementation("eager")  # the fast kernels don't know it
         return Padded(model, pad_id or 0, token_budget)
-    model.set_attn_implementation(NAME)
     pack(model, token_budget)
     return Unpadded(model, pad_id or 0, token_budget, model.config.model_type in DECODERS, _first_position(model))
 
 
-def can_unpad(model: "PreTrainedModel") -> bool:
-    """Whether `over` runs this model without padding."""
-    if model.config.model_type not in ENCODERS | DECODERS or not type(model).__module__.startswith("transformers."):
-        return False  # an architecture that we don't know, or a checkpoint's own code
+def known(model: "PreTrainedModel") -> bool:
+    """Whether this is an architecture that we know, and not a checkpoint's own code."""
+    return model.config.model_type in ENCODERS | DECODERS and type(model).__module__.startswith("transformers.")
+
+
+def _can_unpad(model: "PreTrainedModel") -> bool:
     if model.config._attn_implementation not in ("sdpa", "eager", NAME):
         return False  # the caller asked for another
-    if model.device.type == "cuda" and getattr(model.config, "attn_logit_softcapping", None) is not None:
+    if model.device.type == "cuda" and _soft_capped(model):
         return False  # the varlen kernel has no soft cap
     return available(model.device, model.dtype)
+
+
+def _soft_capped(model: "PreTrainedModel") -> bool:
+    return getattr(model.config, "attn_logit_softcapping", None) is not None
 
 
 def _first_position(model: "PreTrainedModel") -> int:

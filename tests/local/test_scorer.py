@@ -155,7 +155,7 @@ class TestCrossEncoder:
         """What is beyond it has no influence."""
         with LocalScorer(cross_encoder, dtype="float32", max_length=16) as scorer:
             one, other = scorer.score("q", ["word " * 50 + "a", "word " * 50 + "b"])
-            assert one == other
+            assert one == pytest.approx(other, abs=1e-6)  # where in a row a sequence lies costs the last digit
 
 
 def _model_of(scorer: LocalScorer):

@@ -1,0 +1,82 @@
+"""How long the first score takes: importing the package, and a fresh process until it has scored one pair.
+
+    .venv/bin/python -m benchmarks.cold
+
+Processes alternate. sentence-transformers imports torch when it is imported, LocalScorer with its first call: compare
+the times from the start of the process.
+"""
+
+import argparse
+import statistics
+import subprocess
+import sys
+import time
+
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.models import folder
+from benchmarks.report import spread
+from benchmarks.rerank import shown
+
+IMPORTS = {"an empty interpreter": "pass", "import rag_rerank": "import rag_rerank"}
+_TIMED = "import time; began = time.perf_counter()"
+_SPENT = "print(time.perf_counter() - began)"
+FIRST_SCORES = {
+    "sentence-transformers CrossEncoder": (
+        f"import sys; from sentence_transformers import CrossEncoder; {_TIMED}; "
+        f"CrossEncoder(sys.argv[1], device='cpu').predict([('a', 'b')]); {_SPENT}"
+    ),
+    "rag_rerank LocalScorer, float32": (
+        f"import sys; from rag_rerank import LocalScorer; {_TIMED}; "
+        f"LocalScorer(sys.argv[1], device='cpu', dtype='float32').score('a', 'b'); {_SPENT}"
+    ),
+    "rag_rerank LocalScorer, dtype=auto": (
+        f"import sys; from rag_rerank import LocalScorer; {_TIMED}; "
+        f"LocalScorer(sys.argv[1], device='cpu').score('a', 'b'); {_SPENT}"
+    ),
+}
+
+
+def fresh(code: str, *arguments: str) -> tuple[float, str]:
+    """Seconds that a new interpreter takes for `code`, and what it printed."""
+    began = time.perf_counter()
+    command = [sys.executable, "-c", code, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)  # noqa: S603
+    return time.perf_counter() - began, done.stdout
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=5, help="of first scores; imports are timed twice as often")
+    arguments = parser.parse_args()
+    console = Console(width=120)
+    model = str(folder("minilm"))
+    imports: dict[str, list[float]] = {name: [] for name in IMPORTS}
+    whole: dict[str, list[float]] = {name: [] for name in FIRST_SCORES}
+    inside: dict[str, list[float]] = {name: [] for name in FIRST_SCORES}
+    with shown(console) as progress:
+        for _ in progress.track(range(2 * arguments.rounds), description="Imports"):
+            for name, code in IMPORTS.items():
+                imports[name].append(fresh(code)[0])
+        for number in progress.track(range(arguments.rounds + 1), description="First scores"):
+            for name, code in FIRST_SCORES.items():
+                seconds, printed = fresh(code, model)
+                if number:  # the first reads files from the disk
+                    whole[name].append(seconds)
+                    inside[name].append(float(printed.split()[-1]))
+    empty, full = (statistics.median(times) for times in imports.values())
+    console.print(f"import rag_rerank: {(full - empty) * 1000:.0f} ms beyond an interpreter's {empty * 1000:.0f} ms")
+    table = Table(title="Until one pair is scored, MiniLM shape, seconds")
+    for column in ("", "from process start", "from the constructor, imports done", "reference / own, process start"):
+        table.add_column(column, justify="left" if not column else "right")
+    reference = next(iter(whole.values()))
+    for name, times in whole.items():
+        ratios = [theirs / own for theirs, own in zip(reference, times, strict=True)]
+        row = (f"{statistics.median(times):.2f}", f"{statistics.median(inside[name]):.2f}", spread(ratios))
+        table.add_row(name, *(cell.replace("[", r"\[") for cell in row))
+    console.print(table)
+
+
+if __name__ == "__main__":
+    main()
