@@ -26,8 +26,9 @@ Runs = dict[str, dict[str, float]]
 
 
 def rerank(collection: Collection, found: Runs, dtype: str) -> Runs:
-    """Scores for what was found, all in one call: each document is embedded once."""
+    """Scores for what was found, all in one call, ordered by document: each is embedded about once."""
     pairs = [(query, document) for query, documents in found.items() for document in documents]
+    pairs.sort(key=lambda pair: pair[1])
     with LocalScorer(minilm_folder(), dtype=dtype) as scorer:
         scores = scorer.score(
             [collection.queries[query] for query, _ in pairs], [collection.documents[name] for _, name in pairs]

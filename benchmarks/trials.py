@@ -26,7 +26,7 @@ from rag_rerank import LocalScorer
 from rag_rerank.local import linear
 from rag_rerank.local.cross_encoder import CrossEncoder
 from rag_rerank.local.loading import load
-from rag_rerank.local.model import TokenSequence
+from rag_rerank.local.model import Pace, TokenSequence
 from rag_rerank.local.transformer import Padded
 
 Run = Callable[[list[TokenSequence]], Tensor]
@@ -81,7 +81,7 @@ def contestants(folder: str, console: Console) -> dict[str, Run]:
 
     def compiled() -> Run:
         whole = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.bfloat16).eval()
-        padded = Padded(whole, AutoTokenizer.from_pretrained(folder).pad_token_id, 2048)
+        padded = Padded(whole, AutoTokenizer.from_pretrained(folder).pad_token_id, Pace(2048))
         forward = torch.compile(copy.copy(whole), dynamic=True)
 
         @torch.inference_mode()
@@ -126,7 +126,7 @@ def main() -> None:
         call = next(calls)
         sequences = list(model.inputs(call.queries, call.documents[0]).sequences)
         sequences.sort(key=lambda sequence: -len(sequence.ids))
-        cut = model.batches(sequences)
+        cut = model.batches(sequences, 2048)
         scores: dict[str, list[float]] = {}
         for name in names[number % len(names) :] + names[: number % len(names)]:
             began = time.perf_counter()

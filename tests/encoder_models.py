@@ -20,6 +20,7 @@ from transformers import (
 )
 
 from rag_rerank.local.late_interaction import LateInteraction, read_projection
+from rag_rerank.local.model import Pace
 from rag_rerank.local.transformer import over
 from tests.models import MAX_LENGTH, widen, word_piece_tokenizer
 
@@ -105,7 +106,7 @@ def load_late_interaction(
     config = folder / "1_Dense" / "config.json"
     dense = {"1_Dense": json.loads(config.read_text())} if config.exists() else {}
     projection = read_projection(folder.joinpath, dense)
-    transformer = over(model, tokenizer.pad_token_id, token_budget)
+    transformer = over(model, tokenizer.pad_token_id, Pace(token_budget))
     return LateInteraction(transformer, tokenizer, MAX_LENGTH, projection, normalize)
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from rag_rerank.errors import ConfigError
 from rag_rerank.local.encoding import encode, room
-from rag_rerank.local.model import Inputs, TokenSequence
+from rag_rerank.local.model import Inputs, Pace, TokenSequence
 from rag_rerank.local.transformer import States, Transformer, most
 
 if TYPE_CHECKING:
@@ -38,9 +38,9 @@ class BiEncoder:
     lower_case: bool = False
 
     @property
-    def round_tokens(self) -> int:
+    def pace(self) -> Pace:
         """The transformer's."""
-        return self.transformer.round_tokens
+        return self.transformer.pace
 
     def inputs(self, queries: list[str], documents: list[str]) -> Inputs:
         """One sequence per different text: a query that 100 documents share is embedded once."""
@@ -58,9 +58,9 @@ class BiEncoder:
         """How many tokens of a document are read beside each of the queries."""
         return [room(self.tokenizer, self.max_length)] * len(queries)
 
-    def batches(self, sequences: Sequence[TokenSequence]) -> list[list[int]]:
+    def batches(self, sequences: Sequence[TokenSequence], token_budget: int) -> list[list[int]]:
         """The transformer's."""
-        return self.transformer.batches(sequences)
+        return self.transformer.batches(sequences, token_budget)
 
     @torch.inference_mode()
     def run(self, sequences: Sequence[TokenSequence]) -> Tensor:

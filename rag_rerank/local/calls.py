@@ -49,21 +49,35 @@ class Call:
         self._scored = 0
         self._scores = [0.0] * len(documents)
         self._ready: deque[Item] = deque()
+        self._ready_tokens = 0
 
     @property
     def unscored(self) -> int:
         """How many different pairs have no score yet."""
         return len(self._documents) - self._scored
 
+    @property
+    def waits(self) -> bool:
+        """Whether it still has something to run that nobody has taken."""
+        return bool(self._ready) or self._begun < len(self._documents)
+
+    def tokens_left(self, model: Model) -> int | None:
+        """How many tokens it still wants to have run; None where they have not all been counted."""
+        if not self._ready and self._begun < len(self._documents):
+            self._tokenise(model)
+        return None if self._begun < len(self._documents) else self._ready_tokens
+
     def take(self, model: Model, tokens: int) -> list["Item"]:
         """The next sequences to run: at least one if there is any, and no more than reach `tokens`."""
         taken: list[Item] = []
-        while tokens > 0 and (self._ready or self._begun < len(self._documents)):
+        while tokens > 0 and self.waits:
             if not self._ready:
                 self._tokenise(model)
             else:
                 taken.append(self._ready.popleft())
-                tokens -= max(1, len(taken[-1].sequence.ids))
+                length = len(taken[-1].sequence.ids)
+                self._ready_tokens -= length
+                tokens -= max(1, length)
         return taken
 
     def _tokenise(self, model: Model) -> None:
@@ -75,6 +89,7 @@ class Call:
         # Longest first, so that the batch that needs most memory comes first, and if it fits, so do the others.
         order = sorted(range(len(inputs.sequences)), key=lambda position: -len(inputs.sequences[position].ids))
         self._ready.extend(Item(lot, position) for position in order)
+        self._ready_tokens += sum(len(sequence.ids) for sequence in inputs.sequences)
 
     def take_scores(self, start: int, scores: Sequence[float]) -> None:
         """Keep the scores of one part; with the last one, the call is finished."""
@@ -136,14 +151,14 @@ class Item:
         self.part.take(self.position, output)
 
 
-def next_round(calls: Sequence[Call], model: Model) -> list[tuple[Call, list[Item] | Exception]]:
+def next_round(calls: Sequence[Call], model: Model, room: int) -> list[tuple[Call, list[Item] | Exception]]:
     """What is to be run next, for some of the calls: items, or why there are none.
 
     Args:
         calls: In the order in which they came.
-        model: Tokenises, and says how much a round is.
+        model: Tokenises.
+        room: About how many tokens to take.
     """
-    room = model.round_tokens
     taken: list[tuple[Call, list[Item] | Exception]] = []
     shares = [(call, room // 4) for call in calls[:1]] if len(calls) > 1 else []
     shares += [(call, room) for call in sorted(calls, key=lambda call: call.unscored)]  # stable: else first come

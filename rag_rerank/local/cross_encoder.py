@@ -1,7 +1,9 @@
 """Cross-encoders: query and document read together, one logit a pair."""
 
+import contextlib
 import copy
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -11,7 +13,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from rag_rerank.errors import ConfigError
 from rag_rerank.local.batching import by_length
-from rag_rerank.local.model import Inputs, TokenSequence
+from rag_rerank.local.model import Inputs, Pace, TokenSequence
 from rag_rerank.local.prompting import Prompts
 from rag_rerank.local.transformer import Padded, States, Transformer
 
@@ -35,9 +37,9 @@ class PairModel:
     transformer: Transformer
 
     @property
-    def round_tokens(self) -> int:
+    def pace(self) -> Pace:
         """The transformer's."""
-        return self.transformer.round_tokens
+        return self.transformer.pace
 
     def inputs(self, queries: list[str], documents: list[str]) -> Inputs:
         """One sequence per pair."""
@@ -47,9 +49,9 @@ class PairModel:
         """How many tokens of a document are read beside each of the queries."""
         return self.prompts.room(queries)
 
-    def batches(self, sequences: Sequence[TokenSequence]) -> list[list[int]]:
+    def batches(self, sequences: Sequence[TokenSequence], token_budget: int) -> list[list[int]]:
         """The transformer's."""
-        return self.transformer.batches(sequences)
+        return self.transformer.batches(sequences, token_budget)
 
     def _scores(self, logits: Tensor) -> list[float]:
         scores: list[float] = self.activation(logits[:, 0]).tolist()
@@ -106,27 +108,34 @@ class Head:
         return logits[torch.tensor([row for group in groups for row in group]).argsort()]
 
     def _logits(self, states: Tensor, mask: Tensor) -> Tensor:
-        self._given.states = states
-        try:
+        with self._given.answering(states):
             # Some heads ask the ids for the size of the batch.
             logits: Tensor = self._model(input_ids=mask, attention_mask=mask).logits
-        finally:
-            self._given.states = None
         return logits
 
 
 class _Given(torch.nn.Module):
-    """Answers as a transformer would, with states that are given."""
+    """Answers as a transformer would, with states that are given, to each thread its own."""
 
     def __init__(self, pooler: torch.nn.Module | None) -> None:
         super().__init__()
         self.pooler = pooler
-        self.states: Tensor | None = None
+        self._thread = threading.local()
+
+    @contextlib.contextmanager
+    def answering(self, states: Tensor) -> Iterator[None]:
+        """Give these states to this thread, for a while."""
+        self._thread.states = states
+        try:
+            yield
+        finally:
+            del self._thread.states
 
     def forward(self, *_: object, **__: object) -> BaseModelOutputWithPooling:
         """The states, and what the transformer's pooler makes of them."""
-        pooled = None if self.pooler is None else self.pooler(self.states)
-        return BaseModelOutputWithPooling(last_hidden_state=self.states, pooler_output=pooled)
+        states = self._thread.states
+        pooled = None if self.pooler is None else self.pooler(states)
+        return BaseModelOutputWithPooling(last_hidden_state=states, pooler_output=pooled)
 
 
 def own_activation(config: "PreTrainedConfig") -> Activation:

@@ -1,11 +1,13 @@
-"""One thread that owns a model: it loads it, and scores what callers hand in, in common batches.
+"""One thread that owns a model: it loads it, and sees to it that what callers hand in is scored, in common batches.
 
-Why one thread: fast tokenizers answer "Already borrowed" when two threads share one, and two forward passes at once on
-one device take longer than one after the other. Callers get a future each. Round by round (`rag_rerank.local.calls`)
-the thread takes some of the work that waits, runs it in batches, whosever it is, and gives each call its scores as soon
-as its last sequence has run. On a CUDA device the next round is tokenised and sent off while the last one still runs.
+Why one thread: fast tokenizers answer "Already borrowed" when two threads share one, and somebody must say what comes
+next. Callers get a future each. The thread takes some of the work that waits (`rag_rerank.local.calls` says whose),
+cuts it into batches, whosever it is, and gives each call its scores as soon as its last sequence has run. On a CPU each
+batch is run by a worker on a core of its own; on a CUDA device the next batch is tokenised and sent off while the last
+one still runs.
 """
 
+import math
 import queue
 import threading
 from collections import deque
@@ -21,6 +23,11 @@ from rag_rerank.local.model import Model
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from rag_rerank.local.workers import Workers
+
+# Tokens below which work is not split any further between cores: overheads would eat the gain.
+_LEAST = 256
+
 
 class Engine:
     """A model in a thread of its own.
@@ -32,14 +39,14 @@ class Engine:
     """
 
     def __init__(self, load: Callable[[], Model], *, name: str, max_waiting_calls: int) -> None:
-        self._inbox: queue.SimpleQueue[Call | None] = queue.SimpleQueue()
+        self._inbox: queue.SimpleQueue[Call | _Ran | None] = queue.SimpleQueue()
         self._name, self._max_waiting_calls = name, max_waiting_calls
         self._lock = threading.Lock()
         self._unfinished = 0
         self._closing = threading.Event()
         # The thread holds the inbox, not the engine: whoever drops the engine can have it collected and closed.
         self._thread = threading.Thread(
-            target=_serve, args=(load, self._inbox, self._closing, name), name=f"rag_rerank {name}", daemon=True
+            target=_Loop(load, self._inbox, self._closing, name).run, name=f"rag_rerank {name}", daemon=True
         )
         self._thread.start()
 
@@ -76,115 +83,178 @@ class Engine:
             self._unfinished -= 1
 
 
-def _serve(
-    load: Callable[[], Model], inbox: "queue.SimpleQueue[Call | None]", closing: threading.Event, name: str
-) -> None:
-    model: Model | None = None
-    calls: list[Call] = []  # unfinished, in the order in which they came
-    sent: deque[_Sent] = deque()  # batches whose outputs have not been read
-    while True:
-        _receive(inbox, calls, wait=not calls and not sent)
-        if closing.is_set():
-            _fail(calls, _closed(name))
+@dataclass(frozen=True, slots=True)
+class _Ran:
+    """A batch that was run: its outputs, perhaps still being computed on a device, or what went wrong."""
+
+    items: Sequence[Item]
+    outputs: "Tensor | Exception"
+
+
+class _Loop:
+    """What the engine's thread does, until it is told to end."""
+
+    def __init__(
+        self,
+        load: Callable[[], Model],
+        inbox: "queue.SimpleQueue[Call | _Ran | None]",
+        closing: threading.Event,
+        name: str,
+    ) -> None:
+        self._load, self._inbox, self._closing, self._name = load, inbox, closing, name
+        self._model: Model | None = None
+        self._workers: Workers | None = None
+        self._calls: list[Call] = []  # unfinished, in the order in which they came
+        self._backlog: deque[list[Item]] = deque()  # batches that nobody has begun
+        self._at_work = 0  # batches that workers have
+        self._sent: deque[_Ran] = deque()  # batches that a device has
+
+    def run(self) -> None:
+        """Serve calls."""
+        while not self._closing.is_set():
+            self._receive(wait=not self._can_go_on())
+            if self._calls and not self._closing.is_set():
+                self._go_on()
+            self._calls = [call for call in self._calls if not call.future.done()]
+        while self._at_work:  # what runs is finished
+            self._receive(wait=True)
+        if self._workers is not None:
+            self._workers.close()
+        self._receive(wait=False)
+        _fail(self._calls, _closed(self._name))
+
+    def _can_go_on(self) -> bool:
+        if self._sent:
+            return True
+        busy = self._workers is not None and self._at_work >= self._workers.count
+        return not busy and bool(self._backlog or any(call.waits or not call.unscored for call in self._calls))
+
+    def _receive(self, *, wait: bool) -> None:
+        """Take what has come; if there is nothing else to do, wait for something."""
+        while wait or not self._inbox.empty():
+            message = self._inbox.get()
+            wait = False
+            if isinstance(message, Call):
+                self._calls.append(message)
+            elif message is not None:
+                self._at_work -= 1
+                self._hand_out(message)
+
+    def _go_on(self) -> None:
+        """Do the next thing: load, make batches, begin them, or wait for a device."""
+        try:
+            model = self._model = self._model or self._load()
+            if self._workers is None and model.pace.at_a_time > 1:
+                # Here, not above: it imports torch.
+                from rag_rerank.local.workers import Workers  # noqa: PLC0415
+
+                self._workers = Workers(model.pace.at_a_time, f"rag_rerank {self._name}")
+        except Exception as error:  # noqa: BLE001 - the callers get it; the next one may have better luck
+            _fail(self._calls, _as_backend_error(error, self._name))
+            return
+        for call in self._calls:
+            if not call.unscored:  # it only wanted the model loaded
+                call.succeed([])
+        if not self._backlog:
+            self._make_batches(model)
+        # A batch that is alone is run by all cores, or by the device.
+        if self._workers is None or (len(self._backlog) == 1 and not self._at_work):
+            self._run_here(model)
+        else:
+            while self._backlog and self._at_work < self._workers.count:
+                self._begin(model, self._workers)
+
+    def _make_batches(self, model: Model) -> None:
+        """Cut some of the work that waits into batches, which become smaller towards the end, so that all end alike."""
+        waiting = [call for call in self._calls if call.waits and not call.future.done()]
+        pace, cores = model.pace, 1 if self._workers is None else self._workers.count
+        budget = pace.token_budget
+        try:
+            if cores > 1 and len(waiting) <= 4 * cores:
+                lefts = [call.tokens_left(model) for call in waiting]
+                if None not in lefts:
+                    budget = max(_LEAST, min(budget, math.ceil(sum(filter(None, lefts)) / (2 * cores))))
+        except Exception:  # noqa: BLE001, S110 - a text that can't be tokenised: its call is told below
+            pass
+        items: list[Item] = []
+        for call, taken in next_round(waiting, model, budget * pace.batches_ahead * (cores - self._at_work or 1)):
+            if isinstance(taken, Exception):
+                call.fail(_as_backend_error(taken, self._name))
+            else:
+                items += taken
+        try:
+            batches = model.batches([item.sequence for item in items], budget)
+        except Exception as error:  # noqa: BLE001 - the thread must live on
+            _fail([item.call for item in items], _as_backend_error(error, self._name))
+            return
+        self._backlog.extend([items[position] for position in batch] for batch in batches)
+
+    def _begin(self, model: Model, workers: "Workers") -> None:
+        items = _wanted(self._backlog.popleft())
+        if items:
+            inbox = self._inbox  # not self: a worker that is idle must not keep anything
+            self._at_work += 1
+            workers.submit(lambda: inbox.put(_ran(model, items)))
+
+    def _run_here(self, model: Model) -> None:
+        items = _wanted(self._backlog.popleft()) if self._backlog else []
+        if items:
+            self._sent.append(_ran(model, items))
+        # A device that works by itself gets its next batch before the outputs of the last are waited for.
+        ahead = 1 if items and getattr(self._sent[-1].outputs, "is_cuda", False) else 0
+        while len(self._sent) > ahead:
+            self._hand_out(self._sent.popleft())
+
+    def _hand_out(self, ran: _Ran) -> None:
+        """Give each call its outputs, or see what to do about an error."""
+        if isinstance(ran.outputs, Exception):
+            self._after_error(ran.outputs, ran.items)
             return
         try:
-            model = model or load()
-        except Exception as error:  # noqa: BLE001 - the callers get it; the next one may have better luck
-            _fail(calls, _as_backend_error(error, name))
+            outputs = ran.outputs.cpu()
+        except Exception as error:  # noqa: BLE001 - on CUDA errors show when outputs are read
+            self._after_error(error, ran.items)
+            return
+        for item, output in zip(ran.items, outputs, strict=True):
+            try:
+                item.take(output)
+            except Exception as error:  # noqa: BLE001 - a score that can't be made of its output
+                item.call.fail(_as_backend_error(error, self._name))
+
+    def _after_error(self, error: Exception, items: Sequence[Item]) -> None:
+        """A batch failed: run each caller's part of it alone, so that only those fail who are the cause.
+
+        What is one caller's is halved where the device's memory was too small for it.
+        """
+        calls = list(dict.fromkeys(item.call for item in items))
+        if len(calls) > 1:
+            self._backlog.extendleft([item for item in items if item.call is call] for call in calls)
+        elif _out_of_memory(error) and len(items) > 1:
+            half = len(items) // 2
+            self._backlog.extendleft((list(items[half:]), list(items[:half])))
         else:
-            _run_round(model, calls, sent, closing, name)
-        calls[:] = [call for call in calls if not call.future.done()]
+            calls[0].fail(_as_backend_error(error, self._name))
 
 
-def _fail(calls: list[Call], error: Exception) -> None:
+def _ran(model: Model, items: Sequence[Item]) -> _Ran:
+    try:
+        return _Ran(items, model.run([item.sequence for item in items]))
+    except Exception as error:  # noqa: BLE001 - whatever it is, the callers get it
+        return _Ran(items, error)
+
+
+def _wanted(items: Sequence[Item]) -> list[Item]:
+    """Those that somebody still waits for."""
+    return [item for item in items if not item.call.future.done()]
+
+
+def _fail(calls: Sequence[Call], error: Exception) -> None:
     for call in calls:
         call.fail(error)
 
 
 def _closed(name: str) -> RerankError:
     return RerankError(f"The scorer of {name} was closed before this call was done.")
-
-
-def _receive(inbox: "queue.SimpleQueue[Call | None]", calls: list[Call], *, wait: bool) -> None:
-    """Take all the calls that have come; if there is nothing else to do, wait for one."""
-    while wait or not inbox.empty():
-        call = inbox.get()
-        wait = False
-        if call is not None:
-            calls.append(call)
-
-
-@dataclass(frozen=True, slots=True)
-class _Sent:
-    """A batch that has been handed to the device."""
-
-    items: Sequence[Item]
-    outputs: "Tensor"
-
-
-def _run_round(model: Model, calls: list[Call], sent: "deque[_Sent]", closing: threading.Event, name: str) -> None:
-    """Run some of the work, and read the outputs of what was run before."""
-    items: list[Item] = []
-    for call in calls:
-        if not call.unscored:  # it only wanted the model loaded
-            call.succeed([])
-    for call, taken in next_round([call for call in calls if not call.future.done()], model):
-        if isinstance(taken, Exception):
-            call.fail(_as_backend_error(taken, name))
-        else:
-            items += taken
-    try:
-        batches = model.batches([item.sequence for item in items])
-    except Exception as error:  # noqa: BLE001 - the thread must live on
-        _fail([item.call for item in items], _as_backend_error(error, name))
-        return
-    for batch in batches:
-        if closing.is_set():
-            return
-        _run(model, [items[position] for position in batch], sent, name)
-        # A device that works by itself gets its next batch before the outputs of the last are waited for.
-        while len(sent) > (1 if sent and sent[-1].outputs.is_cuda else 0):
-            _finish(model, sent.popleft(), sent, name)
-    if not items and sent:
-        _finish(model, sent.popleft(), sent, name)
-
-
-def _run(model: Model, items: Sequence[Item], sent: "deque[_Sent]", name: str) -> None:
-    items = [item for item in items if not item.call.future.done()]
-    if items:
-        try:
-            sent.append(_Sent(items, model.run([item.sequence for item in items])))
-        except Exception as error:  # noqa: BLE001 - the thread must live on; these callers get the error
-            _after_error(error, model, items, sent, name)
-
-
-def _finish(model: Model, batch: "_Sent", sent: "deque[_Sent]", name: str) -> None:
-    try:
-        outputs = batch.outputs.cpu()
-    except Exception as error:  # noqa: BLE001 - as above; on CUDA errors show when outputs are read
-        _after_error(error, model, batch.items, sent, name)
-        return
-    for item, output in zip(batch.items, outputs, strict=True):
-        try:
-            item.take(output)
-        except Exception as error:  # noqa: BLE001 - a score that can't be made of its output
-            item.call.fail(_as_backend_error(error, name))
-
-
-def _after_error(error: Exception, model: Model, items: Sequence[Item], sent: "deque[_Sent]", name: str) -> None:
-    """A batch failed: run each caller's part of it alone, so that only those fail who are the cause.
-
-    What is one caller's is halved where the device's memory was too small for it.
-    """
-    calls = list(dict.fromkeys(item.call for item in items))
-    if len(calls) > 1:
-        for call in calls:
-            _run(model, [item for item in items if item.call is call], sent, name)
-    elif _out_of_memory(error) and len(items) > 1:
-        for half in (items[: len(items) // 2], items[len(items) // 2 :]):
-            _run(model, half, sent, name)
-    else:
-        calls[0].fail(_as_backend_error(error, name))
 
 
 def _out_of_memory(error: Exception) -> bool:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from rag_rerank.errors import ConfigError
 from rag_rerank.local.encoding import encode, room
-from rag_rerank.local.model import Inputs, TokenSequence
+from rag_rerank.local.model import Inputs, Pace, TokenSequence
 from rag_rerank.local.transformer import States, Transformer, most
 
 if TYPE_CHECKING:
@@ -57,9 +57,9 @@ class LateInteraction:
     normalize: bool = True
 
     @property
-    def round_tokens(self) -> int:
+    def pace(self) -> Pace:
         """The transformer's."""
-        return self.transformer.round_tokens
+        return self.transformer.pace
 
     def inputs(self, queries: list[str], documents: list[str]) -> Inputs:
         """One sequence per pair, its document; a query is encoded once, however many documents it has."""
@@ -82,9 +82,9 @@ class LateInteraction:
         """How many tokens of a document are read beside each of the queries."""
         return [room(self.tokenizer, self.max_length)] * len(queries)
 
-    def batches(self, sequences: Sequence[TokenSequence]) -> list[list[int]]:
+    def batches(self, sequences: Sequence[TokenSequence], token_budget: int) -> list[list[int]]:
         """The transformer's."""
-        return self.transformer.batches(sequences)
+        return self.transformer.batches(sequences, token_budget)
 
     @torch.inference_mode()
     def run(self, sequences: Sequence[TokenSequence]) -> Tensor:
@@ -106,7 +106,7 @@ class LateInteraction:
 
     def _query_vectors(self, queries: Iterable[_Query]) -> list[Tensor]:
         missing = [query for query in queries if query.vectors is None]
-        for batch in self.transformer.batches([query.sequence for query in missing]):
+        for batch in self.transformer.batches([query.sequence for query in missing], self.pace.token_budget):
             group = [missing[position] for position in batch]
             states = self.transformer.states([query.sequence for query in group])
             vectors, _ = self._vectors(states)

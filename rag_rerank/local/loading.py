@@ -18,7 +18,7 @@ from rag_rerank.local.bi_encoder import BiEncoder, pooling_of
 from rag_rerank.local.checkpoint import Checkpoint, max_length, module_kind
 from rag_rerank.local.cross_encoder import Activation, CrossEncoder, Head, WholeCrossEncoder, own_activation
 from rag_rerank.local.decoder import Decoder, token_ids, token_row
-from rag_rerank.local.hardware import choose_device, token_budget
+from rag_rerank.local.hardware import choose_device, pace
 from rag_rerank.local.late_interaction import LateInteraction, is_late_interaction, read_projection
 from rag_rerank.local.model import Model
 from rag_rerank.local.passages import MaxPassage
@@ -101,7 +101,7 @@ class _Loading:
         if known(_body(model)):
             return CrossEncoder(prompts, self._activation(), self._over(_body(model)), Head(model))
         pad_id = self.checkpoint.tokenizer.pad_token_id or 0
-        return WholeCrossEncoder(prompts, self._activation(), Padded(model, pad_id, token_budget(self.device)))
+        return WholeCrossEncoder(prompts, self._activation(), Padded(model, pad_id, pace(self.device)))
 
     def causal(self) -> Model:
         """A model that answers with a word."""
@@ -160,7 +160,7 @@ class _Loading:
         return self._over(model), self.checkpoint.tokenizer, limit
 
     def _over(self, model: PreTrainedModel) -> Transformer:
-        return over(model, self.checkpoint.tokenizer.pad_token_id, token_budget(self.device))
+        return over(model, self.checkpoint.tokenizer.pad_token_id, pace(self.device))
 
     def _prompts(self, model: PreTrainedModel, template: Template | None) -> Prompts:
         settings = self.settings

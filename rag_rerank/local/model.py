@@ -42,12 +42,27 @@ class Inputs:
     scores: "Callable[[Tensor], list[float]]"
 
 
+@dataclass(frozen=True, slots=True)
+class Pace:
+    """How a model is best fed.
+
+    Attributes:
+        token_budget: Most tokens in a batch.
+        batches_ahead: How many batches' worth of waiting sequences are best cut into batches at a time.
+        at_a_time: How many batches are run side by side, each on a core of its own; 1 for one after the other.
+    """
+
+    token_budget: int
+    batches_ahead: int = 1
+    at_a_time: int = 1
+
+
 class Model(Protocol):
-    """A loaded model. Used by one thread only."""
+    """A loaded model. One thread tokenises; batches may be run by several at once."""
 
     @property
-    def round_tokens(self) -> int:
-        """How many tokens of waiting sequences are best cut into batches at a time."""
+    def pace(self) -> "Pace":
+        """How it is best fed."""
 
     def room(self, queries: "Sequence[str]") -> list[int]:
         """How many tokens of a document it reads beside each of the queries."""
@@ -55,8 +70,8 @@ class Model(Protocol):
     def inputs(self, queries: list[str], documents: list[str]) -> Inputs:
         """Tokenise a call or a part of one: one query for all documents, or one each."""
 
-    def batches(self, sequences: "Sequence[TokenSequence]") -> list[list[int]]:
-        """Positions of the sequences, each exactly once, grouped into batches for `run`."""
+    def batches(self, sequences: "Sequence[TokenSequence]", token_budget: int) -> list[list[int]]:
+        """Positions of the sequences, each exactly once, grouped into batches of at most so many tokens for `run`."""
 
     def run(self, sequences: "Sequence[TokenSequence]") -> "Tensor":
         """Outputs of one batch: float32 ``[len(sequences), size]``, perhaps still being computed on a device."""

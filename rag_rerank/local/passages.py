@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from rag_rerank.local.model import Inputs, Model, TokenSequence
+from rag_rerank.local.model import Inputs, Model, Pace, TokenSequence
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -34,9 +34,9 @@ class MaxPassage:
     prompt: str = ""
 
     @property
-    def round_tokens(self) -> int:
+    def pace(self) -> Pace:
         """The model's."""
-        return self.model.round_tokens
+        return self.model.pace
 
     def inputs(self, queries: list[str], documents: list[str]) -> Inputs:
         """The model's, of the passages; the best score of each document's."""
@@ -55,9 +55,9 @@ class MaxPassage:
 
         return Inputs(inputs.sequences, best)
 
-    def batches(self, sequences: Sequence[TokenSequence]) -> list[list[int]]:
+    def batches(self, sequences: Sequence[TokenSequence], token_budget: int) -> list[list[int]]:
         """The model's."""
-        return self.model.batches(sequences)
+        return self.model.batches(sequences, token_budget)
 
     def run(self, sequences: Sequence[TokenSequence]) -> "Tensor":
         """The model's."""

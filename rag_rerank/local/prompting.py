@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from rag_rerank.errors import BackendRejected
 from rag_rerank.local.encoding import Truncation, encode
-from rag_rerank.local.model import Inputs, Model, TokenSequence
+from rag_rerank.local.model import Inputs, Model, Pace, TokenSequence
 from rag_rerank.template import Template
 
 if TYPE_CHECKING:
@@ -135,9 +135,9 @@ class Limited:
     max_tokens_per_doc: int | None
 
     @property
-    def round_tokens(self) -> int:
+    def pace(self) -> Pace:
         """The model's."""
-        return self.model.round_tokens
+        return self.model.pace
 
     def inputs(self, queries: list[str], documents: list[str]) -> Inputs:
         """The model's, of what is left."""
@@ -149,9 +149,9 @@ class Limited:
         """The model's."""
         return self.model.room(queries)
 
-    def batches(self, sequences: Sequence[TokenSequence]) -> list[list[int]]:
+    def batches(self, sequences: Sequence[TokenSequence], token_budget: int) -> list[list[int]]:
         """The model's."""
-        return self.model.batches(sequences)
+        return self.model.batches(sequences, token_budget)
 
     def run(self, sequences: Sequence[TokenSequence]) -> "Tensor":
         """The model's."""

@@ -7,7 +7,7 @@ row once: a decoder's states of a prefix do not depend on what follows it.
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor
 from rag_rerank.local.attention import NAME, Layout, Segment, available, to_device
 from rag_rerank.local.batching import by_length, by_tokens
 from rag_rerank.local.linear import pack
-from rag_rerank.local.model import TokenSequence
+from rag_rerank.local.model import Pace, TokenSequence
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -99,23 +99,23 @@ class Transformer(Protocol):
         """Where it computes."""
 
     @property
-    def round_tokens(self) -> int:
-        """How many tokens of waiting sequences are best cut into batches at a time."""
+    def pace(self) -> Pace:
+        """How it is best fed."""
 
-    def batches(self, sequences: Sequence[TokenSequence]) -> list[list[int]]:
-        """Positions of the sequences, each exactly once, grouped into batches."""
+    def batches(self, sequences: Sequence[TokenSequence], token_budget: int) -> list[list[int]]:
+        """Positions of the sequences, each exactly once, grouped into batches of at most so many tokens."""
 
     def states(self, sequences: Sequence[TokenSequence]) -> States:
         """Run one batch."""
 
 
-def over(model: "PreTrainedModel", pad_id: int | None, token_budget: int, *, unpadded: bool = True) -> Transformer:
+def over(model: "PreTrainedModel", pad_id: int | None, pace: Pace, *, unpadded: bool = True) -> Transformer:
     """The fastest way to run a model that is right for it.
 
     Args:
         model: Without its head; its layers may be replaced by faster ones.
         pad_id: The token to pad with.
-        token_budget: Tokens in a batch.
+        pace: How the device is best fed.
         unpadded: False pads in any case.
     """
     if hasattr(model.config, "use_cache"):
@@ -125,9 +125,9 @@ def over(model: "PreTrainedModel", pad_id: int | None, token_budget: int, *, unp
     if model.config._attn_implementation != NAME:  # transformers 5.0 can't set it for ModernBERT, and only warns
         if _soft_capped(model):
             model.set_attn_implementation("eager")  # the fast kernels don't know it
-        return Padded(model, pad_id or 0, token_budget)
-    pack(model, token_budget)
-    return Unpadded(model, pad_id or 0, token_budget, model.config.model_type in DECODERS, _first_position(model))
+        return Padded(model, pad_id or 0, pace)
+    pack(model, pace.token_budget)
+    return Unpadded(model, pad_id or 0, pace, model.config.model_type in DECODERS, _first_position(model))
 
 
 def known(model: "PreTrainedModel") -> bool:
@@ -161,7 +161,7 @@ class Padded:
 
     model: "PreTrainedModel"
     pad_id: int
-    token_budget: int
+    device_pace: Pace
 
     @property
     def device(self) -> torch.device:
@@ -169,13 +169,13 @@ class Padded:
         return self.model.device
 
     @property
-    def round_tokens(self) -> int:
-        """Several batches', so that lengths are alike in each."""
-        return _SORTED_TOGETHER * self.token_budget
+    def pace(self) -> Pace:
+        """Several batches at a time, so that lengths are alike in each."""
+        return replace(self.device_pace, batches_ahead=_SORTED_TOGETHER)
 
-    def batches(self, sequences: Sequence[TokenSequence]) -> list[list[int]]:
+    def batches(self, sequences: Sequence[TokenSequence], token_budget: int) -> list[list[int]]:
         """By length."""
-        return by_length([len(sequence.ids) for sequence in sequences], self.token_budget)
+        return by_length([len(sequence.ids) for sequence in sequences], token_budget)
 
     def inputs(self, sequences: Sequence[TokenSequence]) -> dict[str, Tensor]:
         """What the model takes: ``input_ids``, ``attention_mask`` and, where there are any, ``token_type_ids``.
@@ -214,7 +214,7 @@ class Unpadded:
 
     model: "PreTrainedModel"
     pad_id: int
-    token_budget: int
+    device_pace: Pace
     share: bool
     first_position: int
 
@@ -224,11 +224,11 @@ class Unpadded:
         return self.model.device
 
     @property
-    def round_tokens(self) -> int:
-        """One batch's; with prefixes to share, as much as may become one."""
-        return self.token_budget * 2 if self.share else self.token_budget
+    def pace(self) -> Pace:
+        """A batch at a time; with prefixes to share, as much as may become one."""
+        return replace(self.device_pace, batches_ahead=2 if self.share else 1)
 
-    def batches(self, sequences: Sequence[TokenSequence]) -> list[list[int]]:
+    def batches(self, sequences: Sequence[TokenSequence], token_budget: int) -> list[list[int]]:
         """By query, and within it in order."""
         order: list[int] = []
         costs: list[int] = []
@@ -237,7 +237,7 @@ class Unpadded:
             order += positions
             costs += [len(sequences[position].ids) - common for position in positions]
             costs[-len(positions)] += common
-        return [[order[item] for item in batch] for batch in by_tokens(costs, self.token_budget)]
+        return [[order[item] for item in batch] for batch in by_tokens(costs, token_budget)]
 
     def states(self, sequences: Sequence[TokenSequence]) -> States:
         """Run one batch. With shared prefixes, only the last states are those of the sequences."""

@@ -43,7 +43,7 @@ def play(calls: Sequence[Call], model: Pairs) -> list[list[tuple[int, int]]]:
     rounds = []
     waiting = list(calls)
     while waiting:
-        taken = next_round(waiting, model)
+        taken = next_round(waiting, model, model.round_tokens)
         rounds.append([had(taken, call) for call in calls])
         assert sum(count for count, _ in rounds[-1]) > 0
         for _, items in taken:
@@ -98,7 +98,7 @@ class TestParts:
     def test_a_part_at_a_time(self):
         """10,000 documents are never all in memory as tokens."""
         model, call = Pairs(round_tokens=500), Call(["q"], [f"{number:06d}" for number in range(10_000)])
-        [(_, items)] = next_round([call], model)
+        [(_, items)] = next_round([call], model, model.round_tokens)
         assert [len(documents) for _, documents in model.tokenised] == [PART]
         run(items, model)
         play([call], model)
@@ -136,8 +136,8 @@ class TestRounds:
     def test_a_short_call_is_done_in_the_next_round(self):
         """However long the one before it."""
         model, long, short = Pairs(round_tokens=100), Call(["q"], self.documents(1000)), Call(["q"], ["a", "b"])
-        next_round([long], model)
-        taken = next_round([long, short], model)
+        next_round([long], model, model.round_tokens)
+        taken = next_round([long, short], model, model.round_tokens)
         assert had(taken, short) == (2, 2)
         assert had(taken, long)[1] >= 90
 
@@ -146,7 +146,7 @@ class TestRounds:
         model, long = Pairs(round_tokens=100), Call(["q"], self.documents(30))
         for _ in range(10):
             newcomers = [Call(["q"], self.documents(5)) for _ in range(10)]
-            taken = next_round([long, *newcomers], model)
+            taken = next_round([long, *newcomers], model, model.round_tokens)
             assert had(taken, long) == (3, 30)
             assert sum(had(taken, call)[1] for call in newcomers) == 70
             for _, items in taken:
@@ -179,7 +179,7 @@ class TestRounds:
         """The others have their turn."""
         model, fine, broken = Pairs(), Call(["q"], ["a"]), Call(["q"], ["unreadable"])
         for calls in ([fine, broken], [broken, fine]):
-            taken = next_round(calls, model)
+            taken = next_round(calls, model, model.round_tokens)
             errors = [result for call, result in taken if call is broken]
             assert errors
             assert all(isinstance(error, KeyError) for error in errors)
@@ -201,7 +201,7 @@ class TestFuture:
         """Half a call is no answer."""
         model, call = Pairs(round_tokens=1), Call(["q"], ["aa", "b"])
         for done in (False, True):
-            [(_, items)] = next_round([call], model)
+            [(_, items)] = next_round([call], model, model.round_tokens)
             assert not call.future.done()
             run(items, model)
             assert call.future.done() is done

@@ -17,14 +17,14 @@ from rag_rerank.local.batching import by_length as batches
 from rag_rerank.local.batching import by_tokens
 from rag_rerank.local.calls import PART
 from rag_rerank.local.engine import Engine
-from rag_rerank.local.model import Inputs, TokenSequence
+from rag_rerank.local.model import Inputs, Pace, TokenSequence
 
 
 class Lengths:
     """A model that scores a document by its length; keeps what it was asked to run."""
 
     def __init__(self, token_budget: int = 10) -> None:
-        self.round_tokens = token_budget
+        self.pace = Pace(token_budget)
         self.ran: list[list[int]] = []
         self.running, self.go_on = threading.Event(), threading.Event()
         self.go_on.set()
@@ -34,8 +34,8 @@ class Lengths:
             raise KeyError("no such token")
         return Inputs([TokenSequence([1] * len(text)) for text in documents], lambda outputs: outputs[:, 0].tolist())
 
-    def batches(self, sequences: Sequence[TokenSequence]) -> list[list[int]]:
-        return batches([len(sequence.ids) for sequence in sequences], self.round_tokens)
+    def batches(self, sequences: Sequence[TokenSequence], token_budget: int) -> list[list[int]]:
+        return batches([len(sequence.ids) for sequence in sequences], token_budget)
 
     def run(self, sequences: Sequence[TokenSequence]) -> torch.Tensor:
         self.running.set()
@@ -197,8 +197,8 @@ class Tokens(Lengths):
         self.largest_part = max(self.largest_part, len(documents))
         return super().inputs(queries, documents)
 
-    def batches(self, sequences: Sequence[TokenSequence]) -> list[list[int]]:
-        return by_tokens([len(sequence.ids) for sequence in sequences], self.round_tokens)
+    def batches(self, sequences: Sequence[TokenSequence], token_budget: int) -> list[list[int]]:
+        return by_tokens([len(sequence.ids) for sequence in sequences], token_budget)
 
     def run(self, sequences: Sequence[TokenSequence]) -> torch.Tensor:
         self.begun.release()

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from rag_rerank.local import linear
 from rag_rerank.local.linear import PackedLinear, pack
-from rag_rerank.local.model import TokenSequence
+from rag_rerank.local.model import Pace, TokenSequence
 from rag_rerank.local.transformer import over
 from tests.encoder_models import random_encoder
 
@@ -176,7 +176,7 @@ class TestWithoutIt:
         model = random_encoder("bert")
         plain = copy.deepcopy(model)
         sequences = [TokenSequence(list(range(10, 10 + length))) for length in (5, 90, 33)]
-        runner = over(model, 0, 4096)
+        runner = over(model, 0, Pace(4096))
         assert not packed(model)
         assert all(isinstance(layer.intermediate.intermediate_act_fn, torch.nn.Module) for layer in model.encoder.layer)
         with torch.inference_mode():

@@ -15,13 +15,13 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from rag_rerank.local import transformer
-from rag_rerank.local.model import TokenSequence
+from rag_rerank.local.model import Pace, TokenSequence
 from rag_rerank.local.transformer import DECODERS, ENCODERS, LEAST_SHARED, Padded, States, Unpadded, over
 from tests.causal_models import random_decoder
 from tests.encoder_models import random_encoder
 
 TOLERANCE = 1e-5
-BUDGET = 4096
+BUDGET = Pace(4096)
 LENGTHS = (5, 60, 33, 17, 130, 48, 1, 200, 64)
 # Beside each type's own config: others that its checkpoints have.
 WINDOWED = {
@@ -283,7 +283,7 @@ class TestBatches:
     @given(waiting(), st.integers(1, 300))
     def test_of_a_decoder(self, sequences: list[TokenSequence], budget: int):
         """Over the budget is only a sequence that is alone, or a row that begins within a query: by its prefix."""
-        batches = Unpadded(None, 0, budget, share=True, first_position=0).batches(sequences)
+        batches = Unpadded(None, 0, Pace(1), share=True, first_position=0).batches(sequences, budget)
         assert sorted(position for batch in batches for position in batch) == list(range(len(sequences)))
         for batch in batches:
             row = [sequences[position] for position in batch]
@@ -292,7 +292,7 @@ class TestBatches:
     @given(waiting(), st.integers(1, 300))
     def test_of_an_encoder(self, sequences: list[TokenSequence], budget: int):
         """In the order in which they came: length makes no difference."""
-        batches = Unpadded(None, 0, budget, share=False, first_position=0).batches(sequences)
+        batches = Unpadded(None, 0, Pace(1), share=False, first_position=0).batches(sequences, budget)
         assert [position for batch in batches for position in batch] == list(range(len(sequences)))
         for batch in batches:
             assert len(batch) == 1 or sum(len(sequences[position].ids) for position in batch) <= budget
@@ -300,7 +300,7 @@ class TestBatches:
     @given(waiting(), st.integers(1, 300))
     def test_of_padded_sequences(self, sequences: list[TokenSequence], budget: int):
         """Each as long as the longest."""
-        batches = Padded(None, 0, budget).batches(sequences)
+        batches = Padded(None, 0, Pace(1)).batches(sequences, budget)
         assert sorted(position for batch in batches for position in batch) == list(range(len(sequences)))
         for batch in batches:
             assert len(batch) == 1 or len(batch) * max(len(sequences[position].ids) for position in batch) <= budget
@@ -308,7 +308,7 @@ class TestBatches:
     def test_prompts_of_one_query_are_neighbours(self):
         """However they came."""
         sequences = [TokenSequence([1] * 20 + [number], query=query) for number, query in enumerate("qrqrq")]
-        assert Unpadded(None, 0, 25, share=True, first_position=0).batches(sequences) == [[0, 2, 4], [1, 3]]
+        assert Unpadded(None, 0, Pace(1), share=True, first_position=0).batches(sequences, 25) == [[0, 2, 4], [1, 3]]
 
 
 class OwnCode(LlamaModel):
