@@ -94,7 +94,8 @@ def _openmp_libraries() -> list[str]:
 def _limit_mkl() -> None:
     library = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
     try:
-        limit: Any = ctypes.CDLL(str(library)).mkl_set_num_threads_local
+        # The C function; the name in lower case is Fortran's, which takes an address.
+        limit: Any = ctypes.CDLL(str(library)).MKL_Set_Num_Threads_Local
     except (OSError, AttributeError):
         return  # a torch without MKL
     limit(1)

@@ -409,7 +409,7 @@ class TestErrors:
         model = Tokens(free=True)
         engine = engine_of(model)
 
-        def failing(_: object) -> list[list[int]]:
+        def failing(*_: object) -> list[list[int]]:
             monkeypatch.undo()
             raise MemoryError
 
