@@ -68,16 +68,18 @@ class Call:
         return None if self._begun < len(self._documents) else self._ready_tokens
 
     def take(self, model: Model, tokens: int) -> list["Item"]:
-        """The next sequences to run: at least one if there is any, and no more than reach `tokens`."""
+        """The next sequences to run: at least one if there is any, then no more than `tokens` hold."""
         taken: list[Item] = []
-        while tokens > 0 and self.waits:
+        while self.waits:
             if not self._ready:
                 self._tokenise(model)
-            else:
-                taken.append(self._ready.popleft())
-                length = len(taken[-1].sequence.ids)
-                self._ready_tokens -= length
-                tokens -= max(1, length)
+                continue
+            length = len(self._ready[0].sequence.ids)
+            if taken and length > tokens:
+                break
+            taken.append(self._ready.popleft())
+            self._ready_tokens -= length
+            tokens -= max(1, length)
         return taken
 
     def _tokenise(self, model: Model) -> None:

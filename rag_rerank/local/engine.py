@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from rag_rerank.local.workers import Workers
 
 # Tokens below which work is not split any further between cores: overheads would eat the gain.
-_LEAST = 256
+_LEAST = 512
 
 
 class Engine:
@@ -155,7 +155,8 @@ class _Loop:
         for call in self._calls:
             if not call.unscored:  # it only wanted the model loaded
                 call.succeed([])
-        if not self._backlog:
+        idle = 1 if self._workers is None else self._workers.count - self._at_work
+        while len(self._backlog) < idle and any(call.waits for call in self._calls if not call.future.done()):
             self._make_batches(model)
         # A batch that is alone is run by all cores, or by the device.
         if self._workers is None or (len(self._backlog) == 1 and not self._at_work):
@@ -165,7 +166,7 @@ class _Loop:
                 self._begin(model, self._workers)
 
     def _make_batches(self, model: Model) -> None:
-        """Cut some of the work that waits into batches, which become smaller towards the end, so that all end alike."""
+        """Cut some of the work that waits into batches; they become smaller towards the end, so that no core waits."""
         waiting = [call for call in self._calls if call.waits and not call.future.done()]
         pace, cores = model.pace, 1 if self._workers is None else self._workers.count
         budget = pace.token_budget
@@ -173,11 +174,11 @@ class _Loop:
             if cores > 1 and len(waiting) <= 4 * cores:
                 lefts = [call.tokens_left(model) for call in waiting]
                 if None not in lefts:
-                    budget = max(_LEAST, min(budget, math.ceil(sum(filter(None, lefts)) / (2 * cores))))
+                    budget = max(_LEAST, min(budget, math.ceil(sum(filter(None, lefts)) / cores)))
         except Exception:  # noqa: BLE001, S110 - a text that can't be tokenised: its call is told below
             pass
         items: list[Item] = []
-        for call, taken in next_round(waiting, model, budget * pace.batches_ahead * (cores - self._at_work or 1)):
+        for call, taken in next_round(waiting, model, budget * pace.batches_ahead):
             if isinstance(taken, Exception):
                 call.fail(_as_backend_error(taken, self._name))
             else:

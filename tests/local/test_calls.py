@@ -147,7 +147,7 @@ class TestRounds:
         for _ in range(10):
             newcomers = [Call(["q"], self.documents(5)) for _ in range(10)]
             taken = next_round([long, *newcomers], model, model.round_tokens)
-            assert had(taken, long) == (3, 30)
+            assert had(taken, long) == (2, 20)
             assert sum(had(taken, call)[1] for call in newcomers) == 70
             for _, items in taken:
                 run(items, model)
