@@ -133,7 +133,9 @@ def tensor_bytes() -> int:
     """What all tensors that are alive take."""
     gc.collect()
     storages = (
-        each.untyped_storage() for each in gc.get_objects() if type(each) is Tensor and each.device.type == "cpu"
+        each.untyped_storage()
+        for each in gc.get_objects()
+        if type(each) is Tensor and each.device.type == "cpu" and not each.is_mkldnn  # packed weights show no storage
     )
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
