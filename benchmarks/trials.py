@@ -7,7 +7,6 @@ tau to float32 over all pairs of a round.
 """
 
 import argparse
-import copy
 import statistics
 import time
 from collections.abc import Callable
@@ -67,8 +66,8 @@ def contestants(folder: str, console: Console) -> dict[str, Run]:
         finally:
             linear._works = works
 
-    def dynamic(dtype: str = "float32") -> Run:
-        model = ours(dtype, packed=False)
+    def dynamic() -> Run:
+        model = ours("float32", packed=False)
         torch.ao.quantization.quantize_dynamic(
             model.transformer.model.encoder, {torch.nn.Linear}, dtype=torch.qint8, inplace=True
         )
@@ -82,7 +81,7 @@ def contestants(folder: str, console: Console) -> dict[str, Run]:
     def compiled() -> Run:
         whole = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.bfloat16).eval()
         padded = Padded(whole, AutoTokenizer.from_pretrained(folder).pad_token_id, Pace(2048))
-        forward = torch.compile(copy.copy(whole), dynamic=True)
+        forward = torch.compile(whole, dynamic=True)
 
         @torch.inference_mode()
         def run(sequences: list[TokenSequence]) -> Tensor:

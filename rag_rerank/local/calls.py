@@ -33,17 +33,12 @@ class Call:
     def __init__(self, queries: list[str], documents: list[str]) -> None:
         self.future: Future[list[float]] = Future()
         self._places: list[int] | None = None  # of each document among the different ones
-        if len(queries) == 1:
-            places = {document: place for place, document in enumerate(dict.fromkeys(documents))}
-            if len(places) < len(documents):
-                self._places = [places[document] for document in documents]
-                documents = list(places)
-        else:
-            pairs = list(zip(queries, documents, strict=True))
-            numbered = {pair: place for place, pair in enumerate(dict.fromkeys(pairs))}
-            if len(numbered) < len(pairs):
-                self._places = [numbered[pair] for pair in pairs]
-                queries, documents = [query for query, _ in numbered], [document for _, document in numbered]
+        pairs = list(zip(queries * len(documents) if len(queries) == 1 else queries, documents, strict=True))
+        places = {pair: place for place, pair in enumerate(dict.fromkeys(pairs))}
+        if len(places) < len(pairs):
+            self._places = [places[pair] for pair in pairs]
+            documents = [document for _, document in places]
+            queries = queries if len(queries) == 1 else [query for query, _ in places]
         self._queries, self._documents = queries, documents
         self._begun = 0  # documents that have been tokenised
         self._scored = 0

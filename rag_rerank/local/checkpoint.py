@@ -2,6 +2,7 @@
 
 import functools
 import json
+from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -116,13 +117,21 @@ def module_kind(module: dict[str, Any]) -> str:
 def max_length(checkpoint: Checkpoint, model: PreTrainedModel, asked: int | None) -> int:
     """Longest input in tokens: the least of what positions, tokenizer, sentence-transformers and the caller allow."""
     limits = [int(getattr(checkpoint.config, "max_position_embeddings", 0) or 0)]
-    for name, module in model.named_modules():
-        if name.endswith("position_embeddings") and isinstance(module, torch.nn.Embedding):
-            # RoBERTa counts positions from padding_idx + 1: 514 rows are 512 positions.
-            limits.append(module.num_embeddings - (0 if module.padding_idx is None else module.padding_idx + 1))
+    limits += [count for _, count in position_tables(model)]
     limits.append(int(checkpoint.sentence_config.get("max_seq_length") or 0))
     limits.append(int(min(checkpoint.tokenizer.model_max_length, 10**9)))  # "no limit" is written as 10**30
     limit = min(value for value in limits if value > 0)
     if asked is not None and asked > limit:
         raise ConfigError(f"max_length={asked} is more than {checkpoint.name!r} was made for: {limit} tokens")
     return asked or limit
+
+
+def position_tables(model: PreTrainedModel) -> Iterator[tuple[int, int]]:
+    """The tables of positions that a model has learned: the number of the first, and how many there are.
+
+    RoBERTa and its kin count from one behind the padding token's: their 514 rows are 512 positions, from 2.
+    """
+    for name, module in model.named_modules():
+        if name.endswith("position_embeddings") and isinstance(module, torch.nn.Embedding):
+            first = 0 if module.padding_idx is None else module.padding_idx + 1
+            yield first, module.num_embeddings - first

@@ -50,7 +50,7 @@ def load(settings: Settings) -> Model:
     }
     model = kinds[_kind(checkpoint, settings.score_type)]()
     if settings.long_documents == "max-passage":
-        model = MaxPassage(model, checkpoint.tokenizer, model.room, settings.document_prompt or "")
+        model = MaxPassage(model, checkpoint.tokenizer, settings.document_prompt or "")
     if settings.max_tokens_per_query is None and settings.max_tokens_per_doc is None:
         return model
     return Limited(model, checkpoint.tokenizer, settings.max_tokens_per_query, settings.max_tokens_per_doc)

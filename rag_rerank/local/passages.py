@@ -5,7 +5,7 @@ MaxP of Dai and Callan, "Deeper Text Understanding for IR with Contextual Neural
 its most relevant passage.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -24,13 +24,11 @@ class MaxPassage:
     """A model of any kind that sees a long document as passages.
 
     Attributes:
-        room: How many tokens of a document the model reads beside each of some queries.
         prompt: What stands before each document, and so before each passage.
     """
 
     model: Model
     tokenizer: "PreTrainedTokenizerBase"
-    room: Callable[[Sequence[str]], list[int]]
     prompt: str = ""
 
     @property
@@ -40,7 +38,7 @@ class MaxPassage:
 
     def inputs(self, queries: list[str], documents: list[str]) -> Inputs:
         """The model's, of the passages; the best score of each document's."""
-        rooms = self.room(queries)
+        rooms = self.model.room(queries)
         if len(queries) == 1:
             queries, rooms = queries * len(documents), rooms * len(documents)
         cut = [self._passages(document, room) for document, room in zip(documents, rooms, strict=True)]
@@ -54,6 +52,10 @@ class MaxPassage:
             return [max(next(scores) for _ in passages_) for passages_ in cut]
 
         return Inputs(inputs.sequences, best)
+
+    def room(self, queries: Sequence[str]) -> list[int]:
+        """The model's, of a passage."""
+        return self.model.room(queries)
 
     def batches(self, sequences: Sequence[TokenSequence], token_budget: int) -> list[list[int]]:
         """The model's."""

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from rag_rerank.local.attention import NAME, Layout, Segment, available, to_device
 from rag_rerank.local.batching import by_length, by_tokens
+from rag_rerank.local.checkpoint import position_tables
 from rag_rerank.local.linear import pack
 from rag_rerank.local.model import Pace, TokenSequence
 
@@ -127,7 +128,8 @@ def over(model: "PreTrainedModel", pad_id: int | None, pace: Pace, *, unpadded: 
             model.set_attn_implementation("eager")  # the fast kernels don't know it
         return Padded(model, pad_id or 0, pace)
     pack(model, pace.token_budget)
-    return Unpadded(model, pad_id or 0, pace, model.config.model_type in DECODERS, _first_position(model))
+    first_position = next((first for first, _ in position_tables(model)), 0)
+    return Unpadded(model, pad_id or 0, pace, model.config.model_type in DECODERS, first_position)
 
 
 def known(model: "PreTrainedModel") -> bool:
@@ -145,14 +147,6 @@ def _can_unpad(model: "PreTrainedModel") -> bool:
 
 def _soft_capped(model: "PreTrainedModel") -> bool:
     return getattr(model.config, "attn_logit_softcapping", None) is not None
-
-
-def _first_position(model: "PreTrainedModel") -> int:
-    """RoBERTa and its kin count positions from one behind the padding token's."""
-    for name, module in model.named_modules():
-        if name.endswith("position_embeddings") and isinstance(module, torch.nn.Embedding):
-            return 0 if module.padding_idx is None else module.padding_idx + 1
-    return 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,6 +1,5 @@
 """Encoder families other than BERT, other poolings, and ColBERTs: against plain transformers, one pair at a time."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -27,13 +26,7 @@ TOLERANCE = 1e-5
 QUERY = "How do I copy a file?"
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Two threads wait for each other on matrices this small: 35 s instead of 14 on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,7 @@
 
 import copy
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import pytest
@@ -32,13 +32,7 @@ UNWINDOWED = {"mistral": {"sliding_window": None}, "qwen2": {"use_sliding_window
 CASES = [*((kind, {}) for kind in sorted(ENCODERS | DECODERS)), *WINDOWED.items(), *UNWINDOWED.items()]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Two threads wait for each other on matrices this small."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def make(kind: str, **options: object) -> PreTrainedModel:
