@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from rag_rerank.errors import DeadlineExceeded as DeadlineExceeded
     from rag_rerank.errors import DocumentRejected as DocumentRejected
     from rag_rerank.errors import RerankError as RerankError
+    from rag_rerank.fallback import FallbackScorer as FallbackScorer
     from rag_rerank.local import LocalScorer as LocalScorer
     from rag_rerank.scorer import Closeable as Closeable
     from rag_rerank.scorer import Ranked as Ranked
@@ -41,6 +42,7 @@ _HOME = {
     "DeadlineExceeded": "errors",
     "DocumentRejected": "errors",
     "RerankError": "errors",
+    "FallbackScorer": "fallback",
     "LocalScorer": "local",
     "Closeable": "scorer",
     "Ranked": "scorer",

@@ -69,7 +69,13 @@ class BackendError(RerankError):
 
 
 class BackendUnavailable(BackendError):
-    """No answer (connection refused, reset, TLS failure), or answers such as 503 until the attempts were used up."""
+    """No answer (connection refused, reset, TLS failure), or answers such as 503 until the attempts were used up.
+
+    Attributes:
+        retry_after: Seconds for which the server asked to be left alone, where it did.
+    """
+
+    retry_after: float | None = None
 
 
 class DeadlineExceeded(BackendError, TimeoutError):
@@ -77,7 +83,13 @@ class DeadlineExceeded(BackendError, TimeoutError):
 
 
 class BackendRejected(BackendError):
-    """The server understood the request and refused it; the same request would be refused again."""
+    """The server understood the request and refused it; the same request would be refused again.
+
+    Attributes:
+        status: The HTTP status, where there was one.
+    """
+
+    status: int | None = None
 
 
 class AuthError(BackendRejected):

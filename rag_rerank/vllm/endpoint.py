@@ -1,5 +1,6 @@
 """Where a server is: what users paste as its address, and the URLs made of it."""
 
+import ipaddress
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
@@ -49,3 +50,15 @@ class Endpoint:
         shown = f"[{host}]" if ":" in host else host
         label = f"{shown}:{port or (443 if parts.scheme == 'https' else 80)}"
         return cls(root=f"{parts.scheme}://{parts.netloc}{path}", label=label)
+
+    @property
+    def is_private(self) -> bool:
+        """Whether nobody on the way can read what is sent: it is encrypted, or stays on this machine."""
+        parts = urlsplit(self.root)
+        host = parts.hostname or ""
+        if parts.scheme == "https" or host == "localhost" or host.endswith(".localhost"):
+            return True
+        try:
+            return ipaddress.ip_address(host).is_loopback
+        except ValueError:  # another machine's name
+            return False

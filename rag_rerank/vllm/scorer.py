@@ -2,32 +2,38 @@
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
 from rag_rerank.errors import ConfigError
-from rag_rerank.families import find_family
 from rag_rerank.scorer import Scorer
 from rag_rerank.template import Halves, Template, prefixed
 from rag_rerank.vllm.endpoint import Endpoint
-from rag_rerank.vllm.policy import Call, Steps
+from rag_rerank.vllm.exchange import Exchange, Rules
+from rag_rerank.vllm.nodes import Nodes
+from rag_rerank.vllm.policy import API, Call
+from rag_rerank.vllm.steps import Steps
 from rag_rerank.vllm.transport import Transport
-from rag_rerank.vllm.wire import Options, Server
+from rag_rerank.vllm.wire import Options
 
 DEFAULT_BASE_URL = "http://localhost:8000"
 
 
 class VLLMScorer(Scorer):
-    """Asks a vLLM server (0.8 or newer) for scores over HTTP.
+    """Asks a vLLM server (0.8 or newer), or several that serve the same model, for scores over HTTP.
 
     Nothing is sent at construction. The first call asks for the server's version and, where no `model` is named, for
     the model that it serves; both are remembered. Threads and event loops may share one scorer, forked processes too.
+    Many documents are sent in several requests. A document that the server refuses costs only itself: the call raises
+    `DocumentRejected`, which has the scores of the others.
 
     Args:
-        base_url: The server's address, with or without ``/v1`` or ``/score`` at its end. None reads ``VLLM_BASE_URL``
-            from the environment, and is ``http://localhost:8000`` where that is not set.
-        model: The name that the server serves the model under. None takes the only one.
+        base_url: The server's address, with or without ``/v1`` or ``/score`` at its end; or several, which are asked
+            in turn. One that does not answer is left alone for 1, 2, 4 ... 30 s, and its requests go to another. None
+            reads ``VLLM_BASE_URL`` from the environment (several are parted by commas), and is
+            ``http://localhost:8000`` where that is not set.
+        model: The name that the servers serve the model under. None takes the only one.
         api_key: Sent as bearer token. None reads ``VLLM_API_KEY`` from the environment, never another service's
             variable. The key is in no repr, error or pickle: an unpickled copy reads the environment again.
         template: A score template (see `Template.load`) to render here, for a server without ``--chat-template``: the
@@ -40,10 +46,11 @@ class VLLMScorer(Scorer):
         use_activation: None leaves the score to the model's own activation (vLLM's default: sigmoid for one label
             unless its config names another); False asks for logits; True is the same as None on today's vLLM.
         truncate_prompt_tokens: Where the server cuts a pair that is longer than the model allows. -1: at the model's
-            maximum, from the longer of query and document. An int: at that many tokens. None: not at all, so that one
-            over-long document fails the call. ``"auto"`` is -1, but None where there is a score template (one of the
-            above is given, or the served model is known to need one): there vLLM cuts the end of the rendered prompt,
-            which the score is read from. Set `max_tokens_per_doc` then.
+            maximum, from the longer of query and document. An int: at that many tokens. None: not at all, so that
+            over-long documents are rejected. ``"auto"`` is -1, but where the server puts pairs into a score template
+            the document is cut at the tokens that query and template leave for it: vLLM would cut the end of the
+            prompt, from which the score is read. Templates are told by the number of tokens that the server counts;
+            a template that is rendered here (`template`) leaves nothing to cut.
         max_tokens_per_query, max_tokens_per_doc: Cut each query or document at so many tokens (vLLM 0.20).
         priority: Of the requests, where the server schedules by it; lower goes first.
         extra_body: More fields for the request, as they are.
@@ -51,16 +58,25 @@ class VLLMScorer(Scorer):
             shape. It echoes every document back, and takes one query at a time.
         timeout: Seconds that a call may take in all, tries and waits included, unless it names a `deadline`.
         max_retries: How often a request is repeated after a failure that may pass: connection refused or broken, the
-            statuses 408, 429, 500, 502, 503, 504, or an invalid reply; with full jitter over 0.5 s, doubling.
+            statuses 408, 429 and 5xx, or an invalid reply. At once with another server or after a connection broke;
+            else with full jitter over 0.5 s, doubling, or when the server says (Retry-After). A server that has failed
+            three times in a row gets one try, until it works again.
+        chunk_size: Most documents in one request.
+        max_concurrency: Most requests of one call at once. Neither changes a score.
+        connect_timeout: Seconds in which there must be a connection.
+        attempt_timeout: Seconds in which a request must be answered before it is repeated. None: an equal share of the
+            call's time for each try where there are several servers; with one, all of it.
+        send_key_over_http: Allow the key to be sent unencrypted to another machine.
 
     Raises:
         ConfigError: At construction, an address that is no http(s) address or holds a password, a number out of range,
-            a template that can't be used; at the first call, a server that is too old for an option.
+            a template that can't be used, a key for a plain http address that is not this machine's; at the first
+            call, a server that is too old for an option, or servers of different models.
     """
 
     def __init__(
         self,
-        base_url: str | None = None,
+        base_url: str | Sequence[str] | None = None,
         *,
         model: str | None = None,
         api_key: str | None = None,
@@ -78,8 +94,13 @@ class VLLMScorer(Scorer):
         endpoint: Literal["score", "rerank"] = "score",
         timeout: float = 30.0,
         max_retries: int = 2,
+        chunk_size: int = 128,
+        max_concurrency: int = 4,
+        connect_timeout: float = 2.0,
+        attempt_timeout: float | None = None,
+        send_key_over_http: bool = False,
     ) -> None:
-        self._endpoint = Endpoint.parse(base_url or os.environ.get("VLLM_BASE_URL") or DEFAULT_BASE_URL)
+        self._endpoints = _endpoints(base_url)
         self._options = Options(
             use_activation=use_activation,
             truncate_prompt_tokens=None if truncate_prompt_tokens == "auto" else truncate_prompt_tokens,
@@ -90,16 +111,34 @@ class VLLMScorer(Scorer):
             priority=priority,
             extra_body=None if extra_body is None else dict(extra_body),
         )
-        _check(self._options, timeout, max_retries, endpoint)
+        self._rules = Rules(
+            max_retries=max_retries,
+            chunk_size=chunk_size,
+            max_concurrency=max_concurrency,
+            connect_timeout=connect_timeout,
+            attempt_timeout=attempt_timeout,
+        )
+        _check(self._options, self._rules, timeout, endpoint)
         self._truncate_automatically = truncate_prompt_tokens == "auto"
         self._halves = None if template is None else self._split(template)
         self._query_prompt, self._document_prompt = query_prompt, document_prompt
-        self._api: Literal["score", "rerank"] = endpoint
+        self._api: API = endpoint
         self._default_deadline = float(timeout)
         self._model = model
-        self._max_retries = max_retries
-        self._server: Server | None = None
-        self._transport = Transport(self._endpoint, _headers(api_key))
+        self._send_key_over_http = send_key_over_http
+        self._connect(api_key)
+
+    def _connect(self, api_key: str | None) -> None:
+        """Begin with nothing known about the servers, and no connection."""
+        headers = _headers(api_key)
+        for endpoint in self._endpoints if headers and not self._send_key_over_http else ():
+            if not endpoint.is_private:
+                raise ConfigError(
+                    f"the key would go unencrypted to {endpoint.label}; use https, or pass send_key_over_http=True "
+                    "where the network in between is trusted"
+                )
+        self._nodes = Nodes(self._endpoints)
+        self._transport = Transport(headers)
 
     def _split(self, template: str | os.PathLike[str]) -> Halves:
         """The template's halves, with the variables in them; the server then gets no more of either."""
@@ -113,9 +152,8 @@ class VLLMScorer(Scorer):
     @property
     def model_name(self) -> str:
         """The model's name on the server; ``"unknown"`` before the first call where it was not given."""
-        if self._server is not None:
-            return self._server.model
-        return self._model or "unknown"
+        known = self._nodes.known
+        return (self._model or "unknown") if known is None else known.model
 
     def _score(self, queries: list[str], documents: list[str], until: float | None) -> list[float]:
         return self._transport.run(self._steps(queries, documents, until))
@@ -124,24 +162,13 @@ class VLLMScorer(Scorer):
         return await self._transport.arun(self._steps(queries, documents, until))
 
     def _steps(self, queries: list[str], documents: list[str], until: float | None) -> Steps[list[float]]:
-        call = Call(self._endpoint.label, until=until, max_retries=self._max_retries)
-        # Two first calls at once both ask; they learn the same.
-        server = self._server = self._server or (yield from call.learn(self._model))
-        options = self._options
-        if self._truncate_automatically and not self._templated(server):
-            options = replace(options, truncate_prompt_tokens=-1)
+        exchange = Exchange(self._nodes, self._rules, until=until, model=self._model)
         queries, documents = prefixed(self._query_prompt, queries), prefixed(self._document_prompt, documents)
         if self._halves is not None:
             queries = [self._halves.of(query, "")[0] for query in queries]
             documents = [self._halves.of("", document)[1] for document in documents]
-        return (yield from call.score(server, queries, documents, options=options, endpoint=self._api))
-
-    def _templated(self, server: Server) -> bool:
-        """Whether the server's prompts come from a template, as far as can be told from here."""
-        if self._halves is not None or self._options.instruction is not None or self._options.chat_template_kwargs:
-            return True
-        family = find_family(server.checkpoint or server.model, ())
-        return family is not None and family.template is not None
+        fit = self._truncate_automatically and self._halves is None
+        return Call(exchange, queries, documents, self._options, self._api, fit).score()
 
     def _close(self) -> None:
         self._transport.close()
@@ -151,24 +178,42 @@ class VLLMScorer(Scorer):
 
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()
-        del state["_transport"]  # connections stay here, and the key goes nowhere
+        del state["_transport"], state["_nodes"]  # connections and what is known of servers stay here
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._transport = Transport(self._endpoint, _headers(None))
+        self._connect(None)  # the key went nowhere
 
     def __repr__(self) -> str:
+        roots = [endpoint.root for endpoint in self._endpoints]
         model = "" if self._model is None else f", model={self._model!r}"
-        return f"VLLMScorer({self._endpoint.root!r}{model})"
+        return f"VLLMScorer({(roots[0] if len(roots) == 1 else roots)!r}{model})"
 
 
-def _check(options: Options, timeout: float, max_retries: int, endpoint: str) -> None:
+def _endpoints(base_url: str | Sequence[str] | None) -> list[Endpoint]:
+    """The servers' addresses, each once."""
+    if base_url is None:
+        base_url = (os.environ.get("VLLM_BASE_URL") or DEFAULT_BASE_URL).split(",")
+    several = base_url if isinstance(base_url, list | tuple) else [base_url]
+    endpoints = list(dict.fromkeys(map(Endpoint.parse, several)))
+    if not endpoints:
+        raise ConfigError("base_url is an empty list; pass at least one address")
+    return endpoints
+
+
+def _check(options: Options, rules: Rules, timeout: float, endpoint: str) -> None:
     """ConfigError for what is out of range."""
-    if not (isinstance(timeout, int | float) and 0 < timeout < math.inf):
-        raise ConfigError(f"timeout must be a positive number of seconds, got {timeout!r}")
-    if max_retries < 0:
-        raise ConfigError(f"max_retries must be 0 or more, got {max_retries}")
+    seconds = {"timeout": timeout, "connect_timeout": rules.connect_timeout, "attempt_timeout": rules.attempt_timeout}
+    for name, value in seconds.items():
+        if value is None and name == "attempt_timeout":
+            continue
+        if isinstance(value, bool) or not (isinstance(value, int | float) and 0 < value < math.inf):
+            raise ConfigError(f"{name} must be a positive number of seconds, got {value!r}")
+    for name, least in {"max_retries": 0, "chunk_size": 1, "max_concurrency": 1}.items():
+        count = getattr(rules, name)
+        if isinstance(count, bool) or not isinstance(count, int) or count < least:
+            raise ConfigError(f"{name} must be {least} or more, got {count!r}")
     if endpoint not in ("score", "rerank"):
         raise ConfigError(f'endpoint must be "score" or "rerank", got {endpoint!r}')
     truncate = options.truncate_prompt_tokens
@@ -178,7 +223,10 @@ def _check(options: Options, timeout: float, max_retries: int, endpoint: str) ->
         limit = getattr(options, name)
         if limit is not None and limit < 1:
             raise ConfigError(f"{name} must be 1 or more, or None; got {limit}")
-    if taken := {"model", "text_1", "text_2", "query", "documents"} & dict(options.extra_body or {}).keys():
+    if (
+        taken := {"model", "text_1", "text_2", "query", "documents", "request_id"}
+        & dict(options.extra_body or {}).keys()
+    ):
         raise ConfigError(f"extra_body must not hold {', '.join(sorted(taken))}")
 
 

@@ -1,159 +1,253 @@
-"""The only module that knows httpx: sends what the policy wants sent, once for threads and once for event loops."""
+"""The only module that knows httpx: does what calls want done.
+
+Everything runs in an event loop: that of the caller, or for callers without one a loop in a thread of its own, one for
+the process. So deadlines hold whatever a server or a name lookup does (httpx times out single reads only), and a call
+that is given up, by an error beside it, a cancelled task or Ctrl-C, closes its connection at once, which makes vLLM
+stop working for it. That thread costs a call about 0.5 ms more than httpx's client for threads.
+"""
 
 import asyncio
+import contextlib
 import os
+import ssl
 import threading
-import time
 import weakref
-from collections.abc import AsyncGenerator, Mapping
-from typing import TypedDict, TypeVar
+from collections.abc import AsyncGenerator, Coroutine, Mapping, Sequence
+from typing import Any, TypedDict, TypeVar
 
 import httpx
 
-from rag_rerank.vllm.endpoint import Endpoint
-from rag_rerank.vllm.policy import Failure, Send, Sleep, Steps
+from rag_rerank.errors import RerankError
+from rag_rerank.vllm.steps import Discard, Failure, Send, Sleep, Step, Steps, Together
 from rag_rerank.vllm.wire import Reply
 
 T = TypeVar("T")
 _Lifetime = AsyncGenerator[None, None]
+_Clients = dict[asyncio.AbstractEventLoop, tuple[httpx.AsyncClient, _Lifetime]]
 
 # A pool with fewer connections than callers would answer the last of them with PoolTimeout.
 _LIMITS = httpx.Limits(max_connections=None, max_keepalive_connections=32)
 # A 307 would send every document, and the headers, to another host. False is httpx's default; here it is a rule.
 _FOLLOW_REDIRECTS = False
+_LONGEST_ERROR_PAGE = 64 << 10  # bytes; enough for a sentence
+_CLOSED = "The scorer was closed while it was scoring."
+
+
+class _Background:
+    """An event loop in a daemon thread, for callers without one. A forked child starts its own."""
+
+    def __init__(self) -> None:
+        self.forget()
+
+    def forget(self) -> None:
+        """Know of no loop: after a fork its thread is in the other process, and the lock may be held there for ever."""
+        self._lock = threading.Lock()
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    def run(self, work: Coroutine[Any, Any, T]) -> T:
+        """Run `work` to its end. An exception that reaches the caller meanwhile (Ctrl-C) cancels it."""
+        future = asyncio.run_coroutine_threadsafe(work, self._running())
+        try:
+            return future.result()
+        except BaseException:
+            future.cancel()
+            raise
+
+    def _running(self) -> asyncio.AbstractEventLoop:
+        with self._lock:
+            if self._loop is None:
+                self._loop = asyncio.new_event_loop()
+                threading.Thread(target=self._loop.run_forever, name="rag_rerank", daemon=True).start()
+            return self._loop
+
+
+_background = _Background()
+_closing: set[asyncio.Task[None]] = set()  # a loop keeps no hold on its tasks
+_transports: "weakref.WeakSet[Transport]" = weakref.WeakSet()
+
+
+def _after_fork() -> None:
+    """Forget the parent's thread and connections: two processes on one connection get each other's answers."""
+    _background.forget()
+    for transport in list(_transports):
+        transport.forget()
+
+
+if hasattr(os, "register_at_fork"):  # not on Windows, which doesn't fork
+    os.register_at_fork(after_in_child=_after_fork)
 
 
 class Transport:
-    """Connections to one endpoint.
-
-    They are kept per process, for a connection that two processes share after a fork gives one the other's answers, and
-    per event loop, for an async connection dies with its loop.
+    """Connections, for each event loop its own: an async connection dies with its loop.
 
     Args:
-        endpoint: Where to.
         headers: Sent with every request.
     """
 
-    def __init__(self, endpoint: Endpoint, headers: Mapping[str, str]) -> None:
-        self._endpoint = endpoint
-        # A compressed answer can grow a thousandfold when unpacked: ask for none, and read none (`_Answer`).
+    def __init__(self, headers: Mapping[str, str]) -> None:
+        # A compressed answer can grow a thousandfold when unpacked: ask for none, and read none (`_read`).
         self._headers = {"Accept-Encoding": "identity", "Content-Type": "application/json", **headers}
+        self._closed = False
+        self._finalizer: weakref.finalize[..., Transport] | None = None
+        self.forget()
+        _transports.add(self)
+
+    def forget(self) -> None:
+        """Drop all connections without closing them: they are another process's."""
         self._lock = threading.Lock()
-        self._client: tuple[int, httpx.Client] | None = None
-        self._async_clients: dict[asyncio.AbstractEventLoop, tuple[httpx.AsyncClient, _Lifetime]] = {}
+        self._clients: _Clients = {}
+        if self._finalizer is not None:
+            self._finalizer.detach()
+        self._finalizer = weakref.finalize(self, _close_soon, self._clients)  # adapters are dropped, not closed
+        self._finalizer.atexit = False  # the process's end closes them, too
 
     def run(self, steps: Steps[T]) -> T:
-        """Do what `steps` yields, in this thread."""
-        outcome: Reply | Failure | None = None
-        while True:
-            try:
-                step = steps.send(outcome)
-            except StopIteration as finished:
-                result: T = finished.value
-                return result
-            if isinstance(step, Sleep):
-                time.sleep(step.seconds)
-                outcome = None
-            else:
-                outcome = self._send(step)
+        """Do what `steps` yields; blocks."""
+        return _background.run(self.arun(steps))
 
     async def arun(self, steps: Steps[T]) -> T:
         """Do what `steps` yields, in this event loop."""
-        outcome: Reply | Failure | None = None
-        while True:
-            try:
-                step = steps.send(outcome)
-            except StopIteration as finished:
-                result: T = finished.value
-                return result
-            if isinstance(step, Sleep):
-                await asyncio.sleep(step.seconds)
-                outcome = None
-            else:
-                outcome = await self._asend(step)
+        outcome: Any = None
+        error: Exception | None = None
+        with contextlib.closing(steps):
+            while True:
+                try:
+                    step = steps.send(outcome) if error is None else steps.throw(error)
+                except StopIteration as finished:
+                    result: T = finished.value
+                    return result
+                outcome = error = None
+                try:
+                    outcome = await self._do(step)
+                except RerankError as raised:  # of a branch
+                    error = raised
 
-    def _send(self, step: Send) -> Reply | Failure:
-        until = None if step.timeout is None else time.monotonic() + step.timeout
+    async def _do(self, step: Step) -> Reply | Failure | None:
+        match step:
+            case Send():
+                return await self._send(step)
+            case Sleep(seconds):
+                await asyncio.sleep(seconds)
+            case Together(branches):
+                await self._together(branches)
+            case Discard(reply):
+                # Its failure is nobody's concern any more.
+                with contextlib.suppress(Exception):
+                    await reply.connection.aclose()
+        return None
+
+    async def _together(self, branches: Sequence[Steps[None]]) -> None:
+        tasks = [asyncio.ensure_future(self.arun(branch)) for branch in branches]
         try:
-            with self._sync_client().stream(**self._request(step)) as response:
-                answer = _Answer(response, step.request.reply_limit, until)
-                for chunk in response.iter_raw():
-                    answer.add(chunk)
-                return answer.reply()
-        except (httpx.TransportError, _Unread, TimeoutError) as error:
-            return _failure(error)
+            await asyncio.gather(*tasks)
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def _asend(self, step: Send) -> Reply | Failure:
+    async def _send(self, step: Send) -> Reply | Failure:
         try:
             # httpx times out single reads; this bounds the whole exchange.
-            async with asyncio.timeout(step.timeout):
-                async with (await self._async_client()).stream(**self._request(step)) as response:
-                    answer = _Answer(response, step.request.reply_limit, None)
-                    async for chunk in response.aiter_raw():
-                        answer.add(chunk)
-                    return answer.reply()
-        except (httpx.TransportError, _Unread, TimeoutError) as error:
+            async with (
+                asyncio.timeout(step.timeout),
+                (await self._client()).stream(**self._arguments(step)) as response,
+            ):
+                return await _read(response, step.request.reply_limit)
+        except _Unread as reason:
+            return Failure("unread", str(reason))
+        except Exception as error:
+            if self._closed:
+                raise RerankError(_CLOSED) from error
+            if not isinstance(error, httpx.HTTPError | httpx.InvalidURL | OSError):
+                raise
             return _failure(error)
 
-    def _request(self, step: Send) -> "_Arguments":
+    def _arguments(self, step: Send) -> "_Arguments":
+        request = step.request
         return {
-            "method": step.request.method,
-            "url": self._endpoint.root + step.request.path,
-            "content": step.request.body,
-            "headers": self._headers,
-            "timeout": step.timeout,
+            "method": request.method,
+            "url": step.endpoint.root + request.path,
+            "content": request.body,
+            "headers": self._headers if request.id is None else self._headers | {"X-Request-Id": request.id},
+            "timeout": httpx.Timeout(step.timeout, connect=step.connect_timeout),
         }
 
-    def _sync_client(self) -> httpx.Client:
-        with self._lock:
-            if self._client is None or self._client[0] != os.getpid():
-                client = httpx.Client(limits=_LIMITS, follow_redirects=_FOLLOW_REDIRECTS)
-                self._client = os.getpid(), client
-                weakref.finalize(self, client.close)  # adapters are dropped more often than closed
-            return self._client[1]
-
-    async def _async_client(self) -> httpx.AsyncClient:
+    async def _client(self) -> httpx.AsyncClient:
         loop = asyncio.get_running_loop()
         with self._lock:
-            known = self._async_clients.get(loop)
-            for closed in [other for other in self._async_clients if other.is_closed()]:
-                del self._async_clients[closed]  # a loop closed by hand: nothing in it can be awaited any more
-        if known is not None:
-            return known[0]
-        client = httpx.AsyncClient(limits=_LIMITS, follow_redirects=_FOLLOW_REDIRECTS)
-        lifetime = self._until_the_loop_ends(loop, client)
-        with self._lock:
-            self._async_clients[loop] = client, lifetime
+            if self._closed:
+                raise RerankError(_CLOSED)
+            known = self._clients.get(loop)
+            if known is not None:
+                return known[0]
+            for ended in [other for other in self._clients if other.is_closed()]:
+                del self._clients[ended]  # a loop closed by hand: nothing in it can be awaited any more
+            client = httpx.AsyncClient(limits=_LIMITS, follow_redirects=_FOLLOW_REDIRECTS)
+            lifetime = _until_the_loop_ends(loop, client, self._clients)
+            self._clients[loop] = client, lifetime
         await anext(lifetime)
         return client
 
-    async def _until_the_loop_ends(self, loop: asyncio.AbstractEventLoop, client: httpx.AsyncClient) -> "_Lifetime":
-        """Close `client` while its loop can still do it.
-
-        A loop knows its unfinished async generators, and `asyncio.run` closes them before the loop. Without this, each
-        ``asyncio.run(scorer.ascore(...))`` left one connection open for the life of the process (20 of 20, measured).
-        """
-        try:
-            yield
-        finally:
-            with self._lock:
-                self._async_clients.pop(loop, None)
-            await client.aclose()
-
     def close(self) -> None:
-        """Close this process's connections. Those of event loops are closed in them: by `aclose`, or as they end."""
+        """Close the connections; what is under way ends in an error. For event loops they are closed in the loop."""
         with self._lock:
-            client, self._client = self._client, None
-        if client is not None and client[0] == os.getpid():
-            client[1].close()
+            self._closed = True
+        _close_soon(self._clients)
 
     async def aclose(self) -> None:
-        """As `close`, and the running loop's connections too."""
+        """As `close`; the running loop's connections are closed on return."""
         self.close()
         with self._lock:
-            known = self._async_clients.get(asyncio.get_running_loop())
+            known = self._clients.get(asyncio.get_running_loop())
         if known is not None:
             await known[1].aclose()
+
+
+async def _until_the_loop_ends(
+    loop: asyncio.AbstractEventLoop, client: httpx.AsyncClient, clients: _Clients
+) -> _Lifetime:
+    """Close `client` while its loop can still do it. Knows no transport: it would keep that alive.
+
+    A loop knows its unfinished async generators, and `asyncio.run` closes them before the loop. Without this, each
+    ``asyncio.run(scorer.ascore(...))`` left one connection open for the life of the process (20 of 20, measured).
+    """
+    try:
+        yield
+    finally:
+        clients.pop(loop, None)
+        await client.aclose()
+
+
+def _close_soon(clients: _Clients) -> None:
+    """Have each client closed by its own loop, from whatever thread this is."""
+    for loop, (client, _) in list(clients.items()):
+        with contextlib.suppress(RuntimeError):  # the loop is closed, and its connections with it
+            loop.call_soon_threadsafe(_close_in, loop, client)
+
+
+def _close_in(loop: asyncio.AbstractEventLoop, client: httpx.AsyncClient) -> None:
+    _closing.add(task := loop.create_task(client.aclose()))
+    task.add_done_callback(_closing.discard)
+
+
+async def _read(response: httpx.Response, limit: int) -> Reply:
+    """An answer, raw and within bounds."""
+    headers = {name.lower(): value for name, value in response.headers.items()}
+    good = response.status_code == 200
+    encoding = headers.get("content-encoding", "identity")
+    body = bytearray()
+    if encoding.lower() == "identity":
+        async for chunk in response.aiter_raw():
+            body += chunk
+            if len(body) > (limit if good else _LONGEST_ERROR_PAGE):
+                break
+        else:
+            return Reply(response.status_code, bytes(body), headers, response.extensions.get("network_stream"))
+    if not good:  # the status tells enough
+        return Reply(response.status_code, bytes(body), headers)
+    if encoding.lower() != "identity":
+        raise _Unread(f"the answer is compressed ({encoding[:20]!r}) although it was asked for plain")
+    raise _Unread(f"the answer is longer than {limit} bytes")
 
 
 class _Arguments(TypedDict):
@@ -163,51 +257,32 @@ class _Arguments(TypedDict):
     url: str
     content: bytes | None
     headers: Mapping[str, str]
-    timeout: float | None
+    timeout: httpx.Timeout
 
 
 class _Unread(Exception):
     """An answer that must not be read any further."""
 
 
-class _Answer:
-    """Collects a body as it comes, within bounds of size and time.
-
-    Args:
-        limit: Most bytes.
-        until: When it must be complete, on the monotonic clock. httpx times out single reads, so a server that sends a
-            byte now and then would be read for ever.
-    """
-
-    def __init__(self, response: httpx.Response, limit: int, until: float | None) -> None:
-        encoding = response.headers.get("content-encoding", "identity")
-        if encoding.lower() != "identity":
-            raise _Unread(f"the answer is compressed ({encoding[:20]!r}) although it was asked for plain")
-        self._response = response
-        self._limit = limit
-        self._until = until
-        self._body = bytearray()
-
-    def add(self, chunk: bytes) -> None:
-        self._body += chunk
-        if len(self._body) > self._limit:
-            raise _Unread(f"the answer is longer than {self._limit} bytes")
-        if self._until is not None and time.monotonic() > self._until:
-            raise TimeoutError
-
-    def reply(self) -> Reply:
-        headers = {name.lower(): value for name, value in self._response.headers.items()}
-        return Reply(self._response.status_code, bytes(self._body), headers)
-
-
 def _failure(error: Exception) -> Failure:
     text = str(error) or type(error).__name__
     match error:
+        case httpx.ConnectTimeout():
+            return Failure("connect", "can't connect: timed out", error)
         case httpx.TimeoutException() | TimeoutError():
             return Failure("timeout", "timed out", error)
+        case httpx.ConnectError() if _is_certificate(error):
+            return Failure("certificate", f"can't trust the server: {text}", error)
         case httpx.ConnectError():
             return Failure("connect", f"can't connect: {text}", error)
-        case _Unread():
-            return Failure("unread", text)
         case _:
             return Failure("broken", f"the connection broke: {text}", error)
+
+
+def _is_certificate(error: BaseException | None) -> bool:
+    """Whether a certificate is behind it: what it was raised from, all the way down."""
+    while error is not None:
+        if isinstance(error, ssl.SSLCertVerificationError):
+            return True
+        error = error.__cause__ or error.__context__
+    return False

@@ -25,21 +25,59 @@ class Request:
         path: Below the endpoint's root.
         body: JSON, or None for a GET.
         reply_limit: Most bytes to accept as the answer.
+        id: Sent as ``X-Request-Id``; vLLM gives it back in the answer.
     """
 
     method: str
     path: str
     body: bytes | None = None
     reply_limit: int = 1 << 20
+    id: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """A complete HTTP answer; header names in lower case."""
+    """A complete HTTP answer; header names in lower case.
+
+    Attributes:
+        connection: What it came over, for the transport alone.
+    """
 
     status: int
     body: bytes
     headers: dict[str, str] = field(default_factory=dict)
+    connection: Any = None
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What a score or rerank API answered.
+
+    Attributes:
+        scores: One for each document, in their order.
+        id: Of the request that it answers, as the server has it.
+        model: The name of what answered.
+        prompt_tokens: How many tokens the model read.
+    """
+
+    scores: list[float]
+    id: str | None = None
+    model: str | None = None
+    prompt_tokens: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Card:
+    """An entry of ``/v1/models``; aliases are entries with the same root.
+
+    Attributes:
+        root: The hub id or folder behind the name.
+        window: How many tokens the model reads at most.
+    """
+
+    name: str
+    root: str
+    window: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,11 +88,15 @@ class Server:
         version: Of vLLM; None where it doesn't say (then it is taken for a recent one).
         model: The name to ask for.
         checkpoint: The hub id or folder behind that name, if the server tells.
+        window: How many tokens the model reads at most, if the server tells.
+        templated: Whether it puts pairs into a score template; None before anybody has tried.
     """
 
     version: Version | None
     model: str
     checkpoint: str | None = None
+    window: int | None = None
+    templated: bool | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +144,13 @@ _SINCE: dict[str, Version] = {
 }
 
 
-def score_request(server: Server, queries: Sequence[str], documents: Sequence[str], options: Options) -> Request:
+# Sent in the body, too, where the server knows the field: a gateway may replace the header by an id of its own.
+_KNOWS_REQUEST_ID: Version = (0, 16)
+
+
+def score_request(
+    server: Server, queries: Sequence[str], documents: Sequence[str], options: Options, request_id: str | None = None
+) -> Request:
     """A request to the score API.
 
     Raises:
@@ -113,41 +161,66 @@ def score_request(server: Server, queries: Sequence[str], documents: Sequence[st
         "text_1": queries[0] if len(queries) == 1 else list(queries),
         "text_2": list(documents),
     }
-    return _post("/v1/score", body | options.fields(server.version), len(documents))
+    return _post("/v1/score", server, body, options, request_id, len(documents))
 
 
-def rerank_request(server: Server, query: str, documents: Sequence[str], options: Options) -> Request:
+def rerank_request(
+    server: Server, query: str, documents: Sequence[str], options: Options, request_id: str | None = None
+) -> Request:
     """A request to a rerank API of Jina's and Cohere's shape, which vLLM has too; without ``top_n``, it scores all.
 
     Raises:
         ConfigError: The server is too old for an option.
     """
     body = {"model": server.model, "query": query, "documents": list(documents)}
-    return _post("/v1/rerank", body | options.fields(server.version), len(documents), sum(map(len, documents)))
+    return _post("/v1/rerank", server, body, options, request_id, len(documents), sum(map(len, documents)))
 
 
-def _post(path: str, body: Mapping[str, Any], documents: int, echoed: int = 0) -> Request:
+def _post(
+    path: str,
+    server: Server,
+    body: dict[str, Any],
+    options: Options,
+    request_id: str | None,
+    documents: int,
+    echoed: int = 0,
+) -> Request:
+    body |= options.fields(server.version)
+    if request_id is not None and server.version is not None and server.version >= _KNOWS_REQUEST_ID:
+        body["request_id"] = request_id
     # An entry of a score answer takes about 60 bytes; a rerank answer echoes the documents, up to 12 bytes a character.
     limit = (64 << 10) + 256 * documents + 12 * echoed
-    return Request("POST", path, json.dumps(body, ensure_ascii=False).encode(), reply_limit=limit)
+    return Request("POST", path, json.dumps(body, ensure_ascii=False).encode(), reply_limit=limit, id=request_id)
 
 
-def read_scores(body: bytes, expected: int) -> list[float]:
-    """The scores of a score API's reply, in the order of the documents.
+def read_scores(body: bytes, expected: int) -> Answer:
+    """A score API's reply.
 
     Raises:
         BadReply: Anything but one finite score for each index of ``range(expected)``.
     """
-    return _scores(body, expected, "data", "score")
+    return _answer(body, expected, "data", "score")
 
 
-def read_relevance_scores(body: bytes, expected: int) -> list[float]:
+def read_relevance_scores(body: bytes, expected: int) -> Answer:
     """As `read_scores`, from a rerank API's reply, whose order is its own."""
-    return _scores(body, expected, "results", "relevance_score")
+    return _answer(body, expected, "results", "relevance_score")
 
 
-def _scores(body: bytes, expected: int, list_name: str, score_name: str) -> list[float]:
-    entries = _object(body).get(list_name)
+def _answer(body: bytes, expected: int, list_name: str, score_name: str) -> Answer:
+    content = _object(body)
+    usage = content.get("usage")
+    tokens = usage.get("prompt_tokens") if isinstance(usage, dict) else None
+    answer_id, model = content.get("id"), content.get("model")
+    return Answer(
+        scores=_scores(content.get(list_name), expected, list_name, score_name),
+        id=answer_id if isinstance(answer_id, str) else None,
+        model=model if isinstance(model, str) else None,
+        prompt_tokens=tokens if type(tokens) is int else None,
+    )
+
+
+def _scores(entries: Any, expected: int, list_name: str, score_name: str) -> list[float]:
     if not isinstance(entries, list):
         raise BadReply(f"the answer has no list {list_name!r}")
     if len(entries) != expected:
@@ -176,8 +249,8 @@ def read_version(body: bytes) -> Version | None:
     return (int(match[1]), int(match[2])) if match else None
 
 
-def read_models(body: bytes) -> list[tuple[str, str]]:
-    """(name, checkpoint) of every entry of ``/v1/models``; aliases are entries with the same checkpoint.
+def read_models(body: bytes) -> list[Card]:
+    """The entries of ``/v1/models``.
 
     Raises:
         BadReply: Not a model list.
@@ -185,7 +258,11 @@ def read_models(body: bytes) -> list[tuple[str, str]]:
     entries = _object(body).get("data")
     if not isinstance(entries, list) or not all(isinstance(entry, dict) and "id" in entry for entry in entries):
         raise BadReply("the answer of /v1/models is no model list")
-    return [(str(entry["id"]), str(entry.get("root") or entry["id"])) for entry in entries]
+    windows = [entry.get("max_model_len") for entry in entries]
+    return [
+        Card(str(entry["id"]), str(entry.get("root") or entry["id"]), window if type(window) is int else None)
+        for entry, window in zip(entries, windows, strict=True)
+    ]
 
 
 def error_text(body: bytes) -> str:

@@ -34,7 +34,7 @@ def scores(path: str, body: bytes) -> bytes:
     if path == "/version":
         return http(b'{"version": "0.32.0"}')
     if path == "/v1/models":
-        return http(b'{"data": [{"id": "m"}]}')
+        return http(b'{"data": [{"id": "m", "max_model_len": 1000000}]}')
     request = json.loads(body)
     data = [{"index": i, "score": oracle(request["text_1"], text)} for i, text in enumerate(request["text_2"])]
     return http(json.dumps({"data": data}).encode())

@@ -1,0 +1,175 @@
+"""FallbackScorer: where one scorer fails, the next one takes over the whole call."""
+
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import AsyncExitStack, ExitStack, contextmanager
+from dataclasses import dataclass
+
+from rag_rerank.backoff import BackOff
+from rag_rerank.errors import (
+    BackendError,
+    BackendRejected,
+    BackendUnavailable,
+    BadReply,
+    ConfigError,
+    DeadlineExceeded,
+)
+from rag_rerank.scorer import Scorer
+
+logger = logging.getLogger(__name__)
+
+# What another scorer may do better. A refusal (`BackendRejected`) is an answer: another model's scores would hide it.
+_MOVING = (BackendUnavailable, DeadlineExceeded, BadReply)
+
+FAIR_TIME = 1.0  # seconds; see FallbackScorer
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Member:
+    scorer: Scorer
+    back_off: BackOff
+
+
+class FallbackScorer(Scorer):
+    """Asks the first of several scorers that works, such as a vLLM server and then a model in this process.
+
+    A call that ends in `BackendUnavailable`, `DeadlineExceeded` or `BadReply` moves as a whole to the next scorer, with
+    one logged warning: scores of two scorers are never mixed. Whatever else goes wrong is raised at once: a refused
+    request or document (`BackendRejected`), a wrong setting or argument.
+
+    A scorer that failed rests for 1, 2, 4 ... 30 s (`BackOff`): meanwhile calls pass it over and try it only where all
+    the others fail or rest, too. Running out of time counts as its failure only if it had had at least 1 s, or the time
+    that it allows itself: a caller in a hurry must not take a healthy scorer from the others.
+
+    A call's `deadline` bounds the whole. What is left of it is shared equally among the scorers that are not resting:
+    with two of them and 10 s, the first may take 5, the second the remainder. Without one, and with an infinite one,
+    each scorer has its own default, so that with all of them failing a call takes the sum.
+
+    Where all fail, the error raised is of the last one's kind; its cause is an `ExceptionGroup` with the errors of all
+    that were tried. Where just one was, its error is raised as it is.
+
+    Args:
+        *scorers: At least one, the best first. They may be used elsewhere, too; closing this one closes them. For it to
+            be pickled, they must be such that they can.
+
+    Raises:
+        ConfigError: No scorers.
+        TypeError: Something is no scorer; the message names the position.
+    """
+
+    def __init__(self, *scorers: Scorer) -> None:
+        if not scorers:
+            raise ConfigError("FallbackScorer needs at least one scorer: FallbackScorer(first, second)")
+        for position, scorer in enumerate(scorers):
+            if not isinstance(scorer, Scorer):
+                raise TypeError(
+                    f"scorers[{position}] must be a Scorer, got {type(scorer).__name__}; "
+                    "pass them one by one: FallbackScorer(first, second)"
+                )
+        self._members = tuple(_Member(scorer, BackOff()) for scorer in scorers)
+        self._answered = scorers[0]
+
+    @property
+    def model_name(self) -> str:
+        """The model of the scorer that answered last, in whichever thread; the first one's before any has."""
+        return self._answered.model_name
+
+    def _score(self, queries: list[str], documents: list[str], until: float | None) -> list[float]:
+        call = _Call(self, until)
+        for member, deadline in call.turns():
+            with call.turn(member, deadline):
+                return member.scorer.score(queries, documents, deadline=deadline)
+        raise call.error()
+
+    async def _ascore(self, queries: list[str], documents: list[str], until: float | None) -> list[float]:
+        call = _Call(self, until)
+        for member, deadline in call.turns():
+            with call.turn(member, deadline):
+                return await member.scorer.ascore(queries, documents, deadline=deadline)
+        raise call.error()
+
+    # A stack runs all of its callbacks, the last one first, even where some of them raise.
+    def _close(self) -> None:
+        with ExitStack() as stack:
+            for member in reversed(self._members):
+                stack.callback(member.scorer.close)
+
+    async def _aclose(self) -> None:
+        async with AsyncExitStack() as stack:
+            for member in reversed(self._members):
+                stack.push_async_callback(member.scorer.aclose)
+
+    def __repr__(self) -> str:
+        return f"FallbackScorer({', '.join(repr(member.scorer) for member in self._members)})"
+
+
+class _Call:
+    """One call on its way from scorer to scorer: whose turn it is, for how long, and what came of it."""
+
+    def __init__(self, fallback: FallbackScorer, until: float | None) -> None:
+        self._fallback = fallback
+        self._until = until
+        self._began = time.monotonic()
+        self._failed: list[tuple[Scorer, BackendError]] = []
+
+    def turns(self) -> Iterator[tuple[_Member, float | None]]:
+        """Each scorer to be tried, and its seconds, for as long as the one before failed and there is time."""
+        waiting = list(self._fallback._members)
+        while waiting:
+            left = None if self._until is None else self._until - time.monotonic()
+            if self._failed and left is not None and left <= 0:
+                return
+            ready = [member for member in waiting if not member.back_off.resting] or waiting
+            # One whose rest has just ended may have been claimed by another call since; the last resort is not asked.
+            member = next((member for member in ready if member.back_off.claim()), ready[0])
+            deadline = None if left is None else left / len(ready)
+            waiting.remove(member)
+            if self._failed:
+                scorer, error = self._failed[-1]
+                kind = type(error).__name__
+                logger.warning("the call moves from %s to %s: %s: %s", _name(scorer), _name(member.scorer), kind, error)
+            yield member, deadline
+
+    @contextmanager
+    def turn(self, member: _Member, deadline: float | None) -> Iterator[None]:
+        """Around a scorer's turn: keeps what came of it, and lets no error out that ends only the turn."""
+        try:
+            yield
+        except _MOVING as error:
+            self._failed.append((member.scorer, error))
+            in_a_hurry = deadline is not None and deadline < FAIR_TIME
+            if not (in_a_hurry and isinstance(error, DeadlineExceeded)):
+                member.back_off.failed()
+        except BackendRejected:
+            self._answered(member)
+            raise
+        else:
+            self._answered(member)
+
+    def _answered(self, member: _Member) -> None:
+        member.back_off.worked()
+        self._fallback._answered = member.scorer
+
+    def error(self) -> BackendError:
+        """What to raise after the last turn."""
+        errors = [error for _, error in self._failed]
+        scorer, last = self._failed[-1]
+        if len(errors) == 1:
+            return last
+        tried = f"{len(errors)} of {len(self._fallback._members)} scorers were tried and failed"
+        # Not the last error itself: its cause is taken, by what the connection or the model said.
+        error = next(kind for kind in _MOVING if isinstance(last, kind))(
+            f"{tried}, the last of them {_name(scorer)}: {last.message}",
+            endpoint=last.endpoint,
+            attempts=last.attempts,
+            elapsed=time.monotonic() - self._began,
+            remedy=last.remedy,
+        )
+        error.__cause__ = ExceptionGroup(tried, errors)
+        return error
+
+
+def _name(scorer: Scorer) -> str:
+    """The class and the model: both scorers may run the same model."""
+    return f"{type(scorer).__name__} ({scorer.model_name})"

@@ -1,0 +1,74 @@
+"""What a call asks to be done, and what it is told: the language between the rules and the drivers.
+
+A call is a generator. It yields a step, `Send`, `Sleep`, `Together` or `Discard`, and is told with ``send()`` what came
+of it; it returns its result or raises. So the rules (`rag_rerank.vllm.exchange`, `rag_rerank.vllm.policy`) do no I/O
+and own no clock: the transport runs them over real connections, and tests over a list of replies and a clock of their
+own. The pattern is that of httpx's authentication flow.
+"""
+
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar
+
+from rag_rerank.vllm.endpoint import Endpoint
+from rag_rerank.vllm.wire import Reply, Request
+
+
+@dataclass(frozen=True, slots=True)
+class Send:
+    """Send a request; told a `Reply` or a `Failure`.
+
+    Attributes:
+        endpoint: Where to.
+        request: What.
+        timeout: Seconds until the whole answer must be there; None: no limit.
+        connect_timeout: Seconds until there must be a connection, name lookup and TLS included.
+    """
+
+    endpoint: Endpoint
+    request: Request
+    timeout: float | None
+    connect_timeout: float
+
+
+@dataclass(frozen=True, slots=True)
+class Sleep:
+    """Wait; told None."""
+
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Together:
+    """Run steps side by side; told None when all are done. The first error ends the others and is raised here."""
+
+    branches: "Sequence[Steps[None]]"
+
+
+@dataclass(frozen=True, slots=True)
+class Discard:
+    """Close the connection that a reply came over: what comes next there may be another request's; told None."""
+
+    reply: Reply
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """No reply.
+
+    Attributes:
+        kind: ``timeout``: the time was up; ``connect``: no connection; ``certificate``: a connection, but to whom?
+            ``broken``: it broke off; ``unread``: an answer came that must not be read (too large, compressed).
+        text: What happened, in one clause.
+        cause: The HTTP library's exception, where there was one.
+    """
+
+    kind: Literal["timeout", "connect", "certificate", "broken", "unread"]
+    text: str
+    cause: Exception | None = None
+
+
+T = TypeVar("T")
+Step = Send | Sleep | Together | Discard
+Steps = Generator[Step, Any, T]
+"""Yields what to do, is told what came of it, returns a T."""
