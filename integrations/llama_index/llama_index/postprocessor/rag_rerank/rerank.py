@@ -189,9 +189,10 @@ class VLLMReranker(_OwnScorer):
     Threads and event loops may share one reranker, and copies share its connections.
 
     Args:
-        base_url: The server's address, with or without ``/v1`` or ``/score`` at its end. None reads ``VLLM_BASE_URL``
-            from the environment, and is ``http://localhost:8000`` where that is not set.
-        model: The name that the server serves the model under. None takes the only one; traces call it ``"unknown"``
+        base_url: The server's address, with or without ``/v1`` or ``/score`` at its end; or a list of servers that
+            serve the same model. None reads ``VLLM_BASE_URL`` from the environment, and is ``http://localhost:8000``
+            where that is not set.
+        model: The name that the servers serve the model under. None takes the only one; traces call it ``"unknown"``
             until the first call has asked.
         api_key: Sent as bearer token. None reads ``VLLM_API_KEY`` from the environment. The key is in no repr,
             `to_dict` or pickle: pass it again, ``VLLMReranker.from_dict(data, api_key=key)``.
@@ -202,13 +203,18 @@ class VLLMReranker(_OwnScorer):
         query_prompt, document_prompt: Text to put before each query or document, as some embedding models want it.
         use_activation: None leaves the score to the model's own activation; False asks for logits.
         truncate_prompt_tokens: Where the server cuts a pair that is longer than the model allows: -1 at the model's
-            maximum, an int at that many tokens, None not at all; ``"auto"`` is -1 where that does no harm.
+            maximum, an int at that many tokens, None not at all; ``"auto"`` is -1, but cuts the document only where
+            the server has a score template.
         max_tokens_per_query, max_tokens_per_doc: Cut each query or document at so many tokens (vLLM 0.20).
         priority: Of the requests, where the server schedules by it; lower goes first.
         extra_body: More fields for the request, as they are.
         endpoint: ``"score"``; or ``"rerank"`` for other servers, which have only a rerank API.
         timeout: Seconds that a call may take in all, tries and waits included.
         max_retries: How often a request is repeated after a failure that may pass.
+        chunk_size, max_concurrency: Most documents in one request, and most requests of one call at once.
+        connect_timeout, attempt_timeout: Seconds for a connection, and for one try; None leaves a try the call's time,
+            or its equal share where there are several servers.
+        send_key_over_http: Allow the key to be sent unencrypted to another machine.
         top_n, score_threshold, metadata_mode, on_error, callback_manager: As in `ScorerReranker`.
 
     Raises:
@@ -220,7 +226,7 @@ class VLLMReranker(_OwnScorer):
     """
 
     # Names, defaults and allowed values are VLLMScorer's.
-    base_url: str | None = None
+    base_url: str | list[str] | None = None
     model: str | None = None
     api_key: SecretStr | None = Field(default=None, exclude=True, repr=False)
     template: _PathText | None = None
@@ -237,6 +243,11 @@ class VLLMReranker(_OwnScorer):
     endpoint: str = "score"
     timeout: float = 30.0
     max_retries: int = 2
+    chunk_size: int = 128
+    max_concurrency: int = 4
+    connect_timeout: float = 2.0
+    attempt_timeout: float | None = None
+    send_key_over_http: bool = False
 
     @property
     def scorer(self) -> "rag_rerank.VLLMScorer":
