@@ -89,7 +89,7 @@ class FallbackScorer(Scorer):
                 return await member.scorer.ascore(queries, documents, deadline=deadline)
         raise call.error()
 
-    # A stack runs all of its callbacks, the last one first, even where some of them raise.
+    # A stack runs all of its callbacks, the last one first, even where some of them raise; it raises the last error.
     def _close(self) -> None:
         with ExitStack() as stack:
             for member in reversed(self._members):
@@ -158,14 +158,10 @@ class _Call:
         if len(errors) == 1:
             return last
         tried = f"{len(errors)} of {len(self._fallback._members)} scorers were tried and failed"
-        # Not the last error itself: its cause is taken, by what the connection or the model said.
-        error = next(kind for kind in _MOVING if isinstance(last, kind))(
-            f"{tried}, the last of them {_name(scorer)}: {last.message}",
-            endpoint=last.endpoint,
-            attempts=last.attempts,
-            elapsed=time.monotonic() - self._began,
-            remedy=last.remedy,
-        )
+        message = f"{tried}, the last of them {_name(scorer)}: {last.message}"
+        # A new one with the last one's facts: that one's own cause, what the connection or the model said, stays its.
+        error = next(kind for kind in _MOVING if isinstance(last, kind))(message)
+        vars(error).update(vars(last), message=message, elapsed=time.monotonic() - self._began)
         error.__cause__ = ExceptionGroup(tried, errors)
         return error
 

@@ -28,6 +28,9 @@ from rag_rerank.errors import ConfigError
 
 SHIPPED = Path(__file__).parent / "templates"
 
+NEUTRAL = "a"
+"""A text that no model or server refuses: what becomes of it is due to what stands around it."""
+
 # For finding out where a template puts the texts. Spaces at the ends show whether it strips them.
 _QUERY, _DOCUMENT = " \u2042query\u2042 ", " \u2042document\u2042 "
 

@@ -233,8 +233,9 @@ class TestSharing:
         assert os.waitpid(child, 0)[1] == 0
         assert back_off.resting
 
-    def test_a_pickle_starts_fresh(self, back_off: BackOff):
+    def test_a_pickle_starts_fresh(self):
         """On the clock of its own process: neither state nor clock mean anything there."""
+        back_off = BackOff(lambda: 1000.0)
         back_off.failed()
         copy = pickle.loads(pickle.dumps(back_off))  # noqa: S301 - our own
         assert (copy.failures, copy.resting) == (0, False)

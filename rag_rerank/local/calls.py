@@ -45,6 +45,7 @@ class Call:
         self._scores = [0.0] * len(documents)
         self._ready: deque[Item] = deque()
         self._ready_tokens = 0
+        self.cut = 0  # texts that were longer than what the model reads
 
     @property
     def unscored(self) -> int:
@@ -87,6 +88,7 @@ class Call:
         order = sorted(range(len(inputs.sequences)), key=lambda position: -len(inputs.sequences[position].ids))
         self._ready.extend(Item(lot, position) for position in order)
         self._ready_tokens += sum(len(sequence.ids) for sequence in inputs.sequences)
+        self.cut += sum(sequence.cut for sequence in inputs.sequences)
 
     def take_scores(self, start: int, scores: Sequence[float]) -> None:
         """Keep the scores of one part; with the last one, the call is finished."""

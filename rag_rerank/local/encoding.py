@@ -42,4 +42,8 @@ def encode(
         verbose=False,
     )
     types = encoded.get("token_type_ids") or [None] * len(texts)
-    return [TokenSequence(ids, kinds) for ids, kinds in zip(encoded["input_ids"], types, strict=True)]
+    cut = [bool(encoding.overflowing) for encoding in encoded.encodings or ()] or [False] * len(texts)
+    return [
+        TokenSequence(ids, kinds, cut=was_cut)
+        for ids, kinds, was_cut in zip(encoded["input_ids"], types, cut, strict=True)
+    ]

@@ -7,6 +7,7 @@ batch is run by a worker on a core of its own; on a CUDA device the next batch i
 one still runs.
 """
 
+import logging
 import math
 import queue
 import threading
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from rag_rerank.local.workers import Workers
+
+logger = logging.getLogger(__name__)
 
 # Tokens below which work is not split any further between cores: overheads would eat the gain.
 _LEAST = 512
@@ -43,6 +46,7 @@ class Engine:
         self._name, self._max_waiting_calls = name, max_waiting_calls
         self._lock = threading.Lock()
         self._unfinished = 0
+        self._told_of_cuts = False
         self._closing = threading.Event()
         # The thread holds the inbox, not the engine: whoever drops the engine can have it collected and closed.
         self._thread = threading.Thread(
@@ -64,7 +68,7 @@ class Engine:
                 )
             else:
                 self._unfinished += 1
-                call.future.add_done_callback(self._finished)
+                call.future.add_done_callback(lambda _: self._finished(call))
                 self._inbox.put(call)
         if error is not None:
             call.fail(error)
@@ -78,9 +82,19 @@ class Engine:
         if threading.current_thread() is not self._thread:
             self._thread.join()
 
-    def _finished(self, _: "Future[list[float]]") -> None:
+    def _finished(self, call: Call) -> None:
         with self._lock:
             self._unfinished -= 1
+            level = logging.DEBUG if self._told_of_cuts else logging.WARNING
+            self._told_of_cuts = self._told_of_cuts or call.cut > 0
+        if call.cut:
+            logger.log(
+                level,
+                "%s reads only so much at a time: %d of a call's texts were cut. %s",
+                self._name,
+                call.cut,
+                'long_documents="max-passage" reads them to their end. (Further calls say so at level DEBUG.)',
+            )
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,11 +22,13 @@ class TokenSequence:
         ids: Token ids, special tokens included.
         types: Token type ids (0 for the query's part, 1 for the document's), where the tokenizer makes them.
         query: The query of a prompt. Prompts of one query begin alike, which a decoder makes use of.
+        cut: Whether the text was longer than what the model reads.
     """
 
     ids: list[int]
     types: list[int] | None = None
     query: str | None = None
+    cut: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,11 +11,15 @@ from typing import TYPE_CHECKING, Any
 from rag_rerank.errors import BackendRejected
 from rag_rerank.local.encoding import Truncation, encode
 from rag_rerank.local.model import Inputs, Model, Pace, TokenSequence
-from rag_rerank.template import Template
+from rag_rerank.template import NEUTRAL, Template
 
 if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedTokenizerBase
+
+
+# Words may join over the edges of a document: a prompt has a few tokens more or less than its parts.
+_SLACK = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,13 +56,16 @@ class Prompts:
             self.template.render(query, document, self.variables)
             for query, document in zip(rows, documents, strict=True)
         ]
-        return [
-            TokenSequence(
-                ids if len(ids) <= self.max_length else self._shortened(self.template, ids, query, document),
-                query=query,
-            )
-            for ids, query, document in zip(self._ids(prompts), rows, documents, strict=True)
-        ]
+        rooms: dict[str, int] = {}
+        sequences = []
+        for ids, query, document in zip(self._ids(prompts), rows, documents, strict=True):
+            cut_ids = ids
+            if len(ids) + _SLACK > self.max_length:
+                if query not in rooms:
+                    [rooms[query]] = self.room([query])
+                cut_ids = self._shortened(self.template, ids, query, document, rooms[query])
+            sequences.append(TokenSequence(cut_ids, query=query, cut=cut_ids is not ids))
+        return sequences
 
     def room(self, queries: Sequence[str]) -> list[int]:
         """How many tokens of a document fit beside each query."""
@@ -66,7 +73,8 @@ class Prompts:
             special = self.tokenizer.num_special_tokens_to_add(pair=True)
             taken = [len(ids) + special for ids in self._ids(list(queries), add_special_tokens=False)]
         else:
-            prompts = [self.template.render(query, "", self.variables) for query in queries]
+            # Measured with a document rather than without, because that is what can be measured on a server, too.
+            prompts = [self.template.render(query, NEUTRAL, self.variables) for query in queries]
             taken = [len(ids) for ids in self._ids(prompts)]
         return [self.max_length - tokens for tokens in taken]
 
@@ -80,19 +88,23 @@ class Prompts:
             sequences[position] = sequence
         return sequences
 
-    def _shortened(self, template: Template, ids: list[int], query: str, document: str) -> list[int]:
-        """The prompt's tokens with as much cut from the end of the document as is needed."""
-        budget = len(self._ids([document], add_special_tokens=False)[0])
-        while len(ids) > self.max_length:
-            budget -= len(ids) - self.max_length
-            if budget < 0:
+    def _shortened(self, template: Template, ids: list[int], query: str, document: str, room: int) -> list[int]:
+        """The prompt's tokens with the document cut to `room` tokens; to fewer, should the prompt still be too long.
+
+        The same cut as `VLLMScorer` has the server make, and so the same score.
+        """
+        while True:
+            if room < 1:
                 raise BackendRejected(
                     f"a query and its template take more than the {self.max_length} tokens that the model reads",
                     remedy="Shorten the query or instruction, or set max_tokens_per_query.",
                 )
-            document = cut(self.tokenizer, document, budget)
-            ids = self._ids([template.render(query, document, self.variables)])[0]
-        return ids
+            beginning = cut(self.tokenizer, document, room)
+            if len(beginning) < len(document):
+                ids = self._ids([template.render(query, beginning, self.variables)])[0]
+            if len(ids) <= self.max_length:
+                return ids
+            room -= len(ids) - self.max_length
 
     def _ids(self, texts: list[str], *, add_special_tokens: bool = True) -> list[list[int]]:
         ids: list[list[int]] = self.tokenizer(

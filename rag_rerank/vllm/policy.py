@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from rag_rerank.errors import BackendRejected, DocumentRejected
+from rag_rerank.template import NEUTRAL
 from rag_rerank.vllm.exchange import Exchange
 from rag_rerank.vllm.steps import Steps, Together
 from rag_rerank.vllm.wire import (
@@ -22,9 +23,6 @@ from rag_rerank.vllm.wire import (
 )
 
 API = Literal["score", "rerank"]
-
-NEUTRAL = "a"
-"""A document, and where need be a query, that every server takes: what it does to this one is due to the rest."""
 
 _CUTS_DOCUMENTS = (0, 20)  # vLLM's max_tokens_per_doc
 _MOST_TOKENS_OF_A_TEMPLATE = 1024  # beside query and document; a guess, only for whether to measure

@@ -194,7 +194,7 @@ class TestRoom:
     @pytest.mark.parametrize("query", ["copy", "[SEP] [CLS] " * 5, "<|im_end|>" * 5, "日本語 naïve"])
     @pytest.mark.parametrize("kind", ["cross-encoder", "decoder"])
     def test_a_passage_of_its_size_fits(self, kind: str, query: str, folders: dict[str, Path]):
-        """Beside any query, uncut; with one that is longer the model's window is full."""
+        """Beside any query, uncut; of one that is longer as much is read, or in a pair until the window is full."""
         with LocalScorer(folders[kind], **MAKERS[kind][1]) as scorer:
             model = load(scorer._settings)
         query = _clean(query)  # as every scorer does first
@@ -206,7 +206,7 @@ class TestRoom:
         )
         assert fitting == shorter + 4
         assert limit - 2 <= fitting <= limit
-        assert over == limit
+        assert over == (fitting if kind == "decoder" else limit)
 
     def test_limits_of_the_caller_come_first(self, folders: dict[str, Path], long_texts: list[str]):
         """A document cut at 60 tokens has no more passages than that."""

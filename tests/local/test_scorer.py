@@ -16,6 +16,7 @@ import torch
 from rag_rerank import ConfigError, DeadlineExceeded, LocalScorer, Ranked
 from rag_rerank.embedded import collection_folder
 from rag_rerank.evaluation import Collection
+from tests.causal_models import make_decoder_classifier
 from tests.models import MAX_LENGTH, make_bert_cross_encoder
 
 QUERY = "How do I copy a file?"
@@ -170,6 +171,26 @@ def edited(source: Path, target: Path, **config: object) -> Path:
     path = target / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | config))
     return target
+
+
+@pytest.mark.parametrize("kind", ["cross-encoder", "bi-encoder", "decoder"])
+def test_what_was_cut_is_counted_and_said_once(
+    kind: str, cross_encoder: Path, minilm: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    """One warning with the number of texts; later calls say it more quietly, those with nothing cut not at all."""
+    options = {}
+    folder = minilm if kind == "bi-encoder" else cross_encoder
+    if kind == "decoder":
+        folder = make_decoder_classifier(tmp_path / "m", "qwen3")
+        options = {"template": "qwen3-reranker"}
+    long = [f"{number} " + "word " * 3000 for number in range(3)]
+    caplog.set_level("DEBUG", "rag_rerank")
+    with LocalScorer(folder, **options) as scorer:
+        scorer.score(QUERY, ["short", *long])
+        scorer.score(QUERY, ["short"])
+        scorer.score(QUERY, long[:2])
+    told = [(record.levelname, record.args[1]) for record in caplog.records if record.name.startswith("rag_rerank")]
+    assert told == [("WARNING", 3), ("DEBUG", 2)]
 
 
 class TestRefused:

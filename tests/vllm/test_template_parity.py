@@ -112,6 +112,17 @@ def test_logits_are_equal(case: Case, vllm_decoder: VLLMServer):
     assert max(ours) - min(ours) > 2
 
 
+def test_over_long_documents_are_cut_alike_by_default(case: Case, vllm_decoder: VLLMServer):
+    """Around each query and template, whose end the server alone would cut off: pairs of all lengths near the limit."""
+    query = "How do I copy a file?"
+    documents = ["word " * count for count in (10, *range(MAX_POSITIONS - 150, MAX_POSITIONS + 8, 3), 3000)]
+    with both(case, vllm_decoder, use_activation=False) as (local, remote):
+        ours, theirs = local.score(query, documents), remote.score(query, documents)
+        assert largest_difference(ours, theirs) <= TOLERANCE
+        real = [text[:200] for text in pairs()[0][:20]], pairs()[1][:20]
+        assert largest_difference(local.score(*real), remote.score(*real)) <= TOLERANCE
+
+
 def test_scores_are_equal(case: Case, vllm_decoder: VLLMServer):
     """With the default activation, and another instruction."""
     with both(case, vllm_decoder, instruction="Find what is about bread.", **CUTS) as (local, remote):
