@@ -1,4 +1,4 @@
-# make demo | make test | make check | make bench: each sets up what it needs, nothing by hand.
+# make demo | make test | make check | make bench | make soak: each sets up what it needs, nothing by hand.
 #
 #   .venv        this project, its adapters, and everything that demo, tests and checks use
 #   .venv-vllm   a real vLLM server for the CPU (Linux x86-64), which the tests start
@@ -15,7 +15,7 @@ PEERS := .venv-peers/.installed .venv-peers-onnx/.installed .venv-peers-infinity
 export RAG_RERANK_REQUIRE_VLLM := 1
 endif
 
-.PHONY: demo test check bench vllm clean
+.PHONY: demo test check bench soak vllm clean
 .DELETE_ON_ERROR:
 
 demo: .venv/.installed
@@ -35,6 +35,10 @@ bench: .venv/.installed-bench $(VLLM) $(PEERS)
 	$(BIN)/python -m benchmarks.growth
 	$(BIN)/python -m benchmarks.quality
 	$(BIN)/python -m benchmarks.cold
+	$(BIN)/python -m benchmarks.overhead
+
+soak: .venv/.installed-dev $(VLLM)
+	$(BIN)/python -m tests.soak
 
 vllm: .venv-vllm/.installed
 

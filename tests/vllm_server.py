@@ -72,7 +72,7 @@ def serving(
         RuntimeError: It ended or did not answer in time; the end of its log is in the message.
     """
     name = name or folder.name
-    port = port or _free_port()
+    port = port or free_port()
     handle, log_name = tempfile.mkstemp(prefix=f"vllm-{name}-", suffix=".log")
     server = VLLMServer(f"http://127.0.0.1:{port}", folder, name, api_key, Path(log_name))
     command = [str(PYTHON), "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder)]
@@ -130,7 +130,7 @@ def _tail(log: Path, lines: int = 40) -> str:
     return "\n".join(log.read_text(errors="replace").splitlines()[-lines:])
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
