@@ -130,15 +130,15 @@ class VLLMScorer(Scorer):
 
     def _connect(self, api_key: str | None) -> None:
         """Begin with nothing known about the servers, and no connection."""
-        headers = _headers(api_key)
-        for endpoint in self._endpoints if headers and not self._send_key_over_http else ():
+        key = _checked_key(api_key)
+        for endpoint in self._endpoints if key and not self._send_key_over_http else ():
             if not endpoint.is_private:
                 raise ConfigError(
                     f"the key would go unencrypted to {endpoint.label}; use https, or pass send_key_over_http=True "
                     "where the network in between is trusted"
                 )
         self._nodes = Nodes(self._endpoints)
-        self._transport = Transport(headers)
+        self._transport = Transport(key)
 
     def _split(self, template: str | os.PathLike[str]) -> Halves:
         """The template's halves, with the variables in them; the server then gets no more of either."""
@@ -230,10 +230,9 @@ def _check(options: Options, rules: Rules, timeout: float, endpoint: str) -> Non
         raise ConfigError(f"extra_body must not hold {', '.join(sorted(taken))}")
 
 
-def _headers(api_key: str | None) -> dict[str, str]:
+def _checked_key(api_key: str | None) -> str | None:
+    """The key that was given, else the environment's."""
     key = api_key or os.environ.get("VLLM_API_KEY")
-    if not key:
-        return {}
-    if not (key.isascii() and key.isprintable() and key == key.strip()):
+    if key and not (key.isascii() and key.isprintable() and key == key.strip()):
         raise ConfigError("api_key has characters that no HTTP header can carry; was a line break pasted with it?")
-    return {"Authorization": f"Bearer {key}"}
+    return key or None

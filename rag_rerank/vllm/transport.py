@@ -12,7 +12,8 @@ import os
 import ssl
 import threading
 import weakref
-from collections.abc import AsyncGenerator, Coroutine, Mapping, Sequence
+from collections.abc import AsyncGenerator, Coroutine, Generator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, TypedDict, TypeVar
 
 import httpx
@@ -29,6 +30,8 @@ _Clients = dict[asyncio.AbstractEventLoop, tuple[httpx.AsyncClient, _Lifetime]]
 _LIMITS = httpx.Limits(max_connections=None, max_keepalive_connections=32)
 # A 307 would send every document, and the headers, to another host. False is httpx's default; here it is a rule.
 _FOLLOW_REDIRECTS = False
+# A compressed answer can grow a thousandfold when unpacked: ask for none, and read none (`_read`).
+_HEADERS = {"Accept-Encoding": "identity", "Content-Type": "application/json"}
 _LONGEST_ERROR_PAGE = 64 << 10  # bytes; enough for a sentence
 _CLOSED = "The scorer was closed while it was scoring."
 
@@ -81,16 +84,20 @@ class Transport:
     """Connections, for each event loop its own: an async connection dies with its loop.
 
     Args:
-        headers: Sent with every request.
+        api_key: Sent as bearer token with every request.
     """
 
-    def __init__(self, headers: Mapping[str, str]) -> None:
-        # A compressed answer can grow a thousandfold when unpacked: ask for none, and read none (`_read`).
-        self._headers = {"Accept-Encoding": "identity", "Content-Type": "application/json", **headers}
+    def __init__(self, api_key: str | None) -> None:
+        self._key = None if api_key is None else _Bearer(api_key)
         self._closed = False
         self._finalizer: weakref.finalize[..., Transport] | None = None
         self.forget()
         _transports.add(self)
+
+    @property
+    def has_key(self) -> bool:
+        """Whether a key is sent."""
+        return self._key is not None
 
     def forget(self) -> None:
         """Drop all connections without closing them: they are another process's."""
@@ -152,7 +159,8 @@ class Transport:
                 asyncio.timeout(step.timeout),
                 (await self._client()).stream(**self._arguments(step)) as response,
             ):
-                return await _read(response, step.request.reply_limit)
+                reply = await _read(response, step.request.reply_limit)
+                return reply if self._key is None else self._key.taken_out_of(reply)
         except _Unread as reason:
             return Failure("unread", str(reason))
         except Exception as error:
@@ -160,6 +168,8 @@ class Transport:
                 raise RerankError(_CLOSED) from error
             if not isinstance(error, httpx.HTTPError | httpx.InvalidURL | OSError):
                 raise
+            if isinstance(error, httpx.RequestError):  # it would carry the key and all documents
+                error.request = httpx.Request(step.request.method, step.endpoint.root + step.request.path)
             return _failure(error)
 
     def _arguments(self, step: Send) -> "_Arguments":
@@ -168,7 +178,7 @@ class Transport:
             "method": request.method,
             "url": step.endpoint.root + request.path,
             "content": request.body,
-            "headers": self._headers if request.id is None else self._headers | {"X-Request-Id": request.id},
+            "headers": _HEADERS if request.id is None else {**_HEADERS, "X-Request-Id": request.id},
             "timeout": httpx.Timeout(step.timeout, connect=step.connect_timeout),
         }
 
@@ -182,7 +192,7 @@ class Transport:
                 return known[0]
             for ended in [other for other in self._clients if other.is_closed()]:
                 del self._clients[ended]  # a loop closed by hand: nothing in it can be awaited any more
-            client = httpx.AsyncClient(limits=_LIMITS, follow_redirects=_FOLLOW_REDIRECTS)
+            client = httpx.AsyncClient(auth=self._key, limits=_LIMITS, follow_redirects=_FOLLOW_REDIRECTS)
             lifetime = _until_the_loop_ends(loop, client, self._clients)
             self._clients[loop] = client, lifetime
         await anext(lifetime)
@@ -228,6 +238,21 @@ def _close_soon(clients: _Clients) -> None:
 def _close_in(loop: asyncio.AbstractEventLoop, client: httpx.AsyncClient) -> None:
     _closing.add(task := loop.create_task(client.aclose()))
     task.add_done_callback(_closing.discard)
+
+
+class _Bearer(httpx.Auth):
+    """Sends the key. Among the headers it would be a local variable of many frames, which some tracebacks show."""
+
+    def __init__(self, key: str) -> None:
+        self._key = key
+
+    def auth_flow(self, request: httpx.Request) -> Generator[httpx.Request, httpx.Response, None]:
+        request.headers["Authorization"] = f"Bearer {self._key}"
+        yield request
+
+    def taken_out_of(self, reply: Reply) -> Reply:
+        """The reply without the key: some gateways repeat the key that they refuse."""
+        return replace(reply, body=reply.body.replace(self._key.encode(), b"[key]"))
 
 
 async def _read(response: httpx.Response, limit: int) -> Reply:
