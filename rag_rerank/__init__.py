@@ -23,6 +23,10 @@ if TYPE_CHECKING:
     from rag_rerank.errors import DocumentRejected as DocumentRejected
     from rag_rerank.errors import RerankError as RerankError
     from rag_rerank.fallback import FallbackScorer as FallbackScorer
+    from rag_rerank.integration import LocalSettings as LocalSettings
+    from rag_rerank.integration import VLLMSettings as VLLMSettings
+    from rag_rerank.integration import did_you_mean as did_you_mean
+    from rag_rerank.integration import path_as_text as path_as_text
     from rag_rerank.local import LocalScorer as LocalScorer
     from rag_rerank.scorer import Closeable as Closeable
     from rag_rerank.scorer import Ranked as Ranked
@@ -43,6 +47,10 @@ _HOME = {
     "DocumentRejected": "errors",
     "RerankError": "errors",
     "FallbackScorer": "fallback",
+    "LocalSettings": "integration",
+    "VLLMSettings": "integration",
+    "did_you_mean": "integration",
+    "path_as_text": "integration",
     "LocalScorer": "local",
     "Closeable": "scorer",
     "Ranked": "scorer",

@@ -11,7 +11,7 @@ import math
 import re
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from types import TracebackType
@@ -167,11 +167,10 @@ class Scorer(Closeable, ABC):
         """
         texts = _rerank_input(query, documents, top_n, score_threshold, on_error)
         try:
-            return _rank(self.score(query, texts, deadline=deadline), top_n, score_threshold)
+            scores: Sequence[float | None] = self.score(query, texts, deadline=deadline)
         except BackendError as error:
-            if on_error == "raise":
-                raise
-            return _passed_through(error, len(texts), top_n, score_threshold)
+            scores = _scores_of_failed(error, len(texts), on_error)
+        return _rank(scores, top_n, score_threshold)
 
     async def arerank(
         self,
@@ -186,11 +185,62 @@ class Scorer(Closeable, ABC):
         """As `rerank`, without blocking the event loop."""
         texts = _rerank_input(query, documents, top_n, score_threshold, on_error)
         try:
-            return _rank(await self.ascore(query, texts, deadline=deadline), top_n, score_threshold)
+            scores: Sequence[float | None] = await self.ascore(query, texts, deadline=deadline)
         except BackendError as error:
-            if on_error == "raise":
-                raise
-            return _passed_through(error, len(texts), top_n, score_threshold)
+            scores = _scores_of_failed(error, len(texts), on_error)
+        return _rank(scores, top_n, score_threshold)
+
+    def rerank_batch(
+        self,
+        queries: Sequence[str],
+        documents: Sequence[Sequence[str]],
+        *,
+        top_n: int | None = None,
+        score_threshold: float | None = None,
+        on_error: OnError = "raise",
+        deadline: float | None = None,
+    ) -> list[list[Ranked]]:
+        """Order the documents of several queries, all in one call to the back end.
+
+        Args:
+            queries: The queries.
+            documents: For each query its own documents, in retrieval order.
+            top_n: How many to keep for each query.
+            score_threshold: Keep only scores at or above it.
+            on_error: As in `rerank`, for all queries together.
+            deadline: Seconds for all of it.
+
+        Returns:
+            For each query what `rerank` returns.
+
+        Raises:
+            TypeError, ValueError, ConfigError, BackendError: As `rerank`. The positions that errors name count all
+                documents, query by query.
+        """
+        rows, counts, texts = _batch_input(queries, documents, top_n, score_threshold, on_error)
+        try:
+            scores: Sequence[float | None] = self.score(rows, texts, deadline=deadline)
+        except BackendError as error:
+            scores = _scores_of_failed(error, len(texts), on_error)
+        return [_rank(part, top_n, score_threshold) for part in _parts(scores, counts)]
+
+    async def arerank_batch(
+        self,
+        queries: Sequence[str],
+        documents: Sequence[Sequence[str]],
+        *,
+        top_n: int | None = None,
+        score_threshold: float | None = None,
+        on_error: OnError = "raise",
+        deadline: float | None = None,
+    ) -> list[list[Ranked]]:
+        """As `rerank_batch`, without blocking the event loop."""
+        rows, counts, texts = _batch_input(queries, documents, top_n, score_threshold, on_error)
+        try:
+            scores: Sequence[float | None] = await self.ascore(rows, texts, deadline=deadline)
+        except BackendError as error:
+            scores = _scores_of_failed(error, len(texts), on_error)
+        return [_rank(part, top_n, score_threshold) for part in _parts(scores, counts)]
 
     def _begin(self, deadline: float | None) -> float | None:
         """Refuse work on a closed scorer and turn seconds from now into a moment on the monotonic clock."""
@@ -330,12 +380,44 @@ def _rank(scores: Sequence[float | None], top_n: int | None, score_threshold: fl
     return ([Ranked(index, score) for index, score in scored] + unscored)[:top_n]
 
 
-def _passed_through(error: BackendError, count: int, top_n: int | None, score_threshold: float | None) -> list[Ranked]:
-    """What `rerank` returns for a failed call: every document, the scored ones first."""
+def _scores_of_failed(error: BackendError, count: int, on_error: OnError) -> Sequence[float | None]:
+    """What a failed call is ranked by: the scores of the documents that were not rejected, or none at all.
+
+    Raises:
+        BackendError: The error, unless it is to be passed through.
+    """
+    if on_error == "raise":
+        raise error
     if isinstance(error, DocumentRejected) and len(error.scores) == count:
         logger.warning(
             "%d of %d documents could not be scored and are ranked last: %s", len(error.indices), count, error
         )
-        return _rank(error.scores, top_n, score_threshold)
+        return error.scores
     logger.warning("reranking failed, %d documents keep their retrieval order: %s", count, error)
-    return _rank([None] * count, top_n, score_threshold)
+    return [None] * count
+
+
+def _batch_input(
+    queries: Sequence[str],
+    documents: Sequence[Sequence[str]],
+    top_n: int | None,
+    score_threshold: float | None,
+    on_error: OnError,
+) -> tuple[list[str], list[int], list[str]]:
+    """Check the arguments of `rerank_batch`; return a query for each document, the numbers of documents, and those."""
+    if isinstance(queries, str) or isinstance(documents, str):
+        raise TypeError("queries and documents must be sequences, the latter of sequences; for one query use rerank")
+    lists = [
+        _rerank_input(query, texts, top_n, score_threshold, on_error)
+        for query, texts in zip(queries, documents, strict=True)
+    ]
+    rows = [query for query, texts in zip(queries, lists, strict=True) for _ in texts]
+    return rows, list(map(len, lists)), [text for texts in lists for text in texts]
+
+
+def _parts(scores: Sequence[float | None], counts: Sequence[int]) -> Iterator[Sequence[float | None]]:
+    """The scores of each query."""
+    start = 0
+    for count in counts:
+        yield scores[start : start + count]
+        start += count

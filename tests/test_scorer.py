@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from rag_rerank import (
     BackendUnavailable,
     BadReply,
+    Closeable,
     ConfigError,
     DeadlineExceeded,
     DocumentRejected,
@@ -284,6 +285,8 @@ class TestPassthrough:
         """Failures are loud unless asked otherwise."""
         with pytest.raises(BackendUnavailable, match="nobody home"):
             Answers(unavailable).rerank("q", ["a"])
+        with pytest.raises(BackendUnavailable, match="nobody home"):
+            asyncio.run(Answers(unavailable).arerank("q", ["a"]))
 
     @pytest.mark.parametrize(
         ("answer", "documents", "error"), [(misconfigured, ["a"], ConfigError), (unavailable, [None], TypeError)]
@@ -294,6 +297,58 @@ class TestPassthrough:
         """A wrong setting or argument would otherwise go unnoticed for ever."""
         with pytest.raises(error):
             Answers(answer).rerank("q", documents, on_error="passthrough")
+
+
+class TestBatch:
+    """rerank_batch is rerank for each query, with one call to the back end."""
+
+    QUERIES = ("a b", "c", "d")
+    DOCUMENTS = (["x", "a b", "a"], [], ["d", "d", "x"])
+
+    @pytest.mark.parametrize("limits", [{}, {"top_n": 1}, {"score_threshold": 0.5}])
+    def test_each_query_gets_what_it_gets_alone(self, limits: dict[str, object]):
+        """Sync and async; a query without documents gets none."""
+        one, many, asynchronous = WordOverlap(), WordOverlap(), WordOverlap()
+        expected = [
+            one.rerank(query, texts, **limits) for query, texts in zip(self.QUERIES, self.DOCUMENTS, strict=True)
+        ]
+        assert many.rerank_batch(self.QUERIES, self.DOCUMENTS, **limits) == expected
+        assert asyncio.run(asynchronous.arerank_batch(self.QUERIES, self.DOCUMENTS, **limits)) == expected
+        assert len(many.calls) == len(asynchronous.calls) == 1
+
+    def test_nothing_is_no_work(self):
+        """Neither without queries nor without documents."""
+        scorer = WordOverlap()
+        assert scorer.rerank_batch([], []) == []
+        assert scorer.rerank_batch(["a", "b"], [[], []]) == [[], []]
+        assert scorer.calls == []
+
+    def test_a_failed_call_is_passed_through_for_every_query(self, caplog: pytest.LogCaptureFixture):
+        """With one warning; rejected documents follow those of their own query."""
+        passed = Answers(unavailable).rerank_batch(self.QUERIES, self.DOCUMENTS, top_n=2, on_error="passthrough")
+        assert passed == [[Ranked(0, None), Ranked(1, None)], [], [Ranked(0, None), Ranked(1, None)]]
+        assert len(caplog.records) == 1
+        rejected = Answers(first_rejected).rerank_batch(self.QUERIES, self.DOCUMENTS, on_error="passthrough")
+        assert rejected[0] == [Ranked(2, 0.2), Ranked(1, 0.1), Ranked(0, None)]
+        assert [item.index for item in rejected[2]] == [2, 1, 0]
+        with pytest.raises(BackendUnavailable):
+            Answers(unavailable).rerank_batch(self.QUERIES, self.DOCUMENTS)
+        with pytest.raises(BackendUnavailable):
+            asyncio.run(Answers(unavailable).arerank_batch(self.QUERIES, self.DOCUMENTS))
+
+    @pytest.mark.parametrize(
+        ("queries", "documents", "error"),
+        [
+            ("a", [["b"]], TypeError),
+            (["a"], "b", TypeError),
+            (["a"], ["b"], TypeError),
+            (["a", "b"], [["c"]], ValueError),
+        ],
+    )
+    def test_other_shapes_are_refused(self, queries: object, documents: object, error: type[Exception]):
+        """One list of documents for each query."""
+        with pytest.raises(error):
+            WordOverlap().rerank_batch(queries, documents)
 
 
 class TestDeadline:
@@ -346,3 +401,19 @@ class TestClosing:
 
         with pytest.raises(RerankError, match="closed"):
             asyncio.run(use()).score("q", "d")
+
+    def test_what_is_closed_in_an_event_loop_is_closed_the_same_way(self):
+        """Unless it does otherwise."""
+
+        class Door(Closeable):
+            closed = 0
+
+            def close(self) -> None:
+                self.closed += 1
+
+        async def use() -> Door:
+            async with Door() as door:
+                assert door.closed == 0
+            return door
+
+        assert asyncio.run(use()).closed == 1
