@@ -1,15 +1,17 @@
-"""The command line: ``rag-rerank demo | score | rerank | template | convert`` (extra `cli`).
+"""The command line: ``rag-rerank demo | score | rerank | check | template | convert`` (extra `cli`).
 
-Results go to stdout, everything else to stderr. The exit code is 0, 1 for a back end that gave no scores, or 2 for
-wrong arguments or input.
+Results go to stdout, everything else to stderr. The exit code is 0, 1 for a back end that gave no scores (or that
+``check`` found a problem with), or 2 for wrong arguments or input.
 """
 
+import dataclasses
 import json
 import os
 import pprint
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -25,6 +27,9 @@ from rag_rerank.local.scorer import DEFAULT_MODEL
 from rag_rerank.scorer import Ranked, Scorer
 from rag_rerank.template import Template
 from rag_rerank.vllm import VLLMScorer
+
+if TYPE_CHECKING:
+    from rag_rerank.vllm.check import Finding
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -111,6 +116,33 @@ def rerank(
             },
             lambda query, documents: _ranked_table(query, documents, ranked(scorer, query, documents)),
         )
+
+
+@app.command()
+def check(
+    urls: Annotated[list[str], typer.Argument(metavar="URL...", help="A vLLM server, or several of one model.")],
+    model: Annotated[str | None, typer.Option(help="The name on the server, where it serves several.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="JSON Lines, one a finding.")] = False,
+    timeout: Annotated[float, typer.Option(help="Seconds that a call may take.")] = 30.0,
+) -> None:
+    """Examine a vLLM server: does it answer, score, rank, use the right prompt, and how fast?
+
+    The key is read from VLLM_API_KEY. The exit code is 1 if a problem was found; warnings are not problems.
+    """
+    from rag_rerank.vllm.check import check as examine
+
+    verdicts: Counter[str] = Counter()
+    with VLLMScorer(urls, model=model, timeout=timeout) as scorer:
+        for finding in examine(scorer):
+            verdicts[finding.verdict] += 1
+            if as_json:
+                typer.echo(json.dumps(dataclasses.asdict(finding), ensure_ascii=False))
+            else:
+                _show_finding(finding)
+    if not as_json:
+        _show_verdict(verdicts)
+    if verdicts["problem"]:
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -270,6 +302,39 @@ def _ranked_table(query: str, documents: list[str], ranked: list[Ranked]) -> Tab
         text = escape(" ".join(documents[item.index].split()))
         table.add_row(str(item.index), "" if item.score is None else f"{item.score:.6f}", text)
     return table
+
+
+_MARKS = {"good": ("✓", "green"), "note": ("·", "cyan"), "warning": ("!", "yellow"), "problem": ("✗", "red")}
+
+
+def _show_finding(finding: "Finding") -> None:
+    """Mark, title and sentence, and below it the remedy."""
+    mark, colour = _MARKS[finding.verdict]
+    row = Table.grid(padding=(0, 1))
+    row.add_column(width=1)
+    row.add_column(width=14)  # the longest title
+    row.add_column(overflow="fold")
+    row.add_row(f"[bold {colour}]{mark}[/]", f"[bold]{finding.title}[/]", escape(_printable(finding.says)))
+    if finding.remedy is not None:
+        row.add_row("", "", f"[{colour}]→[/] {escape(_printable(finding.remedy))}")
+    Console(highlight=False).print(row)
+
+
+def _printable(text: str) -> str:
+    """`text` without commands to the terminal, which a server could put into the name of a model."""
+    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)
+
+
+def _show_verdict(verdicts: Counter[str]) -> None:
+    """The last line: how bad it is, all in all."""
+    counted = [
+        f"{verdicts[verdict]} {verdict}{'' if verdicts[verdict] == 1 else 's'}"
+        for verdict in ("problem", "warning", "note")
+        if verdicts[verdict]
+    ]
+    colour = next((_MARKS[verdict][1] for verdict in ("problem", "warning") if verdicts[verdict]), "green")
+    healthy = "" if verdicts["problem"] else "It can be used: "
+    Console(highlight=False).print(f"\n[bold {colour}]{healthy}{', '.join(counted) or 'all is well'}.[/]")
 
 
 def _show_example(scorer: Scorer) -> None:

@@ -13,6 +13,7 @@ from rag_rerank import LocalScorer
 from rag_rerank.families import FAMILIES
 from rag_rerank.template import SHIPPED
 from tests.causal_models import make_causal_lm
+from tests.faulty_server import FaultyServer, Request, Steps, http
 from tests.vllm_server import VLLMServer
 
 QUERY, DOCUMENTS = "capital of France", ["Bananas are yellow.", "Paris is the capital [of] France."]
@@ -173,3 +174,80 @@ class TestMistakes:
         result = run("score", "q", "d", "--port", str(port))
         assert result.returncode == 1
         assert f"localhost:{port}" in result.stderr
+
+
+class TestCheck:
+    """A server is examined."""
+
+    def test_a_server_that_scores_at_random(self):
+        """A line for each finding, remedies below, the verdict last; exit code 1."""
+        with FaultyServer() as server:
+            result = run("check", server.base_url, VLLM_API_KEY="")
+        assert (result.returncode, result.stderr) == (1, "")
+        lines = [line.rstrip() for line in result.stdout.splitlines()]
+        assert lines[0].startswith(f"✓ Reachable      {server.label} answers in ")
+        (ranking,) = [number for number, line in enumerate(lines) if line.startswith("✗ Ranking")]
+        assert lines[ranking + 1].startswith("                 → ")
+        assert lines[-1] == "1 problem, 1 warning, 3 notes."
+
+    def test_the_same_as_json_lines(self):
+        """One object a finding, and the same exit code."""
+        with FaultyServer() as server, FaultyServer() as other:
+            result = run("check", server.base_url, other.base_url, "--model", "m", "--json", VLLM_API_KEY="")
+        assert (result.returncode, result.stderr) == (1, "")
+        findings = [json.loads(line) for line in result.stdout.splitlines()]
+        assert {tuple(finding) for finding in findings} == {("title", "verdict", "says", "remedy")}
+        assert [finding["title"] for finding in findings[:2]] == ["Reachable", "Reachable"]
+        assert [finding["title"] for finding in findings if finding["verdict"] == "problem"] == ["Ranking"]
+
+    def test_a_servers_words_are_shown_and_nothing_more(self):
+        """Its names are neither markup nor commands to the terminal."""
+
+        def behave(request: Request) -> Steps | None:
+            named = json.dumps({"data": [{"id": "[red]m\x1b]0;x\x07", "root": "bge-reranker-base $(x)"}]})
+            return [http(named)] if request.path == "/v1/models" else None
+
+        with FaultyServer(behave) as server:
+            result = run("check", server.base_url, VLLM_API_KEY="")
+        assert "It serves [red]m\\x1b]0;x\\x07, from bge-reranker-base $(x)." in result.stdout
+        assert "\x1b" not in result.stdout
+
+    def test_nobody_there(self):
+        """One problem."""
+        with socket.create_server(("127.0.0.1", 0)) as closed:
+            port = closed.getsockname()[1]
+        result = run("check", f"http://127.0.0.1:{port}/v1")
+        assert (result.returncode, result.stderr) == (1, "")
+        assert result.stdout.startswith("✗ Reachable")
+        assert result.stdout.endswith("\n1 problem.\n")
+
+    @pytest.mark.parametrize(
+        ("arguments", "words"),
+        [
+            ([], "Missing argument"),
+            (["ftp://x"], "http://"),
+            (["http://x", "--timeout", "0"], "timeout must be"),
+            (["http://x"], "unencrypted"),
+        ],
+    )
+    def test_wrong_arguments(self, arguments: list[str], words: str):
+        """Exit code 2, and nothing on stdout."""
+        result = run("check", *arguments, VLLM_API_KEY="k3y")
+        assert (result.returncode, result.stdout) == (2, "")
+        assert words in result.stderr
+
+    def test_a_real_server_in_good_health(self, vllm_minilm: VLLMServer):
+        """Exit code 0."""
+        result = run("check", vllm_minilm.base_url, VLLM_API_KEY="")
+        assert (result.returncode, result.stderr) == (0, ""), result.stdout
+        assert "12 of 12 known answers" in result.stdout
+        assert "✗" not in result.stdout
+        assert result.stdout.endswith("\nIt can be used: 1 note.\n")
+
+    def test_a_real_server_of_random_weights(self, vllm_cross_encoder: VLLMServer):
+        """It does not pass (by luck with a warning, exit code 0); the key from the environment is not shown."""
+        result = run("check", vllm_cross_encoder.base_url, VLLM_API_KEY=str(vllm_cross_encoder.api_key))
+        assert (result.returncode, result.stderr) == ("✗" in result.stdout, "")
+        assert "✗ Ranking" in result.stdout or "! Ranking" in result.stdout
+        assert "! Key" in result.stdout
+        assert str(vllm_cross_encoder.api_key) not in result.stdout

@@ -32,6 +32,7 @@ from rag_rerank.vllm.wire import (
     Server,
     error_text,
     is_model_missing,
+    printable,
     read_models,
     read_version,
 )
@@ -137,7 +138,9 @@ class Exchange:
             served = _names((yield from self._once(node, Request("GET", "/v1/models"), read_models)))
             node.server = None  # where no model was named, the next call takes what is served then
             message = f"the server does not serve the model {server.model!r}"
-            raise self._error(node, BackendRejected, message, f"It serves: {served}. Pass one of them as model=.")
+            missing = self._error(node, BackendRejected, message, f"It serves: {served}. Pass one of them as model=.")
+            missing.status = 404
+            raise missing
 
         return (yield from self._try(attempt))
 
@@ -238,14 +241,15 @@ class Exchange:
             unavailable.retry_after = after
             return _MayPass(unavailable, after=after)
         node.back_off.worked()
-        if status in (401, 403):
-            return self._error(node, AuthError, message, "Pass api_key= or set VLLM_API_KEY.")
+        kind: type[BackendRejected] = BackendRejected
         remedy = None
-        if 300 <= status < 400:
+        if status in (401, 403):
+            kind, remedy = AuthError, "Pass api_key= or set VLLM_API_KEY."
+        elif 300 <= status < 400:
             message = f"the server answered {status}, a redirect, which is never followed"
             remedy = "Pass the address that it redirects to as base_url."
         elif status == 404 and is_model_missing(reply.body):
-            return self._error(node, _ModelMissing, message)
+            kind = _ModelMissing
         elif status == 404:
             remedy = (
                 "It has no score API there: vLLM offers it for a reranker with one label or an embedding model "
@@ -253,7 +257,7 @@ class Exchange:
             )
         elif "maximum context length" in said:
             remedy = "Set truncate_prompt_tokens=-1 to have over-long documents cut."
-        error = self._error(node, BackendRejected, message, remedy)
+        error = self._error(node, kind, message, remedy)
         error.status = status
         return error
 
@@ -319,7 +323,7 @@ class Exchange:
 
 
 def _names(cards: list[Card]) -> str:
-    return ", ".join(card.name for card in cards)
+    return ", ".join(printable(card.name) for card in cards)
 
 
 def _retry_after(value: str, now: float) -> float | None:

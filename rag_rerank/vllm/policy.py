@@ -26,7 +26,7 @@ API = Literal["score", "rerank"]
 
 _CUTS_DOCUMENTS = (0, 20)  # vLLM's max_tokens_per_doc
 _MOST_TOKENS_OF_A_TEMPLATE = 1024  # beside query and document; a guess, only for whether to measure
-_MOST_TOKENS_OF_A_PLAIN_PAIR = 8  # "a" and "a": BERT 5, RoBERTa 6, a bi-encoder 6; the shortest template with an end 12
+MOST_TOKENS_OF_A_PLAIN_PAIR = 8  # "a" and "a": BERT 5, RoBERTa 6, a bi-encoder 6; the shortest template with an end 12
 
 
 @dataclass(slots=True)
@@ -182,7 +182,7 @@ class Call:
         if server.templated is not None:
             return server.templated
         answer = yield from self._ask([NEUTRAL], [NEUTRAL], self.options)
-        templated = (answer.prompt_tokens or 0) > _MOST_TOKENS_OF_A_PLAIN_PAIR
+        templated = (answer.prompt_tokens or 0) > MOST_TOKENS_OF_A_PLAIN_PAIR
         self.exchange.nodes.remember(templated=templated)
         return templated
 

@@ -120,12 +120,12 @@ class Options:
                 come back all the same, but not the one that was asked for.
         """
         version = version or (1, 0)
-        given = {name: getattr(self, name) for name in _SINCE if getattr(self, name) is not None}
+        given = {name: getattr(self, name) for name in SINCE if getattr(self, name) is not None}
         if given.get("truncate_prompt_tokens") == -1 and version < (0, 9):
             del given["truncate_prompt_tokens"]  # -1 came with 0.9; without it, over-long pairs are refused, not missed
         for name in given:
-            if version < _SINCE[name]:
-                need = ".".join(map(str, _SINCE[name]))
+            if version < SINCE[name]:
+                need = ".".join(map(str, SINCE[name]))
                 raise ConfigError(f"vLLM {version[0]}.{version[1]} does not know {name}; it needs {need} or newer")
         if "use_activation" in given and version < (0, 12):
             given["activation"] = given.pop("use_activation")  # its name in 0.10 and 0.11
@@ -133,7 +133,7 @@ class Options:
 
 
 # The versions from which a field is known (the sources of the releases; 0.16 to 0.33 were read, 0.32 was run).
-_SINCE: dict[str, Version] = {
+SINCE: dict[str, Version] = {
     "use_activation": (0, 10),
     "truncate_prompt_tokens": (0, 8),
     "max_tokens_per_query": (0, 20),
@@ -279,9 +279,14 @@ def error_text(body: bytes) -> str:
         error = content.get("error")
         nested = error.get("message") if isinstance(error, dict) else error
         text = str(nested or content.get("message") or content.get("detail") or content)
+    return printable(text)
+
+
+def printable(text: str) -> str:
+    """What a server says, in one short line that does nothing to a terminal."""
     line = " ".join(text.split())
-    printable = "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in line)
-    return printable if len(printable) <= 300 else printable[:297] + "..."
+    shown = "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in line)
+    return shown if len(shown) <= 300 else shown[:297] + "..."
 
 
 def is_model_missing(body: bytes) -> bool:
