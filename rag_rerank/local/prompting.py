@@ -96,7 +96,8 @@ class Prompts:
         while True:
             if room < 1:
                 raise BackendRejected(
-                    f"a query and its template take more than the {self.max_length} tokens that the model reads",
+                    f"a query and its template leave no room for a document in the {self.max_length} tokens "
+                    "that the model reads",
                     remedy="Shorten the query or instruction, or set max_tokens_per_query.",
                 )
             beginning = cut(self.tokenizer, document, room)

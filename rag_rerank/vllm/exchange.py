@@ -119,12 +119,15 @@ class Exchange:
         """What one of the servers tells about itself; asked once."""
         return self.nodes.known or (yield from self._try(self._described))
 
-    def ask(self, make: Callable[[Server, str], Request], read: Callable[[bytes], Answer]) -> Steps[Answer]:
+    def ask(
+        self, make: Callable[[Server, str], Request], read: Callable[[bytes], Answer], *, aside: bool = False
+    ) -> Steps[Answer]:
         """Get a request answered.
 
         Args:
             make: The request to a server, with this id.
             read: The answer in a body; raises BadReply.
+            aside: Whether it is a small one, which takes no server's turn.
         """
 
         def attempt(node: Node) -> Steps[Answer]:
@@ -135,26 +138,37 @@ class Exchange:
                 return (yield from self._once(node, request, lambda body: self._own(node, read(body), sent_id)))
             except _ModelMissing:
                 pass
-            served = _names((yield from self._once(node, Request("GET", "/v1/models"), read_models)))
             node.server = None  # where no model was named, the next call takes what is served then
-            message = f"the server does not serve the model {server.model!r}"
-            missing = self._error(node, BackendRejected, message, f"It serves: {served}. Pass one of them as model=.")
-            missing.status = 404
-            raise missing
+            raise (yield from self._missing(node, server.model))
 
-        return (yield from self._try(attempt))
+        return (yield from self._try(attempt, aside=aside))
 
     def error(self, kind: type[E], message: str, remedy: str | None = None) -> E:
         """An error that concerns the whole call, with where, how many attempts and how long."""
         elapsed = self._clock() - self._began
         return kind(message, endpoint=self.nodes.label, attempts=self._attempts, elapsed=elapsed, remedy=remedy)
 
-    def _try(self, attempt: Callable[[Node], Steps[T]]) -> Steps[T]:
+    def _missing(self, node: Node, model: str) -> Steps[BackendRejected]:
+        """The error for a model that is not served, with those that are."""
+        remedy = "Pass the name that it serves as model=."
+        try:
+            cards = yield from self._once(node, Request("GET", "/v1/models"), read_models)
+            remedy = f"It serves: {_names(cards)}. Pass one of them as model=."
+        except BackendRejected:  # a gateway that lists none
+            pass
+        error = self._error(node, BackendRejected, f"the server does not serve the model {model!r}", remedy)
+        error.status = 404
+        return error
+
+    def _try(self, attempt: Callable[[Node], Steps[T]], *, aside: bool = False) -> Steps[T]:
         """Attempt until it works or finally fails, or no try or no time is left."""
         tries = 1 if self.nodes.down else 1 + self.rules.max_retries
         tried: list[Node] = []
+        left_alone: dict[Node, float] = {}  # until when
         while True:
-            node = self.nodes.choose(tried)
+            now = self._clock()
+            busy = [node for node, until in left_alone.items() if until > now]
+            node = self.nodes.choose(tried, busy, aside=aside)
             tried.append(node)
             try:
                 return (yield from attempt(node))
@@ -162,6 +176,7 @@ class Exchange:
                 pause = self._pause(failure, tried)
                 if len(tried) >= tries or pause >= self._left():
                     raise failure.error from failure.error.__cause__
+                left_alone[node] = self._clock() + (failure.after or 0.0)
             if pause > 0:
                 yield Sleep(pause)
 
@@ -194,7 +209,7 @@ class Exchange:
         if isinstance(outcome, Failure):
             raise self._failed(node, outcome)
         if not 200 <= outcome.status < 300:
-            raise self._refused(node, outcome)
+            raise self._refused(node, outcome, request)
         node.back_off.worked()
         try:
             return read(outcome.body)  # where the status is 204, say, this is no answer either
@@ -229,7 +244,7 @@ class Exchange:
         error.__cause__ = failure.cause
         return _MayPass(error, again)
 
-    def _refused(self, node: Node, reply: Reply) -> Exception:
+    def _refused(self, node: Node, reply: Reply, request: Request) -> Exception:
         """The error for a status that is no success."""
         status, said = reply.status, error_text(reply.body)
         message = f"the server answered {status}: {said}"
@@ -248,7 +263,7 @@ class Exchange:
         elif 300 <= status < 400:
             message = f"the server answered {status}, a redirect, which is never followed"
             remedy = "Pass the address that it redirects to as base_url."
-        elif status == 404 and is_model_missing(reply.body):
+        elif status == 404 and request.method == "POST" and is_model_missing(reply.body):
             kind = _ModelMissing
         elif status == 404:
             remedy = (
@@ -305,11 +320,12 @@ class Exchange:
         if answer.id is not None and answer.id.endswith(sent_id):
             node.echoes_ids = True
         elif node.echoes_ids or ID_PREFIX in (answer.id or ""):
-            raise BadReply(f"the answer is for the request {str(answer.id)[:80]!r}, not for {sent_id!r}")
+            raise BadReply(f"the answer is for the request {printable(answer.id or '')!r}, not for {sent_id!r}")
         if self._answered_by is None:
             self._answered_by = answer.model
         elif answer.model != self._answered_by:
-            raise BadReply(f"parts of one call were answered by {self._answered_by!r} and by {answer.model!r}")
+            first, other = printable(self._answered_by), printable(str(answer.model))
+            raise BadReply(f"parts of one call were answered by {first!r} and by {other!r}")
         return answer
 
     def _error(self, node: Node, kind: type[E], message: str, remedy: str | None = None) -> E:
@@ -323,7 +339,7 @@ class Exchange:
 
 
 def _names(cards: list[Card]) -> str:
-    return ", ".join(printable(card.name) for card in cards)
+    return printable(", ".join(card.name for card in cards))
 
 
 def _retry_after(value: str, now: float) -> float | None:

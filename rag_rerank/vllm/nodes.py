@@ -1,6 +1,5 @@
 """The servers of one scorer: which is asked next, and what is known about each."""
 
-import itertools
 from collections.abc import Collection, Sequence
 from dataclasses import replace
 
@@ -44,19 +43,26 @@ class Nodes:
 
     def __init__(self, endpoints: Sequence[Endpoint]) -> None:
         self._nodes = [Node(endpoint) for endpoint in endpoints]
-        self._turn = itertools.count()
+        self._turn = 0
 
     def __len__(self) -> int:
         return len(self._nodes)
 
-    def choose(self, tried: Collection[Node]) -> Node:
+    def choose(self, tried: Collection[Node], avoid: Collection[Node] = (), *, aside: bool = False) -> Node:
         """The next in turn that answers as far as is known, and one that was not tried yet if there is one.
 
         If all rest, it is the one whose rest ends first: one that is thought to be down may be up again, and nobody
         else is there to ask.
+
+        Args:
+            tried: Those that were asked already.
+            avoid: Those that are not to be asked as long as there is another one.
+            aside: Take nobody's turn: or of two servers one would get all small requests and the other all large ones.
         """
-        start = next(self._turn) % len(self._nodes)
+        start = self._turn % len(self._nodes)
+        self._turn += not aside
         turn = self._nodes[start:] + self._nodes[:start]
+        turn = [node for node in turn if node not in avoid] or turn
         for node in turn:
             if node not in tried and node.back_off.claim():
                 return node

@@ -125,7 +125,7 @@ class Call:
         if not self._sound:
             query = self.queries[0] if len(self.queries) == 1 else NEUTRAL
             try:
-                yield from self._ask([query], [NEUTRAL], self.options)
+                yield from self._ask([query], [NEUTRAL], self.options, aside=True)
             except BackendRejected:
                 return self._sound  # another branch may know better by now
             self._sound = True
@@ -181,25 +181,35 @@ class Call:
         """Whether the server puts pairs into a template, which shows in the number of tokens that it reads."""
         if server.templated is not None:
             return server.templated
-        answer = yield from self._ask([NEUTRAL], [NEUTRAL], self.options)
+        answer = yield from self._ask([NEUTRAL], [NEUTRAL], self.options, aside=True)
         templated = (answer.prompt_tokens or 0) > MOST_TOKENS_OF_A_PLAIN_PAIR
         self.exchange.nodes.remember(templated=templated)
         return templated
 
     def _room(self, query: str, window: int) -> Steps[int | None]:
         """The tokens that template and query leave for a document."""
-        answer = yield from self._ask([query], [NEUTRAL], self.options)
+        try:
+            answer = yield from self._ask([query], [NEUTRAL], self.options, aside=True)
+        except BackendRejected as refusal:
+            if "maximum context length" in refusal.message:
+                raise self._no_room(window) from refusal
+            raise
         if answer.prompt_tokens is None:
             return None
         if answer.prompt_tokens >= window:
-            raise self.exchange.error(
-                BackendRejected,
-                f"a query and its template take {answer.prompt_tokens} of the {window} tokens that the model reads",
-                "Shorten the query or instruction, or set max_tokens_per_query.",
-            )
+            raise self._no_room(window)
         return window - answer.prompt_tokens
 
-    def _ask(self, queries: Sequence[str], documents: Sequence[str], options: Options) -> Steps[Answer]:
+    def _no_room(self, window: int) -> BackendRejected:
+        return self.exchange.error(
+            BackendRejected,
+            f"a query and its template leave no room for a document in the {window} tokens that the model reads",
+            "Shorten the query or instruction, or set max_tokens_per_query.",
+        )
+
+    def _ask(
+        self, queries: Sequence[str], documents: Sequence[str], options: Options, *, aside: bool = False
+    ) -> Steps[Answer]:
         """One request, answered."""
         count = len(documents)
         if self.api == "rerank":
@@ -207,12 +217,14 @@ class Call:
                 yield from self.exchange.ask(
                     lambda server, request_id: rerank_request(server, queries[0], documents, options, request_id),
                     lambda body: read_relevance_scores(body, count),
+                    aside=aside,
                 )
             )
         return (
             yield from self.exchange.ask(
                 lambda server, request_id: score_request(server, queries, documents, options, request_id),
                 lambda body: read_scores(body, count),
+                aside=aside,
             )
         )
 
