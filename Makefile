@@ -1,6 +1,7 @@
 # make demo | make test | make check | make bench | make soak: each sets up what it needs, nothing by hand.
 #
 #   .venv        this project, its adapters, and everything that demo, tests and checks use
+#   .venv-lowest the lowest versions that the adapters allow, for their tests
 #   .venv-vllm   a real vLLM server for the CPU (Linux x86-64), which the tests start
 #   .venv-peers, .venv-peers-onnx, .venv-peers-infinity   what `make bench` compares with (Linux x86-64)
 
@@ -21,8 +22,9 @@ endif
 demo: .venv/.installed
 	$(BIN)/rag-rerank demo
 
-test: .venv/.installed-dev $(VLLM)
+test: .venv/.installed-dev .venv-lowest/.installed $(VLLM)
 	$(BIN)/pytest
+	.venv-lowest/bin/pytest tests/integrations tests/vllm/test_transport.py --without-server
 
 check: .venv/.installed-dev
 	$(BIN)/ruff format --check .
@@ -43,7 +45,7 @@ soak: .venv/.installed-dev $(VLLM)
 vllm: .venv-vllm/.installed
 
 clean:
-	rm -rf .venv .venv-vllm .venv-peers .venv-peers-onnx .venv-peers-infinity
+	rm -rf .venv .venv-lowest .venv-vllm .venv-peers .venv-peers-onnx .venv-peers-infinity
 
 .venv/.installed: $(PROJECTS) constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "rag_rerank needs Python 3.11 or newer")'
@@ -55,6 +57,15 @@ clean:
 
 .venv/.installed-dev: .venv/.installed
 	$(INSTALL) --group test --group check
+	touch $@
+
+# torch first: see below.
+.venv-lowest/.installed: tests/lowest-requirements.txt $(PROJECTS)
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/pip install --quiet --disable-pip-version-check torch==2.13.0
+	$(@D)/bin/pip install --quiet --disable-pip-version-check --requirement $<
+	$(@D)/bin/pip install --quiet --disable-pip-version-check --no-deps --editable . --editable integrations/langchain \
+		--editable integrations/llama_index
 	touch $@
 
 # 88 pins without what text scoring never touches (triton, numba, opencv): a minute and 1.8 GB instead of four and 3.5.

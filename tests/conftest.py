@@ -86,8 +86,14 @@ _needs_server: set[str] = set()
 _passed: set[str] = set()
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--without-server", action="store_true", help="leave out the tests that need a vLLM server")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Fast tests first: those that need a server, which takes half a minute to start, come last."""
+    if config.getoption("--without-server"):
+        items[:] = [item for item in items if not needs_server(item)]
     for item in items:
         if needs_server(item):
             _needs_server.add(item.nodeid)
