@@ -38,6 +38,7 @@ bench: .venv/.installed-bench $(VLLM) $(PEERS)
 	$(BIN)/python -m benchmarks.quality
 	$(BIN)/python -m benchmarks.cold
 	$(BIN)/python -m benchmarks.overhead
+	$(BIN)/python -m benchmarks.adapters
 
 soak: .venv/.installed-dev $(VLLM)
 	$(BIN)/python -m tests.soak
