@@ -1,0 +1,28 @@
+"""The command line: ``rag-rerank demo | score | rerank | check | template | convert`` (extra `cli`).
+
+Results go to stdout, everything else to stderr. The exit code is 0, 1 for a back end that gave no scores (or that
+``check`` found a problem with), or 2 for wrong arguments or input.
+"""
+
+import sys
+
+from rag_rerank.errors import ConfigError, RerankError
+
+
+def main() -> None:
+    """Run the command line; errors that a user can mend are one line, without a traceback."""
+    try:
+        from rag_rerank.cli.app import app
+    except ModuleNotFoundError as error:
+        _fail(f"the command line needs {error.name}: pip install 'rag-rerank[cli]'", code=2)
+    try:
+        app()
+    except (ConfigError, TypeError, ValueError) as error:
+        _fail(str(error), code=2)
+    except RerankError as error:
+        _fail(str(error), code=1)
+
+
+def _fail(message: str, code: int) -> None:
+    sys.stderr.write(f"error: {message}\n")
+    raise SystemExit(code) from None

@@ -1,0 +1,73 @@
+"""``rag-rerank check``."""
+
+import dataclasses
+import json
+from collections import Counter
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from rag_rerank.cli.options import KeyOverHTTPOption
+from rag_rerank.vllm import VLLMScorer
+from rag_rerank.vllm.check import Finding
+from rag_rerank.vllm.check import check as examine
+
+_MARKS = {"good": ("✓", "green"), "note": ("·", "cyan"), "warning": ("!", "yellow"), "problem": ("✗", "red")}
+
+
+def check(
+    urls: Annotated[list[str], typer.Argument(metavar="URL...", help="A vLLM server, or several of one model.")],
+    model: Annotated[str | None, typer.Option(help="The name on the server, where it serves several.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="JSON Lines, one a finding.")] = False,
+    timeout: Annotated[float, typer.Option(help="Seconds that a call may take.")] = 30.0,
+    send_key_over_http: KeyOverHTTPOption = False,
+) -> None:
+    """Examine a vLLM server: does it answer, score, rank, use the right prompt, and how fast?
+
+    The key is read from VLLM_API_KEY. The exit code is 1 if a problem was found; warnings are not problems.
+    """
+    verdicts: Counter[str] = Counter()
+    with VLLMScorer(urls, model=model, timeout=timeout, send_key_over_http=send_key_over_http) as scorer:
+        for finding in examine(scorer):
+            verdicts[finding.verdict] += 1
+            if as_json:
+                typer.echo(json.dumps(dataclasses.asdict(finding), ensure_ascii=False))
+            else:
+                _show_finding(finding)
+    if not as_json:
+        _show_verdict(verdicts)
+    if verdicts["problem"]:
+        raise typer.Exit(1)
+
+
+def _show_finding(finding: Finding) -> None:
+    """Mark, title and sentence, and below it the remedy."""
+    mark, colour = _MARKS[finding.verdict]
+    row = Table.grid(padding=(0, 1))
+    row.add_column(width=1)
+    row.add_column(width=14)  # the longest title
+    row.add_column(overflow="fold")
+    row.add_row(f"[bold {colour}]{mark}[/]", f"[bold]{finding.title}[/]", escape(_printable(finding.says)))
+    if finding.remedy is not None:
+        row.add_row("", "", f"[{colour}]→[/] {escape(_printable(finding.remedy))}")
+    Console(highlight=False).print(row)
+
+
+def _printable(text: str) -> str:
+    """`text` without commands to the terminal, which a server could put into the name of a model."""
+    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)
+
+
+def _show_verdict(verdicts: Counter[str]) -> None:
+    """The last line: how bad it is, all in all."""
+    counted = [
+        f"{verdicts[verdict]} {verdict}{'' if verdicts[verdict] == 1 else 's'}"
+        for verdict in ("problem", "warning", "note")
+        if verdicts[verdict]
+    ]
+    colour = next((_MARKS[verdict][1] for verdict in ("problem", "warning") if verdicts[verdict]), "green")
+    healthy = "" if verdicts["problem"] else "It can be used: "
+    Console(highlight=False).print(f"\n[bold {colour}]{healthy}{', '.join(counted) or 'all is well'}.[/]")

@@ -1,0 +1,72 @@
+"""``rag-rerank convert`` and ``rag-rerank template``."""
+
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import Progress
+from rich.table import Table
+
+from rag_rerank.errors import ConfigError
+from rag_rerank.families import FAMILIES, find_family
+from rag_rerank.families import family as family_called
+from rag_rerank.template import Template
+
+
+def convert(
+    model: Annotated[str, typer.Argument(help="A causal reranker: hub id or folder, with safetensors weights.")],
+    out: Annotated[str, typer.Argument(help="The folder to make.")],
+    token: Annotated[
+        list[str] | None, typer.Option(help="The answer, or twice: the false and the true one. Known for known models.")
+    ] = None,
+    template: Annotated[str | None, typer.Option(help="Score template to put into it. Known for known models.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; as it is if none.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a model that is there.")] = False,
+) -> None:
+    """Write a causal reranker as a classifier, which vLLM and transformers load without overrides."""
+    from rag_rerank.convert import convert as write
+
+    family = find_family(model)
+    tokens = tuple(token or (family.tokens if family else ()))
+    if not tokens:
+        raise ConfigError(f"{model!r} is no known causal reranker; pass its answers: --token no --token yes")
+    template = template or (family.template if family else None)
+    with Progress(console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("Writing weights", total=None)
+        write(
+            model,
+            out,
+            method="single-token" if len(tokens) == 1 else "two-token",
+            tokens=tokens,
+            template=None if template is None else Template.load(template).source,
+            dtype=dtype,  # type: ignore[arg-type]  # checked there
+            overwrite=overwrite,
+            progress=lambda done, total: bar.update(task, completed=done, total=total),
+        )
+    typer.echo(f"vllm serve {out}" + ("" if template is None else f" --chat-template {out}/chat_template.jinja"))
+
+
+template_app = typer.Typer(no_args_is_help=True, help="Score templates and the families of models that they are for.")
+
+
+@template_app.command("list")
+def list_templates() -> None:
+    """Every family that vLLM's score API scores: its models, its template, and where its score comes from."""
+    table = Table("family", "models", "template", "score from", "instruction", show_lines=True)
+    for family in FAMILIES:
+        answer = f" ({' / '.join(family.tokens)})" if family.tokens else ""
+        cells = family.name, "\n".join(family.models), family.template or "", family.method + answer
+        table.add_row(*map(escape, (*cells, family.instruction or "")))
+    Console().print(table)
+
+
+@template_app.command("show")
+def show_template(name: Annotated[str, typer.Argument(help="A family's or template's name.")]) -> None:
+    """Print a template file, as ``vllm serve --chat-template`` takes it."""
+    if name not in Template.shipped():
+        found = family_called(name).template
+        if found is None:
+            raise ConfigError(f"the family {name!r} has no template: query and document are encoded as a pair")
+        name = found
+    typer.echo(Template.load(name).source, nl=False)
