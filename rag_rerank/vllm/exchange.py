@@ -23,7 +23,7 @@ from rag_rerank.errors import (
     DeadlineExceeded,
 )
 from rag_rerank.vllm.nodes import Node, Nodes
-from rag_rerank.vllm.steps import Discard, Failure, Send, Sleep, Steps
+from rag_rerank.vllm.steps import Failure, Send, Sleep, Steps
 from rag_rerank.vllm.wire import (
     Answer,
     Card,
@@ -138,8 +138,9 @@ class Exchange:
                 return (yield from self._once(node, request, lambda body: self._own(node, read(body), sent_id)))
             except _ModelMissing:
                 pass
-            node.server = None  # where no model was named, the next call takes what is served then
-            raise (yield from self._missing(node, server.model))
+            node.server = None  # it was started again with another model
+            missing = yield from self._missing(node, server.model)
+            raise missing if self._model is not None else _MayPass(missing, "soon")
 
         return (yield from self._try(attempt, aside=aside))
 
@@ -199,11 +200,23 @@ class Exchange:
         if left <= 0:
             raise self._error(node, DeadlineExceeded, "the deadline passed")
         timeout = min(left, self._attempt_timeout)
+        results: list[T] = []
+        faults: list[BadReply] = []
+
+        def judge(reply: Reply) -> bool:
+            try:
+                if 200 <= reply.status < 300:
+                    results.append(read(reply.body))  # where the status is 204, say, this is no answer either
+            except BadReply as fault:
+                faults.append(fault)
+            return not faults
+
         outcome: Reply | Failure = yield Send(
             node.endpoint,
             request,
             None if timeout == math.inf else timeout,
             min(self.rules.connect_timeout, timeout),
+            judge,
         )
         self._attempts += 1
         if isinstance(outcome, Failure):
@@ -211,13 +224,11 @@ class Exchange:
         if not 200 <= outcome.status < 300:
             raise self._refused(node, outcome, request)
         node.back_off.worked()
-        try:
-            return read(outcome.body)  # where the status is 204, say, this is no answer either
-        except BadReply as reason:
-            yield Discard(outcome)
-            error = self._error(node, BadReply, reason.message, "Is it a vLLM server?")
-            error.__cause__ = reason
-            raise _MayPass(error) from None
+        if results:
+            return results[0]
+        error = self._error(node, BadReply, faults[0].message, "Is it a vLLM server?")
+        error.__cause__ = faults[0]
+        raise _MayPass(error)
 
     def _failed(self, node: Node, failure: Failure) -> Exception:
         """The error for no answer."""
@@ -229,7 +240,7 @@ class Exchange:
             return error
         if failure.kind == "unread":
             return _MayPass(self._error(node, BadReply, failure.text))
-        node.failed()
+        node.failed(gone=failure.kind == "connect")
         again: Literal["soon", "later", "elsewhere"] = "later"
         remedy = "Is the vLLM server running there, and has it finished loading?"
         text = failure.text
@@ -250,7 +261,7 @@ class Exchange:
         message = f"the server answered {status}: {said}"
         if status >= 500 or status in (408, 429):
             if status in (502, 503, 504):
-                node.failed()
+                node.failed(gone=False)
             after = _retry_after(reply.headers.get("retry-after", ""), self._now())
             unavailable = self._error(node, BackendUnavailable, message)
             unavailable.retry_after = after

@@ -17,7 +17,7 @@ class Node:
     Attributes:
         endpoint: Its address.
         back_off: Whether it answers.
-        server: What it told about itself; None before it was asked, and after it failed: it may come back as another.
+        server: What it told about itself; None before it was asked, and after it was gone.
         echoes_ids: Whether it has been seen to give a request's id back.
     """
 
@@ -27,11 +27,12 @@ class Node:
         self.server: Server | None = None
         self.echoes_ids = False
 
-    def failed(self) -> None:
-        """It did not answer."""
+    def failed(self, *, gone: bool) -> None:
+        """It did not answer; if it is gone, it may come back as another."""
         self.back_off.failed()
-        self.server = None
-        self.echoes_ids = False
+        if gone:
+            self.server = None
+            self.echoes_ids = False
 
 
 class Nodes:

@@ -102,7 +102,8 @@ class Call:
         queries = self.queries if len(self.queries) == 1 else [self.queries[position] for position in piece]
         options = self.options if room is None else replace(self.options, max_tokens_per_doc=room)
         try:
-            answer = yield from self._ask(queries, [self.documents[position] for position in piece], options)
+            documents = [self.documents[position] for position in piece]
+            answer = yield from self._ask(queries, documents, options, positions=piece)
         except BackendRejected as refusal:
             if refusal.status not in (400, 413, 422):
                 raise
@@ -208,22 +209,27 @@ class Call:
         )
 
     def _ask(
-        self, queries: Sequence[str], documents: Sequence[str], options: Options, *, aside: bool = False
+        self,
+        queries: Sequence[str],
+        documents: Sequence[str],
+        options: Options,
+        *,
+        positions: Sequence[int] = (0,),
+        aside: bool = False,
     ) -> Steps[Answer]:
-        """One request, answered."""
-        count = len(documents)
+        """One request, answered. `positions` are the documents' among the caller's."""
         if self.api == "rerank":
             return (
                 yield from self.exchange.ask(
                     lambda server, request_id: rerank_request(server, queries[0], documents, options, request_id),
-                    lambda body: read_relevance_scores(body, count),
+                    lambda body: read_relevance_scores(body, positions),
                     aside=aside,
                 )
             )
         return (
             yield from self.exchange.ask(
                 lambda server, request_id: score_request(server, queries, documents, options, request_id),
-                lambda body: read_scores(body, count),
+                lambda body: read_scores(body, positions),
                 aside=aside,
             )
         )

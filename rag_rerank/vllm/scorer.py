@@ -138,7 +138,7 @@ class VLLMScorer(Scorer):
                     "where the network in between is trusted"
                 )
         self._nodes = Nodes(self._endpoints)
-        self._transport = Transport(key)
+        self._transport = Transport(key, encrypted=any(each.root.startswith("https") for each in self._endpoints))
 
     def _split(self, template: str | os.PathLike[str]) -> Halves:
         """The template's halves, with the variables in them; the server then gets no more of either."""
@@ -156,7 +156,7 @@ class VLLMScorer(Scorer):
         return (self._model or "unknown") if known is None else known.model
 
     def _score(self, queries: list[str], documents: list[str], until: float | None) -> list[float]:
-        return self._transport.run(self._steps(queries, documents, until))
+        return self._transport.run(self._steps(queries, documents, until), until)
 
     async def _ascore(self, queries: list[str], documents: list[str], until: float | None) -> list[float]:
         return await self._transport.arun(self._steps(queries, documents, until))

@@ -1,12 +1,12 @@
 """What a call asks to be done, and what it is told: the language between the rules and the drivers.
 
-A call is a generator. It yields a step, `Send`, `Sleep`, `Together` or `Discard`, and is told with ``send()`` what came
+A call is a generator. It yields a step, `Send`, `Sleep` or `Together`, and is told with ``send()`` what came
 of it; it returns its result or raises. So the rules (`rag_rerank.vllm.exchange`, `rag_rerank.vllm.policy`) do no I/O
 and own no clock: the transport runs them over real connections, and tests over a list of replies and a clock of their
 own. The pattern is that of httpx's authentication flow.
 """
 
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
@@ -23,12 +23,15 @@ class Send:
         request: What.
         timeout: Seconds until the whole answer must be there; None: no limit.
         connect_timeout: Seconds until there must be a connection, name lookup and TLS included.
+        judge: Called with every reply, before anything else goes over its connection. Where it is False the connection
+            is closed: what comes next there may be another request's.
     """
 
     endpoint: Endpoint
     request: Request
     timeout: float | None
     connect_timeout: float
+    judge: Callable[[Reply], bool]
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,13 +46,6 @@ class Together:
     """Run steps side by side; told None when all are done. The first error ends the others and is raised here."""
 
     branches: "Sequence[Steps[None]]"
-
-
-@dataclass(frozen=True, slots=True)
-class Discard:
-    """Close the connection that a reply came over: what comes next there may be another request's; told None."""
-
-    reply: Reply
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +65,6 @@ class Failure:
 
 
 T = TypeVar("T")
-Step = Send | Sleep | Together | Discard
+Step = Send | Sleep | Together
 Steps = Generator[Step, Any, T]
 """Yields what to do, is told what came of it, returns a T."""

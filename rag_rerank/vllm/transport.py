@@ -8,19 +8,28 @@ stop working for it. That thread costs a call about 0.5 ms more than httpx's cli
 
 import asyncio
 import contextlib
+import importlib
 import os
 import ssl
 import threading
+import time
 import weakref
 from collections.abc import AsyncGenerator, Coroutine, Generator, Mapping, Sequence
 from dataclasses import replace
+from http.cookiejar import CookieJar, DefaultCookiePolicy
 from typing import Any, TypedDict, TypeVar
+from urllib.request import getproxies
 
 import httpx
 
-from rag_rerank.errors import RerankError
-from rag_rerank.vllm.steps import Discard, Failure, Send, Sleep, Step, Steps, Together
+from rag_rerank.errors import DeadlineExceeded, RerankError
+from rag_rerank.vllm.steps import Failure, Send, Sleep, Step, Steps, Together
 from rag_rerank.vllm.wire import Reply
+
+# What httpx would import with its first request: a process that forks in that moment has a child that waits for ever.
+for _name in ("httpcore", "anyio._backends._asyncio", "encodings.idna"):
+    with contextlib.suppress(ImportError):
+        importlib.import_module(_name)
 
 T = TypeVar("T")
 _Lifetime = AsyncGenerator[None, None]
@@ -33,6 +42,7 @@ _FOLLOW_REDIRECTS = False
 # A compressed answer can grow a thousandfold when unpacked: ask for none, and read none (`_read`).
 _HEADERS = {"Accept-Encoding": "identity", "Content-Type": "application/json"}
 _LONGEST_ERROR_PAGE = 64 << 10  # bytes; enough for a sentence
+_GRACE = 0.2  # seconds
 _CLOSED = "The scorer was closed while it was scoring."
 
 
@@ -47,11 +57,11 @@ class _Background:
         self._lock = threading.Lock()
         self._loop: asyncio.AbstractEventLoop | None = None
 
-    def run(self, work: Coroutine[Any, Any, T]) -> T:
-        """Run `work` to its end. An exception that reaches the caller meanwhile (Ctrl-C) cancels it."""
+    def run(self, work: Coroutine[Any, Any, T], timeout: float | None) -> T:
+        """Run `work` to its end, for `timeout` seconds at most. What interrupts the caller (Ctrl-C) cancels it."""
         future = asyncio.run_coroutine_threadsafe(work, self._running())
         try:
-            return future.result()
+            return future.result(timeout)
         except BaseException:
             future.cancel()
             raise
@@ -85,10 +95,12 @@ class Transport:
 
     Args:
         api_key: Sent as bearer token with every request.
+        encrypted: Whether there are https addresses. Getting ready for them takes 20-40 ms of every event loop.
     """
 
-    def __init__(self, api_key: str | None) -> None:
+    def __init__(self, api_key: str | None, *, encrypted: bool = True) -> None:
         self._key = None if api_key is None else _Bearer(api_key)
+        self._encrypted = encrypted
         self._closed = False
         self._finalizer: weakref.finalize[..., Transport] | None = None
         self.forget()
@@ -108,9 +120,21 @@ class Transport:
         self._finalizer = weakref.finalize(self, _close_soon, self._clients)  # adapters are dropped, not closed
         self._finalizer.atexit = False  # the process's end closes them, too
 
-    def run(self, steps: Steps[T]) -> T:
-        """Do what `steps` yields; blocks."""
-        return _background.run(self.arun(steps))
+    def run(self, steps: Steps[T], until: float | None = None) -> T:
+        """Do what `steps` yields; blocks.
+
+        Args:
+            steps: What to do.
+            until: When to give up waiting, on the monotonic clock. Steps keep time themselves, but not where something
+                else keeps the event loop from running.
+        """
+        timeout = None if until is None else max(0.0, until - time.monotonic()) + _GRACE
+        try:
+            return _background.run(self.arun(steps), timeout)
+        except TimeoutError as error:
+            if isinstance(error, RerankError):
+                raise
+            raise DeadlineExceeded("the deadline passed, and nothing else could be learned about the call") from None
 
     async def arun(self, steps: Steps[T]) -> T:
         """Do what `steps` yields, in this event loop."""
@@ -137,10 +161,6 @@ class Transport:
                 await asyncio.sleep(seconds)
             case Together(branches):
                 await self._together(branches)
-            case Discard(reply):
-                # Its failure is nobody's concern any more.
-                with contextlib.suppress(Exception):
-                    await reply.connection.aclose()
         return None
 
     async def _together(self, branches: Sequence[Steps[None]]) -> None:
@@ -160,7 +180,11 @@ class Transport:
                 (await self._client()).stream(**self._arguments(step)) as response,
             ):
                 reply = await _read(response, step.request.reply_limit)
-                return reply if self._key is None else self._key.taken_out_of(reply)
+                if self._key is not None:
+                    reply = self._key.taken_out_of(reply)
+                if not step.judge(reply):
+                    await response.extensions["network_stream"].aclose()
+                return reply
         except _Unread as reason:
             return Failure("unread", str(reason))
         except Exception as error:
@@ -192,7 +216,14 @@ class Transport:
                 return known[0]
             for ended in [other for other in self._clients if other.is_closed()]:
                 del self._clients[ended]  # a loop closed by hand: nothing in it can be awaited any more
-            client = httpx.AsyncClient(auth=self._key, limits=_LIMITS, follow_redirects=_FOLLOW_REDIRECTS)
+            client = httpx.AsyncClient(
+                auth=self._key,
+                verify=self._encrypted or bool(getproxies()),
+                limits=_LIMITS,
+                follow_redirects=_FOLLOW_REDIRECTS,
+                event_hooks={"response": [_forget_location]},
+                cookies=CookieJar(DefaultCookiePolicy(allowed_domains=[])),  # one server's would go to another
+            )
             lifetime = _until_the_loop_ends(loop, client, self._clients)
             self._clients[loop] = client, lifetime
         await anext(lifetime)
@@ -240,6 +271,11 @@ def _close_in(loop: asyncio.AbstractEventLoop, client: httpx.AsyncClient) -> Non
     task.add_done_callback(_closing.discard)
 
 
+async def _forget_location(response: httpx.Response) -> None:
+    """A redirect's request is prepared by httpx even if it is not to be sent, and may fail where its address is odd."""
+    response.headers.pop("location", None)
+
+
 class _Bearer(httpx.Auth):
     """Sends the key. Among the headers it would be a local variable of many frames, which some tracebacks show."""
 
@@ -262,12 +298,13 @@ async def _read(response: httpx.Response, limit: int) -> Reply:
     encoding = headers.get("content-encoding", "identity")
     body = bytearray()
     if encoding.lower() == "identity":
-        async for chunk in response.aiter_raw():
+        # Not aiter_raw, which at the end gives the connection to the next request, before this answer is judged.
+        async for chunk in response.stream:  # type: ignore[union-attr]
             body += chunk
             if len(body) > (limit if good else _LONGEST_ERROR_PAGE):
                 break
         else:
-            return Reply(response.status_code, bytes(body), headers, response.extensions.get("network_stream"))
+            return Reply(response.status_code, bytes(body), headers)
     if not good:  # the status tells enough
         return Reply(response.status_code, bytes(body), headers)
     if encoding.lower() != "identity":

@@ -37,16 +37,11 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """A complete HTTP answer; header names in lower case.
-
-    Attributes:
-        connection: What it came over, for the transport alone.
-    """
+    """A complete HTTP answer; header names in lower case."""
 
     status: int
     body: bytes
     headers: dict[str, str] = field(default_factory=dict)
-    connection: Any = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,34 +188,39 @@ def _post(
     return Request("POST", path, json.dumps(body, ensure_ascii=False).encode(), reply_limit=limit, id=request_id)
 
 
-def read_scores(body: bytes, expected: int) -> Answer:
+def read_scores(body: bytes, positions: Sequence[int]) -> Answer:
     """A score API's reply.
 
+    Args:
+        body: The reply.
+        positions: Of the documents among the caller's, for errors.
+
     Raises:
-        BadReply: Anything but one finite score for each index of ``range(expected)``.
+        BadReply: Anything but one finite score for each document.
     """
-    return _answer(body, expected, "data", "score")
+    return _answer(body, positions, "data", "score")
 
 
-def read_relevance_scores(body: bytes, expected: int) -> Answer:
+def read_relevance_scores(body: bytes, positions: Sequence[int]) -> Answer:
     """As `read_scores`, from a rerank API's reply, whose order is its own."""
-    return _answer(body, expected, "results", "relevance_score")
+    return _answer(body, positions, "results", "relevance_score")
 
 
-def _answer(body: bytes, expected: int, list_name: str, score_name: str) -> Answer:
+def _answer(body: bytes, positions: Sequence[int], list_name: str, score_name: str) -> Answer:
     content = _object(body)
     usage = content.get("usage")
     tokens = usage.get("prompt_tokens") if isinstance(usage, dict) else None
     answer_id, model = content.get("id"), content.get("model")
     return Answer(
-        scores=_scores(content.get(list_name), expected, list_name, score_name),
+        scores=_scores(content.get(list_name), positions, list_name, score_name),
         id=answer_id if isinstance(answer_id, str) else None,
         model=model if isinstance(model, str) else None,
         prompt_tokens=tokens if type(tokens) is int else None,
     )
 
 
-def _scores(entries: Any, expected: int, list_name: str, score_name: str) -> list[float]:
+def _scores(entries: Any, positions: Sequence[int], list_name: str, score_name: str) -> list[float]:
+    expected = len(positions)
     if not isinstance(entries, list):
         raise BadReply(f"the answer has no list {list_name!r}")
     if len(entries) != expected:
@@ -231,11 +231,11 @@ def _scores(entries: Any, expected: int, list_name: str, score_name: str) -> lis
         index: Any = fields.get("index")
         score: Any = fields.get(score_name)
         if type(index) is not int or not 0 <= index < expected:
-            raise BadReply(f"the answer has the index {index!r} for {expected} documents")
+            raise BadReply(f"the answer has the index {printable(repr(index))} for {expected} documents")
         if scores[index] is not None:
-            raise BadReply(f"the answer has two scores for documents[{index}]")
+            raise BadReply(f"the answer has two scores for documents[{positions[index]}]")
         if type(score) not in {int, float} or not math.isfinite(score):
-            raise BadReply(f"documents[{index}] got the score {score!r}")
+            raise BadReply(f"documents[{positions[index]}] got the score {printable(repr(score))}")
         scores[index] = float(score)
     return [score for score in scores if score is not None]
 

@@ -57,3 +57,27 @@ def test_the_environment_names_the_server_where_the_caller_does_not(monkeypatch:
     monkeypatch.setenv("VLLM_BASE_URL", "http://elsewhere:9000/v1")
     assert "http://elsewhere:9000'" in repr(VLLMScorer())
     assert "http://here:1'" in repr(VLLMScorer("http://here:1"))
+
+
+@pytest.mark.parametrize(
+    ("base_url", "private"),
+    [
+        ("https://gateway.example", True),
+        ("http://localhost:8000", True),
+        ("http://LOCALHOST", True),
+        ("http://vllm.localhost", True),
+        ("http://127.0.0.1:8000", True),
+        ("http://127.9.9.9", True),
+        ("http://[::1]:8000", True),
+        ("http://gateway.example", False),
+        ("http://notlocalhost", False),
+        ("http://localhost.example", False),
+        ("http://127.0.0.1.example", False),
+        ("http://10.0.0.1", False),
+        ("http://0.0.0.0", False),
+        ("http://[2001:db8::1]", False),
+    ],
+)
+def test_what_is_encrypted_or_stays_here_is_private(base_url: str, private: bool):
+    """A key may go there; a name that only looks like this machine's is another's."""
+    assert Endpoint.parse(base_url).is_private is private

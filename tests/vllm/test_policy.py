@@ -1,303 +1,580 @@
-"""How a call goes, tested with a list of outcomes: no socket, no clock, no sleep."""
+"""How a call is cut into requests, rejected documents found, and over-long ones cut; on a virtual clock."""
 
-import contextlib
-import json
-from collections.abc import Sequence
+import itertools
+from collections.abc import Collection
+from dataclasses import replace
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
-from rag_rerank import (
-    AuthError,
-    BackendRejected,
-    BackendUnavailable,
-    BadReply,
-    ConfigError,
-    DeadlineExceeded,
-    RerankError,
-)
-from rag_rerank.vllm.policy import Call, Failure, Send, Sleep
-from rag_rerank.vllm.wire import Options, Reply, Server
-
-SCORES = [0.25, 0.75]
-GOOD = Reply(200, json.dumps({"data": [{"index": i, "score": s} for i, s in enumerate(SCORES)]}).encode())
-REFUSED = Failure("connect", "can't connect: refused")
-BUSY = Reply(503, b"busy")
+from rag_rerank import AuthError, BackendRejected, BackendUnavailable, BadReply, ConfigError, DocumentRejected
+from rag_rerank.vllm.steps import Send
+from rag_rerank.vllm.wire import Reply
+from tests.faulty_server import oracle
+from tests.vllm.virtual import BUSY, REFUSED, Outcome, Script, Server, World, always, documents_of, refusal
 
 
-class World:
-    """Plays the driver: hands out outcomes in order, keeps what was asked, lets time pass on its own clock."""
-
-    def __init__(self, *outcomes: Reply | Failure, deadline: float | None = None, seconds_each: float = 0.0) -> None:
-        self.outcomes = list(outcomes)
-        self.now = 100.0
-        self.until = None if deadline is None else self.now + deadline
-        self.seconds_each = seconds_each
-        self.sent: list[Send] = []
-        self.slept: list[float] = []
-
-    def call(self, max_retries: int = 2) -> Call:
-        return Call("host:1", until=self.until, max_retries=max_retries, clock=lambda: self.now, jitter=lambda: 0.5)
-
-    def run(self, steps):
-        outcome = None
-        try:
-            while True:
-                step = steps.send(outcome)
-                if isinstance(step, Sleep):
-                    self.slept.append(step.seconds)
-                    self.now += step.seconds
-                    outcome = None
-                else:
-                    self.sent.append(step)
-                    self.now += self.seconds_each
-                    outcome = self.outcomes.pop(0)
-        except StopIteration as finished:
-            return finished.value
-
-    def score(self, max_retries: int = 2) -> list[float]:
-        steps = self.call(max_retries).score(Server((0, 32), "m"), ["q"], ["a", "b"], options=Options())
-        return self.run(steps)
-
-    def learn(self, model: str | None = None) -> Server:
-        return self.run(self.call().learn(model))
-
-    @property
-    def paths(self) -> list[str]:
-        return [step.request.path for step in self.sent]
+def texts(count: int) -> list[str]:
+    return [f"document {number:03}" for number in range(count)]
 
 
-class TestRetries:
-    """What may pass is tried again, what can't is not."""
-
-    def test_a_good_answer_needs_one_request(self):
-        """And no waiting."""
-        world = World(GOOD)
-        assert world.score() == SCORES
-        assert world.paths == ["/v1/score"]
-        assert world.slept == []
-
-    @pytest.mark.parametrize("status", [408, 429, 500, 502, 503, 504])
-    def test_a_status_that_may_pass_is_tried_again(self, status: int):
-        """Scoring has no side effects, so repeating is safe."""
-        world = World(Reply(status, b"later"), GOOD)
-        assert world.score() == SCORES
-        assert len(world.sent) == 2
-
-    @pytest.mark.parametrize("failure", [REFUSED, Failure("broken", "reset"), Reply(200, b"{}")])
-    def test_a_broken_connection_or_reply_is_tried_again(self, failure: Reply | Failure):
-        """Half a reply is no reply."""
-        world = World(failure, GOOD)
-        assert world.score() == SCORES
-
-    def test_pauses_double_with_full_jitter(self):
-        """Half of 0.5 and 1 s with jitter fixed at one half."""
-        world = World(BUSY, BUSY, GOOD)
-        world.score()
-        assert world.slept == [0.25, 0.5]
-
-    def test_tries_are_limited_and_the_error_counts_them(self):
-        """Three tries with two retries; what, where, how often, and what to do."""
-        world = World(REFUSED, REFUSED, REFUSED, GOOD)
-        with pytest.raises(
-            BackendUnavailable, match=r"can't connect: refused \(host:1, 3 attempts.*Is the vLLM server"
-        ):
-            world.score()
-        with pytest.raises(BackendUnavailable, match="answered 503: busy.*1 attempt,"):
-            World(BUSY, GOOD).score(max_retries=0)
-
-    @pytest.mark.parametrize("status", [301, 307, 400, 401, 403, 404, 405, 413, 422])
-    def test_a_refusal_is_final(self, status: int):
-        """The same request would be refused again."""
-        world = World(Reply(status, b'{"detail": "no"}'), GOOD)
-        with pytest.raises(BackendRejected):
-            world.score()
-        assert len(world.sent) == 1
-
-    def test_a_bad_reply_to_the_end_is_a_bad_reply(self):
-        """With the place added to what is wrong with it."""
-        with pytest.raises(BadReply, match=r"no list 'data' \(host:1, 3 attempts"):
-            World(*[Reply(200, b"{}")] * 3).score()
+def exact(query: str, documents: list[str]) -> list[float]:
+    return [oracle(query, document) for document in documents]
 
 
-class TestRetryAfter:
-    """A server that says when, is asked then."""
-
-    def test_it_is_obeyed(self):
-        """Exactly."""
-        world = World(Reply(429, b"", {"retry-after": "3"}), GOOD)
-        world.score()
-        assert world.slept == [3.0]
-
-    def test_longer_than_the_deadline_is_not_waited_for(self):
-        """The failure is told at once."""
-        world = World(Reply(429, b"", {"retry-after": "3600"}), GOOD, deadline=30)
-        with pytest.raises(BackendUnavailable, match="429"):
-            world.score()
-        assert world.slept == []
-
-    @pytest.mark.parametrize("value", ["nan", "inf", "-5", "soon", "", "Wed, 21 Oct 2015 07:28:00 GMT"])
-    def test_nonsense_is_ordinary_back_off(self, value: str):
-        """No header can crash or hang the client."""
-        world = World(Reply(503, b"", {"retry-after": value}), GOOD)
-        world.score()
-        assert world.slept == [0.25]
-
-
-class TestDeadline:
-    """No request and no pause goes beyond it."""
-
-    def test_each_request_gets_what_is_left(self):
-        """Of 10 s, after one that took 4 s and a pause of 0.25 s."""
-        world = World(BUSY, GOOD, deadline=10, seconds_each=4)
-        world.score()
-        assert [step.timeout for step in world.sent] == [10, 5.75]
-
-    def test_a_request_that_takes_all_the_time_is_a_timeout(self):
-        """Saying what could help."""
-        with pytest.raises(DeadlineExceeded, match="Allow more time"):
-            World(Failure("timeout", "timed out"), deadline=10, seconds_each=10).score()
-
-    def test_a_pause_that_would_pass_it_is_not_begun(self):
-        """The last failure is the answer."""
-        world = World(BUSY, GOOD, deadline=1, seconds_each=0.9)
-        with pytest.raises(BackendUnavailable):
-            world.score()
-        assert world.slept == []
-
-    def test_without_a_deadline_requests_have_no_timeout(self):
-        """None means none."""
-        world = World(GOOD)
-        world.score()
-        assert world.sent[0].timeout is None
-
-
-class TestRefusals:
-    """Each says what to do next."""
+class TestPieces:
+    """A call is cut into requests that hold not too much."""
 
     @pytest.mark.parametrize(
-        ("status", "body", "error", "words"),
-        [
-            (401, b'{"error": "Unauthorized"}', AuthError, "VLLM_API_KEY"),
-            (403, b"", AuthError, "VLLM_API_KEY"),
-            (307, b"", BackendRejected, "never followed"),
-            (404, b'{"detail": "Not Found"}', BackendRejected, "--runner pooling"),
-            (
-                400,
-                b'{"error": {"message": "maximum context length is 512"}}',
-                BackendRejected,
-                "truncate_prompt_tokens",
-            ),
-            (400, b'{"error": {"message": "odd"}}', BackendRejected, "answered 400: odd"),
-        ],
+        ("count", "size", "sizes"),
+        [(1, 1, [1]), (5, 128, [5]), (4, 2, [2, 2]), (5, 2, [2, 2, 1]), (128, 128, [128]), (129, 128, [128, 1])],
     )
-    def test_the_remedy_fits_the_status(self, status: int, body: bytes, error: type[Exception], words: str):
-        """With the server's own words."""
-        with pytest.raises(error, match=words):
-            World(Reply(status, body)).score()
+    def test_a_piece_has_at_most_chunk_size_documents(self, count: int, size: int, sizes: list[int]):
+        """In the caller's order, and every one of them once."""
+        world = World(chunk_size=size)
+        assert world.score("q", texts(count)) == exact("q", texts(count))
+        assert [len(sent.documents) for sent in world.sent] == sizes
+        assert list(itertools.chain.from_iterable(sent.documents for sent in world.sent)) == texts(count)
 
-    def test_an_unknown_model_is_answered_with_those_that_are_served(self):
-        """One more request finds out."""
-        missing = Reply(404, b'{"error": {"message": "The model `m` does not exist."}}')
-        models = Reply(200, b'{"data": [{"id": "x"}, {"id": "y"}]}')
-        with pytest.raises(BackendRejected, match=r"does not serve the model 'm'.*It serves: x, y\."):
-            World(missing, models).score()
+    def test_one_query_is_sent_once_a_request(self):
+        """Not once for each document."""
+        world = World(chunk_size=2)
+        world.score("q", texts(3))
+        assert [sent.content["text_1"] for sent in world.sent] == ["q", "q"]
 
-    def test_an_answer_too_large_to_read_is_a_bad_reply(self):
-        """It is not tried again and again."""
-        with pytest.raises(BadReply, match="longer than"):
-            World(*[Failure("unread", "the answer is longer than 10 bytes")] * 3).score()
+    def test_many_queries_go_with_their_documents(self):
+        """N:N is cut on both sides alike."""
+        world = World(chunk_size=2)
+        queries, documents = ["q", "q", "r"], texts(3)
+        assert world.score(queries, documents) == [oracle(*pair) for pair in zip(queries, documents, strict=True)]
+        assert [sent.content["text_1"] for sent in world.sent] == [["q", "q"], "r"]
+
+    def test_one_query_for_one_document_is_both_one_to_many_and_many_to_many(self):
+        """The same request."""
+        world = World()
+        assert world.score(["q"], ["a"]) == [oracle("q", "a")]
+        assert world.sent[0].content["text_1"] == "q"
+
+    def test_options_go_with_every_request(self):
+        """Just as they are."""
+        world = World(chunk_size=1)
+        world.score("q", ["a", "b"], use_activation=False, priority=3)
+        assert [(sent.content["use_activation"], sent.content["priority"]) for sent in world.sent] == [(False, 3)] * 2
+
+    def test_an_option_that_the_server_does_not_know_is_an_error(self):
+        """Nothing is sent with it left out."""
+        world = World(Server(version="0.19.0"), known=False)
+        with pytest.raises(ConfigError, match="instruction"):
+            world.score("q", ["a"], instruction="i")
+        assert world.score_requests == []
+
+    def test_a_bad_reply_names_the_document_by_its_position_in_the_call(self):
+        """Not in its request."""
+
+        def answer(send: Send, now: float) -> tuple[float, Outcome]:
+            reply = Server().reply(send)
+            second = "document 002" in documents_of(send)
+            return 0.0, replace(reply, body=reply.body.replace(b'"index": 1', b'"index": 0')) if second else reply
+
+        with pytest.raises(BadReply, match=r"two scores for documents\[2\]"):
+            World(answer, chunk_size=2).score("q", texts(4))
+
+    def test_documents_that_are_alike_are_all_sent(self):
+        """Each gets its score."""
+        world = World(chunk_size=2)
+        assert world.score("q", ["a"] * 5) == exact("q", ["a"] * 5)
 
 
-class TestLearning:
-    """What is asked once before the first score."""
-
-    VERSION = Reply(200, b'{"version": "0.32.0"}')
-
-    def test_a_named_model_is_looked_up(self):
-        """Its checkpoint tells what it is."""
-        world = World(self.VERSION, Reply(200, b'{"data": [{"id": "other"}, {"id": "mine", "root": "org/x"}]}'))
-        assert world.learn("mine") == Server((0, 32), "mine", "org/x")
-        assert world.paths == ["/version", "/v1/models"]
-
-    @pytest.mark.parametrize("models", [Reply(404, b""), Reply(200, b'{"data": []}')])
-    def test_a_named_model_needs_no_list_of_models(self, models: Reply):
-        """A gateway may have none, or name models differently."""
-        assert World(self.VERSION, models).learn("mine") == Server((0, 32), "mine")
-
-    def test_an_unnamed_model_is_the_one_that_is_served(self):
-        """Aliases of one checkpoint count as one; the first is asked for."""
-        models = Reply(200, b'{"data": [{"id": "a", "root": "r"}, {"id": "b", "root": "r"}]}')
-        world = World(self.VERSION, models)
-        assert world.learn() == Server((0, 32), "a", "r")
-        assert world.paths == ["/version", "/v1/models"]
-
-    @pytest.mark.parametrize(
-        ("models", "words"), [(b'{"data": [{"id":"a"},{"id":"b"}]}', "a, b"), (b'{"data":[]}', "0")]
-    )
-    def test_no_or_several_models_must_be_chosen_from(self, models: bytes, words: str):
-        """Guessing would score with the wrong one."""
-        with pytest.raises(ConfigError, match=words):
-            World(self.VERSION, Reply(200, models)).learn()
-
-    def test_a_gateway_that_hides_the_version_is_fine(self):
-        """404 on /version is an answer, too."""
-        models = Reply(200, b'{"data": [{"id": "m"}]}')
-        assert World(Reply(404, b""), models).learn() == Server(None, "m", "m")
-
-
-class TestRerankEndpoint:
+class TestRerankApi:
     """Servers that have only a rerank API."""
-
-    def run(self, world: World, queries: list[str], documents: list[str]) -> list[float]:
-        return world.run(
-            world.call().score(Server(None, "m"), queries, documents, options=Options(), endpoint="rerank")
-        )
-
-    @staticmethod
-    def reply(*scores: float) -> Reply:
-        results = [{"index": index, "relevance_score": score} for index, score in enumerate(scores)]
-        return Reply(
-            200, json.dumps({"results": sorted(results, key=lambda entry: -entry["relevance_score"])}).encode()
-        )
 
     def test_scores_come_back_in_the_order_of_the_documents(self):
         """Though the server sorts them."""
-        world = World(self.reply(0.1, 0.9, 0.5))
-        assert self.run(world, ["q"], ["a", "b", "c"]) == [0.1, 0.9, 0.5]
+        world = World()
+        assert world.score("q", texts(5), api="rerank") == exact("q", texts(5))
         assert world.paths == ["/v1/rerank"]
-        assert json.loads(world.sent[0].request.body) == {"model": "m", "query": "q", "documents": ["a", "b", "c"]}
+        assert world.sent[0].content.keys() == {"model", "query", "documents", "request_id"}
 
-    def test_many_queries_are_many_requests(self):
-        """One for each run of the same query."""
-        world = World(self.reply(0.1, 0.2), self.reply(0.3))
-        assert self.run(world, ["q", "q", "r"], ["a", "b", "c"]) == [0.1, 0.2, 0.3]
-        assert [json.loads(step.request.body)["query"] for step in world.sent] == ["q", "r"]
+    def test_documents_go_together_by_query(self):
+        """A request has one, whose documents may come from anywhere in the call."""
+        queries, documents = ["q", "r", "q", "s", "q", "r"], texts(6)
+        world = World(chunk_size=2)
+        scores = world.score(queries, documents, api="rerank")
+        assert scores == [oracle(*pair) for pair in zip(queries, documents, strict=True)]
+        asked = {(sent.content["query"], *sent.documents) for sent in world.sent}
+        assert asked == {
+            ("q", documents[0], documents[2]),
+            ("q", documents[4]),
+            ("r", documents[1], documents[5]),
+            ("s", documents[3]),
+        }
+
+    def test_a_rejected_document_is_found(self):
+        """By the same halving."""
+        world = World(Server(bad=["document 003"]))
+        with pytest.raises(DocumentRejected) as caught:
+            world.score("q", texts(8), api="rerank")
+        assert caught.value.indices == (3,)
+        assert set(world.paths) == {"/v1/rerank"}
+
+    def test_documents_are_cut_there_too(self):
+        """The tokens of template and query are counted by the same API."""
+        world = World(Server(template=20, window=64), known=False)
+        assert world.score("query", ["x" * 100], api="rerank", fit=True) == [oracle("query", "x" * 38)]
+        assert set(world.paths) == {"/version", "/v1/models", "/v1/rerank"}
 
 
-outcomes = st.sampled_from(
-    [
-        GOOD,
-        REFUSED,
-        BUSY,
-        Failure("broken", "reset"),
-        Failure("timeout", "t"),
-        Failure("unread", "u"),
-        Reply(200, b"{}"),
-    ]
-    + [Reply(status, b'{"error": {"message": "m"}}') for status in (302, 400, 401, 404, 429, 500)]
-    + [Reply(429, b"", {"retry-after": value}) for value in ("0", "2", "100", "x")]
-)
+class TestConcurrency:
+    """Some requests at once, never more than allowed."""
+
+    @pytest.mark.parametrize(("concurrency", "rounds"), [(1, 10), (3, 4), (4, 3), (10, 1), (99, 1)])
+    def test_pieces_are_sent_side_by_side(self, concurrency: int, rounds: int):
+        """Ten requests of one second each."""
+        world = World(Server(seconds=1.0), chunk_size=1, max_concurrency=concurrency)
+        assert world.score("q", texts(10)) == exact("q", texts(10))
+        assert world.most_at_once == min(10, concurrency)
+        assert world.elapsed == rounds
+
+    def test_a_slow_request_holds_up_no_other(self):
+        """The next begins when any is done, not when all are."""
+        durations = {"document 000": 10.0}
+        server = Server()
+
+        def answer(send: Send, now: float) -> tuple[float, Outcome]:
+            return durations.get(documents_of(send)[0], 1.0), server.reply(send)
+
+        world = World(answer, chunk_size=1, max_concurrency=2)
+        assert world.score("q", texts(11)) == exact("q", texts(11))
+        assert world.elapsed == 10
+
+    def test_answers_in_any_order_go_to_their_documents(self):
+        """The last request is answered first."""
+        durations = itertools.count(10, -1)
+        server = Server()
+        world = World(lambda send, now: (next(durations), server.reply(send)), chunk_size=2, max_concurrency=9)
+        assert world.score("q", texts(9)) == exact("q", texts(9))
+
+    def test_one_failure_ends_the_other_requests_at_once(self):
+        """Row 16: nobody wants their scores any more."""
+        slow, server = 5.0, Server()
+
+        def answer(send: Send, now: float) -> tuple[float, Outcome]:
+            first = "document 000" in documents_of(send)
+            return (1.0, Reply(401, b"")) if first else (slow, server.reply(send))
+
+        world = World(answer, chunk_size=1, max_concurrency=4)
+        with pytest.raises(AuthError):
+            world.score("q", texts(10))
+        assert world.elapsed == 1
+        assert len(world.sent) == 4
+
+    def test_an_outage_costs_three_requests_a_piece(self):
+        """Row 16: of those that were begun."""
+        world = World(always(refusal(500)), chunk_size=32)
+        with pytest.raises(BackendUnavailable):
+            world.score("q", texts(100))
+        assert len(world.sent) <= 12
+
+    def test_what_is_found_on_the_way_is_shared_too(self):
+        """Halves of a refused piece are done by whichever branch is free."""
+        world = World(Server(bad=["document 000"], seconds=1.0), chunk_size=16, max_concurrency=2)
+        with pytest.raises(DocumentRejected):
+            world.score("q", texts(64))
+        assert world.most_at_once == 2
+        assert world.elapsed <= 8
 
 
-@given(st.lists(outcomes, min_size=12, max_size=12), st.floats(0.1, 60), st.floats(0, 5), st.integers(0, 4))
-def test_every_schedule_of_faults_ends_in_the_scores_or_one_of_our_errors(
-    schedule: Sequence[Reply | Failure], deadline: float, seconds_each: float, max_retries: int
-):
-    """Within its tries, and without a pause that outlives the deadline."""
-    world = World(*schedule, deadline=deadline, seconds_each=seconds_each)
-    with contextlib.suppress(RerankError):
-        assert world.score(max_retries) == SCORES
-    assert len(world.sent) <= 2 * (max_retries + 1)  # the request, and the list of models after a 404
-    assert world.now - sum([seconds_each] * len(world.sent)) <= 100.0 + deadline
+def work_of(world: World) -> list[int]:
+    """Which servers got the requests that are more than a question."""
+    return [host for sent, host in zip(world.sent, world.hosts, strict=True) if sent.documents != ["a"]]
+
+
+def requests_for(bad: Collection[int], count: int, size: int, **server: object) -> int:
+    """How many requests a call takes with these documents refused; all else about it is checked."""
+    documents = texts(count)
+    refused = [documents[position] for position in bad]
+    world = World(Server(bad=refused, **server), chunk_size=size)
+    with pytest.raises(DocumentRejected) as caught:
+        world.score("q", documents)
+    assert caught.value.indices == tuple(sorted(bad))
+    scores = [None if document in refused else oracle("q", document) for document in documents]
+    assert list(caught.value.scores) == scores
+    return len(world.sent)
+
+
+class TestIsolation:
+    """A rejected document costs only itself."""
+
+    @pytest.mark.parametrize("position", [0, 1, 15, 16, 30, 31])
+    def test_one_bad_document_of_32_costs_11_requests_more(self, position: int):
+        """Row 18: the piece, the question whether anything is accepted, and two for each of five halvings."""
+        assert requests_for([position], count=32, size=32) == 12
+
+    def test_it_costs_one_less_where_something_was_accepted_before(self):
+        """Then the server takes requests like these."""
+        documents = [*texts(32), "bad"]
+        world = World(Server(bad=["bad"]), chunk_size=32, max_concurrency=1)
+        with pytest.raises(DocumentRejected):
+            world.score("q", documents)
+        assert [len(sent.documents) for sent in world.sent] == [32, 1]
+
+    def test_a_server_that_refuses_everything_is_asked_twice(self):
+        """Row 19: the piece and one harmless document; the refusal of the piece is the answer."""
+        reply = refusal(400, "unknown parameter")
+        world = World(always(reply))
+        with pytest.raises(BackendRejected, match="answered 400: unknown parameter") as caught:
+            world.score("q", texts(32))
+        assert type(caught.value) is BackendRejected
+        assert [len(sent.documents) for sent in world.sent] == [32, 1]
+        assert world.sent[1].content["text_1"] == "q"
+
+    def test_a_server_that_refuses_everything_is_asked_no_more_by_pieces_side_by_side(self):
+        """Each asks twice at most."""
+        world = World(always(refusal(400, "unknown parameter"), 1.0), chunk_size=32)
+        with pytest.raises(BackendRejected, match="unknown parameter"):
+            world.score("q", texts(100))
+        assert len(world.sent) == 8
+
+    @pytest.mark.parametrize("positions", [(0, 32, 64), (31, 63, 95), (5, 50, 99), (0, 97, 98)])
+    def test_three_bad_documents_in_three_pieces_cost_33_requests_at_most(self, positions: tuple[int, ...]):
+        """Row 20: 37 in all."""
+        assert requests_for(positions, count=100, size=32) <= 37
+
+    def test_a_bad_document_that_is_alone_is_found_with_one_question(self):
+        """Is it the document, or everything?"""
+        assert requests_for([0], count=1, size=32) == 2
+
+    def test_all_documents_may_be_bad(self):
+        """Where a harmless one is accepted: every piece of the tree, and the question."""
+        assert requests_for(range(8), count=8, size=8) == 16
+
+    @pytest.mark.parametrize("status", [400, 422])
+    def test_both_statuses_of_a_refusal_are_looked_into(self, status: int):
+        """vLLM says 400, some gateways 422."""
+        server = Server()
+
+        def answer(send: Send, now: float) -> tuple[float, Outcome]:
+            return 0.0, refusal(status, "odd") if "b" in documents_of(send) else server.reply(send)
+
+        with pytest.raises(
+            DocumentRejected, match=rf"^documents\[1\] rejected: the server answered {status}: odd"
+        ) as e:
+            World(answer).score("q", ["a", "b"])
+        assert e.value.status == status
+
+    @pytest.mark.parametrize("status", [302, 401, 403, 404, 405])
+    def test_other_refusals_concern_the_whole_call(self, status: int):
+        """Nothing is halved for them."""
+        world = World(always(Reply(status, b"")))
+        with pytest.raises(BackendRejected) as caught:
+            world.score("q", texts(8))
+        assert not isinstance(caught.value, DocumentRejected)
+        assert len(world.sent) == 1
+
+    def test_too_large_a_request_is_halved_until_it_fits(self):
+        """Row 23: 413 needs no question, for less is always less."""
+        world = World(Server(most=10))
+        assert world.score("q", texts(32)) == exact("q", texts(32))
+        assert [len(sent.documents) for sent in world.sent] == [32, 16, 8, 8, 16, 8, 8]
+
+    def test_a_document_that_is_too_large_alone_is_rejected(self):
+        """The others are scored."""
+        server = Server()
+
+        def answer(send: Send, now: float) -> tuple[float, Outcome]:
+            size = sum(map(len, documents_of(send)))
+            return 0.0, Reply(413, b"<html>Payload Too Large") if size > 50 else server.reply(send)
+
+        documents = ["a", "b" * 51, "c"]
+        with pytest.raises(DocumentRejected, match=r"documents\[1\] rejected.*413") as caught:
+            World(answer).score("q", documents)
+        assert caught.value.scores == (oracle("q", "a"), None, oracle("q", "c"))
+
+    def test_over_long_documents_cost_little(self):
+        """They come together in one half: 8 of 32, of which 63 requests would be needed were they spread out."""
+        documents = [f"{number:03}" + ("x" * 500 if number % 4 == 0 else "") for number in range(32)]
+        world = World(Server(window=100))
+        with pytest.raises(
+            DocumentRejected, match=r"\[0\] and 7 more .*context length.*truncate_prompt_tokens=-1"
+        ) as e:
+            world.score("q", documents)
+        assert e.value.indices == tuple(range(0, 32, 4))
+        assert len(world.sent) == 20
+
+    def test_pairs_are_halved_with_their_queries(self):
+        """N:N; the harmless pair then has a harmless query, too."""
+        queries, documents = [f"query {number}" for number in range(8)], texts(8)
+        world = World(Server(bad=[documents[5]]))
+        with pytest.raises(DocumentRejected) as caught:
+            world.score(queries, documents)
+        assert caught.value.indices == (5,)
+        right = [oracle(*pair) for pair in zip(queries, documents, strict=True)]
+        assert [*caught.value.scores] == [*right[:5], None, *right[6:]]
+        assert world.sent[1].content["text_1"] == world.sent[1].content["text_2"][0] == "a"
+
+    def test_a_query_that_is_too_long_is_not_the_documents_fault(self):
+        """The harmless document is refused with it as well."""
+        world = World(Server(window=100))
+        with pytest.raises(BackendRejected, match="maximum context length") as caught:
+            world.score("q" * 200, texts(4))
+        assert not isinstance(caught.value, DocumentRejected)
+        assert len(world.sent) == 2
+
+    def test_a_question_whose_answer_another_request_gave_meanwhile_is_settled(self):
+        """It was refused for a reason of its own, a hiccup: that something like it is accepted is known by then."""
+        server = Server(bad=["document 000"])
+
+        def answer(send: Send, now: float) -> tuple[float, Outcome]:
+            documents = documents_of(send)
+            if documents == ["a"]:
+                return 3.0, refusal(400)
+            return (1.0 if "document 000" in documents else 2.0), server.reply(send)
+
+        with pytest.raises(DocumentRejected) as caught:
+            World(answer, chunk_size=2).score("q", texts(4))
+        assert caught.value.indices == (0,)
+
+    def test_a_failure_while_looking_is_the_calls_failure(self):
+        """It got no scores for a reason of its own."""
+        world = World(Script(refusal(400), *[REFUSED] * 3))
+        with pytest.raises(BackendUnavailable):
+            world.score("q", texts(4))
+        with pytest.raises(AuthError):
+            World(Script(refusal(400), None, Reply(401, b""))).score("q", texts(4))
+
+    def test_a_fault_while_looking_is_tried_again(self):
+        """As anywhere."""
+        world = World(Script(None, BUSY, None, None, None, BUSY, server=Server(bad=["document 002"])))
+        with pytest.raises(DocumentRejected) as caught:
+            world.score("q", texts(4))
+        assert caught.value.indices == (2,)
+
+    def test_equal_documents_are_judged_each_by_itself(self):
+        """All copies of a bad one are named."""
+        world = World(Server(bad=["bad"]))
+        with pytest.raises(DocumentRejected) as caught:
+            world.score("q", ["bad", "a", "bad", "b", "bad"])
+        assert caught.value.indices == (0, 2, 4)
+
+    def test_the_error_tells_all_that_is_known(self):
+        """Which, why, how many, where, and the first refusal as its cause."""
+        world = World(Server(bad=["document 001", "document 006"]))
+        with pytest.raises(DocumentRejected) as caught:
+            world.score("q", texts(8))
+        error = caught.value
+        assert str(error).startswith("documents[1] and 1 more rejected: the server answered 400: Out of range float")
+        assert (error.endpoint, error.attempts, error.status) == ("server0:1", len(world.sent), 400)
+        assert error.elapsed == pytest.approx(world.elapsed)
+        assert type(error.__cause__) is BackendRejected
+
+    def test_the_question_takes_no_servers_turn(self):
+        """The work goes round as if it had not been asked."""
+        world = World(Server(bad=["document 000"]), servers=2)
+        with pytest.raises(DocumentRejected):
+            world.score("q", texts(4))
+        assert len(world.sent) == 6
+        assert work_of(world) == [0, 1, 0, 1, 0]
+
+    def test_the_error_names_the_server_that_rejected_the_first_one(self):
+        """Not all of them."""
+        world = World(Server(bad=["document 001"]), servers=2)
+        with pytest.raises(DocumentRejected) as caught:
+            world.score("q", texts(4))
+        assert caught.value.endpoint in {"server0:1", "server1:1"}
+
+    def test_the_callers_documents_stay_as_they_are(self):
+        """Sorting by length happens elsewhere."""
+        documents = ["ccc", "bad", "a", "dddd"]
+        with pytest.raises(DocumentRejected):
+            World(Server(bad=["bad"])).score("q", documents)
+        assert documents == ["ccc", "bad", "a", "dddd"]
+
+
+def fitted(server: Server, queries: str | list[str], documents: list[str], **options: object) -> World:
+    """The world after a call that fits documents to the model, and its scores in it."""
+    world = World(server, known=False)
+    world.scores = world.score(queries, documents, fit=True, **options)
+    return world
+
+
+class TestFitting:
+    """Documents that are too long for the model are cut where a cut does no harm."""
+
+    def test_short_texts_cause_no_extra_request(self):
+        """No tokenizer makes more tokens than bytes; the server may cut, which it will not need to."""
+        for template in (None, 40):
+            world = fitted(Server(template=template, window=4096), "q", texts(3))
+            assert world.paths == ["/version", "/v1/models", "/v1/score"]
+            assert world.sent[-1].content["truncate_prompt_tokens"] == -1
+            assert world.scores == exact("q", texts(3))
+
+    @pytest.mark.parametrize(("length", "requests"), [(3071, 1), (3072, 2)])
+    def test_short_is_what_fits_with_a_thousand_tokens_of_template(self, length: int, requests: int):
+        """Query and document in bytes, with 1,024 tokens beside them, of 4,096."""
+        world = fitted(Server(window=4096), "q", ["ß" * (length // 2) + "x" * (length % 2)])
+        assert len(world.score_requests) == requests
+
+    def test_what_is_not_to_be_fitted_is_not_cut(self):
+        """Then over-long documents are rejected."""
+        world = World(Server(window=64))
+        with pytest.raises(DocumentRejected):
+            world.score("q", ["a", "x" * 100])
+        assert all("truncate_prompt_tokens" not in sent.content for sent in world.sent)
+
+    def test_without_a_template_the_server_cuts(self):
+        """The longer of query and document; one small request, once, finds out that there is none."""
+        world = fitted(Server(window=64), "q", ["x" * 100, "y"])
+        assert world.scores == exact("q", ["x" * 100, "y"])
+        assert [sent.documents for sent in world.score_requests] == [["a"], ["x" * 100, "y"]]
+        assert world.sent[-1].content["truncate_prompt_tokens"] == -1
+        assert world.nodes.known.templated is False
+        world.score("q", ["z" * 100], fit=True)
+        assert len(world.score_requests) == 3
+
+    def test_with_a_template_documents_are_cut_at_what_it_and_the_query_leave(self):
+        """64 tokens, of which template, query and one more take 26: the end of the prompt stays whole."""
+        world = fitted(Server(template=20, window=64), "query", ["x" * 100, "y"])
+        assert world.scores == exact("query", ["x" * 38, "y"])
+        assert [sent.content.get("max_tokens_per_doc") for sent in world.score_requests] == [None, None, 38]
+        assert all("truncate_prompt_tokens" not in sent.content for sent in world.sent[2:])
+        assert world.nodes.known.templated is True
+
+    def test_that_there_is_a_template_is_asked_once(self):
+        """Not once a call; what a query leaves is asked in each."""
+        world = fitted(Server(template=20, window=64), "query", ["x" * 100])
+        world.score("other query", ["x" * 100], fit=True)
+        assert [sent.documents[0] for sent in world.score_requests] == ["a", "a", "x" * 100, "a", "x" * 100]
+
+    @pytest.mark.parametrize(("given", "cut"), [(10, 10), (37, 37), (38, 38), (39, 38), (1000, 38)])
+    def test_the_lower_of_what_is_left_and_what_was_asked_for_wins(self, given: int, cut: int):
+        """max_tokens_per_doc is a wish, the window is not."""
+        world = fitted(Server(template=20, window=64), "query", ["x" * 100], max_tokens_per_doc=given)
+        assert world.scores == [oracle("query", "x" * cut)]
+
+    def test_a_wish_stays_where_nothing_is_measured(self):
+        """It is an option like others."""
+        world = fitted(Server(template=20, window=4096), "query", ["x" * 100], max_tokens_per_doc=10)
+        assert world.scores == [oracle("query", "x" * 10)]
+
+    def test_queries_are_measured_as_they_are_cut(self):
+        """With max_tokens_per_query, more is left."""
+        world = fitted(Server(template=20, window=64), "query" * 100, ["x" * 100], max_tokens_per_query=10)
+        assert world.scores == [oracle(("query" * 100)[:10], "x" * 33)]
+
+    def test_each_query_is_measured_once_and_leaves_its_own(self):
+        """N:N: those that leave different numbers of tokens go in different requests."""
+        queries = ["q", "query", "q", "query", "qqqqq"]
+        documents = [letter * 100 for letter in "abcde"]
+        world = fitted(Server(template=20, window=64), queries, documents)
+        assert world.scores == [oracle(q, d[: 43 - len(q)]) for q, d in zip(queries, documents, strict=True)]
+        measured = [sent.content["text_1"] for sent in world.score_requests if sent.documents == ["a"]]
+        assert sorted(measured) == ["a", "q", "qqqqq", "query"]
+        scored = {sent.content["max_tokens_per_doc"]: sent.documents for sent in world.score_requests[4:]}
+        assert scored == {42: [documents[0], documents[2]], 38: [documents[1], documents[3], documents[4]]}
+
+    def test_queries_are_measured_side_by_side(self):
+        """Within the same bound."""
+        world = World(Server(template=20, window=64, seconds=1.0), known=False, max_concurrency=3)
+        queries = ["q" * length for length in range(1, 7)]
+        world.score(queries, ["x" * 100] * 6, fit=True)
+        assert world.most_at_once == 3
+        assert world.elapsed == 2 + 1 + 2 + 2  # who it is, whether there is a template, six queries, six pieces
+
+    @pytest.mark.parametrize("templated", [None, True])
+    def test_measuring_takes_no_servers_turn(self, templated: bool | None):
+        """Were it so, one of two servers would do all the measuring and the other one all the work."""
+        world = World(Server(template=20, window=64), servers=2)
+        for node in world.each_node:
+            node.server = replace(node.server, window=64, templated=templated)
+        for _ in range(4):
+            world.score("q", ["x" * 100, "y"], fit=True)
+        assert work_of(world) == [0, 1, 0, 1]
+
+    def test_only_what_may_be_too_long_is_measured(self):
+        """The other pairs go as they are."""
+        queries, documents = ["long", "short"], ["x" * 2000, "y"]
+        world = fitted(Server(template=20, window=1800), queries, documents)
+        assert world.scores == [oracle("long", "x" * 1775), oracle("short", "y")]
+        cuts = [(sent.content["text_1"], sent.content.get("max_tokens_per_doc")) for sent in world.score_requests]
+        assert cuts == [("a", None), ("long", None), ("long", 1775), ("short", None)]
+
+    def test_a_window_that_is_not_told_leaves_documents_as_they_are(self):
+        """With a template: where to cut can't be known, and the server's own cut would do harm."""
+        world = fitted(Server(template=20, tells_window=False), "q", ["x" * 100])
+        assert world.scores == exact("q", ["x" * 100])
+        assert world.sent[-1].content.keys() == {"model", "text_1", "text_2", "request_id"}
+
+    def test_a_window_that_is_not_told_is_the_servers_to_keep_without_a_template(self):
+        """It cuts by itself."""
+        world = fitted(Server(window=64, tells_window=False), "q", ["x" * 100])
+        assert world.scores == exact("q", ["x" * 100])
+        assert world.sent[-1].content["truncate_prompt_tokens"] == -1
+
+    def test_versions_that_can_not_cut_documents_reject_them(self):
+        """max_tokens_per_doc came with 0.20; the end of a template is never cut off."""
+        world = World(Server(version="0.19.1", template=20, window=64), known=False)
+        with pytest.raises(DocumentRejected) as caught:
+            world.score("query", ["x" * 100, "y"], fit=True)
+        assert caught.value.scores == (None, oracle("query", "y"))
+        assert fitted(Server(version="0.20.0", template=20, window=64), "query", ["x" * 100]).scores == [
+            oracle("query", "x" * 38)
+        ]
+
+    def test_an_unknown_version_is_taken_for_a_recent_one(self):
+        """Gateways often hide /version."""
+        world = fitted(Server(version=None, template=20, window=64), "query", ["x" * 100])
+        assert world.scores == [oracle("query", "x" * 38)]
+
+    @pytest.mark.parametrize("length", [3, 4, 200])
+    def test_a_query_that_leaves_nothing_is_an_error(self, length: int):
+        """It would have to be cut, and nobody asked for that; cutting the end of the prompt is no remedy."""
+        world = World(Server(template=60, window=64), known=False)
+        with pytest.raises(BackendRejected, match="64.*Shorten the query") as caught:
+            world.score("q" * length, ["x" * 100], fit=True)
+        assert not isinstance(caught.value, DocumentRejected)
+        assert "truncate_prompt_tokens" not in str(caught.value)
+        assert len(world.score_requests) == 2
+
+    def test_a_query_that_leaves_one_token_is_fine(self):
+        """One of the document's."""
+        assert fitted(Server(template=60, window=64), "qq", ["x" * 100]).scores == [oracle("qq", "x")]
+
+    def test_a_server_that_does_not_count_is_taken_for_one_without_a_template(self):
+        """Nothing better can be had."""
+        world = fitted(Server(window=64, counts=False), "q", ["x" * 100])
+        assert world.sent[-1].content["truncate_prompt_tokens"] == -1
+
+    def test_a_server_that_stops_counting_leaves_documents_as_they_are(self):
+        """As much as is known is used: nothing."""
+        counting, silent = Server(template=20), Server(template=20, counts=False)
+        asked = itertools.count()
+
+        def answer(send: Send, now: float) -> tuple[float, Outcome]:
+            return (silent if send.request.body and next(asked) else counting)(send, now)
+
+        world = World(answer)
+        long = "x" * 1_000_000
+        assert world.score("q", [long], fit=True, max_tokens_per_doc=7) == [oracle("q", long[:7])]
+
+    @pytest.mark.parametrize(("tokens", "template"), [(8, False), (9, True)])
+    def test_more_tokens_than_any_plain_pair_takes_are_a_template(self, tokens: int, template: bool):
+        """The pair of "a" and "a" takes 8 at most."""
+        world = fitted(Server(template=tokens - 2, window=64), "q", ["x" * 10])
+        assert world.nodes.known.templated is template
+
+    @pytest.mark.parametrize("accepted", [0, 1])
+    def test_a_refusal_of_a_small_request_is_the_calls_failure(self, accepted: int):
+        """Be it about the template or a query: what takes no harmless pair takes nothing."""
+        reply = Reply(200, b'{"data": [{"index": 0, "score": 0}], "usage": {"prompt_tokens": 29}}')
+        world = World(Script(*[reply] * accepted, server=always(refusal(400, "odd"))))
+        with pytest.raises(BackendRejected, match="odd") as caught:
+            world.score("q", ["x" * 1_000_000], fit=True)
+        assert caught.value.status == 400
+        assert len(world.sent) == 1 + accepted
+
+    def test_a_document_that_is_rejected_all_the_same_is_found(self):
+        """Its piece keeps its cut."""
+        bad = "bad" * 50
+        world = World(Server(template=20, window=64, bad=[bad]), known=False)
+        with pytest.raises(DocumentRejected) as caught:
+            world.score("query", ["x" * 100, bad, "y" * 100], fit=True)
+        assert caught.value.scores == (oracle("query", "x" * 38), None, oracle("query", "y" * 38))

@@ -9,13 +9,19 @@ from hypothesis import strategies as st
 
 from rag_rerank import BadReply, ConfigError
 from rag_rerank.vllm.wire import (
+    Answer,
+    Card,
     Options,
+    Reply,
+    Request,
     Server,
     error_text,
     is_model_missing,
     read_models,
+    read_relevance_scores,
     read_scores,
     read_version,
+    rerank_request,
     score_request,
 )
 
@@ -51,6 +57,8 @@ class TestRequest:
         ("version", "options", "need"),
         [
             ((0, 9), {"use_activation": False}, "0.10"),
+            ((0, 7), {"truncate_prompt_tokens": 512}, "0.8"),
+            ((0, 7), {"priority": 1}, "0.8"),
             ((0, 19), {"max_tokens_per_doc": 10}, "0.20"),
             ((0, 19), {"max_tokens_per_query": 10}, "0.20"),
             ((0, 21), {"instruction": "i"}, "0.22"),
@@ -74,9 +82,72 @@ class TestRequest:
         assert body_of((0, 9), truncate_prompt_tokens=-1)["truncate_prompt_tokens"] == -1
         assert body_of((0, 8), truncate_prompt_tokens=512)["truncate_prompt_tokens"] == 512
 
+    def test_cutting_at_the_maximum_is_all_that_may_be_left_out(self):
+        """Without it over-long pairs are refused, which shows; other options would be missing silently."""
+        with pytest.raises(ConfigError, match="priority"):
+            body_of((0, 7), truncate_prompt_tokens=-1, priority=1)
+
     def test_an_unknown_version_is_taken_for_a_recent_one(self):
         """Gateways often hide /version."""
         assert body_of(None, use_activation=False)["use_activation"] is False
+        assert body_of(None, truncate_prompt_tokens=-1)["truncate_prompt_tokens"] == -1
+
+    def test_an_option_that_is_false_or_zero_is_said(self):
+        """Only None says nothing."""
+        assert body_of(priority=0, use_activation=False) == body_of() | {"priority": 0, "use_activation": False}
+
+    @pytest.mark.parametrize(("version", "knows"), [((0, 16), True), ((1, 0), True), ((0, 15), False), (None, False)])
+    def test_an_id_goes_in_the_body_too_where_that_is_known(self, version: tuple[int, int] | None, knows: bool):
+        """From 0.16 on; a gateway may put an id of its own in the header. Others may refuse unknown fields."""
+        request = score_request(Server(version, "m"), ["q"], ["a"], Options(), "id-1")
+        assert request.id == "id-1"
+        assert json.loads(request.body).get("request_id") == ("id-1" if knows else None)
+
+    def test_without_an_id_none_is_sent(self):
+        """Neither in the header nor in the body."""
+        request = score_request(Server((0, 32), "m"), ["q"], ["a"], Options())
+        assert request.id is None
+        assert b"request_id" not in request.body
+
+    def test_texts_go_as_utf_8(self):
+        """Not as escapes, which are up to six times as long."""
+        request = score_request(Server(None, "m"), ["Öl?"], ["日本\0"], Options())
+        assert "Öl?".encode() in request.body
+        assert "日本".encode() in request.body
+        assert json.loads(request.body)["text_2"] == ["日本\0"]
+
+    @given(st.lists(st.text(max_size=20), min_size=1, max_size=3))
+    def test_any_text_arrives_as_it_is(self, texts: list[str]):
+        """Quotes, control characters, astral planes."""
+        texts = [text.encode("utf-8", "replace").decode() for text in texts]
+        assert json.loads(score_request(Server(None, "m"), texts, texts, Options()).body)["text_2"] == texts
+
+    @pytest.mark.parametrize("count", [1, 100])
+    def test_an_answer_may_have_so_many_bytes_as_it_can_need(self, count: int):
+        """64 KiB and 256 bytes for each document; a rerank answer also repeats them."""
+        documents = ["abc"] * count
+        limit = (64 << 10) + 256 * count
+        assert score_request(Server(None, "m"), ["q"], documents, Options()).reply_limit == limit
+        assert rerank_request(Server(None, "m"), "q", documents, Options()).reply_limit == limit + 36 * count
+        assert Request("GET", "/version").reply_limit == 1 << 20
+
+
+class TestRerankRequest:
+    """The same, in the shape of Jina's and Cohere's APIs."""
+
+    def test_the_plain_form(self):
+        """Without top_n, all documents are scored."""
+        request = rerank_request(Server((0, 15), "m"), "q", ["a", "b"], Options())
+        assert (request.method, request.path) == ("POST", "/v1/rerank")
+        assert json.loads(request.body) == {"model": "m", "query": "q", "documents": ["a", "b"]}
+
+    def test_options_and_id_are_those_of_scores(self):
+        """In the same fields."""
+        request = rerank_request(Server((0, 32), "m"), "q", ["a"], Options(priority=3), "id-1")
+        assert json.loads(request.body).items() >= {"priority": 3, "request_id": "id-1"}.items()
+        assert request.id == "id-1"
+        with pytest.raises(ConfigError):
+            rerank_request(Server((0, 21), "m"), "q", ["a"], Options(instruction="i"))
 
 
 class TestScores:
@@ -84,7 +155,9 @@ class TestScores:
 
     def test_scores_come_in_the_order_of_the_documents(self):
         """Whatever order the server chose; unknown fields don't matter."""
-        assert read_scores(reply({"index": 1, "score": 0.5, "x": 1}, {"index": 0, "score": 1}), 2) == [1.0, 0.5]
+        answer = read_scores(reply({"index": 1, "score": 0.5, "x": 1}, {"index": 0, "score": 1}), range(2))
+        assert answer == Answer([1.0, 0.5])
+        assert [type(score) for score in answer.scores] == [float, float]
 
     @pytest.mark.parametrize(
         ("body", "reason"),
@@ -117,26 +190,64 @@ class TestScores:
     def test_anything_else_is_a_bad_reply(self, body: bytes, reason: str):
         """And says what is wrong with it."""
         with pytest.raises(BadReply, match=reason):
-            read_scores(body, 1)
+            read_scores(body, range(1))
+
+    @pytest.mark.parametrize("wrong", [{"index": "x" * 60_000, "score": 1}, {"index": 0, "score": "\n" * 60_000}])
+    def test_what_is_wrong_is_not_shown_without_end(self, wrong: dict[str, object]):
+        """A message is a line, not a page."""
+        with pytest.raises(BadReply) as caught:
+            read_scores(reply(wrong), range(1))
+        assert len(str(caught.value)) < 500
+
+    @pytest.mark.parametrize(
+        ("entries", "reason"),
+        [
+            ([{"index": 0, "score": 1}, {"index": 1}], r"documents\[3\] got the score None"),
+            ([{"index": 0, "score": 1}, {"index": 0, "score": 2}], r"two scores for documents\[5\]"),
+        ],
+    )
+    def test_documents_are_named_by_their_positions_in_the_call(self, entries: list[dict], reason: str):
+        """Not by those in the request."""
+        with pytest.raises(BadReply, match=reason):
+            read_scores(reply(*entries), [5, 3])
 
     def test_two_scores_for_one_document_are_a_bad_reply(self):
         """Then another has none."""
         with pytest.raises(BadReply, match=r"two scores for documents\[0\]"):
-            read_scores(reply({"index": 0, "score": 1}, {"index": 0, "score": 2}), 2)
+            read_scores(reply({"index": 0, "score": 1}, {"index": 0, "score": 2}), range(2))
 
     @given(st.binary(max_size=200), st.integers(1, 3))
     def test_random_bytes_never_raise_anything_else(self, body: bytes, expected: int):
         """No exception of the JSON library gets out."""
         with pytest.raises(BadReply):
-            read_scores(body, expected)
+            read_scores(body, range(expected))
 
     @given(st.lists(st.floats(allow_nan=False, allow_infinity=False), min_size=1), st.randoms())
     def test_any_permutation_is_put_back_in_order(self, scores: list[float], random):
         """The index decides, not the position."""
         entries = [{"index": index, "score": score} for index, score in enumerate(scores)]
         random.shuffle(entries)
-        assert read_scores(reply(*entries), len(scores)) == scores
+        assert read_scores(reply(*entries), range(len(scores))).scores == scores
         assert all(math.isfinite(score) for score in scores)
+
+    def test_a_rerank_answer_has_other_names(self):
+        """Its order is by score, and it repeats the documents."""
+        results = [{"index": 1, "relevance_score": 0.9, "document": {"text": "b"}}, {"index": 0, "relevance_score": 0}]
+        body = json.dumps({"id": "rerank-1", "results": results}).encode()
+        assert read_relevance_scores(body, range(2)) == Answer([0.0, 0.9], id="rerank-1")
+        with pytest.raises(BadReply, match="no list 'results'"):
+            read_relevance_scores(reply({"index": 0, "score": 1}), range(1))
+        with pytest.raises(BadReply, match="no list 'data'"):
+            read_scores(body, range(2))
+
+    def test_an_answer_says_whose_it_is_and_how_much_was_read(self):
+        """Where it says so in a form that makes sense."""
+        data = [{"index": 0, "score": 1}]
+        said = {"data": data, "id": "score-1", "model": "m", "usage": {"prompt_tokens": 7}}
+        assert read_scores(json.dumps(said).encode(), range(1)) == Answer([1.0], "score-1", "m", 7)
+        for usage in (None, 7, [], {}, {"prompt_tokens": None}, {"prompt_tokens": "7"}, {"prompt_tokens": True}):
+            nonsense = {"data": data, "id": 1, "model": ["m"], "usage": usage}
+            assert read_scores(json.dumps(nonsense).encode(), range(1)) == Answer([1.0])
 
 
 class TestOtherReplies:
@@ -148,6 +259,12 @@ class TestOtherReplies:
             (b'{"version": "0.32.0"}', (0, 32)),
             (b'{"version": "0.11.1rc2.dev1+gabc"}', (0, 11)),
             (b'{"version": "dev"}', None),
+            (b'{"version": "1.2"}', (1, 2)),
+            (b'{"version": "v0.32.0"}', None),
+            (b'{"version": null}', None),
+            (b'{"version": "0.' + b"1" * 5000 + b'"}', (0, 111111111)),
+            (b'{"version": "' + b"1" * 5000 + b'.1"}', None),
+            (b"[]", None),
             (b"{}", None),
             (b"nope", None),
         ],
@@ -156,12 +273,31 @@ class TestOtherReplies:
         """Nothing about it is an error."""
         assert read_version(body) == version
 
-    def test_models_have_a_name_and_a_checkpoint(self):
-        """Aliases share the checkpoint."""
-        body = b'{"data": [{"id": "a", "root": "org/x"}, {"id": "b", "root": "org/x"}, {"id": "c"}]}'
-        assert read_models(body) == [("a", "org/x"), ("b", "org/x"), ("c", "c")]
+    def test_models_have_a_name_a_checkpoint_and_a_window(self):
+        """Aliases share the checkpoint; adapters and gateways tell no window."""
+        entries = [
+            {"id": "a", "root": "org/x", "max_model_len": 512},
+            {"id": "b", "root": "org/x", "max_model_len": None},
+            {"id": "c", "max_model_len": "512"},
+            {"id": "d", "root": None, "max_model_len": True},
+        ]
+        cards = [Card("a", "org/x", 512), Card("b", "org/x"), Card("c", "c"), Card("d", "d")]
+        assert read_models(reply(*entries)) == cards
+        assert read_models(b'{"data": []}') == []
+
+    @pytest.mark.parametrize(
+        "body", [b'{"data": ["a"]}', b'{"data": [{"root": "x"}]}', b'{"data": {}}', b"{}", b"nginx"]
+    )
+    def test_what_is_no_model_list_is_a_bad_reply(self, body: bytes):
+        """A gateway's page, say."""
         with pytest.raises(BadReply):
-            read_models(b'{"data": ["a"]}')
+            read_models(body)
+
+    def test_what_is_not_known_of_a_server_is_none(self):
+        """Window, and whether it has a template."""
+        server = Server(None, "m")
+        assert (server.checkpoint, server.window, server.templated) == (None, None, None)
+        assert Reply(200, b"").headers == {}
 
     @pytest.mark.parametrize(
         ("body", "text"),
@@ -172,6 +308,15 @@ class TestOtherReplies:
             (b'{"detail": "Not Found"}', "Not Found"),
             (b"<html>  Bad\n gateway", "<html> Bad gateway"),
             (b"\x1b[31mred", r"\x1b[31mred"),
+            (b'{"error": {"message": ""}, "detail": "d"}', "d"),
+            (b'{"error": {}, "message": "m", "detail": "d"}', "m"),
+            (b'{"error": null}', "{'error': None}"),
+            (b'{"detail": [{"loc": ["body"]}]}', "[{'loc': ['body']}]"),
+            (b"[1]", "[1]"),
+            (b"\xff", "\ufffd"),
+            (b"", ""),
+            (b"a\r\n\x00b\x7f\xc2\x85", r"a \x00b\x7f"),
+            ("\u202eevil\u200b".encode(), r"\u202eevil\u200b"),
         ],
     )
     def test_the_servers_words_are_found_in_all_known_shapes(self, body: bytes, text: str):
@@ -180,11 +325,14 @@ class TestOtherReplies:
 
     def test_a_long_error_page_is_cut(self):
         """A megabyte of HTML does not belong in a message."""
-        assert len(error_text(b"x" * 1_000_000)) == 300
+        assert error_text(b"x" * 300) == "x" * 300
+        assert error_text(b"x" * 301) == error_text(b"x" * 1_000_000) == "x" * 297 + "..."
+        assert len(error_text(b"\0" * 1_000_000)) == 300
 
     def test_an_unknown_model_and_an_unknown_path_are_told_apart(self):
         """Both are 404; the body differs."""
         assert is_model_missing(b'{"error": {"message": "The model `x` does not exist.", "code": 404}}')
         assert is_model_missing(b'{"object": "error", "message": "The model `x` does not exist."}')
         assert not is_model_missing(b'{"detail": "Not Found"}')
+        assert not is_model_missing(b'{"error": "Not Found"}')
         assert not is_model_missing(b"nginx")

@@ -68,7 +68,7 @@ class Patient:
         transport = Transport(None) if keyless else self._scorer._transport
         connect_timeout = min(self._scorer._rules.connect_timeout, self.timeout)
         try:
-            return transport.run(_once(Send(self.endpoint, request, self.timeout, connect_timeout)))
+            return transport.run(_once(Send(self.endpoint, request, self.timeout, connect_timeout, lambda _: True)))
         finally:
             if keyless:
                 transport.close()
@@ -96,7 +96,7 @@ class Patient:
 
     def read(self, body: bytes) -> Answer:
         """The answer to such a request; raises BadReply."""
-        return read_relevance_scores(body, 1) if self.api == "rerank" else read_scores(body, 1)
+        return read_relevance_scores(body, [0]) if self.api == "rerank" else read_scores(body, [0])
 
     def ask(self, query: str, document: str) -> Answer:
         """One answer to such a request, with the scorer's patience.

@@ -1,0 +1,923 @@
+"""How one request gets its answer: tries, servers, time, and what is no answer; on a virtual clock."""
+
+import itertools
+import json
+import time
+from dataclasses import replace
+
+import pytest
+
+from rag_rerank import (
+    AuthError,
+    BackendRejected,
+    BackendUnavailable,
+    BadReply,
+    ConfigError,
+    DeadlineExceeded,
+)
+from rag_rerank.vllm.endpoint import Endpoint
+from rag_rerank.vllm.exchange import ID_PREFIX, Exchange, Rules
+from rag_rerank.vllm.nodes import Nodes
+from rag_rerank.vllm.steps import Failure, Send
+from rag_rerank.vllm.wire import Options, Reply, Request, score_request
+from rag_rerank.vllm.wire import Server as Known
+from tests.faulty_server import oracle
+from tests.vllm.virtual import (
+    BROKEN,
+    BUSY,
+    HANG,
+    REFUSED,
+    START,
+    UNREACHABLE,
+    UNREAD,
+    UNTRUSTED,
+    Outcome,
+    Script,
+    Server,
+    World,
+    after,
+    always,
+    at,
+    refusal,
+)
+
+SCORES = [oracle("q", "a"), oracle("q", "b")]
+EMPTY = Reply(200, b"{}")
+ANONYMOUS = Server(ids="none")
+MISSING = refusal(404, "The model `m` does not exist.")
+
+
+def score(world: World) -> list[float]:
+    return world.score("q", ["a", "b"])
+
+
+def learn(world: World) -> Known:
+    return world.run(world.exchange().describe())
+
+
+class TestTries:
+    """What may pass is tried again, what can't is not."""
+
+    def test_a_good_answer_needs_one_request(self):
+        """And no waiting."""
+        world = World()
+        assert score(world) == SCORES
+        assert (world.paths, world.slept, world.discarded) == (["/v1/score"], [], [])
+
+    @pytest.mark.parametrize("status", [408, 429, 500, 501, 502, 503, 504, 599])
+    def test_a_status_that_may_pass_is_tried_again(self, status: int):
+        """Scoring has no side effects, so repeating is safe."""
+        world = World(Script(refusal(status)))
+        assert score(world) == SCORES
+        assert len(world.score_requests) == 2
+
+    @pytest.mark.parametrize(
+        "outcome", [REFUSED, BROKEN, UNREAD, EMPTY, Reply(200, b""), Reply(200, b"<html>"), Reply(204, b"")]
+    )
+    def test_a_broken_connection_or_reply_is_tried_again(self, outcome: Outcome):
+        """Half a reply is no reply."""
+        world = World(Script(outcome))
+        assert score(world) == SCORES
+        assert len(world.score_requests) == 2
+
+    def test_pauses_double_with_full_jitter_up_to_8_seconds(self):
+        """Half of 0.5, 1, 2 ... s with jitter fixed at one half."""
+        world = World(Script(*[refusal(500)] * 7), max_retries=7)
+        assert score(world) == SCORES
+        assert world.slept == [0.25, 0.5, 1.0, 2.0, 4.0, 4.0, 4.0]
+
+    def test_no_jitter_is_no_pause(self):
+        """Full jitter begins at 0."""
+        world = World(Script(BUSY), jitter=0.0)
+        assert score(world) == SCORES
+        assert world.slept == []
+
+    def test_a_broken_connection_is_replaced_at_once_but_only_the_first_time(self):
+        """Most often it is a kept one that the server had closed; a second one is no such accident."""
+        world = World(Script(BROKEN))
+        assert score(world) == SCORES
+        assert world.slept == []
+        world = World(Script(BROKEN, BROKEN), known=False)
+        assert score(world) == SCORES
+        assert world.slept == [0.5]
+        world = World(Script(refusal(500), BROKEN))
+        assert score(world) == SCORES
+        assert world.slept == [0.25, 0.5]
+
+    def test_tries_are_limited_and_the_error_counts_them(self):
+        """Three with two retries; it says what, where, how often, how long, and what to do."""
+        world = World(Script(*[BUSY] * 3, seconds=1.0))
+        with pytest.raises(BackendUnavailable, match=r"^the server answered 503: busy \(server0:1, \d") as caught:
+            score(world)
+        error = caught.value
+        # A server that failed is asked again who it is: that was the second and third request.
+        assert (error.endpoint, error.attempts, error.elapsed) == ("server0:1", 3, 3.75)
+        assert len(world.sent) == 3
+
+    def test_without_retries_there_is_one_try(self):
+        """max_retries=0."""
+        world = World(Script(BUSY), max_retries=0)
+        with pytest.raises(BackendUnavailable, match=r"503: busy \(server0:1, 1 attempt, 0.00 s\)\.$"):
+            score(world)
+        assert len(world.sent) == 1
+
+    def test_no_connection_asks_whether_there_is_a_server(self):
+        """With the HTTP library's exception as the cause."""
+        cause = OSError("refused")
+        world = World(always(replace(REFUSED, cause=cause)))
+        with pytest.raises(BackendUnavailable, match=r"can't connect: refused.*3 attempts.*Is the vLLM") as caught:
+            score(world)
+        assert caught.value.__cause__ is cause
+
+    def test_no_connection_takes_three_connect_timeouts_and_two_pauses(self):
+        """Row 3: 3 x 2 s and at most 1.5 s."""
+        world = World(always(*reversed(UNREACHABLE)), jitter=0.999)
+        with pytest.raises(BackendUnavailable, match="can't connect: timed out"):
+            score(world)
+        assert 6.0 < world.elapsed < 7.5
+
+    def test_a_certificate_is_not_tried_again(self):
+        """It will be the same, and nothing insecure is done instead."""
+        world = World(always(UNTRUSTED))
+        with pytest.raises(BackendUnavailable, match=r"can't trust the server: expired.*SSL_CERT_FILE"):
+            score(world)
+        assert (len(world.sent), world.slept) == (1, [])
+
+    def test_a_bad_reply_to_the_end_is_a_bad_reply(self):
+        """With the place added to what is wrong with it; its connections are not used again."""
+        world = World(Script(*[EMPTY] * 3))
+        with pytest.raises(BadReply, match=r"no list 'data' \(server0:1, 3 attempts.*Is it a vLLM server\?$") as caught:
+            score(world)
+        assert isinstance(caught.value.__cause__, BadReply)
+        assert world.discarded == [EMPTY] * 3
+
+    def test_an_answer_that_is_not_read_is_a_bad_reply(self):
+        """Too large, or compressed: the transport has closed the connection itself."""
+        world = World(always(UNREAD))
+        with pytest.raises(BadReply, match=r"longer than 10 bytes \(server0:1, 3 attempts"):
+            score(world)
+        assert world.discarded == []
+
+    def test_the_attempts_of_the_whole_call_are_counted(self):
+        """Those of the other requests, too."""
+        world = World(Script(None, None, None, *[refusal(500)] * 3), known=False, chunk_size=1, max_concurrency=1)
+        with pytest.raises(BackendUnavailable, match="6 attempts"):
+            score(world)
+
+
+class TestRefusals:
+    """Final, and each says what to do next."""
+
+    @pytest.mark.parametrize("status", [100, 301, 302, 307, 308, 400, 401, 402, 403, 404, 405, 409, 413, 422])
+    def test_a_refusal_is_final(self, status: int):
+        """The same request would be refused again."""
+        world = World(always(refusal(status)))
+        exchange = world.exchange()
+        with pytest.raises(BackendRejected):
+            world.run(exchange.ask(lambda server, request_id: _request(), lambda body: pytest.fail("no answer")))
+        assert world.slept == []
+        assert len(world.score_requests) == 1
+
+    @pytest.mark.parametrize(
+        ("reply", "kind", "words"),
+        [
+            (Reply(401, b'{"error": "Unauthorized"}'), AuthError, "401: Unauthorized .*VLLM_API_KEY"),
+            (Reply(403, b""), AuthError, "VLLM_API_KEY"),
+            (Reply(307, b"", {"location": "http://x"}), BackendRejected, "307, a redirect, which is never followed"),
+            (Reply(300, b""), BackendRejected, "never followed.*base_url"),
+            (Reply(399, b""), BackendRejected, "never followed.*base_url"),
+            (Reply(404, b'{"detail": "Not Found"}'), BackendRejected, "404: Not Found .*--runner pooling"),
+            (refusal(400, "maximum context length is 512"), BackendRejected, "truncate_prompt_tokens=-1"),
+            (refusal(400, "odd"), BackendRejected, r"answered 400: odd \(server0:1, 1 attempt, 0.00 s\)\.$"),
+        ],
+    )
+    def test_the_remedy_fits_the_status(self, reply: Reply, kind: type[BackendRejected], words: str):
+        """With the server's own words, and the status to look at."""
+        world = World(always(reply))
+        with pytest.raises(kind, match=words) as caught:
+            world.run(world.exchange().ask(lambda server, request_id: _request(), lambda body: pytest.fail("none")))
+        assert type(caught.value) is kind
+        assert caught.value.status == reply.status
+
+    def test_an_unknown_model_is_answered_with_those_that_are_served(self):
+        """One more request finds out."""
+        world = World(Server(models=["x", "y"]), model="m")
+        with pytest.raises(BackendRejected, match=r"serve the model 'm' .*It serves: x, y\. Pass one") as caught:
+            score(world)
+        assert world.paths == ["/v1/score", "/v1/models"]
+        assert type(caught.value) is BackendRejected
+        assert caught.value.status == 404
+
+    @pytest.mark.parametrize("answer", [Reply(404, b'{"detail": "Not Found"}'), MISSING, Reply(405, b"")])
+    def test_an_unknown_model_is_named_where_models_are_not_listed(self, answer: Reply):
+        """A gateway may have no list: that says nothing about its score API."""
+        world = World(Script(MISSING, answer), model="m")
+        with pytest.raises(BackendRejected, match="the server does not serve the model 'm'") as caught:
+            score(world)
+        assert type(caught.value) is BackendRejected
+        assert "--runner pooling" not in str(caught.value)
+
+    def test_an_unknown_model_is_found_out_in_as_many_tries_as_it_takes(self):
+        """The list of models may be late, too."""
+        lists = Script(refusal(500), EMPTY, server=Server(models=["x"]))
+        world = World(lambda send, now: lists(send, now) if send.request.body is None else (0.0, MISSING), model="m")
+        with pytest.raises(BackendRejected, match=r"'m'.*It serves: x\."):
+            score(world)
+
+
+class TestRetryAfter:
+    """A server that says when, is asked then."""
+
+    @pytest.mark.parametrize(
+        ("value", "seconds"),
+        [
+            ("3", 3.0),
+            ("120", 120.0),
+            ("0.5", 0.5),
+            (" 3 ", 3.0),
+            ("Sat, 21 Nov 2026 22:27:40 GMT", 60.0),
+            ("Saturday, 21-Nov-26 22:27:40 GMT", 60.0),
+            ("Sat Nov 21 22:27:40 2026", 60.0),
+            ("Sat, 21 Nov 2026 22:27:40 -0000", 60.0),
+            ("Sat, 21 Nov 2026 23:27:40 +0100", 60.0),
+        ],
+    )
+    @pytest.mark.parametrize("status", [429, 503])
+    def test_it_is_obeyed_exactly(self, status: int, value: str, seconds: float):
+        """Seconds, and dates in the three forms of RFC 9110."""
+        world = World(Script(refusal(status, retry_after=value)), deadline=200)
+        assert score(world) == SCORES
+        assert world.slept == [seconds]
+
+    @pytest.mark.parametrize("value", ["0", "Sat, 21 Nov 2026 22:26:40 GMT"])
+    def test_now_is_now(self, value: str):
+        """No pause at all."""
+        world = World(Script(refusal(503, retry_after=value)))
+        assert score(world) == SCORES
+        assert world.slept == []
+
+    @pytest.mark.parametrize("value", ["121", "3600", "604800", "Sun, 22 Nov 2026 22:26:40 GMT"])
+    def test_more_than_two_minutes_are_told_to_the_caller_at_once(self, value: str):
+        """Row 13: no further request, and the error has the seconds."""
+        world = World(always(refusal(429, retry_after=value)))
+        with pytest.raises(BackendUnavailable, match="429") as caught:
+            score(world)
+        assert (len(world.sent), world.slept) == (1, [])
+        assert caught.value.retry_after == (86400.0 if "Nov" in value else float(value))
+
+    @pytest.mark.parametrize("value", ["10", "10.5", "100", "Sat, 21 Nov 2026 22:26:51 GMT"])
+    def test_longer_than_the_deadline_is_not_waited_for(self, value: str):
+        """The failure is told at once."""
+        world = World(Script(refusal(429, retry_after=value)), deadline=10)
+        with pytest.raises(BackendUnavailable, match="429") as caught:
+            score(world)
+        assert (len(world.sent), world.slept, world.elapsed) == (1, [], 0)
+        assert caught.value.retry_after >= 10
+
+    @pytest.mark.parametrize(
+        "value",
+        [
+            "nan",
+            "inf",
+            "-inf",
+            "-5",
+            "-0.1",
+            "1e35",
+            "1" + "0" * 35,
+            "9" * 5000,
+            str(366 * 86400),
+            "soon",
+            "",
+            " ",
+            ",",
+            "3 s",
+            "3;4",
+            "0x10",
+            "٣,",
+            "Wed, 21 Oct 2015 07:28:00 GMT",
+            "Sat, 21 Nov 2026 22:26:39 GMT",
+            "Sat, 99 Nov 2026 22:26:39 GMT",
+            "Sat, 21 Nov 2026 99:99:99 GMT",
+            "Sat, 21 Nov 100000 07:28:00 GMT",
+            "Sat, 21 Nov 9999 07:28:00 GMT",
+            "Sat, 21 Nov 0001 07:28:00 GMT",
+            "Sat, 21 Nov 2026 22:27:40 +999999999",
+            "Fri, 31 Dec 9999 23:59:59 -2359",
+        ],
+    )
+    def test_nonsense_is_ordinary_back_off(self, value: str):
+        """Row 14: no header can crash or hang the client."""
+        world = World(Script(refusal(503, retry_after=value)))
+        assert score(world) == SCORES
+        assert world.slept == [0.25]
+
+    def test_the_error_has_none_where_the_server_did_not_ask(self):
+        """Nor where what it asked makes no sense."""
+        for headers in ({}, {"retry_after": "soon"}):
+            with pytest.raises(BackendUnavailable) as caught:
+                score(World(always(refusal(503, **headers))))
+            assert caught.value.retry_after is None
+
+    def test_statuses_that_are_final_do_not_become_otherwise_by_it(self):
+        """A 400 with Retry-After is a 400."""
+        world = World(always(refusal(401, retry_after="1")))
+        with pytest.raises(AuthError):
+            score(world)
+        assert len(world.sent) == 1
+
+    def test_it_is_not_waited_for_where_another_server_answers(self):
+        """Which was not asked to wait."""
+        world = World(at(always(refusal(429, retry_after="3600")), Server()), servers=2)
+        assert score(world) == SCORES
+        assert (world.hosts, world.slept) == ([0, 1], [])
+
+    def test_a_server_is_left_alone_for_as_long_as_it_asked_also_when_another_one_fails(self):
+        """What the other one says is not for the first."""
+        world = World(at(Script(refusal(429, retry_after="5")), Script(refusal(500))), servers=2, deadline=30)
+        assert score(world) == SCORES
+        asked_again = [sent.at for sent, host in zip(world.sent, world.hosts, strict=True) if host == 0][1:]
+        assert all(moment >= 5 for moment in asked_again)
+
+
+class TestDeadline:
+    """No request and no pause goes beyond it."""
+
+    def test_each_request_gets_what_is_left(self):
+        """Of 10 s, after one that took 4 s and a pause of 0.25 s."""
+        world = World(Script((4.0, refusal(500))), deadline=10)
+        assert score(world) == SCORES
+        assert [sent.send.timeout for sent in world.sent] == [10, 5.75]
+
+    def test_connecting_may_not_take_longer_than_what_is_left(self):
+        """Of 4 s, after 3 s and a pause of 0.25 s."""
+        world = World(Script((3.0, refusal(500))), deadline=4)
+        assert score(world) == SCORES
+        assert [sent.send.connect_timeout for sent in world.sent] == [2.0, 0.75]
+
+    def test_a_request_that_takes_all_the_time_is_a_timeout(self):
+        """Saying what could help, at that moment; and nothing is held against the server."""
+        cause = TimeoutError()
+        world = World(Script(HANG), deadline=10)
+        with pytest.raises(DeadlineExceeded, match=r"had not answered .*server0:1, 1 attempt, 10.00 s.*Allow more"):
+            score(world)
+        assert world.elapsed == 10
+        assert world.each_node[0].back_off.failures == 0
+        with pytest.raises(DeadlineExceeded) as caught:
+            score(World(Script((10.0, Failure("timeout", "timed out", cause))), deadline=10))
+        assert caught.value.__cause__ is cause
+
+    def test_a_connection_that_fails_at_the_last_moment_is_a_timeout(self):
+        """Less than a millisecond is left: nothing could be done with it."""
+        with pytest.raises(DeadlineExceeded):
+            score(World(Script((1.9995, REFUSED)), deadline=2))
+        with pytest.raises(BackendUnavailable, match="refused"):
+            score(World(Script((1.998, REFUSED)), deadline=2))
+        assert score(World(Script((1.5, REFUSED)), deadline=2)) == SCORES
+
+    def test_a_pause_that_would_pass_it_is_not_begun(self):
+        """The last failure is the answer."""
+        world = World(Script((0.9, refusal(500))), deadline=1)
+        with pytest.raises(BackendUnavailable, match="500"):
+            score(world)
+        assert world.slept == []
+        assert world.elapsed == pytest.approx(0.9)
+
+    def test_a_failure_at_the_deadline_is_not_tried_again(self):
+        """Not even where it would be tried at once."""
+        world = World(Script((1.0, refusal(500))), servers=2, deadline=1, attempt_timeout=1.0)
+        with pytest.raises(BackendUnavailable, match="500"):
+            score(world)
+        assert len(world.sent) == 1
+
+    def test_no_request_is_sent_after_it(self):
+        """The second answer of three comes at the last moment."""
+        world = World(Server(seconds=0.5), known=False, deadline=1)
+        with pytest.raises(DeadlineExceeded, match=r"^the deadline passed \(server0:1, 2 attempts, 1.00 s\)"):
+            score(world)
+        assert world.paths == ["/version", "/v1/models"]
+
+    def test_an_answer_at_the_deadline_is_an_answer(self):
+        """It is there."""
+        world = World(Server(seconds=1.0), deadline=1)
+        assert score(world) == SCORES
+
+    def test_without_a_deadline_requests_have_no_timeout(self):
+        """None means none; connecting has its own."""
+        world = World()
+        score(world)
+        assert (world.sent[0].send.timeout, world.sent[0].send.connect_timeout) == (None, 2.0)
+
+    @pytest.mark.parametrize("deadline", [0.0, -1.0])
+    def test_a_call_that_begins_too_late_sends_nothing(self, deadline: float):
+        """Whatever the number of servers."""
+        for servers in (1, 2):
+            world = World(servers=servers, deadline=deadline)
+            with pytest.raises(DeadlineExceeded):
+                score(world)
+            assert world.sent == []
+
+
+class TestAttemptTimeout:
+    """A request that takes too long is given up while there is time for another."""
+
+    def test_one_server_has_all_of_the_calls_time(self):
+        """Nobody else could be asked."""
+        world = World(deadline=30)
+        score(world)
+        assert world.sent[0].send.timeout == 30
+
+    def test_several_servers_share_it_equally_among_the_tries(self):
+        """One that hangs leaves time for the next; the share is of the call's whole time."""
+        world = World(at(always(*reversed(HANG)), Server(seconds=1.0)), servers=2, deadline=30)
+        assert score(world) == SCORES
+        assert [sent.send.timeout for sent in world.sent] == [10, 10]
+        assert (world.hosts, world.elapsed) == ([0, 1], 11)
+
+    def test_all_hanging_servers_end_in_a_timeout_at_the_deadline(self):
+        """Three tries of ten seconds."""
+        world = World(always(*reversed(HANG)), servers=2, deadline=30)
+        with pytest.raises(DeadlineExceeded):
+            score(world)
+        assert world.elapsed == 30
+        assert world.hosts == [0, 1, 0]
+
+    def test_several_servers_without_a_deadline_have_no_share(self):
+        """Of nothing."""
+        world = World(servers=2)
+        score(world)
+        assert world.sent[0].send.timeout is None
+
+    def test_a_share_is_at_least_a_millisecond(self):
+        """Two of 1.2 ms."""
+        world = World(always(*reversed(HANG)), servers=3, deadline=0.0012)
+        with pytest.raises(DeadlineExceeded):
+            score(world)
+        assert [sent.send.timeout for sent in world.sent] == [0.001]
+
+    @pytest.mark.parametrize("servers", [1, 2])
+    def test_a_given_one_holds_for_any_number_of_servers(self, servers: int):
+        """It ends a try, and the next may work."""
+        world = World(Script(HANG), servers=servers, deadline=30, attempt_timeout=5.0, known=True)
+        assert score(world) == SCORES
+        assert {sent.send.timeout for sent in world.sent} == {5.0}
+        assert world.slept == ([0.25] if servers == 1 else [])
+
+    def test_it_is_told_how_long_was_waited(self):
+        """And which setting it was."""
+        world = World(always(*reversed(HANG)), attempt_timeout=5.0)
+        with pytest.raises(BackendUnavailable, match=r"no answer within 5 s .*3 attempts, 15.75 s.*attempt_timeout="):
+            score(world)
+
+    def test_connecting_may_not_take_longer(self):
+        """Where the try is shorter than connect_timeout."""
+        world = World(attempt_timeout=0.5)
+        score(world)
+        assert world.sent[0].send.connect_timeout == 0.5
+
+
+class TestSeveralServers:
+    """Asked in turn; those that do not answer rest."""
+
+    def test_requests_go_round(self):
+        """Each gets as much as the others."""
+        world = World(servers=3)
+        for _ in range(6):
+            assert score(world) == SCORES
+        assert world.hosts == [0, 1, 2, 0, 1, 2]
+
+    @pytest.mark.parametrize("outcome", [REFUSED, BROKEN, UNREAD, UNTRUSTED, EMPTY, BUSY, refusal(500), refusal(429)])
+    def test_another_one_is_asked_at_once(self, outcome: Outcome):
+        """No pause: it has not failed."""
+        world = World(at(always(outcome), Server()), servers=2)
+        assert score(world) == SCORES
+        assert (world.hosts, world.slept) == ([0, 1], [])
+
+    def test_all_are_tried_before_there_is_a_pause(self):
+        """The third try of two servers comes after one of 1 s, halved by jitter."""
+        world = World(always(refusal(500)), servers=2)
+        with pytest.raises(BackendUnavailable, match="server0:1, 3 attempts"):
+            score(world)
+        assert (world.hosts, world.slept) == ([0, 1, 0], [0.5])
+
+    def test_the_error_names_the_server_that_failed_last(self):
+        """Not all of them."""
+        world = World(always(refusal(500)), servers=2, max_retries=1)
+        with pytest.raises(BackendUnavailable, match="server1:1, 2 attempts") as caught:
+            score(world)
+        assert caught.value.endpoint == "server1:1"
+
+    def test_what_one_server_refuses_no_other_is_asked(self):
+        """They serve the same model, alike."""
+        world = World(at(always(refusal(405)), Server()), servers=2)
+        with pytest.raises(BackendRejected):
+            score(world)
+        assert world.hosts == [0]
+
+    @pytest.mark.parametrize("outcome", [REFUSED, BROKEN, UNTRUSTED, refusal(502), BUSY, refusal(504)])
+    def test_one_that_does_not_answer_rests(self, outcome: Outcome):
+        """For 1 s, twice as long after each failure; it costs one try per rest."""
+        world = World(at(always(outcome), Server()), servers=2)
+        asked_at = []
+        for moment in range(80):
+            world.now = START + moment / 10
+            before = len(world.sent)
+            assert score(world) == SCORES
+            asked_at += [moment / 10 for host in world.hosts[before:] if host == 0]
+        assert len(asked_at) == 4
+        assert all(later - earlier >= 2**n for n, (earlier, later) in enumerate(itertools.pairwise(asked_at)))
+
+    def test_one_that_hangs_rests(self):
+        """A time-out is no answer."""
+        world = World(at(always(*reversed(HANG)), Server()), servers=2, deadline=3)
+        assert score(world) == SCORES
+        assert world.each_node[0].back_off.resting
+
+    @pytest.mark.parametrize("outcome", [refusal(500), refusal(429), refusal(408), EMPTY, UNREAD])
+    def test_one_that_answers_does_not_rest(self, outcome: Outcome):
+        """It is there; what it said concerns the request."""
+        world = World(at(Script(outcome), Server()), servers=2)
+        assert score(world) == SCORES
+        assert not world.each_node[0].back_off.resting
+        assert score(world) == SCORES
+        assert world.hosts == [0, 1, 0]
+
+    @pytest.mark.parametrize("status", [302, 400, 401, 403, 404, 405, 413, 422])
+    def test_one_that_refuses_is_not_taken_for_dead(self, status: int):
+        """Row 48: the request was wrong, not the server; former failures are forgotten."""
+        world = World(always(refusal(status)), servers=2)
+        back_off = world.each_node[0].back_off
+        back_off.failed()
+        world.now += 1.5
+        with pytest.raises(BackendRejected):
+            score(world)
+        assert world.hosts[0] == 0
+        assert (back_off.failures, back_off.resting) == (0, False)
+
+    def test_one_that_works_again_is_asked_like_the_others(self):
+        """After its rest, by one caller, and then by all."""
+        world = World(at(after(1.5, Server(), always(REFUSED)), Server()), servers=2)
+        assert score(world) == SCORES
+        world.now = START + 2
+        for _ in range(4):
+            assert score(world) == SCORES
+        assert world.hosts[2:].count(0) >= 2
+        assert world.each_node[0].back_off.failures == 0
+
+    def test_only_one_request_tries_a_server_after_its_rest(self):
+        """Were it still hanging, all of them would."""
+        world = World(at(after(1.5, Server(seconds=3.0), always(REFUSED)), Server()), servers=2, chunk_size=1)
+        assert score(world) == SCORES
+        begun = len(world.sent)
+        world.now = START + 2
+        assert world.score("q", list("abcdefgh")) == [oracle("q", document) for document in "abcdefgh"]
+        first_moment = [host for sent, host in zip(world.sent, world.hosts, strict=True) if sent.at == 2]
+        assert first_moment.count(0) == 1
+        assert len(world.sent) > begun
+
+    def test_where_all_rest_the_one_is_asked_whose_rest_ends_first(self):
+        """It may be up again, and there is nobody else."""
+        world = World(always(REFUSED), servers=3, max_retries=0)
+        for number in (1, 2, 0):
+            world.each_node[number].back_off.failed()
+            world.now += 0.1
+        with pytest.raises(BackendUnavailable):
+            score(world)
+        assert world.hosts == [1]
+
+    def test_where_all_rest_each_is_asked_before_one_is_asked_again(self):
+        """With pauses, for nobody is known to answer."""
+        world = World(always(REFUSED), servers=3)
+        for node in world.each_node:
+            node.back_off.failed()
+        with pytest.raises(BackendUnavailable):
+            score(world)
+        assert sorted(world.hosts) == [0, 1, 2]
+        assert world.slept == [0.25, 0.5]
+
+    def test_a_server_that_answered_badly_is_preferred_to_one_that_rests(self):
+        """It is there at least."""
+        world = World(at(Script(refusal(500)), Server()), servers=2)
+        world.each_node[1].back_off.failed()
+        assert score(world) == SCORES
+        assert (world.hosts, world.slept) == ([0, 0], [0.25])
+
+    def test_servers_that_are_all_down_get_one_try(self):
+        """Row 51: three failures in a row each; then a call costs one request, without a pause."""
+        world = World(always(REFUSED))
+        with pytest.raises(BackendUnavailable):
+            score(world)
+        assert len(world.sent) == 3
+        for _ in range(10):
+            with pytest.raises(BackendUnavailable, match="server0:1, 1 attempt,"):
+                score(world)
+        assert len(world.sent) == 13
+        assert world.slept == [0.25, 0.5]
+
+    def test_servers_that_are_down_get_all_tries_again_once_one_has_answered(self):
+        """The count begins anew."""
+        world = World(Script(*[REFUSED] * 3))
+        with pytest.raises(BackendUnavailable):
+            score(world)
+        assert world.nodes.down
+        assert score(world) == SCORES
+        assert not world.nodes.down
+
+    def test_servers_are_down_only_if_all_are(self):
+        """Two failures are a stumble."""
+        world = World(servers=2)
+        for _ in range(3):
+            world.each_node[0].back_off.failed()
+        for _ in range(2):
+            world.each_node[1].back_off.failed()
+        assert not world.nodes.down
+        world.each_node[1].back_off.failed()
+        assert world.nodes.down
+
+    def test_certificates_of_all_servers_are_tried_once(self):
+        """Row 4, for two."""
+        world = World(always(UNTRUSTED), servers=2)
+        with pytest.raises(BackendUnavailable, match="SSL_CERT_FILE"):
+            score(world)
+        assert (world.hosts, world.slept) == ([0, 1], [])
+
+    def test_of_new_servers_nothing_is_known_and_nothing_is_held_against_them(self):
+        """Their rests go by the monotonic clock."""
+        nodes = Nodes([Endpoint.parse("http://a:1"), Endpoint.parse("http://b:1")])
+        assert (len(nodes), nodes.known, nodes.down, nodes.label) == (2, None, False, "a:1, b:1")
+        first = nodes.choose([])
+        assert not first.echoes_ids
+        first.failed(gone=False)
+        assert 0.9 < first.back_off.rest_ends - time.monotonic() <= 1.0
+        assert nodes.others_answer([])
+        assert not nodes.others_answer([nodes.choose([first])])
+
+    def test_errors_of_a_whole_call_name_all_servers(self):
+        """No single one is to blame."""
+        world = World(servers=2)
+        error = world.exchange().error(BackendRejected, "no")
+        assert error.endpoint == world.nodes.label == "server0:1, server1:1"
+        assert len(world.nodes) == 2
+
+
+class TestIdentity:
+    """An answer counts only if it is the one to this request, by the model that gave the call's other answers."""
+
+    def test_ids_are_new_for_each_try_and_go_with_the_request(self):
+        """In the header, and in the body for gateways that replace the header."""
+        world = World(Script(refusal(500)))
+        score(world)
+        ids = [sent.send.request.id for sent in world.sent]
+        assert len(set(ids)) == 2
+        assert [sent.content["request_id"] for sent in world.sent] == ids
+
+    def test_ids_are_random_and_ours(self):
+        """Two processes make different ones."""
+        nodes = Nodes([World().each_node[0].endpoint])
+        exchanges = [Exchange(nodes, Rules(), until=None) for _ in range(2)]
+        ids = [exchange._new_id() for exchange in exchanges]
+        assert ids[0] != ids[1]
+        assert all(name.startswith(ID_PREFIX) and len(name) == len(ID_PREFIX) + 32 for name in ids)
+
+    @pytest.mark.parametrize("seen", [True, False])
+    def test_the_answer_to_another_request_of_ours_is_refused(self, seen: bool):
+        """Row 34: whether or not the server was seen to echo ids; the connection is closed, the next try is exact."""
+        stale = _scores(0.1, 0.2, id=f"score-{ID_PREFIX}0")
+        world = World(Script(*[None] * seen, stale))
+        for _ in range(1 + seen):
+            assert score(world) == SCORES
+        assert world.discarded == [stale]
+
+    def test_a_server_that_echoed_once_must_go_on(self):
+        """An answer without an id, or with an own one, is not the server's."""
+        for spoilt in (_scores(0.1, 0.2), _scores(0.1, 0.2, id="x"), _scores(0.1, 0.2, id=7)):
+            world = World(Script(None, spoilt))
+            assert score(world) == score(world) == SCORES
+            assert world.discarded == [spoilt]
+
+    @pytest.mark.parametrize("ids", ["own", "none"])
+    def test_a_gateway_that_never_echoes_is_taken_at_its_word(self, ids: str):
+        """Nothing better can be had."""
+        world = World(Server(ids=ids))
+        assert score(world) == score(world) == SCORES
+        assert (len(world.sent), world.discarded) == (2, [])
+
+    def test_each_server_is_judged_by_itself(self):
+        """One echoes, the other does not."""
+        world = World(at(Server(), Server(ids="own")), servers=2)
+        for _ in range(4):
+            assert score(world) == SCORES
+        assert [node.echoes_ids for node in world.each_node] == [True, False]
+        assert world.discarded == []
+
+    def test_a_server_that_failed_may_come_back_as_another(self):
+        """One that does not echo; a server that fails is also asked again who it is."""
+        world = World()
+        assert score(world) == SCORES
+        assert world.each_node[0].echoes_ids
+        world.answer = Script(REFUSED, server=Server(ids="own"))
+        assert score(world) == SCORES
+        assert world.paths == ["/v1/score"] * 2 + ["/version", "/v1/models", "/v1/score"]
+
+    def test_a_server_that_was_gone_while_others_answered_is_asked_again_who_it_is(self):
+        """Only that one."""
+        world = World(at(Script(None, REFUSED), Server()), servers=2)
+        for _ in range(3):
+            assert score(world) == SCORES
+        assert [node.server is None for node in world.each_node] == [True, False]
+        world.now += 2
+        assert score(world) == score(world) == SCORES
+        gets = [(host, path) for host, path in zip(world.hosts, world.paths, strict=True) if path != "/v1/score"]
+        assert gets == [(0, "/version"), (0, "/v1/models")]
+
+    @pytest.mark.parametrize("outcome", [refusal(500), refusal(429), BUSY, EMPTY, UNREAD, BROKEN, (9.0, BROKEN)])
+    def test_a_server_that_only_stumbled_is_not_asked_again_who_it_is(self, outcome: Outcome):
+        """It has not been gone; an id is still expected back."""
+        world = World(Script(None, outcome), attempt_timeout=5.0)
+        assert score(world) == score(world) == SCORES
+        assert world.paths == ["/v1/score"] * 3
+        assert world.each_node[0].echoes_ids
+
+    def test_answers_by_different_models_are_not_mixed(self):
+        """Row 35: what the first one says decides, the others are refused."""
+        other = _scores(0.5, model="other")
+        world = World(Script(None, other, other, other, server=ANONYMOUS), chunk_size=1, max_concurrency=1)
+        with pytest.raises(BadReply, match=r"parts of one call were answered by 'm' and by 'other'.*4 attempts"):
+            score(world)
+        assert world.discarded == [other] * 3
+
+    def test_a_models_name_is_not_shown_without_end(self):
+        """Whatever a server says of itself."""
+        world = World(Script(None, server=always(_scores(0.5, model="x" * 60_000))), chunk_size=1, max_concurrency=1)
+        world.answer = Script(_scores(0.5, model="y"), server=world.answer)
+        with pytest.raises(BadReply, match="parts of one call") as caught:
+            score(world)
+        assert len(str(caught.value)) < 1000
+
+    def test_another_model_once_is_tried_again(self):
+        """In a rolling update, say."""
+        other = _scores(0.5, model="other")
+        world = World(Script(None, other, server=ANONYMOUS), chunk_size=1, max_concurrency=1)
+        assert score(world) == SCORES
+        assert world.discarded == [other]
+
+    def test_models_may_differ_between_calls(self):
+        """A server may be replaced."""
+        world = World(Script(_scores(0.5, 0.25, model="other"), None))
+        assert score(world) == [0.5, 0.25]
+        assert score(world) == SCORES
+
+    def test_answers_that_name_no_model_are_all_alike(self):
+        """Some gateways don't say."""
+        world = World(Script(_scores(0.5), _scores(0.25)), chunk_size=1, max_concurrency=1)
+        assert score(world) == [0.5, 0.25]
+
+
+class TestLearning:
+    """What a server is asked before the first score."""
+
+    def test_a_server_is_asked_once(self):
+        """Version, models, and then scores only."""
+        world = World(known=False)
+        assert score(world) == score(world) == SCORES
+        assert world.paths == ["/version", "/v1/models", "/v1/score", "/v1/score"]
+
+    def test_each_server_is_asked_for_itself(self):
+        """They may differ in version."""
+        world = World(at(Server(), Server(version="0.30.1")), servers=2, known=False)
+        assert score(world) == score(world) == SCORES
+        assert [node.server.version for node in world.each_node] == [(0, 32), (0, 30)]
+        assert world.paths == ["/version", "/v1/models", "/v1/score"] * 2
+
+    def test_a_description_is_that_of_one_server(self):
+        """Of one that is known, if there is one; nothing is asked then."""
+        world = World(servers=2, known=False)
+        assert learn(world) == learn(world) == Known((0, 32), "m", "org/m", 1_000_000)
+        assert world.paths == ["/version", "/v1/models"]
+
+    def test_a_description_is_tried_for_as_a_score_is(self):
+        """By the same rules."""
+        world = World(Script(BROKEN, refusal(500)), known=False)
+        assert learn(world).model == "m"
+        assert world.slept == [0.5]
+
+    def test_a_named_model_is_looked_up(self):
+        """Its checkpoint and window tell what it is."""
+        models = Reply(200, b'{"data": [{"id": "o"}, {"id": "mine", "root": "org/x", "max_model_len": 512}]}')
+        world = World(Script(None, models), known=False, model="mine")
+        assert learn(world) == Known((0, 32), "mine", "org/x", 512)
+
+    @pytest.mark.parametrize(
+        "models", [Reply(404, b""), MISSING, Reply(401, b""), Reply(200, b'{"data": []}'), Reply(200, b"nginx")]
+    )
+    def test_a_named_model_needs_no_list_of_models(self, models: Reply):
+        """A gateway may have none, or name models differently."""
+        world = World(Script(None, models), known=False, model="mine")
+        assert learn(world) == Known((0, 32), "mine")
+        assert len(world.sent) == 2
+
+    def test_an_unnamed_model_is_the_one_that_is_served(self):
+        """Aliases of one checkpoint count as one; the first is asked for."""
+        models = Reply(200, b'{"data": [{"id": "a", "root": "r", "max_model_len": 8}, {"id": "b", "root": "r"}]}')
+        assert learn(World(Script(None, models), known=False)) == Known((0, 32), "a", "r", 8)
+
+    @pytest.mark.parametrize(
+        ("models", "words"),
+        [
+            ('{"data": [{"id": "a"}, {"id": "b"}]}', r"server0:1 serves 2 models; pass model=\. It serves: a, b\."),
+            ('{"data": []}', "serves 0 models"),
+        ],
+    )
+    def test_no_or_several_models_must_be_chosen_from(self, models: str, words: str):
+        """Guessing would score with the wrong one."""
+        with pytest.raises(ConfigError, match=words):
+            learn(World(Script(None, Reply(200, models.encode())), known=False))
+
+    def test_names_of_models_are_shown_printable_and_not_without_end(self):
+        """Row 67, for what else a server says: a gateway may list hundreds."""
+        names = ["\x1b[31mred\n", *(f"model {number}" for number in range(1000))]
+        with pytest.raises(ConfigError, match="serves 1001 models") as caught:
+            learn(World(Server(models=names), known=False))
+        assert str(caught.value).isprintable()
+        assert len(str(caught.value)) < 1000
+        with pytest.raises(BackendRejected, match="It serves") as caught:
+            score(World(Server(models=names), model="m"))
+        assert str(caught.value).isprintable()
+        assert len(str(caught.value)) < 1000
+
+    def test_an_unnamed_model_needs_a_list_of_models(self):
+        """Where it is none, the server is tried again, and it is a bad reply in the end."""
+        world = World(Script(None, Reply(200, b"nginx")), known=False)
+        assert learn(world).model == "m"
+        with pytest.raises(BadReply, match="not JSON"):
+            learn(World(always(Reply(200, b"nginx")), known=False))
+
+    @pytest.mark.parametrize("status", [400, 404, 405])
+    @pytest.mark.parametrize("error", [True, False])
+    def test_an_unnamed_model_needs_a_server_that_lists_models(self, status: int, error: bool):
+        """The refusal of the list is told."""
+        models = refusal(status) if error else Reply(status, b'{"detail": "no"}')
+
+        def answer(send: Send, now: float) -> tuple[float, Outcome]:
+            return (0.0, models) if send.request.path == "/v1/models" else Server()(send, now)
+
+        for run in (learn, score):
+            with pytest.raises(BackendRejected, match=f"{status}: no") as caught:
+                run(World(answer, known=False))
+            assert type(caught.value) is BackendRejected
+            assert caught.value.status == status
+
+    def test_a_key_that_is_missing_is_told_at_once(self):
+        """vLLM guards the list of models, but not the version."""
+        world = World(Script(None, Reply(401, b'{"error": "Unauthorized"}')), known=False)
+        with pytest.raises(AuthError, match="VLLM_API_KEY"):
+            score(world)
+        assert world.paths == ["/version", "/v1/models"]
+
+    @pytest.mark.parametrize("reply", [Reply(404, b""), MISSING, Reply(401, b""), Reply(200, b"nginx"), EMPTY])
+    def test_a_gateway_that_hides_the_version_is_fine(self, reply: Reply):
+        """404 on /version is an answer, too."""
+        assert learn(World(Script(reply), known=False)) == Known(None, "m", "org/m", 1_000_000)
+
+    def test_servers_of_different_models_are_refused(self):
+        """A call would mix their scores."""
+        world = World(at(Server(), Server(models=["n"])), servers=2, known=False)
+        assert score(world) == SCORES
+        with pytest.raises(ConfigError, match=r"server1:1 serves 'n', another one 'm'; pass model=\."):
+            score(world)
+
+    def test_a_server_may_come_back_with_another_model(self):
+        """Where nothing else is known, the model is what is served now."""
+        world = World(Script(REFUSED, server=Server(models=["n"])))
+        assert score(world) == SCORES
+        assert world.nodes.known.model == "n"
+
+    def test_a_server_may_have_another_model_all_of_a_sudden(self):
+        """It was started again behind a proxy, say: that costs a try, at once."""
+        world = World(Server(models=["n"]))
+        assert score(world) == SCORES
+        assert world.paths == ["/v1/score", "/v1/models", "/version", "/v1/models", "/v1/score"]
+        assert world.slept == []
+        with pytest.raises(BackendRejected, match="does not serve the model 'm'.*It serves: n"):
+            score(World(Server(models=["n"]), max_retries=0))
+
+    def test_answers_by_the_former_model_and_the_new_one_are_not_mixed(self):
+        """A call that has scores already ends there."""
+        world = World(after(0.5, Server(models=["n"]), Server(seconds=1.0)), chunk_size=1, max_concurrency=1)
+        with pytest.raises(BadReply, match="'m' and by 'n'"):
+            score(world)
+
+    def test_what_is_learnt_about_the_template_is_noted_of_known_servers(self):
+        """They are started alike; one that was not asked yet tells for itself."""
+        world = World(servers=3)
+        world.each_node[1].server = None
+        world.nodes.remember(templated=True)
+        assert [node.server and node.server.templated for node in world.each_node] == [True, None, True]
+
+
+def _request() -> Request:
+    return score_request(Known((0, 32), "m"), ["q"], ["a"], Options(), "id")
+
+
+def _scores(*scores: float, **fields: object) -> Reply:
+    data = [{"index": index, "score": score} for index, score in enumerate(scores)]
+    return Reply(200, json.dumps({"data": data, **fields}).encode())
