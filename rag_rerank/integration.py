@@ -13,7 +13,7 @@ import os
 import threading
 from abc import abstractmethod
 from collections.abc import Callable, Iterable
-from typing import Any, Literal
+from typing import Any, Literal, dataclass_transform
 
 from rag_rerank.local import LocalScorer
 from rag_rerank.local.scorer import DEFAULT_MODEL
@@ -25,6 +25,8 @@ _building = threading.Lock()
 Build = Callable[..., Scorer]
 
 
+# So that type checkers, which know of fields in pydantic's own classes only, know these as arguments.
+@dataclass_transform(kw_only_default=True)
 class ScorerSettings(Closeable):
     """A component with the settings of a scorer as its attributes, which keeps the scorer that fits them.
 
@@ -150,6 +152,10 @@ _ALIASES = {
     "api_base": "base_url",
     "endpoint_url": "base_url",
     "token": "api_key",
+    "auth_token": "api_key",
+    "cross_encoder_kwargs": "model_kwargs",
+    "truncate_text": "truncate_prompt_tokens",
+    "request_timeout": "timeout",
     "threshold": "score_threshold",
     "similarity_cutoff": "score_threshold",
     "normalize": "use_activation",

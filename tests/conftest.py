@@ -97,6 +97,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if needs_server(item):
             _needs_server.add(item.nodeid)
+            item.extra_keyword_matches.add("vllm_")  # -k "not vllm_"
     items.sort(key=lambda item: item.nodeid in _needs_server)
 
 

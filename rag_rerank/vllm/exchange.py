@@ -163,7 +163,9 @@ class Exchange:
 
     def _try(self, attempt: Callable[[Node], Steps[T]], *, aside: bool = False) -> Steps[T]:
         """Attempt until it works or finally fails, or no try or no time is left."""
-        tries = 1 if self.nodes.down else 1 + self.rules.max_retries
+        tries = 1 + self.rules.max_retries
+        if self.nodes.down:
+            tries = min(tries, len(self.nodes))
         tried: list[Node] = []
         left_alone: dict[Node, float] = {}  # until when
         while True:
@@ -258,7 +260,7 @@ class Exchange:
     def _refused(self, node: Node, reply: Reply, request: Request) -> Exception:
         """The error for a status that is no success."""
         status, said = reply.status, error_text(reply.body)
-        message = f"the server answered {status}: {said}"
+        message = f"the server answered {status}" + (f": {said}" if said else "")
         if status >= 500 or status in (408, 429):
             if status in (502, 503, 504):
                 node.failed(gone=False)

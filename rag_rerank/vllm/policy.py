@@ -82,7 +82,7 @@ class Call:
         count = min(len(work), self.exchange.rules.max_concurrency)
         if count == 1:
             yield from branch()
-        elif count > 1:
+        else:
             yield Together([branch() for _ in range(count)])
 
     def _pieces(self, rooms: Sequence[int | None]) -> list[list[int]]:
@@ -151,6 +151,8 @@ class Call:
         if not self.fit:
             return rooms
         server = yield from self.exchange.describe()
+        if self.api == "rerank" and server.version is None:
+            return rooms  # no vLLM server, as it seems: others may stumble over a field of vLLM's
         long = [position for position in range(len(rooms)) if self._may_be_long(position, server.window)]
         if not long or not (yield from self._templated(server)):
             self.options = replace(self.options, truncate_prompt_tokens=-1)
@@ -163,7 +165,12 @@ class Call:
 
         def measure(piece: list[int]) -> Steps[None]:
             query = self._query(piece[0])
-            measured[query] = yield from self._room(query, window)
+            try:
+                measured[query] = yield from self._room(query, window)
+            except BackendRejected:
+                if len(self.queries) == 1:
+                    raise
+                measured[query] = None  # the server will say so of this query's pairs, and score the others
 
         yield from self._side_by_side(queries, measure)
         for position in range(len(rooms)):
@@ -175,7 +182,8 @@ class Call:
         """Whether a pair could have more tokens than the model reads; no tokenizer makes more tokens than bytes."""
         if window is None:
             return True
-        size = len(self._query(position).encode()) + len(self.documents[position].encode())
+        texts = self._query(position), self.documents[position], self.options.instruction or ""
+        size = sum(len(text.encode()) for text in texts)
         return size + _MOST_TOKENS_OF_A_TEMPLATE > window
 
     def _templated(self, server: Server) -> Steps[bool]:

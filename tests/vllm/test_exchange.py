@@ -613,6 +613,16 @@ class TestSeveralServers:
         assert len(world.sent) == 13
         assert world.slept == [0.25, 0.5]
 
+    def test_where_all_are_down_each_is_tried_once(self):
+        """One of them may be up again."""
+        for up in (0, 1):
+            world = World(always(REFUSED), servers=2, max_retries=5)
+            with pytest.raises(BackendUnavailable):
+                score(world)
+            assert world.nodes.down
+            world.answer = at(*(Server() if number == up else always(REFUSED) for number in range(2)))
+            assert score(world) == SCORES
+
     def test_servers_that_are_down_get_all_tries_again_once_one_has_answered(self):
         """The count begins anew."""
         world = World(Script(*[REFUSED] * 3))

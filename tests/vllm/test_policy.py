@@ -534,6 +534,19 @@ class TestFitting:
         assert "truncate_prompt_tokens" not in str(caught.value)
         assert len(world.score_requests) == 2
 
+    def test_of_many_queries_one_that_leaves_nothing_costs_its_own_pairs(self):
+        """As without fitting."""
+        world = World(Server(template=60, window=64), known=False)
+        with pytest.raises(DocumentRejected) as caught:
+            world.score(["q" * 200, "q"], ["x" * 100, "y" * 100], fit=True)
+        assert caught.value.indices == (0,)
+        assert caught.value.scores == (None, oracle("q", "y" * 2))
+
+    def test_a_rerank_api_that_is_not_vllms_is_sent_no_field_of_vllms(self):
+        """Some servers pass fields that they don't know on, and fail over them."""
+        world = fitted(Server(version=None, window=64), "q", ["x" * 30], api="rerank")
+        assert world.sent[-1].content.keys() == {"model", "query", "documents"}
+
     def test_a_query_that_leaves_one_token_is_fine(self):
         """One of the document's."""
         assert fitted(Server(template=60, window=64), "qq", ["x" * 100]).scores == [oracle("qq", "x")]

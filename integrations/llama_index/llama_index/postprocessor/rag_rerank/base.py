@@ -1,43 +1,63 @@
-"""What LlamaIndex sees of every reranker: fields, input checks, events and results, for the sync and the async hook.
+"""What LlamaIndex sees of every reranker: fields, events, and the sync and the async hook.
 
 What pairs with what, the ranking and the errors are the scorer's.
 """
 
 import functools
-from abc import abstractmethod
-from collections.abc import Iterator, Sequence
+import logging
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal, Self
 
-from llama_index.core.bridge.pydantic import ConfigDict, Field
+from llama_index.core.bridge.pydantic import ConfigDict, Field, ValidationError
 from llama_index.core.callbacks import CBEventType, EventPayload
 from llama_index.core.instrumentation import get_dispatcher  # type: ignore[attr-defined]  # not in an __all__
 from llama_index.core.instrumentation.events.rerank import ReRankEndEvent, ReRankStartEvent
 from llama_index.core.postprocessor.types import BaseNodePostprocessor
 from llama_index.core.schema import MetadataMode, NodeWithScore, QueryBundle
+from pydantic_core import InitErrorDetails, PydanticCustomError
 
 import rag_rerank  # names are touched where they are needed: the package loads them, and what they import, lazily
+from llama_index.postprocessor.rag_rerank.nodes import result_of, texts_of
 
+logger = logging.getLogger(__name__)
 dispatcher = get_dispatcher(__name__)
+
+_NO_CALLBACKS = {"callback_manager": None}
 
 
 class Reranker(BaseNodePostprocessor, rag_rerank.Closeable):
     """The behaviour that all rerankers share; each says which scorer it uses and what closing means."""
 
-    # A typing error in a field name would otherwise be dropped in silence. Fields called `model` and `model_kwargs`
-    # fall into pydantic's own namespace.
+    # A typing error in a field name would otherwise be dropped in silence. What is wrong may be a key, so errors don't
+    # show it. Fields called `model` and `model_kwargs` fall into pydantic's own namespace.
     model_config = ConfigDict(
-        arbitrary_types_allowed=True, extra="forbid", validate_assignment=True, protected_namespaces=()
+        arbitrary_types_allowed=True,
+        extra="forbid",
+        validate_assignment=True,
+        hide_input_in_errors=True,
+        protected_namespaces=(),
     )
 
     top_n: int | None = Field(default=5, ge=1)
     score_threshold: float | None = Field(default=None, allow_inf_nan=False)
     metadata_mode: MetadataMode = MetadataMode.EMBED
+    keep_retrieval_score: bool = False
+    on_empty_text: Literal["last", "drop"] = "last"
     on_error: Literal["raise", "passthrough"] = "raise"
 
-    @abstractmethod
-    def _current_scorer(self) -> rag_rerank.Scorer:
-        """The scorer to use for a call that begins now."""
+    # A field of one subclass, a property of the others. Not to be declared at run time: pydantic takes a field in the
+    # place of an inherited property for a mistake, and LlamaIndex puts a span around what implements abstract methods.
+    if TYPE_CHECKING:
+
+        @property
+        def scorer(self) -> rag_rerank.Scorer:
+            """The scorer to use for a call that begins now."""
+
+    def __init__(self, /, **fields: Any) -> None:
+        _check_names(type(self), fields)
+        super().__init__(**fields)
 
     @classmethod
     def class_name(cls) -> str:
@@ -48,10 +68,12 @@ class Reranker(BaseNodePostprocessor, rag_rerank.Closeable):
         self, nodes: list[NodeWithScore], query_bundle: QueryBundle | None = None
     ) -> list[NodeWithScore]:
         # Some callers (ObjectRetriever, RetrieverEvaluator) come here from inside a running event loop.
-        scorer, query, texts = self._prepare(nodes, query_bundle)
-        with self._reported(scorer.model_name, nodes, query) as results:
-            results.extend(_results(nodes, scorer.rerank(query.query_str, texts, **self._choice())))
-        return results
+        query, texts = self._prepare(nodes, query_bundle)
+        scorer = self.scorer
+        with self._reported(scorer.model_name, nodes, query) as outcome:
+            ranked = scorer.rerank(query.query_str, list(texts.values()), **self._choice())
+            self._finish(outcome, nodes, texts, ranked)
+        return outcome.nodes
 
     # LlamaIndex wraps the sync hook in a span by itself, but not this one: without a span of its own, its events would
     # carry the id of whatever called it.
@@ -59,33 +81,59 @@ class Reranker(BaseNodePostprocessor, rag_rerank.Closeable):
     async def _apostprocess_nodes(
         self, nodes: list[NodeWithScore], query_bundle: QueryBundle | None = None
     ) -> list[NodeWithScore]:
-        scorer, query, texts = self._prepare(nodes, query_bundle)
-        with self._reported(scorer.model_name, nodes, query) as results:
-            ranked = await scorer.arerank(query.query_str, texts, **self._choice())
-            results.extend(_results(nodes, ranked))
-        return results
+        query, texts = self._prepare(nodes, query_bundle)
+        scorer = self.scorer
+        with self._reported(scorer.model_name, nodes, query) as outcome:
+            ranked = await scorer.arerank(query.query_str, list(texts.values()), **self._choice())
+            self._finish(outcome, nodes, texts, ranked)
+        return outcome.nodes
 
-    def _prepare(
-        self, nodes: Sequence[NodeWithScore], query_bundle: QueryBundle | None
-    ) -> tuple[rag_rerank.Scorer, QueryBundle, list[str]]:
-        """Check the input; return the scorer, the query and the nodes' texts."""
-        for position, node in enumerate(nodes):
-            if not isinstance(node, NodeWithScore):
-                got = type(node).__name__
-                raise TypeError(f"nodes[{position}] must be NodeWithScore, got {got}; wrap it: NodeWithScore(node=...)")
-        if query_bundle is None:
-            raise ValueError("Missing query bundle in extra info. Pass query_bundle= or query_str=.")
-        texts = [node.get_content(metadata_mode=self.metadata_mode) for node in nodes]
-        return self._current_scorer(), query_bundle, texts
+    def _prepare(self, nodes: Sequence[NodeWithScore], query: QueryBundle | None) -> tuple[QueryBundle, dict[int, str]]:
+        """Check the input; return the query, and the texts to score by their position in `nodes`."""
+        texts = texts_of(nodes, self.metadata_mode)
+        if query is None or not query.query_str.strip():
+            blank = "" if query is None else " The query that came is blank."
+            raise ValueError(f"Missing query bundle in extra info. Pass query_bundle= or query_str=.{blank}")
+        if len(texts) < len(nodes):
+            fate = "are ranked last" if self._keeps_empty else "are dropped"
+            logger.debug("%d of %d nodes have no text to score and %s", len(nodes) - len(texts), len(nodes), fate)
+        return query, texts
+
+    @property
+    def _keeps_empty(self) -> bool:
+        return self.on_empty_text == "last" and self.score_threshold is None
 
     def _choice(self) -> dict[str, Any]:
         return {"top_n": self.top_n, "score_threshold": self.score_threshold, "on_error": self.on_error}
 
+    def _finish(
+        self,
+        outcome: "_Outcome",
+        nodes: Sequence[NodeWithScore],
+        texts: Mapping[int, str],
+        ranked: Sequence[rag_rerank.Ranked],
+    ) -> None:
+        """Put the results into `outcome`.
+
+        Scored nodes come first, so a first one without a score means that the whole call was passed through: then all
+        keep their order and their retrieval scores. A few nodes that were rejected among scored ones get None instead,
+        as nodes without text do, because two scales in one list can't be compared.
+        """
+        outcome.passed_through = bool(ranked) and ranked[0].score is None
+        sent = list(texts)
+        scores = {sent[item.index]: item.score for item in ranked}
+        order = [*scores, *(position for position in range(len(nodes)) if self._keeps_empty and position not in texts)]
+        if outcome.passed_through:
+            order.sort()
+            scores = {position: nodes[position].score for position in order}
+        outcome.nodes.extend(
+            result_of(nodes[position], scores.get(position), keep_retrieval_score=self.keep_retrieval_score)
+            for position in order[: self.top_n]
+        )
+
     @contextmanager
-    def _reported(
-        self, model_name: str, nodes: Sequence[NodeWithScore], query: QueryBundle
-    ) -> Iterator[list[NodeWithScore]]:
-        """Report a call to tracers and callbacks; yields the empty list that the caller puts the results in.
+    def _reported(self, model_name: str, nodes: Sequence[NodeWithScore], query: QueryBundle) -> Iterator["_Outcome"]:
+        """Report a call to tracers and callbacks; yields what the caller puts the results in.
 
         An error ends the callback event and is raised on, so that the span is dropped with it; a `ReRankEndEvent` is
         sent after success only.
@@ -98,11 +146,24 @@ class Reranker(BaseNodePostprocessor, rag_rerank.Closeable):
             EventPayload.QUERY_STR: query.query_str,
             EventPayload.TOP_K: top_n,
         }
-        results: list[NodeWithScore] = []
+        outcome = _Outcome()
         with self.callback_manager.event(CBEventType.RERANKING, payload=payload) as event:
-            yield results
-            event.on_end(payload={EventPayload.NODES: list(results)})
-        dispatcher.event(ReRankEndEvent(nodes=results))
+            yield outcome
+            event.on_end(payload={EventPayload.NODES: list(outcome.nodes)})
+        tags = {"passthrough": True} if outcome.passed_through else {}
+        dispatcher.event(ReRankEndEvent(nodes=outcome.nodes, tags=tags))
+
+    # Pydantic's own would compare the scorers that were built, and the callbacks, which are equal only to themselves.
+    def __eq__(self, other: object) -> bool:
+        return type(self) is type(other) and vars(self) | _NO_CALLBACKS == vars(other) | _NO_CALLBACKS
+
+    __hash__ = None  # type: ignore[assignment]  # fields can be changed
+
+    # Callbacks lead to a tracer's connections and locks, which are neither to be copied nor can be.
+    def __deepcopy__(self, memo: dict[int, Any] | None = None) -> Self:
+        memo = {} if memo is None else memo
+        memo[id(self.callback_manager)] = self.callback_manager
+        return super().__deepcopy__(memo)
 
     def _pickled(self) -> dict[str, Any]:
         """The arguments that a pickle rebuilds the reranker from: what `to_dict` has, so no key and no callbacks."""
@@ -115,15 +176,21 @@ class Reranker(BaseNodePostprocessor, rag_rerank.Closeable):
         return functools.partial(type(self), **self._pickled()), ()
 
 
-def _results(nodes: Sequence[NodeWithScore], ranked: Sequence[rag_rerank.Ranked]) -> list[NodeWithScore]:
-    """Copies of the ranked nodes with their new scores: the caller's objects, which events hold too, stay as they are.
+@dataclass(slots=True)
+class _Outcome:
+    nodes: list[NodeWithScore] = field(default_factory=list)
+    passed_through: bool = False
 
-    Scored nodes come first, so a first one without a score means that the whole call was passed through: then all keep
-    their retrieval scores. A few nodes that were rejected among scored ones get None instead, because two scales in one
-    list can't be compared.
-    """
-    passed_through = bool(ranked) and ranked[0].score is None
-    return [
-        nodes[item.index].model_copy(update=None if passed_through else {"score": item.score})  # keeps subclasses
-        for item in ranked
-    ]
+
+def _check_names(kind: type[Reranker], fields: Mapping[str, Any]) -> None:
+    """Refuse fields that there are not as pydantic does, but say what may be meant, and nowhere what was given."""
+    known = kind.model_fields
+    errors = []
+    for name in fields:
+        if name not in known:
+            hint = rag_rerank.did_you_mean(name, known)
+            message = f"{kind.__name__} has no such field; {hint}" if hint else f"{kind.__name__} has no such field"
+            error = PydanticCustomError("extra_forbidden", message)
+            errors.append(InitErrorDetails(type=error, loc=(name,), input=None))
+    if errors:
+        raise ValidationError.from_exception_data(kind.__name__, errors, hide_input=True)

@@ -1,12 +1,12 @@
-"""The rerankers: LlamaIndex's contract (`base`) around a `rag_rerank.Scorer`; they differ in where that comes from."""
+"""The rerankers: LlamaIndex's contract (`base`) around a `rag_rerank.Scorer`; they differ in where that comes from.
 
-import copy
-import os
-import threading
-from abc import abstractmethod
-from typing import Annotated, Any, Literal, cast
+Settings, and the scorer that fits them, are `rag_rerank.LocalSettings` and `rag_rerank.VLLMSettings`: pydantic makes
+fields of the annotations of these plain classes.
+"""
 
-from llama_index.core.bridge.pydantic import BeforeValidator, Field, PrivateAttr, SecretStr, WithJsonSchema
+from typing import Annotated, Any, cast
+
+from llama_index.core.bridge.pydantic import Field, PrivateAttr, SecretStr, WithJsonSchema, field_validator
 
 import rag_rerank  # names are touched where they are needed: the package loads them, and what they import, lazily
 from llama_index.postprocessor.rag_rerank.base import Reranker
@@ -23,100 +23,56 @@ class ScorerReranker(Reranker):
             empty. On the scale of the scorer's scores.
         metadata_mode: Which metadata is scored together with a node's text: ``"embed"`` (what embeddings see),
             ``"llm"``, ``"all"`` or ``"none"``.
+        keep_retrieval_score: Whether results keep the score that they came with: in ``metadata["retrieval_score"]`` of
+            a copy of the node, where neither embeddings nor language models nor a later one of these rerankers read it.
+        on_empty_text: What becomes of nodes without text, such as images and blank pages, which are not sent, whatever
+            metadata they have: ``"last"`` puts them after the scored ones, in retrieval order, with score None;
+            ``"drop"`` leaves them out, as `score_threshold` always does.
         on_error: ``"raise"``; or ``"passthrough"``, which turns a `rag_rerank.BackendError` into one logged warning and
             the first `top_n` nodes in retrieval order with their retrieval scores. Where only some nodes were rejected,
             the others are ranked and the rejected follow with score None.
         callback_manager: LlamaIndex's callbacks; query engines set it.
 
     Raises:
-        pydantic.ValidationError: At construction, an unknown field or a value of the wrong type or out of range.
-        TypeError, ValueError: From ``postprocess_nodes``, something that is no NodeWithScore; no query.
+        pydantic.ValidationError: At construction, an unknown field (the message says which one may be meant) or a value
+            of the wrong type or out of range. It shows no values: one may be a key.
+        TypeError, ValueError: From ``postprocess_nodes``, something that is no NodeWithScore; no query, or a blank one.
         rag_rerank.RerankError: From ``postprocess_nodes``, what the scorer raises.
     """
 
     scorer: Annotated[rag_rerank.Scorer, WithJsonSchema({"type": "object"})] = Field(exclude=True)
 
-    def _current_scorer(self) -> rag_rerank.Scorer:
-        return self.scorer
-
     def _pickled(self) -> dict[str, Any]:
         return {**super()._pickled(), "scorer": self.scorer}
-
-
-# One lock for all: a scorer is built in microseconds, and a lock per reranker would have to be kept out of its copies.
-_building = threading.Lock()
 
 
 class _OwnScorer(Reranker):
     """A reranker that builds its scorer from its fields, and again when one of them has changed."""
 
-    _built: tuple[dict[str, Any], rag_rerank.Scorer] | None = PrivateAttr(default=None)  # settings, and what they made
+    _built: tuple[dict[str, Any], rag_rerank.Scorer] | None = PrivateAttr(default=None)
+
+    _paths = field_validator("*", mode="before")(rag_rerank.path_as_text)
 
     # Here rather than in a validator or `model_post_init`: pydantic turns a ValueError raised in those, and ConfigError
-    # is one, into its own ValidationError. The arguments remain those of the fields.
+    # is one, into its own ValidationError.
     def __init__(self, /, **fields: Any) -> None:
         super().__init__(**fields)
-        self._current_scorer()
-
-    @abstractmethod
-    def _settings(self) -> dict[str, Any]:
-        """The fields that the scorer depends on."""
-
-    @staticmethod
-    @abstractmethod
-    def _build(settings: dict[str, Any]) -> rag_rerank.Scorer:
-        """A new scorer. It must cost nothing yet: no model is loaded and nothing is sent."""
-
-    def _current_scorer(self) -> rag_rerank.Scorer:
-        # Settings are compared, not assignments caught: this also sees model_copy(update=...). A scorer that is no
-        # longer wanted is left to the calls that still use it, and closes itself with the last of them.
-        settings = self._settings()
-        with _building:
-            if self._built is None or self._built[0] != settings:
-                self._built = settings, self._build(settings)
-            return self._built[1]
-
-    def close(self) -> None:
-        """Give back the model or the connections, for copies of this reranker too: they share them.
-
-        Closing twice is harmless; reranking afterwards raises `rag_rerank.RerankError`.
-        """
-        if self._built is not None:
-            self._built[1].close()
-
-    async def aclose(self) -> None:
-        """As `close`, from an event loop; this also closes the connections that the running loop has."""
-        if self._built is not None:
-            await self._built[1].aclose()
+        _ = self.scorer  # so that a wrong setting is reported where it stands
 
 
-def _added_fields(reranker: _OwnScorer, kind: type[_OwnScorer]) -> dict[str, Any]:
-    """The fields that `kind` adds to the common ones; those that a user's subclass adds are none of the scorer's."""
-    # Copied, so that a later change inside of `model_kwargs` is seen too.
-    return {
-        name: copy.copy(getattr(reranker, name)) for name in kind.model_fields.keys() - _OwnScorer.model_fields.keys()
-    }
-
-
-def _path_as_text(value: Any) -> Any:
-    return os.fspath(value) if isinstance(value, os.PathLike) else value
-
-
-_PathText = Annotated[str, BeforeValidator(_path_as_text)]
-
-
-class LocalReranker(_OwnScorer):
+class LocalReranker(rag_rerank.LocalSettings, _OwnScorer):
     """Reranks with a model that runs in this process; needs ``pip install 'rag-rerank[local]'``.
 
     The model is loaded by the first call and stays loaded. Threads and event loops may share one reranker. Setting one
     of the model's fields loads it anew with the next call; a copy with the same fields shares the model.
 
     Args:
-        model: A hub id or a folder: a cross-encoder (``*ForSequenceClassification`` with one label) or a bi-encoder
-            (sentence-transformers).
+        model: A hub id or a folder: a cross-encoder (``*ForSequenceClassification`` with one label, or a causal model
+            that answers with a known word), a bi-encoder (sentence-transformers) or late interaction (ColBERT).
         device: ``"cuda"``, ``"cuda:1"``, ``"mps"``, ``"cpu"``, ... None takes the first there is, in this order.
         dtype: ``"float32"``, ``"bfloat16"``, ``"float16"``, or ``"auto"``, the fastest that the device runs natively.
-        score_type: ``"cross-encoder"``, ``"bi-encoder"``, or ``"auto"``, which reads it from the checkpoint.
+        score_type: ``"cross-encoder"``, ``"bi-encoder"``, ``"late-interaction"``, or ``"auto"``, which reads it from
+            the checkpoint.
         template: The score template: a shipped name, a path or the text. ``"auto"`` takes the one that the model was
             trained with; None is query and document as a plain pair. See `rag_rerank.LocalScorer` for this and the
             next ones.
@@ -136,7 +92,8 @@ class LocalReranker(_OwnScorer):
         local_files_only: Never ask the hub.
         cache_dir: Where hub files are kept; None for the usual place.
         model_kwargs, tokenizer_kwargs: Passed on to ``from_pretrained``; no access tokens (set ``HF_TOKEN``).
-        top_n, score_threshold, metadata_mode, on_error, callback_manager: As in `ScorerReranker`.
+        top_n, score_threshold, metadata_mode, keep_retrieval_score, on_empty_text, on_error, callback_manager: As in
+            `ScorerReranker`.
 
     Raises:
         pydantic.ValidationError: At construction, an unknown field or a value of the wrong type.
@@ -145,44 +102,21 @@ class LocalReranker(_OwnScorer):
         TypeError, ValueError, rag_rerank.RerankError: From ``postprocess_nodes``, as in `ScorerReranker`.
     """
 
-    # Names, defaults and allowed values are LocalScorer's; it also checks them, so they are written down once only.
-    model: _PathText = "cross-encoder/ms-marco-MiniLM-L6-v2"
-    device: str | None = None
-    dtype: str = "auto"
-    score_type: str = "auto"
-    template: _PathText | None = "auto"
-    instruction: str | None = None
-    chat_template_kwargs: dict[str, Any] | None = None
-    classifier_tokens: tuple[str, ...] | None = None
-    query_prompt: str | None = None
-    document_prompt: str | None = None
-    use_activation: bool | None = None
-    max_length: int | None = None
-    max_tokens_per_query: int | None = None
-    max_tokens_per_doc: int | None = None
-    long_documents: str = "truncate"
-    max_waiting_calls: int = 1024
-    revision: str | None = None
-    trust_remote_code: bool = False
-    local_files_only: bool = False
-    cache_dir: _PathText | None = None
-    model_kwargs: dict[str, Any] = Field(default_factory=dict)
-    tokenizer_kwargs: dict[str, Any] = Field(default_factory=dict)
-
     @property
     def scorer(self) -> "rag_rerank.LocalScorer":
         """The scorer in use. It belongs to this reranker, which may replace or close it."""
-        return cast("rag_rerank.LocalScorer", self._current_scorer())
+        return cast("rag_rerank.LocalScorer", super().scorer)
 
-    def _settings(self) -> dict[str, Any]:
-        return _added_fields(self, LocalReranker)
+    def warmup(self) -> None:
+        """Load the model now, so that the first query doesn't wait for it.
 
-    @staticmethod
-    def _build(settings: dict[str, Any]) -> rag_rerank.Scorer:
-        return rag_rerank.LocalScorer(**settings)
+        Raises:
+            rag_rerank.ConfigError: It can't be loaded as asked.
+        """
+        self.scorer.warmup()
 
 
-class VLLMReranker(_OwnScorer):
+class VLLMReranker(rag_rerank.VLLMSettings, _OwnScorer):
     """Reranks with a model that a vLLM server (0.8 or newer) serves.
 
     Nothing is sent at construction. Async calls are truly asynchronous, on connections of the loop that they run in.
@@ -215,7 +149,8 @@ class VLLMReranker(_OwnScorer):
         connect_timeout, attempt_timeout: Seconds for a connection, and for one try; None leaves a try the call's time,
             or its equal share where there are several servers.
         send_key_over_http: Allow the key to be sent unencrypted to another machine.
-        top_n, score_threshold, metadata_mode, on_error, callback_manager: As in `ScorerReranker`.
+        top_n, score_threshold, metadata_mode, keep_retrieval_score, on_empty_text, on_error, callback_manager: As in
+            `ScorerReranker`.
 
     Raises:
         pydantic.ValidationError: At construction, an unknown field or a value of the wrong type.
@@ -225,40 +160,9 @@ class VLLMReranker(_OwnScorer):
             `rag_rerank.BackendUnavailable` where no server answers.
     """
 
-    # Names, defaults and allowed values are VLLMScorer's.
-    base_url: str | list[str] | None = None
-    model: str | None = None
     api_key: SecretStr | None = Field(default=None, exclude=True, repr=False)
-    template: _PathText | None = None
-    instruction: str | None = None
-    chat_template_kwargs: dict[str, Any] | None = None
-    query_prompt: str | None = None
-    document_prompt: str | None = None
-    use_activation: bool | None = None
-    truncate_prompt_tokens: int | Literal["auto"] | None = "auto"
-    max_tokens_per_query: int | None = None
-    max_tokens_per_doc: int | None = None
-    priority: int | None = None
-    extra_body: dict[str, Any] | None = None
-    endpoint: str = "score"
-    timeout: float = 30.0
-    max_retries: int = 2
-    chunk_size: int = 128
-    max_concurrency: int = 4
-    connect_timeout: float = 2.0
-    attempt_timeout: float | None = None
-    send_key_over_http: bool = False
 
     @property
     def scorer(self) -> "rag_rerank.VLLMScorer":
         """The scorer in use. It belongs to this reranker, which may replace or close it."""
-        return cast("rag_rerank.VLLMScorer", self._current_scorer())
-
-    def _settings(self) -> dict[str, Any]:
-        return _added_fields(self, VLLMReranker)
-
-    @staticmethod
-    def _build(settings: dict[str, Any]) -> rag_rerank.Scorer:
-        key: SecretStr | None = settings["api_key"]
-        plain = None if key is None else key.get_secret_value()
-        return rag_rerank.VLLMScorer(**{**settings, "api_key": plain})
+        return cast("rag_rerank.VLLMScorer", super().scorer)

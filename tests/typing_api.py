@@ -1,0 +1,34 @@
+"""Type-checked by tests/test_typing.py, never run: what users write must be understood by their type checkers."""
+
+from llama_index.core.schema import NodeWithScore
+
+import langchain_rag_rerank as langchain
+import llama_index.postprocessor.rag_rerank as llama_index
+from rag_rerank import FallbackScorer, LocalScorer, Ranked, Scorer, VLLMScorer
+
+
+def scorers() -> Scorer:
+    servers = VLLMScorer(["http://a:8000", "http://b:8000"], model="m", timeout=5, use_activation=False)
+    return FallbackScorer(servers, LocalScorer("m", dtype="bfloat16", device="cuda:1"))
+
+
+def scores(scorer: Scorer) -> list[float]:
+    return scorer.score("q", ["a"]) + scorer.score(["q", "r"], ("a", "b"), deadline=1.5) + scorer.score("q", "a")
+
+
+async def ranked(scorer: Scorer) -> list[list[Ranked]]:
+    async with scorer:
+        one = await scorer.arerank("q", ["a"], top_n=1, score_threshold=0.5, on_error="passthrough")
+        return [one, *scorer.rerank_batch(["q"], [["a", "b"]])]
+
+
+def settings() -> tuple[str, list[str] | str | None]:
+    local = langchain.LocalReranker(model="m", device="cpu", top_n=None, score_threshold=0.1)
+    remote = langchain.VLLMReranker(base_url=["http://a:8000"], instruction="Find it.", max_retries=0)
+    return local.model, remote.base_url
+
+
+def nodes(found: list[NodeWithScore]) -> list[NodeWithScore]:
+    reranker = llama_index.VLLMReranker(base_url="http://a:8000", top_n=3)
+    other = llama_index.ScorerReranker(scorer=scorers(), top_n=3)
+    return reranker.postprocess_nodes(found, query_str="q") + other.postprocess_nodes(found, query_str="q")
