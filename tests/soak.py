@@ -121,6 +121,7 @@ def run(
     documents: int = 20,
     every: float = 20.0,
     deadline: float = 10.0,
+    pause: float = 0.3,
 ) -> Report:
     """Score from several threads while servers die and come back.
 
@@ -132,6 +133,8 @@ def run(
         documents: Of a call.
         every: Seconds for which all servers answer before the next one is killed.
         deadline: Seconds for a call.
+        pause: Seconds between the calls of a thread, on average: without any, a server takes minutes to come back on
+            two cores, and few would be killed.
     """
     report, lock, over = Report(), threading.Lock(), threading.Event()
 
@@ -164,7 +167,7 @@ def run(
 
     def caller(scorer: VLLMScorer, seed: int) -> None:
         chance = random.Random(seed)  # noqa: S311
-        while not over.is_set():
+        while not over.wait(chance.uniform(0, 2 * pause)):
             call(scorer, chance)
 
     def killer() -> None:
