@@ -411,7 +411,11 @@ def _batch_input(
         _rerank_input(query, texts, top_n, score_threshold, on_error)
         for query, texts in zip(queries, documents, strict=True)
     ]
-    rows = [query for query, texts in zip(queries, lists, strict=True) for _ in texts]
+    rows = (
+        list(queries)
+        if len(queries) == 1
+        else [query for query, texts in zip(queries, lists, strict=True) for _ in texts]
+    )
     return rows, list(map(len, lists)), [text for texts in lists for text in texts]
 
 

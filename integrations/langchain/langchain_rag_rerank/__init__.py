@@ -4,8 +4,17 @@ Importing the package imports neither torch nor transformers nor an HTTP client 
 a reranker needs them.
 """
 
-from langchain_rag_rerank.base import RerankInput
+from langchain_rag_rerank.documents import RerankInput, RerankResult
 from langchain_rag_rerank.rerank import LocalReranker, ScorerReranker, VLLMReranker
+from langchain_rag_rerank.retriever import RerankingRetriever
 
 __version__ = "0.1.0"
-__all__ = ["VLLMReranker", "LocalReranker", "ScorerReranker", "RerankInput", "__version__"]
+__all__ = [
+    "VLLMReranker",
+    "LocalReranker",
+    "ScorerReranker",
+    "RerankingRetriever",
+    "RerankInput",
+    "RerankResult",
+    "__version__",
+]

@@ -1,40 +1,48 @@
 """What LangChain sees of every reranker: fields, documents in and out, one traced run per call.
 
 Each reranker is a `BaseDocumentCompressor`, which retrievers accept, and a `Runnable`, which chains accept. All ways in
-lead through `invoke` or `ainvoke`, so that every call appears once, and alike, in traces.
+(more of them in `langchain_rag_rerank.ways`) open such a run, so that every call appears once, and alike, in traces.
 """
 
-from abc import abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypedDict
 
 from langchain_core.callbacks import Callbacks
 from langchain_core.documents import BaseDocumentCompressor, Document
 from langchain_core.runnables import RunnableConfig, RunnableSerializable, ensure_config
 from pydantic import ConfigDict, Field
-from typing_extensions import TypedDict  # pydantic refuses typing's own before Python 3.12
 
-from rag_rerank import Closeable, Ranked, Scorer
+from langchain_rag_rerank.documents import RerankInput, checked, in_order, texts_of
+from langchain_rag_rerank.names import KnownNames
+from rag_rerank import Closeable, Ranked, Scorer, did_you_mean
 
-
-class RerankInput(TypedDict):
-    """What the rerankers take as Runnables.
-
-    Attributes:
-        query: The query.
-        documents: What to rerank, in retrieval order.
-    """
-
-    query: str
-    documents: Sequence[Document]
+OnError = Literal["raise", "passthrough"]
 
 
-class _Limits(TypedDict):
+class Limits(TypedDict, total=False):
+    """What a call may set for itself, in place of the fields of these names."""
+
     top_n: int | None
     score_threshold: float | None
 
 
-class Reranker(BaseDocumentCompressor, RunnableSerializable[RerankInput, list[Document]], Closeable):
+class Choice(TypedDict):
+    """What is kept of a ranking; the scorer checks the values."""
+
+    top_n: int | None
+    score_threshold: float | None
+    on_error: OnError
+
+
+class Call(NamedTuple):
+    """One input, checked."""
+
+    given: RerankInput
+    choice: Choice
+    config: RunnableConfig
+
+
+class BaseReranker(KnownNames, BaseDocumentCompressor, RunnableSerializable[RerankInput, list[Document]], Closeable):
     """All that does not depend on where the scorer comes from; the fields are described in the public classes."""
 
     model_config = ConfigDict(
@@ -49,11 +57,13 @@ class Reranker(BaseDocumentCompressor, RunnableSerializable[RerankInput, list[Do
     score_threshold: float | None = Field(default=None, allow_inf_nan=False)
     score_key: str = Field(default="relevance_score", min_length=1)
     document_formatter: Callable[[Document], str] | None = Field(default=None, exclude=True)
-    on_error: Literal["raise", "passthrough"] = "raise"
+    on_error: OnError = "raise"
 
-    @abstractmethod
-    def _current_scorer(self) -> Scorer:
-        """The scorer that fits the fields as they are now."""
+    if TYPE_CHECKING:  # a field of one subclass: at run time pydantic would warn of it
+
+        @property
+        def scorer(self) -> Scorer:
+            """The scorer that fits the fields as they are now."""
 
     def compress_documents(
         self, documents: Sequence[Document], query: str, callbacks: Callbacks | None = None
@@ -102,16 +112,14 @@ class Reranker(BaseDocumentCompressor, RunnableSerializable[RerankInput, list[Do
             TypeError, rag_rerank.ConfigError, rag_rerank.BackendError: As `compress_documents`.
             ValueError: `top_n` or `score_threshold` is out of range.
         """
-        given, limits = _checked(input, self.get_name()), self._limits(kwargs)
-        if not given["documents"]:
+        call = self._prepare(input, config, kwargs)
+        if not call.given["documents"]:
             return []
 
         def rerank(given: RerankInput) -> list[Document]:
-            texts = self._texts(given["documents"])
-            ranked = self._current_scorer().rerank(given["query"], texts, on_error=self.on_error, **limits)
-            return self._in_order(given["documents"], ranked)
+            return in_order(given["documents"], self._rank(given, call.choice), self.score_key)
 
-        return self._call_with_config(rerank, given, self._traced(config, given, limits))
+        return self._call_with_config(rerank, call.given, call.config)
 
     async def ainvoke(
         self,
@@ -120,87 +128,50 @@ class Reranker(BaseDocumentCompressor, RunnableSerializable[RerankInput, list[Do
         **kwargs: Any,
     ) -> list[Document]:
         """As `invoke`, without blocking the event loop and without a thread per call."""
-        given, limits = _checked(input, self.get_name()), self._limits(kwargs)
-        if not given["documents"]:
+        call = self._prepare(input, config, kwargs)
+        if not call.given["documents"]:
             return []
 
         async def rerank(given: RerankInput) -> list[Document]:
-            texts = self._texts(given["documents"])
-            ranked = await self._current_scorer().arerank(given["query"], texts, on_error=self.on_error, **limits)
-            return self._in_order(given["documents"], ranked)
+            return in_order(given["documents"], await self._arank(given, call.choice), self.score_key)
 
-        return await self._acall_with_config(rerank, given, self._traced(config, given, limits))
+        return await self._acall_with_config(rerank, call.given, call.config)
 
-    def _limits(self, given: Mapping[str, Any]) -> _Limits:
-        """What one call keeps: its own arguments before the fields; the scorer checks their values."""
-        unknown = sorted(given.keys() - {"top_n", "score_threshold"})
-        if unknown:
-            raise TypeError(f"unexpected keyword argument {unknown[0]!r}: a call takes top_n and score_threshold")
-        return {
-            "top_n": given.get("top_n", self.top_n),
-            "score_threshold": given.get("score_threshold", self.score_threshold),
+    def _prepare(self, given: Any, config: RunnableConfig | None, limits: Mapping[str, Any]) -> Call:
+        """Check one input, and what its call sets for itself; add to `config` what a trace should tell about the run.
+
+        Raises:
+            TypeError: An input or an argument that is none.
+        """
+        given = checked(given, self.get_name())
+        for name in sorted(limits.keys() - Limits.__annotations__.keys()):
+            hint = did_you_mean(name, Limits.__annotations__) or "a call takes top_n and score_threshold"
+            raise TypeError(f"unexpected keyword argument {name!r}: {hint}")
+        choice: Choice = {
+            "top_n": limits.get("top_n", self.top_n),
+            "score_threshold": limits.get("score_threshold", self.score_threshold),
+            "on_error": self.on_error,
         }
-
-    def _traced(self, config: RunnableConfig | None, given: RerankInput, limits: _Limits) -> RunnableConfig:
-        """`config` with what a trace should tell about the run; ``ls_`` are the names that LangSmith reads."""
         config = ensure_config(config)
         config["metadata"] = {
             **config["metadata"],
-            "ls_provider": "rag_rerank",
-            "ls_model_name": self._current_scorer().model_name,
-            "rerank_top_n": limits["top_n"],
+            "ls_provider": "rag_rerank",  # LangSmith reads the names with ls_
+            "ls_model_name": self.scorer.model_name,
+            "rerank_top_n": choice["top_n"],
             "rerank_num_documents": len(given["documents"]),
         }
-        return config
+        return Call(given, choice, config)
 
     def _texts(self, documents: Sequence[Document]) -> list[str]:
-        if self.document_formatter is None:
-            return [document.page_content for document in documents]
-        texts = [self.document_formatter(document) for document in documents]
-        for position, text in enumerate(texts):
-            if not isinstance(text, str):
-                kind = type(text).__name__
-                raise TypeError(f"document_formatter must return str, got {kind} for documents[{position}]")
-        return texts
+        return texts_of(documents, self.document_formatter)
 
-    def _in_order(self, documents: Sequence[Document], ranked: Sequence[Ranked]) -> list[Document]:
-        return [self._with_score(documents[place.index], place.score) for place in ranked]
+    def _rank(self, given: RerankInput, choice: Choice) -> list[Ranked]:
+        return self.scorer.rerank(given["query"], self._texts(given["documents"]), **choice)
 
-    def _with_score(self, document: Document, score: float | None) -> Document:
-        """A copy with its own metadata dict. The values are shared: a deep copy fails on a lock or a client in them."""
-        # Without a score, one from an earlier reranker must not stay behind and be taken for ours.
-        metadata = {key: value for key, value in document.metadata.items() if key != self.score_key}
-        if score is not None:
-            metadata[self.score_key] = score
-        return document.model_copy(update={"metadata": metadata})
+    async def _arank(self, given: RerankInput, choice: Choice) -> list[Ranked]:
+        return await self.scorer.arerank(given["query"], self._texts(given["documents"]), **choice)
 
     @classmethod
     def get_lc_namespace(cls) -> list[str]:
         """Where LangChain finds the class again: the package, so that what was dumped outlives a move of modules."""
         return ["langchain_rag_rerank"]
-
-
-def _checked(given: Any, name: str) -> RerankInput:
-    """The input of a run, its documents as a list, or a TypeError that says what is wrong and where."""
-    if not isinstance(given, Mapping) or not {"query", "documents"} <= given.keys():
-        got = f"the keys {sorted(map(str, given))}" if isinstance(given, Mapping) else type(given).__name__
-        raise TypeError(
-            f'{name} takes {{"query": ..., "documents": [...]}}, got {got}. To rerank what a retriever finds: '
-            '{"query": RunnablePassthrough(), "documents": retriever} | reranker, or '
-            'RunnablePassthrough.assign(documents=itemgetter("query") | retriever) | reranker'
-        )
-    query, documents = given["query"], given["documents"]
-    if not isinstance(query, str):
-        raise TypeError(f"query must be str, got {type(query).__name__}")
-    if not isinstance(documents, Iterable):
-        raise TypeError(f"documents must be a sequence of Document, got {type(documents).__name__}")
-    documents = list(documents)
-    for position, document in enumerate(documents):
-        if not isinstance(document, Document):
-            raise TypeError(f"documents[{position}] must be a Document, got {type(document).__name__}")
-        text: object = document.page_content  # Document.model_construct lets anything in
-        if not isinstance(text, str):
-            raise TypeError(
-                f"documents[{position}] (id={document.id!r}): page_content must be str, got {type(text).__name__}"
-            )
-    return {"query": query, "documents": documents}

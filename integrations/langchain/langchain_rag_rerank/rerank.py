@@ -1,29 +1,15 @@
-"""The rerankers: LangChain on the outside (`langchain_rag_rerank.base`), one `rag_rerank.Scorer` on the inside.
+"""The rerankers: LangChain on the outside (`langchain_rag_rerank.ways`), one `rag_rerank.Scorer` on the inside.
 
-They differ in where the scorer comes from: `ScorerReranker` is given one, the others build one from their fields.
+They differ in where the scorer comes from: `ScorerReranker` is given one, the others build one from their fields, which
+are `rag_rerank.LocalSettings` and `rag_rerank.VLLMSettings`.
 """
 
-import os
-import threading
-from abc import abstractmethod
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Any, cast
 
-from pydantic import BeforeValidator, Field, PrivateAttr, SecretStr
+from pydantic import Field, PrivateAttr, SecretStr, field_validator
 
-import rag_rerank
-from langchain_rag_rerank.base import Reranker
-from rag_rerank import Scorer
-
-# One lock for all rerankers: one in each of them could be neither copied nor pickled, and building takes microseconds.
-_building = threading.Lock()
-
-
-def _as_text(path: object) -> object:
-    return os.fspath(path) if isinstance(path, os.PathLike) else path
-
-
-# Kept as text, for LangChain's dumps have no form for a pathlib.Path.
-_PathText = Annotated[str, BeforeValidator(_as_text)]
+import rag_rerank  # names are touched where they are needed: the package loads them, and what they import, lazily
+from langchain_rag_rerank.ways import Reranker
 
 
 class ScorerReranker(Reranker):
@@ -46,64 +32,27 @@ class ScorerReranker(Reranker):
     LangChain's ``dumps`` can't write a scorer: this class is marked there as "not implemented".
     """
 
-    scorer: Scorer = Field(exclude=True)
-
-    def _current_scorer(self) -> Scorer:
-        return self.scorer
+    scorer: rag_rerank.Scorer = Field(exclude=True)
 
 
-class _SettingsReranker(Reranker):  # noqa: PLW1641 - no hash: fields can be changed
-    """Builds its scorer from fields and keeps it until one of them changes."""
+class _OwnScorer(Reranker):  # noqa: PLW1641 - no hash: fields can be changed
+    """A reranker that builds its scorer from its fields; beside a class of settings from the core."""
 
-    _scorer_fields: ClassVar[tuple[str, ...]]
-    _built: tuple[dict[str, Any], Scorer] | None = PrivateAttr(default=None)
+    _built: Any = PrivateAttr(default=None)
 
-    def __init__(self, **fields: Any) -> None:
+    def __init__(self, /, **fields: Any) -> None:
         super().__init__(**fields)
         # Built now, so that a wrong setting is reported where it was written; it costs neither a request nor a model.
         # Not in a validator or model_post_init: pydantic would turn ConfigError, a ValueError, into a ValidationError.
-        self._current_scorer()
-
-    @property
-    def scorer(self) -> Scorer:
-        """The scorer in use, built again where fields have changed since the last call.
-
-        Raises:
-            rag_rerank.ConfigError: They were changed to something that can't work.
-        """
-        return self._current_scorer()
-
-    def _current_scorer(self) -> Scorer:
-        # Compared rather than reset by assignments, because model_copy(update=...) changes fields without telling.
-        # What was built before is not closed: a copy may be using it.
-        settings = {name: getattr(self, name) for name in self._scorer_fields}
-        with _building:
-            if self._built is None or self._built[0] != settings:
-                self._built = settings, self._build(settings)
-            return self._built[1]
-
-    @abstractmethod
-    def _build(self, settings: dict[str, Any]) -> Scorer:
-        """A scorer with these settings; neither loads a model nor sends anything."""
-
-    def close(self) -> None:
-        """Close the scorer, for copies of this reranker too: they share it. Closing twice is harmless."""
-        if self._built is not None:
-            self._built[1].close()
-
-    async def aclose(self) -> None:
-        """As `close`, and the event loop's connections too."""
-        if self._built is not None:
-            await self._built[1].aclose()
+        _ = self.scorer
 
     def __eq__(self, other: object) -> bool:
         # Pydantic's own would compare the scorers too, which are equal to none but themselves.
         return type(self) is type(other) and self.__dict__ == other.__dict__
 
     def __getstate__(self) -> dict[Any, Any]:
-        state = super().__getstate__()
         # The process that unpickles builds its own scorer.
-        return {**state, "__pydantic_private__": {**(state["__pydantic_private__"] or {}), "_built": None}}
+        return {**super().__getstate__(), "__pydantic_private__": {"_built": None}}
 
     @classmethod
     def is_lc_serializable(cls) -> bool:
@@ -111,14 +60,16 @@ class _SettingsReranker(Reranker):  # noqa: PLW1641 - no hash: fields can be cha
         return True
 
 
-class LocalReranker(_SettingsReranker):
+class LocalReranker(rag_rerank.LocalSettings, _OwnScorer):
     """Reranks in this process, on a GPU or the CPU. The first call loads the model.
 
     Args:
-        model: A hub id or a folder: a cross-encoder with one label, or a sentence-transformers bi-encoder.
+        model: A hub id or a folder: a cross-encoder with one label, a language model made into a reranker, a
+            sentence-transformers bi-encoder, or ColBERT.
         device: ``"cuda"``, ``"cuda:1"``, ``"mps"``, ``"cpu"``, ... None takes the first there is, in this order.
         dtype: ``"float32"``, ``"bfloat16"``, ``"float16"``, or ``"auto"``: the fastest that the device runs natively.
-        score_type: ``"cross-encoder"`` or ``"bi-encoder"``; ``"auto"`` reads it from the checkpoint.
+        score_type: ``"cross-encoder"``, ``"bi-encoder"`` or ``"late-interaction"``; ``"auto"`` reads it from the
+            checkpoint.
         template: The score template: a shipped name, a path or the text. ``"auto"`` takes the one that the model was
             trained with; None is query and document as a plain pair. See `rag_rerank.LocalScorer` for this and the
             next ones.
@@ -146,66 +97,24 @@ class LocalReranker(_SettingsReranker):
         rag_rerank.ConfigError: A setting that the scorer refuses, or the extra `local` is not installed.
     """
 
-    # dtype and score_type are plain text here: their values stand in one place, the scorer, which checks them.
-    model: _PathText = "cross-encoder/ms-marco-MiniLM-L6-v2"
-    device: str | None = None
-    dtype: str = "auto"
-    score_type: str = "auto"
-    template: _PathText | None = "auto"
-    instruction: str | None = None
-    chat_template_kwargs: dict[str, Any] | None = None
-    classifier_tokens: tuple[str, ...] | None = None
-    query_prompt: str | None = None
-    document_prompt: str | None = None
-    use_activation: bool | None = None
-    max_length: int | None = None
-    max_tokens_per_query: int | None = None
-    max_tokens_per_doc: int | None = None
-    long_documents: str = "truncate"
-    max_waiting_calls: int = 1024
-    revision: str | None = None
-    trust_remote_code: bool = False
-    local_files_only: bool = False
-    cache_dir: _PathText | None = None
-    model_kwargs: dict[str, Any] | None = None
-    tokenizer_kwargs: dict[str, Any] | None = None
+    _paths = field_validator("model", "template", "cache_dir", mode="before")(rag_rerank.path_as_text)
 
-    _scorer_fields: ClassVar[tuple[str, ...]] = (
-        "model",
-        "device",
-        "dtype",
-        "score_type",
-        "template",
-        "instruction",
-        "chat_template_kwargs",
-        "classifier_tokens",
-        "query_prompt",
-        "document_prompt",
-        "use_activation",
-        "max_length",
-        "max_tokens_per_query",
-        "max_tokens_per_doc",
-        "long_documents",
-        "max_waiting_calls",
-        "revision",
-        "trust_remote_code",
-        "local_files_only",
-        "cache_dir",
-        "model_kwargs",
-        "tokenizer_kwargs",
-    )
+    def warmup(self) -> None:
+        """Load the model and score a pair now, so that the first call doesn't pay for it.
 
-    def _build(self, settings: dict[str, Any]) -> Scorer:
-        return rag_rerank.LocalScorer(**settings)
+        Raises:
+            rag_rerank.ConfigError: It can't be loaded as asked.
+        """
+        cast("rag_rerank.LocalScorer", self.scorer).warmup()
 
 
-class VLLMReranker(_SettingsReranker):
+class VLLMReranker(rag_rerank.VLLMSettings, _OwnScorer):
     """Reranks on a vLLM server. Nothing is sent before the first call.
 
     Args:
         base_url: The server's address, with or without ``/v1`` or ``/score`` at its end; or a list of servers that
-            serve the same model. None reads ``VLLM_BASE_URL`` from the environment, and is ``http://localhost:8000``
-            where that is not set.
+            serve the same model. None reads ``VLLM_BASE_URL`` from the environment (several are parted by commas), and
+            is ``http://localhost:8000`` where that is not set.
         model: The name that the servers serve the model under. None takes the only one.
         api_key: Sent as bearer token. None reads ``VLLM_API_KEY`` from the environment, never another service's
             variable. Neither shown nor dumped nor pickled: an unpickled copy reads the environment again.
@@ -237,57 +146,9 @@ class VLLMReranker(_SettingsReranker):
             scorer refuses.
     """
 
-    base_url: str | list[str] | None = None
-    model: str | None = None
     api_key: SecretStr | None = None
-    template: _PathText | None = None
-    instruction: str | None = None
-    chat_template_kwargs: dict[str, Any] | None = None
-    query_prompt: str | None = None
-    document_prompt: str | None = None
-    use_activation: bool | None = None
-    truncate_prompt_tokens: int | Literal["auto"] | None = "auto"
-    max_tokens_per_query: int | None = None
-    max_tokens_per_doc: int | None = None
-    priority: int | None = None
-    extra_body: dict[str, Any] | None = None
-    endpoint: str = "score"
-    timeout: float = 30.0
-    max_retries: int = 2
-    chunk_size: int = 128
-    max_concurrency: int = 4
-    connect_timeout: float = 2.0
-    attempt_timeout: float | None = None
-    send_key_over_http: bool = False
 
-    _scorer_fields: ClassVar[tuple[str, ...]] = (
-        "base_url",
-        "model",
-        "api_key",
-        "template",
-        "instruction",
-        "chat_template_kwargs",
-        "query_prompt",
-        "document_prompt",
-        "use_activation",
-        "truncate_prompt_tokens",
-        "max_tokens_per_query",
-        "max_tokens_per_doc",
-        "priority",
-        "extra_body",
-        "endpoint",
-        "timeout",
-        "max_retries",
-        "chunk_size",
-        "max_concurrency",
-        "connect_timeout",
-        "attempt_timeout",
-        "send_key_over_http",
-    )
-
-    def _build(self, settings: dict[str, Any]) -> Scorer:
-        key: SecretStr | None = settings["api_key"]
-        return rag_rerank.VLLMScorer(**{**settings, "api_key": None if key is None else key.get_secret_value()})
+    _paths = field_validator("template", mode="before")(rag_rerank.path_as_text)
 
     def __getstate__(self) -> dict[Any, Any]:
         state = super().__getstate__()
