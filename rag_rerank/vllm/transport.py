@@ -15,6 +15,7 @@ import threading
 import time
 import weakref
 from collections.abc import AsyncGenerator, Coroutine, Generator, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import replace
 from http.cookiejar import CookieJar, DefaultCookiePolicy
 from typing import Any, TypedDict, TypeVar
@@ -59,11 +60,29 @@ class _Background:
 
     def run(self, work: Coroutine[Any, Any, T], timeout: float | None) -> T:
         """Run `work` to its end, for `timeout` seconds at most. What interrupts the caller (Ctrl-C) cancels it."""
-        future = asyncio.run_coroutine_threadsafe(work, self._running())
+        loop = self._running()
+        future: Future[T] = Future()
+        tasks: list[asyncio.Task[T]] = []
+
+        def begin() -> None:
+            if future.set_running_or_notify_cancel():
+                tasks.append(task := loop.create_task(work))
+                task.add_done_callback(end)
+            else:
+                work.close()
+
+        def end(task: asyncio.Task[T]) -> None:
+            error = asyncio.CancelledError() if task.cancelled() else task.exception()
+            future.set_result(task.result()) if error is None else future.set_exception(error)
+
+        # Not run_coroutine_threadsafe: an interruption between its beginning and our waiting would leave the work
+        # running (1 of 120 tries).
         try:
+            loop.call_soon_threadsafe(begin)
             return future.result(timeout)
         except BaseException:
             future.cancel()
+            loop.call_soon_threadsafe(lambda: [task.cancel() for task in tasks])
             raise
 
     def _running(self) -> asyncio.AbstractEventLoop:
