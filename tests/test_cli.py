@@ -1,10 +1,13 @@
 """The command line, run as a user runs it."""
 
+import gzip
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -251,3 +254,108 @@ class TestCheck:
         assert "✗ Ranking" in result.stdout or "! Ranking" in result.stdout
         assert "! Key" in result.stdout
         assert str(vllm_cross_encoder.api_key) not in result.stdout
+
+
+class TestFiles:
+    """`rerank --in --out`."""
+
+    @pytest.fixture
+    def source(self, tmp_path: Path) -> Path:
+        path = tmp_path / "in.jsonl"
+        row = json.dumps({"query": QUERY, "documents": DOCUMENTS, "id": 1})
+        path.write_text(f"{row}\n\nnope\n{row}\n", encoding="utf-8")
+        return path
+
+    def test_a_file_is_reranked(self, minilm: Path, source: Path, local: LocalScorer):
+        """Every line is accounted for on stderr; rejects are a failure only if that is asked for."""
+        out = source.with_name("out.jsonl")
+        files = ["rerank", "--in", str(source), "--out", str(out), "--reorder", "--top-n", "1"]
+        result = run(*files, *local_options(minilm), COLUMNS="40")
+        assert (result.returncode, result.stdout) == (0, "")
+        assert result.stderr.endswith(
+            f"4 lines: 2 reranked (4 documents), 1 rejected, 1 blank; written to {out}.\n"
+            f"warning: 1 rejected, see {out}.rejects.jsonl\n"
+        )
+        rows = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
+        assert rows[0] == rows[1]
+        assert (rows[0]["id"], rows[0]["documents"]) == (1, DOCUMENTS[1:])
+        score = pytest.approx(local.score(QUERY, DOCUMENTS[1])[0], abs=1e-5)
+        assert rows[0]["ranked"] == [{"index": 1, "score": score}]
+        with FaultyServer() as server:
+            assert run(*files, "--base-url", server.base_url, "--strict", VLLM_API_KEY="").returncode == 1
+
+    def test_ctrl_c_and_on(self, source: Path):
+        """What is done is kept; the same command goes on behind it, another is refused, --restart begins anew."""
+        out, asked = source.with_name("out.jsonl.gz"), 0
+        row = json.dumps({"query": QUERY, "documents": DOCUMENTS * 80})
+        source.write_text(f"{row}\n" * 4, encoding="utf-8")
+        process: subprocess.Popen[str] | None = None
+
+        def behave(request: Request) -> Steps | None:
+            nonlocal asked
+            asked += len(request.documents) if request.wants_scores else 0
+            if asked > 500 and process is not None and process.poll() is None:  # in the second group
+                process.send_signal(signal.SIGINT)
+                time.sleep(1)
+            return None
+
+        with FaultyServer(behave) as server:
+            files = ["rerank", "--in", str(source), "--out", str(out), "--base-url", server.base_url]
+            process = subprocess.Popen(
+                [sys.executable, "-m", "rag_rerank.cli", *files],
+                stderr=subprocess.PIPE,
+                text=True,
+                env={**os.environ, "VLLM_API_KEY": ""},
+            )
+            stderr = process.communicate(timeout=60)[1]
+            assert process.returncode == 130, stderr
+            assert stderr == f"The finished lines are kept in {out}.partial: the same command goes on behind them.\n"
+            assert not out.exists()
+            other = run(*files, "--top-n", "1", VLLM_API_KEY="")
+            assert (other.returncode, "top_n was None, is 1" in other.stderr) == (2, True)
+            result = run(*files, VLLM_API_KEY="")
+        assert result.returncode == 0, result.stderr
+        assert result.stderr.startswith(f"Going on behind line 2 of {source}.\n4 lines: 4 reranked (640 documents)")
+        assert len(gzip.decompress(out.read_bytes()).splitlines()) == 4
+        assert {path.name for path in source.parent.iterdir()} == {"in.jsonl", "out.jsonl.gz"}
+
+    @pytest.mark.parametrize(
+        ("arguments", "words"),
+        [
+            (["--in", "a.jsonl"], "both --in and --out"),
+            (["q", "d", "--strict"], "both --in and --out"),
+            (["q", "d", "--in", "a.jsonl", "--out", "b.jsonl"], "either a query"),
+            (["--in", "/no/a.jsonl", "--out", "b.jsonl"], "there is no file"),
+            (["--in", "a.jsonl", "--out", "b.csv"], "must end in"),
+        ],
+    )
+    def test_wrong_arguments(self, arguments: list[str], words: str):
+        """Exit code 2, before any model is loaded."""
+        result = run("rerank", *arguments, "--model", "/no/such/folder")
+        assert (result.returncode, result.stdout) == (2, "")
+        assert words in result.stderr
+        assert "Traceback" not in result.stderr
+
+
+class TestTable:
+    """What is shown on a terminal."""
+
+    @pytest.mark.parametrize("command", ["score", "rerank"])
+    def test_long_documents_are_cut_and_numbers_are_not(self, command: str):
+        """Every document has a row, on 80 columns; rerank's are those of rag_rerank.display."""
+        with FaultyServer() as server:
+            where = ["--base-url", server.base_url]
+            result = run(
+                command, QUERY, *DOCUMENTS, *["so long a text " * 40] * 12, *where, COLUMNS="80", VLLM_API_KEY=""
+            )
+        assert result.returncode == 0, result.stderr
+        rows = [
+            [cell.strip() for cell in line.split("│")[1:-1]] for line in result.stdout.splitlines() if line[0] == "│"
+        ]
+        assert len(rows) == 14
+        assert sum(row[-1].endswith("…") for row in rows) == 12
+        index = 1 if command == "rerank" else 0
+        assert {row[index] for row in rows} == set(map(str, range(14)))
+        if command == "rerank":
+            assert rows[0][3].endswith(" ████████")
+            assert {row[2][:1] for row in rows} <= {"▲", "▼", "="}

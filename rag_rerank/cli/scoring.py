@@ -4,12 +4,16 @@ import json
 import pprint
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.markup import escape
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 from rag_rerank.cli.options import (
     BaseURLOption,
@@ -23,11 +27,31 @@ from rag_rerank.cli.options import (
     PortOption,
     make_scorer,
 )
-from rag_rerank.errors import ConfigError
+from rag_rerank.display import Reranked
+from rag_rerank.errors import BackendError, ConfigError
+from rag_rerank.files import Tally, partial_of, rejects_of, rerank_file
 from rag_rerank.scorer import Ranked, Scorer
 
 QueryArgument = Annotated[str | None, typer.Argument(help="The query; without one, JSON Lines are read from stdin.")]
 DocumentsArgument = Annotated[list[str] | None, typer.Argument(help="The documents.")]
+_FILES = "Files (with --in and --out)"
+InOption = Annotated[
+    Path | None,
+    typer.Option("--in", rich_help_panel=_FILES, help='Lines of {"query", "documents"}: .jsonl, .jsonl.gz, .parquet.'),
+]
+OutOption = Annotated[
+    Path | None, typer.Option("--out", rich_help_panel=_FILES, help='The same with "ranked", in any of these formats.')
+]
+ReorderOption = Annotated[
+    bool, typer.Option("--reorder", rich_help_panel=_FILES, help="Put the documents themselves in the new order.")
+]
+RestartOption = Annotated[
+    bool, typer.Option("--restart", rich_help_panel=_FILES, help="Throw away what an interrupted run has left.")
+]
+StrictOption = Annotated[
+    bool, typer.Option("--strict", rich_help_panel=_FILES, help="Exit with 1 if lines were rejected.")
+]
+_PATIENCE = 300.0  # seconds for a group of a file on a server: nobody waits for it, and a server may start again
 
 
 def score(
@@ -75,25 +99,109 @@ def rerank(
     logits: LogitsOption = False,
     send_key_over_http: KeyOverHTTPOption = False,
     as_json: JSONOption = False,
+    source: InOption = None,
+    target: OutOption = None,
+    reorder: ReorderOption = False,
+    restart: RestartOption = False,
+    strict: StrictOption = False,
 ) -> None:
     """Order documents by relevance to a query, best first.
 
     Without arguments, each line of stdin is {"query": ..., "documents": [...]} and becomes one line with "ranked".
+    With --in and --out, so does each line of a file; a run that was interrupted goes on where it stopped.
     """
+    options: dict[str, Any] = {"top_n": top_n, "score_threshold": score_threshold}
 
-    def ranked(scorer: Scorer, query: str, documents: list[str]) -> list[Ranked]:
-        return scorer.rerank(query, documents, top_n=top_n, score_threshold=score_threshold)
+    def ranked(query: str, documents: list[str]) -> list[Ranked]:
+        return scorer.rerank(query, documents, **options)
 
+    paths = _paths(source, target, query is None and not as_json, reorder or restart or strict)
     with make_scorer(model, base_url, host, port, device, dtype, logits, send_key_over_http) as scorer:
+        if paths:
+            where = base_url or ((host or port) and [f"{host}:{port}"])
+            options |= _unattended(model, where or None, dtype, logits)
+            _rerank_file(scorer, *paths, options | {"reorder": reorder, "restart": restart}, strict=strict)
+            return
         _answer(
             query,
             documents,
             as_json,
-            lambda query, documents: {
-                "ranked": [{"index": item.index, "score": item.score} for item in ranked(scorer, query, documents)]
-            },
-            lambda query, documents: _ranked_table(query, documents, ranked(scorer, query, documents)),
+            lambda query, documents: {"ranked": [asdict(item) for item in ranked(query, documents)]},
+            lambda query, documents: Reranked(query, documents, ranked(query, documents), rows=None).__rich__(),
         )
+
+
+def _paths(source: Path | None, target: Path | None, alone: bool, other: bool) -> tuple[Path, Path] | None:
+    """From where to where, or None where no files are asked for.
+
+    Args:
+        source: --in.
+        target: --out.
+        alone: Whether nothing is asked for that does not go with files.
+        other: Whether something is asked for that goes with files only.
+    """
+    if source is None and target is None and not other:
+        return None
+    if source is None or target is None:
+        raise ConfigError("pass both --in and --out; --reorder, --restart and --strict go with them only")
+    if not alone:
+        raise ConfigError("pass either a query and documents, or --in and --out, which write JSON by themselves")
+    return source, target
+
+
+def _unattended(model: str | None, where: list[str] | None, dtype: str, logits: bool) -> dict[str, Any]:
+    """How long a call may take, and by what a later run is known as the same.
+
+    On which server a model runs does not matter to its scores; it only has to where nothing else says which model.
+    """
+    settings = {"model": model or where, "dtype": dtype, "logits": logits}
+    return {"settings": settings, "deadline": _PATIENCE if where else None}
+
+
+def _rerank_file(scorer: Scorer, source: Path, target: Path, options: dict[str, Any], *, strict: bool) -> None:
+    """Rerank a file, with a bar on a terminal, and say on stderr what came of it or how to go on."""
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    columns = (
+        TextColumn("{task.fields[done]}"),
+        BarColumn(),
+        TaskProgressColumn(show_speed=False),
+        TimeRemainingColumn(),
+    )
+    hint = Text(f"The finished lines are kept in {partial_of(target)}: the same command goes on behind them.")
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("", total=1.0, done="")
+
+        def progress(tally: Tally, share: float) -> None:
+            if tally.resumed == tally.lines > 0:
+                console.print(Text(f"Going on behind line {tally.lines:,} of {source}."))
+            bar.update(task, completed=share, done=f"{tally.lines:,} lines, {tally.documents:,} documents")
+
+        try:
+            tally = rerank_file(scorer, source, target, **options, progress=progress)
+        except (KeyboardInterrupt, BackendError) as error:
+            if partial_of(target).exists():
+                console.print(hint)
+            if isinstance(error, KeyboardInterrupt):
+                raise typer.Exit(130) from None
+            raise
+        except OSError as error:  # a full disk; behind BackendError, of which one is a TimeoutError, too
+            raise ConfigError(f"{error.filename or target}: {error.strerror or error}") from error
+    _summarise(console, tally, target)
+    if strict and tally.rejected:
+        raise typer.Exit(1)
+
+
+def _summarise(console: Console, tally: Tally, target: Path) -> None:
+    """What became of every line; what was rejected comes last, where it is seen."""
+    blank = f", {tally.blank:,} blank" if tally.blank else ""
+    console.print(
+        Text(
+            f"{tally.lines:,} lines: {tally.ranked:,} reranked ({tally.documents:,} documents), "
+            f"{tally.rejected:,} rejected{blank}; written to {target}."
+        )
+    )
+    if tally.rejected:
+        console.print(Text(f"warning: {tally.rejected:,} rejected, see {rejects_of(target)}", style="yellow"))
 
 
 def _answer(
@@ -126,17 +234,14 @@ def _lines() -> Iterator[tuple[str, list[str]]]:
 
 
 def _score_table(query: str, documents: list[str], scores: list[float]) -> Table:
-    return _ranked_table(query, documents, [Ranked(index, score) for index, score in enumerate(scores)])
-
-
-def _ranked_table(query: str, documents: list[str], ranked: list[Ranked]) -> Table:
     table = Table(title=escape(query), title_justify="left", title_style="bold")
-    table.add_column("index", justify="right")
-    table.add_column("score", justify="right")
-    table.add_column("document", no_wrap=True, overflow="ellipsis")
-    for item in ranked:
-        text = escape(" ".join(documents[item.index].split()))
-        table.add_row(str(item.index), "" if item.score is None else f"{item.score:.6f}", text)
+    table.add_column("index", justify="right", no_wrap=True)
+    table.add_column("score", justify="right", no_wrap=True)
+    table.add_column("document")
+    for index, (document, value) in enumerate(zip(documents, scores, strict=True)):
+        # The cell is cut, not the column: that would be given its width before the numbers.
+        text = Text(" ".join(document.split()), no_wrap=True, overflow="ellipsis")
+        table.add_row(str(index), f"{value:.6f}", text)
     return table
 
 
