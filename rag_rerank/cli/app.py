@@ -3,6 +3,7 @@
 import typer
 
 from rag_rerank.cli.demo import demo
+from rag_rerank.cli.evaluating import evaluate
 from rag_rerank.cli.examining import check
 from rag_rerank.cli.models import convert, template_app
 from rag_rerank.cli.scoring import rerank, score
@@ -15,4 +16,5 @@ app = typer.Typer(
 )
 for command in (score, rerank, check, demo, convert):
     app.command()(command)
+app.command("eval")(evaluate)
 app.add_typer(template_app, name="template")

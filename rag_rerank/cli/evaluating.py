@@ -1,0 +1,204 @@
+"""``rag-rerank eval``."""
+
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+from urllib.parse import urlsplit
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+from rag_rerank.cli.options import DeviceOption, DtypeOption, KeyOverHTTPOption, make_scorer
+from rag_rerank.errors import BackendError, ConfigError
+from rag_rerank.scorer import Scorer
+
+if TYPE_CHECKING:
+    from rag_rerank.evaluation import Collection, Evaluation, Run
+
+_INTERRUPTED = 130  # the exit code of what Ctrl-C ended, as shells have it
+
+File = Path | None
+
+
+def evaluate(
+    folder: Annotated[File, typer.Argument(help="A collection in BEIR's layout; the embedded one if none.")] = None,
+    run: Annotated[File, typer.Option(help="A TREC run to rerank, instead of what BM25 finds.")] = None,
+    qrels: Annotated[File, typer.Option(help="Judgments (BEIR or TREC), instead of the collection's.")] = None,
+    model: Annotated[
+        list[str] | None, typer.Option(help="Hub id or folder; may be repeated to compare. The embedded one if none.")
+    ] = None,
+    base_url: Annotated[
+        list[str] | None, typer.Option(help="A vLLM server to compare; may be repeated. The key is in VLLM_API_KEY.")
+    ] = None,
+    depth: Annotated[
+        list[int] | None, typer.Option(min=1, help="Candidates to rerank; may be repeated. 10, 20, 50, 100 if none.")
+    ] = None,
+    queries: Annotated[int | None, typer.Option(min=1, help="Only the first so many.")] = None,
+    measures: Annotated[
+        str, typer.Option(help="As ir-measures calls them. Verdicts are by the first.")
+    ] = "nDCG@10,MRR@10,Recall@10,MAP",
+    as_json: Annotated[File, typer.Option("--json", help="Write all figures to this file.")] = None,
+    trec_run: Annotated[File, typer.Option(help="Write the reranked order to this file, as a TREC run.")] = None,
+    html: Annotated[File, typer.Option(help="Write a report with plots to this file.")] = None,
+    cache: Annotated[File, typer.Option(help="The folder that keeps scores; ~/.cache/rag_rerank if none.")] = None,
+    no_cache: Annotated[bool, typer.Option("--no-cache", help="Score everything anew and keep nothing.")] = False,
+    device: DeviceOption = None,
+    dtype: DtypeOption = "auto",
+    send_key_over_http: KeyOverHTTPOption = False,
+) -> None:
+    """Does reranking help, how much, how sure is that, and what does depth pay?
+
+    BM25, or your run, finds candidates, and each model reranks them. Scores are kept: an evaluation that was
+    interrupted goes on where it was, and the same one again is instant.
+
+    A run with its qrels, but without a folder and a model, is measured as it is.
+    """
+    _check_files(as_json, trec_run, html)
+    try:
+        from rag_rerank import evaluation as package
+        from rag_rerank.cli.evaluation_tables import show
+    except ModuleNotFoundError as error:
+        raise ConfigError(f"eval needs {error.name}: pip install 'rag-rerank[eval]'") from error
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    depths = tuple(depth or package.DEFAULT_DEPTHS)
+    collection, found = _collection(folder, run, qrels, max(depths), bare=not (model or base_url))
+    where: Path | bool = not no_cache if cache is None or no_cache else cache
+    with ExitStack() as stack:
+        stack.enter_context(_resumable(kept=where is not False))
+        scorers: dict[str, Scorer] = {}
+        if collection.documents:
+            for name, scorer in _scorers(model, base_url, device, dtype, send_key_over_http):
+                scorers[_another(name, scorers)] = stack.enter_context(scorer)
+        evaluation = package.evaluate(
+            collection,
+            scorers,
+            run=found,
+            first_stage=None if run is None else run.name,
+            depths=depths,
+            measures=measures.replace(",", " ").split(),
+            limit=queries,
+            cache=where,
+            progress=stack.enter_context(_bar()),
+        )
+    show(evaluation, Console())
+    _write(evaluation, as_json, trec_run, html)
+
+
+def _collection(folder: File, run: File, qrels: File, deepest: int, *, bare: bool) -> "tuple[Collection, Run | None]":
+    """What to evaluate, and what a first stage found; `bare` if nothing is reranked, so that no text is needed."""
+    from rag_rerank.embedded import collection_folder
+    from rag_rerank.evaluation import Collection, read_judgments, read_run
+
+    found = None if run is None else read_run(run)
+    if folder is None and run is not None and qrels is not None:
+        if not bare:
+            raise ConfigError("to rerank the run, name the folder that has the texts: rag-rerank eval FOLDER --run ...")
+        judgments = read_judgments(qrels)
+        return Collection({}, dict.fromkeys(judgments, ""), judgments, run.name), found
+    if folder is None and qrels is not None:
+        raise ConfigError("judgments alone are not enough: name a collection's FOLDER, or a --run")
+    documents = None
+    if found is not None:
+        documents = {document for ranking in found.values() for document in list(ranking)[:deepest]}
+    return Collection.load(folder or collection_folder(), qrels=qrels, documents=documents), found
+
+
+def _scorers(
+    models: Sequence[str] | None,
+    urls: Sequence[str] | None,
+    device: str | None,
+    dtype: str,
+    send_key_over_http: bool,
+) -> Iterator[tuple[str, Scorer]]:
+    """(name, scorer) of each model and each server, which is asked at once: what does not answer fails now."""
+    if urls and not models and (device is not None or dtype != "auto"):
+        raise ConfigError("--device and --dtype are for local models; a server has chosen its own")
+    if not (models or urls):
+        from rag_rerank.embedded import minilm_folder
+
+        yield "all-MiniLM-L6-v2", make_scorer(str(minilm_folder()), None, None, None, device, dtype, logits=False)
+    for model in models or ():
+        name = Path(model).resolve().name if Path(model).is_dir() else model
+        yield name, make_scorer(model, None, None, None, device, dtype, logits=False)
+    for url in urls or ():
+        server = make_scorer(None, [url], None, None, None, "auto", False, send_key_over_http)
+        server.score("Are you there?", "Yes.")
+        yield f"{server.model_name} on {urlsplit(url).netloc.rpartition('@')[2]}", server
+
+
+def _another(name: str, names: "dict[str, Scorer]") -> str:
+    """`name`, with a number if there is one like it."""
+    number = sum(other == name or other.startswith(f"{name} (") for other in names)
+    return f"{name} ({number + 1})" if number else name
+
+
+@contextmanager
+def _bar() -> "Iterator[Callable[[str, int, int], None]]":
+    """A progress bar on stderr, and what moves it."""
+    columns = TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    tasks: dict[str, TaskID] = {}
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+
+        def tell(what: str, done: int, of: int) -> None:
+            if what not in tasks:
+                tasks[what] = bar.add_task(what, total=of)
+            bar.update(tasks[what], completed=done)
+
+        yield tell
+
+
+@contextmanager
+def _resumable(*, kept: bool) -> Iterator[None]:
+    """Around what takes long: says what became of it where it ends early."""
+    comfort = "What was scored is kept: the same command goes on from there." if kept else "Nothing was kept."
+    try:
+        yield
+    except KeyboardInterrupt:
+        typer.echo(f"Interrupted. {comfort}", err=True)
+        raise typer.Exit(_INTERRUPTED) from None
+    except BackendError:
+        typer.echo(comfort, err=True)
+        raise
+
+
+def _check_files(as_json: File, trec_run: File, html: File) -> None:
+    """ConfigError, before hours of scoring, for what could not be written after them."""
+    for path in (as_json, trec_run, html):
+        if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
+            raise ConfigError(f"{path} can't be written: {'it is a' if path.is_dir() else 'there is no such'} folder")
+    if html is not None and find_spec("matplotlib") is None:
+        raise ConfigError("the report's plots need matplotlib: pip install 'rag-rerank[eval]'")
+
+
+def _write(evaluation: "Evaluation", as_json: File, trec_run: File, html: File) -> None:
+    """All files that were asked for; a run for each of several rerankers, with its name in the file's."""
+    from rag_rerank.evaluation import write_run
+
+    if as_json is not None:
+        _write_text(as_json, json.dumps(evaluation.as_json(), ensure_ascii=False, allow_nan=False, indent=1) + "\n")
+    if trec_run is not None:
+        for system in evaluation.systems:
+            path = trec_run
+            if len(evaluation.systems) > 1:
+                name = "".join(letter if letter.isalnum() or letter in "._-" else "-" for letter in system.name)
+                path = trec_run.with_name(f"{trec_run.stem}.{name}{trec_run.suffix}")
+            write_run(path, evaluation.run(system), tag=f"{system.name}@{evaluation.depths[-1]}")
+            typer.echo(f"wrote {path}", err=True)
+    if html is not None:
+        from rag_rerank.evaluation.report import render
+
+        _write_text(html, render(evaluation))
+
+
+def _write_text(path: Path, text: str) -> None:
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"{path} can't be written: {error.strerror or error}") from error
+    typer.echo(f"wrote {path}", err=True)

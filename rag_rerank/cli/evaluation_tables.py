@@ -1,0 +1,117 @@
+"""What ``rag-rerank eval`` shows in a terminal."""
+
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from rag_rerank.evaluation import Comparison, Evaluation, System
+from rag_rerank.evaluation.measures import mean
+from rag_rerank.evaluation.significance import CONFIDENCE
+
+_MARKS = {"helps": ("▲", "green"), "hurts": ("▼", "red"), "no clear difference": ("≈", "default")}
+_INTERVAL = f"{round(100 * CONFIDENCE)} % interval"
+
+
+def show(evaluation: Evaluation, console: Console) -> None:
+    """Verdict, measures and depths of each reranker; then each two compared."""
+    collection = evaluation.collection
+    documents = f"{len(collection.documents):,} documents, " if evaluation.retrieval is not None else ""
+    console.print(
+        f"[bold]{escape(collection.name)}[/]: {documents}{len(evaluation.candidates):,} judged queries, "
+        f"candidates by {escape(evaluation.first_stage)}; linear gain.\n",
+        highlight=False,
+    )
+    if not evaluation.systems:
+        console.print(_first_stage(evaluation))
+    for system in evaluation.systems:
+        console.print(f"[bold]{escape(system.name)}[/] {_verdict(evaluation, system)}", highlight=False)
+        console.print(_measures(evaluation, system), "")
+        console.print(_depths(evaluation, system), "")
+        console.print(_remarks(evaluation, system), highlight=False)
+    if evaluation.between:
+        console.print(_between(evaluation))
+
+
+def _verdict(evaluation: Evaluation, system: System) -> str:
+    """Whether it helps, by the first measure at the deepest depth."""
+    comparison = system.deepest.gains[evaluation.measure]
+    mark, colour = _MARKS[comparison.verdict]
+    word = "makes " + comparison.verdict if comparison.verdict == "no clear difference" else comparison.verdict
+    return (
+        f"[bold {colour}]{mark} {word}[/]: {evaluation.measure} {comparison.gain:+.4f}, "
+        f"{comparison.wins} queries better, {comparison.losses} worse"
+    )
+
+
+def _table(*columns: str) -> Table:
+    """Figures, with text in the first column."""
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)  # 80 columns wide
+    for number, column in enumerate(columns):
+        table.add_column(column, justify="right" if number else "left", no_wrap=True)
+    return table
+
+
+def _change(comparison: Comparison) -> tuple[str, str, str]:
+    """Change, in the colour of its verdict, interval, and on how many queries it was better and worse."""
+    mark, colour = _MARKS[comparison.verdict]
+    return (
+        f"[{colour}]{mark} {comparison.gain:+.4f}[/]",
+        f"{comparison.low:+.3f} … {comparison.high:+.3f}",
+        f"{comparison.wins}/{comparison.losses}",
+    )
+
+
+def _milliseconds(seconds: float) -> str:
+    return f"{1000 * seconds:,.{1 if seconds < 0.01 else 0}f}"
+
+
+def _measures(evaluation: Evaluation, system: System) -> Table:
+    level = system.deepest
+    columns = "reranked", "at best", "change", _INTERVAL, "better/worse"
+    table = _table(f"first {level.depth}", "before", *columns)
+    for name in evaluation.measures:
+        values = evaluation.before[name], level.values[name], evaluation.ceilings[level.depth][name]
+        table.add_row(name, *(f"{mean(each):.4f}" for each in values), *_change(level.gains[name]))
+    return table
+
+
+def _first_stage(evaluation: Evaluation) -> Table:
+    """And what it could be, if the judgments themselves ordered its first 10, 20, ... candidates."""
+    table = _table("", "as it is", *(f"at best, {depth}" for depth in evaluation.depths))
+    for name in evaluation.measures:
+        values = evaluation.before[name], *(evaluation.ceilings[depth][name] for depth in evaluation.depths)
+        table.add_row(name, *(f"{mean(each):.4f}" for each in values))
+    return table
+
+
+def _depths(evaluation: Evaluation, system: System) -> Table:
+    """What depth pays, and what it costs."""
+    measure = evaluation.measure
+    table = _table("depth", measure, "at best", "change", _INTERVAL, "p50 ms", "p95 ms", "pairs/s")
+    for level in system.levels:
+        times = ["", "", ""]
+        if (latency := level.latency) is not None:
+            times = [_milliseconds(latency.p50), _milliseconds(latency.p95), f"{latency.pairs_per_second:,.0f}"]
+        ceiling = mean(evaluation.ceilings[level.depth][measure])
+        values = f"{level.mean(measure):.4f}", f"{ceiling:.4f}"
+        table.add_row(str(level.depth), *values, *_change(level.gains[measure])[:2], *times)
+    return table
+
+
+def _remarks(evaluation: Evaluation, system: System) -> str:
+    """What follows from it, and where the scores are from."""
+    remarks = [f"{system.pairs_scored:,} pairs scored, {system.pairs_cached:,} from the cache."]
+    comparison, enough = system.deepest.gains[evaluation.measure], system.enough(evaluation.measure)
+    if comparison.verdict == "helps" and enough.depth < system.deepest.depth:
+        remarks.insert(0, f"{enough.depth} candidates are enough: {system.deepest.depth} are not clearly better.")
+    if system.rejected:
+        remarks.append(f"The server refused {system.rejected:,} documents; they are ranked last.")
+    return f"{' '.join(remarks)}\n"
+
+
+def _between(evaluation: Evaluation) -> Table:
+    table = _table(f"from … to, {evaluation.measure}", "change", _INTERVAL, "better/worse")
+    for first, second, gains in evaluation.between:
+        table.add_row(f"{escape(first)} … {escape(second)}", *_change(gains[evaluation.measure]))
+    return table

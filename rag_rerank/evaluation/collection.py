@@ -1,0 +1,86 @@
+"""A collection: documents, queries, and judgments of which documents answer which query."""
+
+from collections.abc import Container, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rag_rerank.errors import ConfigError
+from rag_rerank.evaluation.files import find, rows
+from rag_rerank.evaluation.trec import read_judgments
+
+_CORPUS = ("corpus.jsonl", "corpus.jsonl.gz", "corpus.parquet", "corpus-*.parquet", "corpus/*.parquet")
+_QUERIES = ("queries.jsonl", "queries.jsonl.gz", "queries.parquet", "queries-*.parquet", "queries/*.parquet")
+_QRELS = (
+    *("qrels.tsv", "qrels/test.tsv", "qrels.tsv.gz", "qrels/test.tsv.gz"),
+    *("qrels.jsonl", "qrels/test.jsonl", "qrels.jsonl.gz", "qrels/test.jsonl.gz"),
+    *("qrels.parquet", "qrels/test.parquet", "qrels/test-*.parquet"),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Collection:
+    """Documents, queries and judgments.
+
+    Attributes:
+        documents: Document id to text: title and text with a space between, as the published BM25 baselines index them.
+        queries: Query id to text; only queries with a judgment.
+        judgments: Query id to document id to grade; 0 is not relevant.
+        name: What reports call it.
+    """
+
+    documents: dict[str, str]
+    queries: dict[str, str]
+    judgments: dict[str, dict[str, int]]
+    name: str = "collection"
+
+    @classmethod
+    def load(
+        cls, folder: str | Path, *, qrels: str | Path | None = None, documents: Container[str] | None = None
+    ) -> "Collection":
+        """Read a folder in BEIR's layout.
+
+        That is ``corpus.jsonl`` and ``queries.jsonl`` (or ``.jsonl.gz``, or ``.parquet``, in one file or several) and
+        ``qrels.tsv`` or ``qrels/test.tsv`` with one header line (or gzipped, JSON Lines, Parquet).
+
+        Args:
+            folder: The folder.
+            qrels: Judgments from this file instead, see `read_judgments`.
+            documents: Ids of the only documents to keep, beside those judged relevant, where a run tells which are
+                needed; None keeps all.
+
+        Raises:
+            ConfigError: A file is missing or a line is not as it should be; the message has file and line number. Or
+                a query is judged that has no text, or there are no documents or no queries.
+        """
+        folder = Path(folder)
+        corpus = find(folder, _CORPUS)
+        judgments = read_judgments(*([qrels] if qrels is not None else find(folder, _QRELS)))
+        relevant = {document for grades in judgments.values() for document, grade in grades.items() if grade > 0}
+        texts = {
+            name: text for name, text in _texts(corpus) if documents is None or name in documents or name in relevant
+        }
+        queries = {name: text for name, text in _texts(find(folder, _QUERIES)) if name in judgments}
+        if not texts:
+            raise ConfigError(f"{folder} has no documents, or none that is asked for")
+        if not queries:
+            raise ConfigError(f"{folder} has no query with a judgment")
+        if missing := [query for query in judgments if query not in queries]:
+            raise ConfigError(f"{folder}: {len(missing)} judged queries have no text, such as {missing[0]!r}")
+        return cls(texts, queries, judgments, folder.resolve().name)
+
+
+def _texts(paths: Sequence[Path]) -> Iterator[tuple[str, str]]:
+    """(id, title and text) of every row."""
+    seen = set()
+    for path in paths:
+        for place, row in rows(path, ("_id", "title", "text")):
+            try:
+                name, text, title = row["_id"], row["text"], row.get("title") or ""
+                if not (isinstance(name, str) and isinstance(text, str) and isinstance(title, str)):
+                    raise TypeError("_id and text must be strings")  # noqa: TRY301 - joins the other ways
+            except (KeyError, TypeError) as error:
+                raise ConfigError(f"{place}: not an object with _id and text ({error})") from error
+            if name in seen:
+                raise ConfigError(f"{place}: the id {name!r} is there twice")
+            seen.add(name)
+            yield name, f"{title} {text}" if title else text

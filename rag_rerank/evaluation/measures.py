@@ -1,0 +1,94 @@
+"""nDCG, MRR, recall, MAP and whatever else ir-measures knows: means, and values of each query."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import ir_measures
+
+from rag_rerank.errors import ConfigError
+
+Run = Mapping[str, Mapping[str, float]]
+"""Query id to document id to score."""
+
+Rankings = Mapping[str, Sequence[str]]
+"""Query id to document ids, best first."""
+
+DEFAULT_MEASURES = ("nDCG@10", "MRR@10", "Recall@10", "MAP")
+
+
+def measure(
+    judgments: Mapping[str, Mapping[str, int]], run: Run, measures: Sequence[str] = ("nDCG@10", "RR@10")
+) -> dict[str, float]:
+    """Means over every judged query; one without results counts as 0.
+
+    Args:
+        judgments: Query id to document id to grade.
+        run: What was retrieved or reranked.
+        measures: Names as in ir-measures. nDCG has linear gain, ties are broken by document id: pytrec_eval's habits.
+
+    Raises:
+        ConfigError: ir-measures does not know a measure, or can't calculate it.
+    """
+    values = Ruler(judgments, measures).of_run(run)
+    return {name: mean(values[name]) for name in measures}
+
+
+def mean(values: Mapping[str, float]) -> float:
+    """The mean of what every query got."""
+    return sum(values.values()) / len(values)
+
+
+class Ruler:
+    """Measures rankings against judgments.
+
+    Args:
+        judgments: Query id to document id to grade; at least one query.
+        measures: Names as in ir-measures, MRR, MAP and Recall among them.
+
+    Attributes:
+        measures: Those names.
+
+    Raises:
+        ConfigError: ir-measures does not know a measure, or can't calculate it.
+    """
+
+    def __init__(self, judgments: Mapping[str, Mapping[str, int]], measures: Sequence[str]) -> None:
+        if not (judgments and measures):
+            raise ConfigError("there is nothing to measure: no judgments or no measures")
+        self.measures = tuple(dict.fromkeys(measures))
+        self._wanted = {name: _parsed(name) for name in self.measures}
+        self._queries = list(judgments)
+        try:
+            self._evaluator = ir_measures.evaluator(list(self._wanted.values()), judgments)
+        except (ValueError, RuntimeError) as error:
+            raise ConfigError(f"{', '.join(self.measures)} can't all be calculated here: {error}") from error
+
+    @property
+    def deepest(self) -> int:
+        """The largest cutoff among the measures: what lies behind it in a ranking only a measure without one sees."""
+        return max(measure.params.get("cutoff") or 0 for measure in self._wanted.values())
+
+    def of(self, rankings: Rankings) -> dict[str, dict[str, float]]:
+        """Name to query id to value, for every judged query; order alone counts, so that there are no ties."""
+        return self.of_run(
+            {
+                query: {document: -float(rank) for rank, document in enumerate(found)}
+                for query, found in rankings.items()
+            }
+        )
+
+    def of_run(self, run: Run) -> dict[str, dict[str, float]]:
+        """As `of`, ordered by score, ties by document id; a query without results gets 0."""
+        values = {measure: dict.fromkeys(self._queries, 0.0) for measure in self._wanted.values()}
+        for found in self._evaluator.iter_calc(run):
+            values[found.measure][found.query_id] = float(found.value)
+        return {name: dict(values[measure]) for name, measure in self._wanted.items()}
+
+
+def _parsed(name: str) -> Any:
+    try:
+        return ir_measures.parse_measure(name)
+    except (NameError, ValueError, SyntaxError, TypeError, AttributeError, KeyError) as error:
+        raise ConfigError(
+            f"the measure {name!r} is not known ({error}); some that are: nDCG@10, MRR@10, Recall@100, MAP, P@5"
+        ) from error

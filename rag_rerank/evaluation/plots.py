@@ -1,0 +1,178 @@
+"""The report's plots: SVG to stand within HTML, in the colours of the page around it, its text as text.
+
+Drawn small, so that letters are legible on a telephone, and scaled to the width that there is. Which line is which is
+said by the page: `mark` gives the colour and marker of each reranker.
+"""
+
+import html
+import io
+import re
+from collections.abc import Callable
+from typing import Any
+
+from rag_rerank.errors import ConfigError
+from rag_rerank.evaluation.measures import mean
+from rag_rerank.evaluation.results import Evaluation, System
+
+try:
+    import matplotlib as mpl
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+except ModuleNotFoundError as error:  # pragma: no cover - the tests have it
+    raise ConfigError(f"the report's plots need {error.name}: pip install 'rag-rerank[eval]'") from error
+
+# Colours that stand for the page's own, CSS variables, until the drawing is done.
+_ROLES = {"ink": "#010101", "muted": "#020202", "line": "#030303", "better": "#040404", "worse": "#050505"}
+_SERIES = tuple(f"#0606{number:02x}" for number in range(1, 7))
+_MARKERS = "os^Dv*"
+_VARIABLES = {colour: f"var(--{role})" for role, colour in _ROLES.items()} | {
+    colour: f"var(--series-{number})" for number, colour in enumerate(_SERIES, 1)
+}
+
+_STYLE: dict[Any, Any] = {  # matplotlib's types list every setting that one version has
+    "svg.fonttype": "none",  # text as text
+    "text.parse_math": False,  # a "$" in a model's name is a "$"
+    "font.size": 9.5,
+    "text.color": _ROLES["ink"],
+    "axes.labelcolor": _ROLES["ink"],
+    "axes.edgecolor": _ROLES["muted"],
+    "xtick.color": _ROLES["muted"],
+    "ytick.color": _ROLES["muted"],
+    "xtick.labelcolor": _ROLES["ink"],
+    "ytick.labelcolor": _ROLES["ink"],
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": _ROLES["line"],
+    "grid.linewidth": 0.7,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "lines.linewidth": 1.8,
+    "lines.markersize": 5.0,
+}
+
+
+def quality_by_depth(evaluation: Evaluation) -> str:
+    """The first measure at every depth, with the interval around each gain, between first stage and ceiling."""
+
+    def draw(axes: Axes) -> None:
+        depths, before = evaluation.depths, mean(evaluation.before[evaluation.measure])
+        axes.axhline(before, color=_ROLES["ink"], linestyle=":", linewidth=1.4)
+        ceiling = [mean(evaluation.ceilings[depth][evaluation.measure]) for depth in depths]
+        axes.plot(depths, ceiling, color=_ROLES["muted"], linestyle="--", linewidth=1.4)
+        for number, system in enumerate(evaluation.systems):
+            colour, marker = _of(number)
+            gains = [level.gains[evaluation.measure] for level in system.levels]
+            low, high = [before + gain.low for gain in gains], [before + gain.high for gain in gains]
+            axes.fill_between(depths, low, high, color=colour, alpha=0.16, linewidth=0)
+            axes.plot(depths, [before + gain.gain for gain in gains], color=colour, marker=marker)
+        axes.set_xscale("log")
+        axes.set_xticks(depths, [str(depth) for depth in depths])
+        axes.minorticks_off()
+        axes.set_xlabel("candidates reranked")
+        axes.set_ylabel(evaluation.measure)
+
+    return _svg("depth", f"{evaluation.measure} against depth", draw)
+
+
+def quality_by_latency(evaluation: Evaluation) -> str | None:
+    """The first measure against the median time of a query, a point for each depth; None where no time is known."""
+    if not any(level.latency for system in evaluation.systems for level in system.levels):
+        return None
+
+    def draw(axes: Axes) -> None:
+        axes.axhline(mean(evaluation.before[evaluation.measure]), color=_ROLES["ink"], linestyle=":", linewidth=1.4)
+        for number, system in enumerate(evaluation.systems):
+            colour, marker = _of(number)
+            points = [
+                (1000 * level.latency.p50, level.mean(evaluation.measure), level.depth)
+                for level in system.levels
+                if level.latency is not None
+            ]
+            axes.plot([x for x, _, _ in points], [y for _, y, _ in points], color=colour, marker=marker)
+            for x, y, depth in points:
+                axes.annotate(
+                    str(depth), (x, y), (-4, 5), textcoords="offset points", ha="right", color=colour, fontsize=8.5
+                )
+        axes.margins(x=0.1, y=0.15)
+        axes.set_xlim(left=0)
+        axes.set_xlabel("median milliseconds a query, to rerank")
+        axes.set_ylabel(evaluation.measure)
+
+    return _svg("latency", f"{evaluation.measure} against latency", draw)
+
+
+def gains(evaluation: Evaluation, number: int) -> str:
+    """What each query gained, from the one that gained most to the one that lost most."""
+    measure = evaluation.measure
+    values = sorted(query_gains(evaluation, evaluation.systems[number]).values(), reverse=True)
+
+    def draw(axes: Axes) -> None:
+        x, y = range(len(values) + 1), [*values, values[-1]]
+        for colour, part in (("better", [max(0.0, value) for value in y]), ("worse", [min(0.0, value) for value in y])):
+            axes.fill_between(x, part, step="post", color=_ROLES[colour], linewidth=0)
+        axes.axhline(0, color=_ROLES["ink"], linewidth=0.8)
+        axes.set_xlim(0, len(values))
+        axes.set_xlabel("queries, by what they gained")
+        axes.set_ylabel(f"change of {measure}")
+
+    return _svg(f"gains{number}", f"change of {measure} of every query", draw)
+
+
+def query_gains(evaluation: Evaluation, system: System) -> dict[str, float]:
+    """Query id to what it gained at the deepest depth, by the first measure."""
+    before, after = evaluation.before[evaluation.measure], system.deepest.values[evaluation.measure]
+    return {query: after[query] - before[query] for query in before}
+
+
+def mark(number: int) -> str:
+    """An SVG as large as a letter, with the line and marker of the reranker at that position."""
+    shapes = {
+        "o": '<circle cx="12" cy="6" r="4"/>',
+        "s": '<rect x="8" y="2" width="8" height="8"/>',
+        "^": '<path d="M12 1 17 10H7z"/>',
+        "D": '<path d="M12 1 17 6 12 11 7 6z"/>',
+        "v": '<path d="M12 11 17 2H7z"/>',
+        "*": '<path d="M12 0 13.500 4.500H18L14.500 7.500 16 12 12 9 8 12 9.500 7.500 6 4.500H10.500z"/>',
+    }
+    position = number % len(_SERIES)
+    colour = f"var(--series-{position + 1})"
+    return (
+        f'<svg class="mark" viewBox="0 0 24 12" aria-hidden="true" fill="{colour}" stroke="{colour}">'
+        f'<path d="M0 6H24" stroke-width="2"/>{shapes[_MARKERS[position]]}</svg>'
+    )
+
+
+def _of(number: int) -> tuple[str, str]:
+    """Colour and marker."""
+    return _SERIES[number % len(_SERIES)], _MARKERS[number % len(_SERIES)]
+
+
+def _svg(name: str, label: str, draw: Callable[[Axes], None]) -> str:
+    """What `draw` draws.
+
+    Args:
+        name: Put before all ids, for they count in the whole page.
+        label: What it shows, for those who can't see it.
+        draw: Draws it.
+    """
+    with mpl.rc_context({**_STYLE, "svg.hashsalt": name}):
+        figure = Figure(figsize=(4.4, 2.9), layout="constrained")
+        draw(figure.subplots())
+        file = io.StringIO()
+        figure.savefig(file, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    return _for_a_page(file.getvalue(), name, label)
+
+
+def _for_a_page(svg: str, name: str, label: str) -> str:
+    """`svg` without what a page has no use for, with the page's colours and font."""
+    svg = svg[svg.index("<svg") :].rstrip()
+    svg = re.sub(r"<metadata>.*?</metadata>\s*", "", svg, flags=re.DOTALL)
+    view = re.search(r'viewBox="[^"]*"', svg)
+    box = "" if view is None else view[0]
+    svg = re.sub(r"<svg[^>]*>", f'<svg class="plot" role="img" aria-label="{html.escape(label)}" {box}>', svg, count=1)
+    svg = re.sub(r' id="([^"]*)"', rf' id="{name}-\1"', svg)
+    svg = re.sub(r"url\(#([^)]*)\)", rf"url(#{name}-\1)", svg)
+    svg = re.sub(r'xlink:href="#([^"]*)"', rf'href="#{name}-\1"', svg)
+    svg = re.sub(r"font: ([\d.]+px) [^;\"]*", r"font-size: \1", svg)
+    svg = re.sub(r"font-family: [^;\"]*(?:; )?", "", svg)
+    return re.sub(r"#[0-9a-f]{6}\b", lambda colour: _VARIABLES.get(colour[0], "currentColor"), svg)

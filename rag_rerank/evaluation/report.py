@@ -1,0 +1,170 @@
+"""The report: one HTML file that needs no network and shows what reranking did, where it hurt with the texts.
+
+`report.html.jinja` beside this module is the page; everything in it is escaped by Jinja, save the plots' SVG.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from rag_rerank import __version__
+from rag_rerank.evaluation import plots
+from rag_rerank.evaluation.measures import mean
+from rag_rerank.evaluation.results import GAIN, Evaluation, System
+from rag_rerank.evaluation.scoring import TIMED
+from rag_rerank.evaluation.significance import CONFIDENCE, RESAMPLES
+
+CASES = 20  # queries that are shown with texts, of those that lost most and of those that gained most
+FEW = 30  # queries, below which an interval means little
+_TOP = 3
+_LONGEST = 1500  # letters of a document
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    """A document of a case.
+
+    Attributes:
+        name: Its id.
+        text: Cut, if long.
+        before, after: Its rank, from 1; None where the first stage did not find it.
+        grade: How it was judged; None if it was not.
+        score: The reranker's; None where it was not scored.
+    """
+
+    name: str
+    text: str
+    before: int | None
+    after: int | None
+    grade: int | None
+    score: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """A query with what became of it.
+
+    Attributes:
+        name, text: Of the query.
+        before, after: The first measure.
+        relevant: What should be on top, the first few.
+        more: How many relevant documents are left out.
+        top_before, top_after: What was, and is.
+    """
+
+    name: str
+    text: str
+    before: float
+    after: float
+    relevant: Sequence[Document]
+    more: int
+    top_before: Sequence[Document]
+    top_after: Sequence[Document]
+
+
+def render(evaluation: Evaluation) -> str:
+    """The report as HTML.
+
+    Raises:
+        ConfigError: matplotlib is not installed (when this module is imported).
+    """
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters |= {"value": _value, "signed": _signed, "milliseconds": _milliseconds, "count": _count}
+    systems = evaluation.systems
+    return environment.get_template("report.html.jinja").render(
+        evaluation=evaluation,
+        measure=evaluation.measure,
+        deepest=evaluation.depths[-1],
+        mean=mean,
+        by_depth=plots.quality_by_depth(evaluation) if systems else None,
+        by_latency=plots.quality_by_latency(evaluation),
+        gains=[plots.gains(evaluation, number) for number in range(len(systems))],
+        marks=[plots.mark(number) for number in range(len(systems))],
+        cases=[worst_and_best(evaluation, system) for system in systems],
+        queries=_queries(evaluation),
+        kept=max(map(len, evaluation.candidates.values())),
+        timed=any(level.latency for system in systems for level in system.levels),
+        ndcg=any("ndcg" in name.lower() for name in evaluation.measures),
+        ndcg_gain=GAIN,
+        timed_queries=TIMED,
+        few=len(evaluation.candidates) < FEW,
+        confidence=round(100 * CONFIDENCE),
+        resamples=RESAMPLES,
+        version=__version__,
+        date=datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"),
+    )
+
+
+def worst_and_best(evaluation: Evaluation, system: System, most: int = CASES) -> tuple[list[Case], list[Case]]:
+    """The queries that lost most, and those that gained most, at the deepest depth by the first measure.
+
+    Args:
+        evaluation: What was found.
+        system: Which reranker.
+        most: Queries of each kind; fewer where fewer lost or gained anything.
+    """
+    gains = plots.query_gains(evaluation, system)
+    ordered = sorted(gains, key=lambda query: gains[query])
+    worst = [query for query in ordered if gains[query] < 0][:most]
+    best = [query for query in reversed(ordered) if gains[query] > 0][:most]
+    return [_case(evaluation, system, query) for query in worst], [_case(evaluation, system, query) for query in best]
+
+
+def _case(evaluation: Evaluation, system: System, query: str) -> Case:
+    collection, measure = evaluation.collection, evaluation.measure
+    candidates, ranking = evaluation.candidates[query], evaluation.ranking(system, query)
+    before = {name: rank for rank, name in enumerate(candidates, 1)}
+    after = {name: rank for rank, name in enumerate(ranking, 1)}
+    scores = dict(zip(candidates, system.scores[query], strict=False))
+    grades = collection.judgments[query]
+
+    def document(name: str) -> Document:
+        text = collection.documents.get(name, "")
+        text = text if len(text) <= _LONGEST else f"{text[:_LONGEST]} …"
+        return Document(name, text, before.get(name), after.get(name), grades.get(name), scores.get(name))
+
+    relevant = sorted((name for name in grades if grades[name] > 0), key=lambda name: after.get(name, len(after) + 1))
+    return Case(
+        query,
+        collection.queries[query],
+        evaluation.before[measure][query],
+        system.deepest.values[measure][query],
+        [document(name) for name in relevant[:_TOP]],
+        max(0, len(relevant) - _TOP),
+        [document(name) for name in candidates[:_TOP]],
+        [document(name) for name in ranking[:_TOP]],
+    )
+
+
+def _queries(evaluation: Evaluation) -> list[dict[str, Any]]:
+    """A row for each query: the first measure before and after."""
+    before = evaluation.before[evaluation.measure]
+    after = [system.deepest.values[evaluation.measure] for system in evaluation.systems]
+    return [
+        {"name": name, "text": text, "before": before[name], "after": [values[name] for values in after]}
+        for name, text in evaluation.collection.queries.items()
+    ]
+
+
+def _value(value: float | None) -> str:
+    return "\N{EN DASH}" if value is None else f"{value:.4f}"
+
+
+def _signed(value: float, digits: int = 4) -> str:
+    """With a sign that is as wide as a digit."""
+    return f"{value:+.{digits}f}".replace("-", "\N{MINUS SIGN}")
+
+
+def _milliseconds(seconds: float) -> str:
+    milliseconds = 1000 * seconds
+    return f"{milliseconds:.1f}" if milliseconds < 10 else _count(milliseconds)
+
+
+def _count(number: float | Mapping[Any, Any]) -> str:
+    return f"{len(number) if isinstance(number, Mapping) else round(number):,}"

@@ -1,0 +1,152 @@
+"""Judgments and runs, in the layouts of BEIR and TREC."""
+
+import gzip
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import IO, cast
+
+import numpy as np
+
+from rag_rerank.errors import ConfigError
+from rag_rerank.evaluation.files import lines, rows
+from rag_rerank.evaluation.measures import Rankings
+
+_HUGE = 1e38  # single precision ends at 3.4e38
+_COLUMNS = ("query-id", "corpus-id", "score")
+
+
+def read_judgments(*paths: str | Path) -> dict[str, dict[str, int]]:
+    """Read judgments ("qrels"): query id to document id to grade.
+
+    Args:
+        *paths: Of three columns with tabs between and a header (BEIR), of four with spaces between (TREC: query, 0,
+            document, grade), or with ``query-id``, ``corpus-id`` and ``score`` as JSON Lines or Parquet; text may be
+            gzipped.
+
+    Raises:
+        ConfigError: A file can't be read, a line is not as it should be or contradicts another one; with its number.
+    """
+    judgments: dict[str, dict[str, int]] = {}
+    for path in map(Path, paths):
+        for place, query, document, grade in _judgments(path):
+            if judgments.setdefault(query, {}).setdefault(document, grade) != grade:
+                raise ConfigError(f"{place}: the document {document!r} has another grade for {query!r} further up")
+    return judgments
+
+
+def _judgments(path: Path) -> Iterator[tuple[str, str, str, int]]:
+    """(place, query, document, grade)."""
+    if path.suffix == ".parquet" or path.name.removesuffix(".gz").endswith(".jsonl"):
+        for place, row in rows(path, _COLUMNS):
+            try:
+                query, document, grade = (row[name] for name in _COLUMNS)
+                yield place, str(query), str(document), int(grade)
+            except (KeyError, TypeError, ValueError) as error:
+                raise ConfigError(f"{place}: not query-id, corpus-id and score ({error})") from error
+        return
+    for position, (place, line) in enumerate(lines(path)):
+        fields = line.split("\t")
+        fields = fields if len(fields) == 3 else line.split()
+        try:
+            query, *_, document, grade_text = fields
+            if len(fields) not in (3, 4):
+                raise ValueError(f"{len(fields)} columns")  # noqa: TRY301 - joins the other ways to be malformed
+            grade = int(grade_text)
+        except ValueError as error:
+            if position == 0 and len(fields) == 3:
+                continue  # BEIR's header
+            raise ConfigError(f"{place}: not query, document and grade ({error})") from error
+        yield place, query, document, grade
+
+
+def read_run(path: str | Path, *, keep: int | None = None) -> dict[str, dict[str, float]]:
+    """Read what a retriever found: query id to document id to score, best first.
+
+    As in trec_eval, the score alone decides the order, and the greater document id goes first where scores are equal;
+    the column with the rank is not read.
+
+    Args:
+        path: Lines of query, ``Q0``, document, rank, score and tag; perhaps gzipped.
+        keep: Only the best so many of each query.
+
+    Raises:
+        ConfigError: The file can't be read, a line is not as it should be or repeats a document; with its number.
+    """
+    found: dict[str, dict[str, float]] = {}
+    for place, line in lines(Path(path)):
+        try:
+            query, _, document, _, score_text, _ = line.split(maxsplit=5)
+            score = float(score_text)
+        except ValueError as error:
+            raise ConfigError(f"{place}: not query, Q0, document, rank, score and tag ({error})") from error
+        if not math.isfinite(score):
+            raise ConfigError(f"{place}: the score is {score_text}")
+        if document in found.setdefault(query, {}):
+            raise ConfigError(f"{place}: the document {document!r} is there twice for {query!r}")
+        found[query][document] = score
+    return {query: best_first(scores, keep) for query, scores in found.items()}
+
+
+def best_first(scores: Mapping[str, float], keep: int | None = None) -> dict[str, float]:
+    """`scores` in trec_eval's order: by score, equal ones by document id, the greater first; the best `keep`."""
+    ordered = sorted(sorted(scores.items(), reverse=True), key=lambda item: -item[1])
+    return dict(ordered[:keep])
+
+
+def write_run(
+    path: str | Path, rankings: Mapping[str, Sequence[tuple[str, float | None]]], *, tag: str = "rag_rerank"
+) -> None:
+    """Write rankings so that trec_eval, which looks at scores only, finds the documents in this very order.
+
+    Args:
+        path: Gzipped if it ends in ``.gz``.
+        rankings: Query id to (document id, score), best first. Scores are written in single precision, which is what
+            trec_eval reads; one that is no smaller than the one before becomes the next smaller number, and documents
+            without a score follow in steps of 1.
+        tag: The last column, the system's name.
+
+    Raises:
+        ConfigError: An id has a space in it, which this layout can't hold, or the file can't be written.
+    """
+    path, tag = Path(path), "_".join(tag.split()) or "-"
+    try:
+        with _create(path) as file:
+            for query, ranking in rankings.items():
+                scores = _falling(score for _, score in ranking)
+                for rank, ((document, _), score) in enumerate(zip(ranking, scores, strict=True), 1):
+                    for name in (query, document):
+                        if not name or name.split() != [name]:
+                            raise ConfigError(f"the id {name!r} can't stand in a TREC run: it has spaces or no letters")
+                    file.write(f"{query} Q0 {document} {rank} {score} {tag}\n")
+    except OSError as error:
+        raise ConfigError(f"{path} can't be written: {error.strerror or error}") from error
+
+
+def _create(path: Path) -> IO[str]:
+    if path.suffix == ".gz":
+        return cast("IO[str]", gzip.open(path, "wt", encoding="utf-8"))
+    return path.open("w", encoding="utf-8")
+
+
+def _falling(scores: Iterable[float | None]) -> Iterator[str]:
+    """`scores`, in single precision, each smaller than the one before."""
+    last = np.float32(np.inf)
+    for score in scores:
+        if score is not None:
+            wanted = np.float32(min(max(score, -_HUGE), _HUGE))
+        else:
+            wanted = np.float32(0) if np.isinf(last) else last - np.float32(1)
+        last = min(wanted, np.nextafter(last, np.float32(-np.inf)))
+        yield str(last)
+
+
+def check_known(rankings: Rankings, documents: Mapping[str, str]) -> None:
+    """ConfigError for a run with documents that the collection does not have."""
+    for query, found in rankings.items():
+        for document in found:
+            if document not in documents:
+                raise ConfigError(
+                    f"the run has the document {document!r} (for the query {query!r}), the collection has not: "
+                    "was the run made from another one?"
+                )

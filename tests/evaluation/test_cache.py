@@ -1,0 +1,143 @@
+"""Scores that are kept: by content, by several processes at once, through kills."""
+
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from rag_rerank import ConfigError
+from rag_rerank.evaluation.cache import ScoreCache, default_folder
+from rag_rerank.evaluation.identity import Identity
+
+ME = Identity("me/my model", {"class": "me"}, "here")
+
+
+class TestScoreCache:
+    """One file for each scorer."""
+
+    def test_what_was_kept_is_there_when_it_is_opened_again(self, tmp_path: Path):
+        """To the last bit; what the scorer refused is not."""
+        with ScoreCache(tmp_path / "new" / "folder", ME) as cache:
+            cache.keep("q", ["a", "b", "c"], [1 / 3, None, -2.5e-300])
+        with ScoreCache(tmp_path / "new" / "folder", ME) as cache:
+            assert cache.scores("q", ["c", "b", "a", "d"]) == [-2.5e-300, None, 1 / 3, None]
+            assert cache.scores("other", ["a"]) == [None]
+            assert cache.scores("q", []) == []
+
+    def test_keys_are_texts_and_not_their_joints(self, tmp_path: Path):
+        """Where one text ends and the next begins makes a difference, and so does every letter, lone surrogates too."""
+        with ScoreCache(tmp_path, ME) as cache:
+            cache.keep("ab", ["c", "\ud800", ""], [1.0, 2.0, 3.0])
+            cache.flush()
+            assert cache.scores("a", ["bc"]) == [None]
+            assert cache.scores("ab", ["c ", "C", "\ud800", ""]) == [None, None, 2.0, 3.0]
+
+    def test_more_documents_than_sqlite_takes_at_a_time(self, tmp_path: Path):
+        """Are looked up in parts."""
+        texts = [str(number) for number in range(1203)]
+        with ScoreCache(tmp_path, ME) as cache:
+            cache.keep("q", texts, [float(text) for text in texts])
+            cache.flush()
+            assert cache.scores("q", texts) == [float(text) for text in texts]
+
+    def test_another_scorer_has_another_file(self, tmp_path: Path):
+        """With a name that tells whose it is."""
+        with ScoreCache(tmp_path, ME) as mine, ScoreCache(tmp_path, Identity("me/my model", {}, "here")) as other:
+            assert mine.path != other.path
+            assert mine.path.name.startswith("my-model-")
+
+    def test_times_are_of_the_very_call_and_place(self, tmp_path: Path):
+        """Other documents, another order or another machine have their own."""
+        with ScoreCache(tmp_path, ME) as cache:
+            cache.keep("q", ["a", "b"], [1.0, 2.0], seconds=0.25)
+        with ScoreCache(tmp_path, ME) as cache:
+            assert cache.seconds("q", [["a", "b"], ["b", "a"], ["a"]]) == [0.25, None, None]
+        with ScoreCache(tmp_path, Identity(ME.model, ME.facts, "elsewhere")) as cache:
+            assert cache.scores("q", ["a", "b"]) == [1.0, 2.0]
+            assert cache.seconds("q", [["a", "b"]]) == [None]
+
+    def test_a_scorer_that_became_another_is_forgotten(self, tmp_path: Path):
+        """Differences as of half precision are none."""
+        with ScoreCache(tmp_path, ME) as cache:
+            assert cache.verify([0.5, 20.0])
+            cache.keep("q", ["a"], [1.0], seconds=1.0)
+        with ScoreCache(tmp_path, ME) as cache:
+            assert cache.verify([0.505, 19.9])
+            assert cache.scores("q", ["a"]) == [1.0]
+            assert not cache.verify([0.53, 20.0])
+            assert cache.scores("q", ["a"]) == [None]
+            assert cache.seconds("q", [["a"]]) == [None]
+            assert cache.verify([0.53, 20.0])
+
+    @pytest.mark.parametrize("content", [b"this is no database, but long enough to be taken for one" * 20])
+    def test_a_damaged_file_is_named(self, tmp_path: Path, content: bytes):
+        """With what to do."""
+        with ScoreCache(tmp_path, ME) as cache:
+            path = cache.path
+        path.write_bytes(content)
+        with pytest.raises(ConfigError, match=rf"{path.name} can't be used: .*Delete the file"):
+            ScoreCache(tmp_path, ME)
+
+    def test_a_folder_that_cant_be_made_is_named(self, tmp_path: Path):
+        """With what to do."""
+        (tmp_path / "file").write_text("")
+        with pytest.raises(ConfigError, match="can't be used"):
+            ScoreCache(tmp_path / "file", ME)
+
+    def test_the_default_folder(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+        """As the XDG specification has it."""
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+        assert default_folder() == tmp_path / "rag_rerank"
+        monkeypatch.delenv("XDG_CACHE_HOME")
+        assert default_folder() == Path.home() / ".cache" / "rag_rerank"
+
+
+WRITER = """
+import sys, time
+from rag_rerank.evaluation.cache import ScoreCache
+from rag_rerank.evaluation.identity import Identity
+
+folder, name, pause = sys.argv[1:]
+with ScoreCache(folder, Identity("me/my model", {"class": "me"}, "here")) as cache:
+    print("open", flush=True)
+    for number in range(300):
+        cache.keep(f"{name}{number}", ["a", "b"], [number, -number])
+        cache.flush()
+        time.sleep(float(pause))
+"""
+
+
+def writer(folder: Path, name: str, pause: float = 0) -> subprocess.Popen[str]:
+    arguments = [sys.executable, "-c", WRITER, str(folder), name, str(pause)]
+    return subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True)
+
+
+class TestProcesses:
+    """Several at once, and killed."""
+
+    def test_two_processes_write_one_file(self, tmp_path: Path):
+        """Nothing is lost."""
+        writers = [writer(tmp_path, "x"), writer(tmp_path, "y")]
+        assert [process.wait(60) for process in writers] == [0, 0]
+        with ScoreCache(tmp_path, ME) as cache:
+            for name in "xy":
+                for number in (0, 150, 299):
+                    assert cache.scores(f"{name}{number}", ["a", "b"]) == [number, -number]
+
+    def test_a_killed_process_leaves_all_that_it_had_written(self, tmp_path: Path):
+        """In a file that is whole."""
+        process = writer(tmp_path, "x", pause=0.01)
+        assert process.stdout is not None
+        process.stdout.readline()
+        with ScoreCache(tmp_path, ME) as cache:
+            while cache.scores("x5", ["a"]) == [None]:
+                time.sleep(0.01)
+            process.send_signal(signal.SIGKILL)
+            process.wait(60)
+            assert [cache.scores(f"x{number}", ["b"]) for number in range(6)] == [[-number] for number in range(6)]
+            with sqlite3.connect(cache.path) as database:
+                assert database.execute("PRAGMA integrity_check").fetchone() == ("ok",)

@@ -1,0 +1,181 @@
+"""``rag-rerank eval``, run as a user runs it."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from rag_rerank import VLLMScorer
+from rag_rerank.evaluation import Collection, evaluate, read_run
+from tests.evaluation.collections import JUDGMENTS, QUERIES, write_small
+from tests.faulty_server import FaultyServer, Request, Steps, on_scores, right
+from tests.vllm_server import VLLMServer
+
+
+def command(*arguments: str | Path) -> list[str]:
+    return [sys.executable, "-m", "rag_rerank.cli", "eval", *map(str, arguments)]
+
+
+def environment(home: Path) -> dict[str, str]:
+    return {**os.environ, "COLUMNS": "120", "XDG_CACHE_HOME": str(home), "VLLM_API_KEY": ""}
+
+
+def run(home: Path, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command(*arguments), capture_output=True, text=True, check=False, env=environment(home), timeout=300
+    )
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "made").mkdir()
+    return write_small(tmp_path / "made")
+
+
+class TestCommand:
+    """Tables on stdout, files where they are asked for."""
+
+    def test_a_local_model_twice(self, tmp_path: Path, folder: Path, cross_encoder: Path):
+        """A second time nothing is scored, and the figures are the same; every file that was asked for is there."""
+        arguments = [folder, "--model", cross_encoder, "--depth", "2", "--depth", "3", "--dtype", "float32"]
+        files = ["--json", tmp_path / "x.json", "--trec-run", tmp_path / "x.trec", "--html", tmp_path / "x.html"]
+        first = run(tmp_path, *arguments, *files)
+        assert first.returncode == 0, first.stderr
+        assert "made: 7 documents, 3 judged queries, candidates by BM25; linear gain." in first.stdout
+        assert "tiny-bert-cross-encoder" in first.stdout
+        assert " from the cache" in first.stdout
+        written = json.loads((tmp_path / "x.json").read_text())
+        assert written["systems"][0]["pairs_scored"] > 0
+        assert [level["depth"] for level in written["systems"][0]["depths"]] == [2, 3]
+        assert read_run(tmp_path / "x.trec").keys() == QUERIES.keys()
+        assert "tiny-bert-cross-encoder" in (tmp_path / "x.html").read_text()
+        second = run(tmp_path, *arguments, *files)
+        assert "\n0 pairs scored" in second.stdout
+        again = json.loads((tmp_path / "x.json").read_text())
+        assert again["systems"][0]["depths"] == written["systems"][0]["depths"]
+
+    def test_a_run_alone_is_measured_as_it_is(self, tmp_path: Path):
+        """With its judgments, no text and no model."""
+        (tmp_path / "run.trec").write_text("q1 Q0 d1 1 2 x\nq1 Q0 d2 2 1 x\n")
+        rows = [f"{query} 0 {name} {grade}" for query, grades in JUDGMENTS.items() for name, grade in grades.items()]
+        (tmp_path / "qrels.txt").write_text("\n".join(rows))
+        arguments = ["--run", tmp_path / "run.trec", "--qrels", tmp_path / "qrels.txt", "--measures", "MRR@10, P@2"]
+        result = run(tmp_path, *arguments, "--depth", "2")
+        assert result.returncode == 0, result.stderr
+        assert [line.split() for line in result.stdout.splitlines()[-2:]] == [
+            ["MRR@10", "0.3333", "0.3333"],
+            ["P@2", "0.3333", "0.3333"],
+        ]
+
+    def test_several_servers_and_a_model_are_compared(self, tmp_path: Path, folder: Path, cross_encoder: Path):
+        """Each with its tables, and each two with each other; a run for each."""
+        with FaultyServer() as one, FaultyServer() as two:
+            arguments = ["--base-url", one.base_url, "--base-url", two.base_url, "--model", cross_encoder]
+            result = run(tmp_path, folder, *arguments, "--trec-run", tmp_path / "all.trec", "--json", tmp_path / "x")
+            assert result.returncode == 0, result.stderr
+            names = ["tiny-bert-cross-encoder", f"m on {one.label}", f"m on {two.label}"]
+        assert [system["name"] for system in json.loads((tmp_path / "x").read_text())["systems"]] == names
+        assert result.stdout.count(" … m on ") == 3
+        assert len(list(tmp_path.glob("all.*.trec"))) == 3
+
+    def test_a_server_is_scored_through_its_api(self, tmp_path: Path, vllm_minilm: VLLMServer):
+        """A real one, with the figures that the Python API finds."""
+        arguments = ["--base-url", vllm_minilm.base_url, "--queries", "3", "--depth", "10", "--json", tmp_path / "x"]
+        result = run(tmp_path, *arguments)
+        assert result.returncode == 0, result.stderr
+        written = json.loads((tmp_path / "x").read_text())
+        from rag_rerank.embedded import collection_folder
+
+        with VLLMScorer(vllm_minilm.base_url, timeout=120) as scorer:
+            collection = Collection.load(collection_folder())
+            found = evaluate(collection, scorer, limit=3, depths=[10], cache=False)
+        assert written["systems"][0]["depths"][0]["means"] == pytest.approx(
+            {name: found.systems[0].deepest.mean(name) for name in found.measures}, abs=1e-3
+        )
+
+
+class TestEnds:
+    """What goes wrong."""
+
+    def test_ctrl_c_keeps_what_was_scored_and_says_how_to_go_on(self, tmp_path: Path, folder: Path):
+        """The same command then scores only what is left."""
+
+        def slow(request: Request) -> Steps:
+            return [0.6, *right(request)]
+
+        with FaultyServer(on_scores(slow)) as server:
+            process = subprocess.Popen(
+                command(folder, "--base-url", server.base_url, "--depth", "3"),
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+                env=environment(tmp_path),
+            )
+            deadline = time.monotonic() + 60
+            while len(server.score_requests) < 4 and time.monotonic() < deadline:  # one to begin with, the probe, two
+                time.sleep(0.02)
+            process.send_signal(signal.SIGINT)
+            stdout, stderr = process.communicate(timeout=60)
+            assert (process.returncode, stdout) == (130, "")
+            assert "Interrupted. What was scored is kept: the same command goes on from there." in stderr
+            assert "Traceback" not in stderr
+            server.behave = lambda request: None
+            result = run(tmp_path, folder, "--base-url", server.base_url, "--depth", "3", "--json", tmp_path / "x")
+        (system,) = json.loads((tmp_path / "x").read_text())["systems"]
+        assert result.returncode == 0, result.stderr
+        assert system["pairs_scored"] > 0
+        assert system["pairs_cached"] > 0
+
+    def test_a_server_that_is_not_there_is_told_at_once(self, tmp_path: Path, folder: Path):
+        """Before anything else is scored."""
+        with FaultyServer() as server:
+            server.kill()
+            result = run(tmp_path, folder, "--base-url", server.base_url)
+        assert result.returncode == 1
+        assert server.label in result.stderr
+        assert "Traceback" not in result.stderr
+
+    @pytest.mark.parametrize(
+        ("arguments", "words"),
+        [
+            (["/no/such/folder"], "corpus.jsonl can't be read"),
+            (["--run", "/no/such/run"], "/no/such/run can't be read"),
+            (["--qrels", "/no/such/qrels"], "name a collection's FOLDER, or a --run"),
+            (["--run", "RUN", "--qrels", "RUN", "--model", "m"], "name the folder that has the texts"),
+            (["--run", "RUN"], "the run has the document 'd1' (for the query 'q1'), the collection has not"),
+            (["--html", "/no/such/folder/x.html"], "there is no such folder"),
+            (["--json", "/"], "it is a folder"),
+            (["--measures", "nDGC@10"], "'nDGC@10' is not known"),
+            (["--base-url", "ftp://x"], "http://"),
+            (["--base-url", "http://x", "--dtype", "float32"], "local models"),
+            (["--depth", "0"], "Invalid value for '--depth'"),
+        ],
+    )
+    def test_a_mistake_is_said_in_one_line(self, tmp_path: Path, arguments: list[str], words: str):
+        """Exit code 2, nothing on stdout."""
+        (tmp_path / "run.trec").write_text("q1 Q0 d1 1 2 x\n")
+        result = run(tmp_path, *(str(tmp_path / "run.trec") if word == "RUN" else word for word in arguments))
+        assert (result.returncode, result.stdout) == (2, "")
+        assert words in result.stderr
+        assert "Traceback" not in result.stderr
+
+    def test_a_cache_may_be_damaged_and_may_be_done_without(self, tmp_path: Path, folder: Path):
+        """What to do is said; --no-cache neither reads nor writes it."""
+        with FaultyServer() as server:
+            arguments = [folder, "--base-url", server.base_url, "--cache", tmp_path / "cache"]
+            first = run(tmp_path, *arguments)
+            assert first.returncode == 0, first.stderr
+            (file,) = (tmp_path / "cache").iterdir()
+            file.write_bytes(b"damaged " * 1000)
+            second = run(tmp_path, *arguments)
+            assert (second.returncode, second.stdout) == (2, "")
+            assert "Delete the file" in second.stderr
+            third = run(tmp_path, *arguments, "--no-cache")
+            assert third.returncode == 0, third.stderr
+            assert " 0 from the cache" in third.stdout
+        assert not (tmp_path / "rag_rerank").exists()
