@@ -7,7 +7,7 @@ said by the page: `mark` gives the colour and marker of each reranker.
 import html
 import io
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from rag_rerank.errors import ConfigError
@@ -18,6 +18,7 @@ try:
     import matplotlib as mpl
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.ticker import FuncFormatter, LogLocator
 except ModuleNotFoundError as error:  # pragma: no cover - the tests have it
     raise ConfigError(f"the report's plots need {error.name}: pip install 'rag-rerank[eval]'") from error
 
@@ -25,6 +26,7 @@ except ModuleNotFoundError as error:  # pragma: no cover - the tests have it
 _ROLES = {"ink": "#010101", "muted": "#020202", "line": "#030303", "better": "#040404", "worse": "#050505"}
 _SERIES = tuple(f"#0606{number:02x}" for number in range(1, 7))
 _MARKERS = "os^Dv*"
+_FAR_APART = 20
 _VARIABLES = {colour: f"var(--{role})" for role, colour in _ROLES.items()} | {
     colour: f"var(--series-{number})" for number, colour in enumerate(_SERIES, 1)
 }
@@ -89,16 +91,30 @@ def quality_by_latency(evaluation: Evaluation) -> str | None:
                 if level.latency is not None
             ]
             axes.plot([x for x, _, _ in points], [y for _, y, _ in points], color=colour, marker=marker)
+            side = -1 if points and points[0][1] <= points[-1][1] else 1  # of a point, where the line is not
+            align: Any = "right" if side < 0 else "left"
             for x, y, depth in points:
+                place = side * 4, 5
                 axes.annotate(
-                    str(depth), (x, y), (-4, 5), textcoords="offset points", ha="right", color=colour, fontsize=8.5
+                    str(depth), (x, y), place, textcoords="offset points", ha=align, color=colour, fontsize=8.5
                 )
         axes.margins(x=0.1, y=0.15)
-        axes.set_xlim(left=0)
+        _scale(axes, [level.latency.p50 for each in evaluation.systems for level in each.levels if level.latency])
         axes.set_xlabel("median milliseconds a query, to rerank")
         axes.set_ylabel(evaluation.measure)
 
     return _svg("latency", f"{evaluation.measure} against latency", draw)
+
+
+def _scale(axes: Axes, times: Sequence[float]) -> None:
+    """From 0, or where the times are too different for that, by powers of ten."""
+    if max(times) < _FAR_APART * min(times):
+        axes.set_xlim(left=0)
+        return
+    axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if max(times) < _FAR_APART**2 * min(times) else (1,)))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,g}"))
+    axes.minorticks_off()
 
 
 def gains(evaluation: Evaluation, number: int) -> str:

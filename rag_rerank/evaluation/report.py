@@ -81,6 +81,7 @@ def render(evaluation: Evaluation) -> str:
         evaluation=evaluation,
         measure=evaluation.measure,
         deepest=evaluation.depths[-1],
+        several=len(systems) > 1,
         mean=mean,
         by_depth=plots.quality_by_depth(evaluation) if systems else None,
         by_latency=plots.quality_by_latency(evaluation),

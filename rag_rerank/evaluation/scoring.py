@@ -37,7 +37,7 @@ _PROBE = (
 )
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class Latency:
     """How long queries waited for their candidates to be scored.
 

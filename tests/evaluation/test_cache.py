@@ -5,6 +5,7 @@ import sqlite3
 import subprocess
 import sys
 import time
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -139,5 +140,5 @@ class TestProcesses:
             process.send_signal(signal.SIGKILL)
             process.wait(60)
             assert [cache.scores(f"x{number}", ["b"]) for number in range(6)] == [[-number] for number in range(6)]
-            with sqlite3.connect(cache.path) as database:
+            with closing(sqlite3.connect(cache.path)) as database:
                 assert database.execute("PRAGMA integrity_check").fetchone() == ("ok",)

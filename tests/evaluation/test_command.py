@@ -1,5 +1,6 @@
 """``rag-rerank eval``, run as a user runs it."""
 
+import inspect
 import json
 import os
 import signal
@@ -11,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from rag_rerank import VLLMScorer
-from rag_rerank.evaluation import Collection, evaluate, read_run
+from rag_rerank.cli import evaluating
+from rag_rerank.evaluation import DEFAULT_MEASURES, Collection, evaluate, read_run
 from tests.evaluation.collections import JUDGMENTS, QUERIES, write_small
 from tests.faulty_server import FaultyServer, Request, Steps, on_scores, right
 from tests.vllm_server import VLLMServer
@@ -39,6 +41,10 @@ def folder(tmp_path: Path) -> Path:
 
 class TestCommand:
     """Tables on stdout, files where they are asked for."""
+
+    def test_its_measures_are_those_of_the_python_api(self):
+        """Unless told."""
+        assert inspect.signature(evaluating.evaluate).parameters["measures"].default == ",".join(DEFAULT_MEASURES)
 
     def test_a_local_model_twice(self, tmp_path: Path, folder: Path, cross_encoder: Path):
         """A second time nothing is scored, and the figures are the same; every file that was asked for is there."""

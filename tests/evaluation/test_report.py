@@ -130,7 +130,7 @@ class TestPage:
         classes = [attributes.get("class") for _, attributes in page.tags]
         assert classes.count("case") == 40
         assert "The 20 that lost most" in page.words
-        assert "nDCG@10 of all 1000 queries" in page.words
+        assert "nDCG@10 of all 1,000 queries" in page.words
         assert len(html) < 1_500_000
 
 
