@@ -29,7 +29,7 @@ Scores = Sequence[float | None]
 
 # The first call loads the model or connects, and is in no query's time; a server's scores of these show whether it
 # still has the model and the prompt that the cached scores came from.
-_PROBE = (
+PROBE = (
     ("Why is the sky blue?", "Air scatters the short waves of sunlight more than the long ones."),
     ("Why is the sky blue?", "Bread needs flour, water, salt and time."),
     ("how to undo the last commit in git", "git reset --soft HEAD~1 goes one commit back and keeps your changes."),
@@ -163,7 +163,7 @@ class Asking:
         self.result.rejected = sum(scores.count(None) for scores in self.result.scores.values())
 
     def close(self) -> None:
-        """Write what the cache holds back. The scorer stays open."""
+        """Close the cache. The scorer stays open."""
         if self._cache is not None:
             self._cache.close()
 
@@ -231,6 +231,6 @@ class Asking:
         if self._warm:
             return []
         self._warm = True
-        queries, documents = zip(*_PROBE, strict=True)
+        queries, documents = zip(*PROBE, strict=True)
         # A model of this process may have to be downloaded first.
         return self._scorer.score(queries, documents, deadline=self._deadline if is_remote(self._scorer) else None)

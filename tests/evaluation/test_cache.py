@@ -33,7 +33,6 @@ class TestScoreCache:
         """Where one text ends and the next begins makes a difference, and so does every letter, lone surrogates too."""
         with ScoreCache(tmp_path, ME) as cache:
             cache.keep("ab", ["c", "\ud800", ""], [1.0, 2.0, 3.0])
-            cache.flush()
             assert cache.scores("a", ["bc"]) == [None]
             assert cache.scores("ab", ["c ", "C", "\ud800", ""]) == [None, None, 2.0, 3.0]
 
@@ -42,7 +41,6 @@ class TestScoreCache:
         texts = [str(number) for number in range(1203)]
         with ScoreCache(tmp_path, ME) as cache:
             cache.keep("q", texts, [float(text) for text in texts])
-            cache.flush()
             assert cache.scores("q", texts) == [float(text) for text in texts]
 
     def test_another_scorer_has_another_file(self, tmp_path: Path):
@@ -107,7 +105,6 @@ with ScoreCache(folder, Identity("me/my model", {"class": "me"}, "here")) as cac
     print("open", flush=True)
     for number in range(300):
         cache.keep(f"{name}{number}", ["a", "b"], [number, -number])
-        cache.flush()
         time.sleep(float(pause))
 """
 

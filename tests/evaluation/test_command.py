@@ -1,12 +1,14 @@
 """``rag-rerank eval``, run as a user runs it."""
 
 import inspect
+import itertools
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,7 @@ import pytest
 from rag_rerank import VLLMScorer
 from rag_rerank.cli import evaluating
 from rag_rerank.evaluation import DEFAULT_MEASURES, Collection, evaluate, read_run
+from rag_rerank.evaluation.scoring import PROBE
 from tests.evaluation.collections import JUDGMENTS, QUERIES, write_small
 from tests.faulty_server import FaultyServer, Request, Steps, on_scores, right
 from tests.vllm_server import VLLMServer
@@ -136,6 +139,47 @@ class TestEnds:
         assert result.returncode == 0, result.stderr
         assert system["pairs_scored"] > 0
         assert system["pairs_cached"] > 0
+
+    @pytest.mark.parametrize("last", [3, 8, 20])
+    def test_a_killed_one_goes_on_and_scores_nothing_twice(self, tmp_path: Path, last: int):
+        """SIGKILL while a request is on its way: only its pairs are asked for again, and the run has the same bytes."""
+        counted: Counter[tuple[str, str]] = Counter()
+        process: subprocess.Popen[bytes] | None = None
+
+        def count(request: Request) -> Steps | None:
+            if len(server.score_requests) == last and process is not None:
+                process.kill()
+                return None
+            counted.update(zip(itertools.cycle(request.queries), request.documents, strict=False))
+            return None
+
+        with FaultyServer(on_scores(count)) as server:
+            arguments = [
+                "--base-url",
+                server.base_url,
+                "--queries",
+                "12",
+                "--depth",
+                "5",
+                "--depth",
+                "10",
+                "--trec-run",
+            ]
+            process = subprocess.Popen(
+                command(*arguments, tmp_path / "x.trec"), env=environment(tmp_path), stderr=subprocess.DEVNULL
+            )
+            assert process.wait(60) == -signal.SIGKILL
+            process = None
+            assert not (tmp_path / "x.trec").exists()
+            done = counted.copy()
+            result = run(tmp_path, *arguments, tmp_path / "x.trec")
+            assert result.returncode == 0, result.stderr
+            again = {query for (query, _), times in counted.items() if times > 1}
+            assert again <= {"Are you there?", *(query for query, _ in PROBE)}  # whether it is still the same model
+            assert len(counted) > len(done)
+            whole = run(tmp_path / "another home", *arguments, tmp_path / "whole.trec")
+            assert whole.returncode == 0, whole.stderr
+        assert (tmp_path / "x.trec").read_bytes() == (tmp_path / "whole.trec").read_bytes()
 
     def test_a_server_that_is_not_there_is_told_at_once(self, tmp_path: Path, folder: Path):
         """Before anything else is scored."""
