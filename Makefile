@@ -15,6 +15,9 @@ VLLM := .venv-vllm/.installed
 PEERS := .venv-peers/.installed .venv-peers-onnx/.installed .venv-peers-infinity/.installed
 export RAG_RERANK_REQUIRE_VLLM := 1
 endif
+ifeq ($(shell id -u)$(shell command -v apt-get >/dev/null && echo apt),0apt)
+export RAG_RERANK_REQUIRE_BROWSER := 1
+endif
 
 .PHONY: demo test check bench soak vllm clean
 .DELETE_ON_ERROR:
@@ -22,7 +25,7 @@ endif
 demo: .venv/.installed
 	$(BIN)/rag-rerank demo
 
-test: .venv/.installed-dev .venv-lowest/.installed $(VLLM)
+test: .venv/.installed-dev .venv-lowest/.installed $(VLLM) .venv/.browser
 	$(BIN)/pytest
 	.venv-lowest/bin/pytest tests/integrations tests/vllm/test_transport.py --without-server
 
@@ -58,6 +61,15 @@ clean:
 
 .venv/.installed-dev: .venv/.installed
 	$(INSTALL) --group test --group check
+	touch $@
+
+# A browser for the tests of what people look at. It is no Python package: Debian's, where we may install it; where there
+# is none, those tests are skipped.
+.venv/.browser: .venv/.installed-dev
+	@for name in chromium chromium-browser google-chrome google-chrome-stable; do \
+		command -v $$name >/dev/null && touch $@ && exit 0; done; \
+	if [ -n "$(RAG_RERANK_REQUIRE_BROWSER)" ]; then \
+		apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends chromium >/dev/null; fi
 	touch $@
 
 # torch first: see below.
