@@ -90,7 +90,8 @@ class Reranked:
         return (
             f'<div style="color:inherit;background:transparent;overflow-x:auto"><div dir="auto" '
             f'style="font-weight:bold;padding:2px 8px">{escape(_cut(self.query, _MORE))}</div>'
-            f'<table style="border-collapse:collapse;color:inherit;background:transparent">'
+            f'<table style="border-collapse:collapse;table-layout:auto;width:100%;min-width:40em;max-width:80em;'
+            f'margin:0;color:inherit;background:transparent">'
             f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>{note}</div>"
         )
 
@@ -153,12 +154,14 @@ def _html_row(row: _Row, line: str) -> str:
     )
     score = f'<span style="opacity:.6">{row.score}</span>' if row.share is None else row.score
     mark = f'<b style="color:{_GREEN}">✓</b> ' if row.gold else ""
+    # The text has the width that the other columns leave (100 %), and is cut there whatever its length (0).
     return (
         f'<tr style="background:transparent">'
         f'<td style="{numbers}">{row.rank}</td><td style="{numbers}">{row.index}</td>'
         f'<td style="{numbers}{colour}">{_arrow(row)}</td><td style="{line};text-align:left">{score}{bar}</td>'
-        f'<td dir="auto" title="{escape(_cut(row.text, _MORE))}" style="{line};text-align:start;max-width:48em;'
-        f'overflow:hidden;text-overflow:ellipsis;white-space:nowrap">{mark}{escape(_cut(row.text, _SNIPPET))}</td></tr>'
+        f'<td dir="auto" title="{escape(_cut(row.text, _MORE))}" style="{line};text-align:start;width:100%;'
+        f'max-width:0;overflow:hidden;text-overflow:ellipsis;white-space:nowrap">'
+        f"{mark}{escape(_cut(row.text, _SNIPPET))}</td></tr>"
     )
 
 

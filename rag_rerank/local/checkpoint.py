@@ -2,7 +2,9 @@
 
 import functools
 import json
+import threading
 from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -15,11 +17,15 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import logging as transformers_logging
 from transformers.utils.hub import cached_file
 
 from rag_rerank.errors import ConfigError
 from rag_rerank.local.hardware import choose_dtype
 from rag_rerank.local.settings import Settings
+
+_SMALL = 500_000_000  # bytes of a folder's weights, which are there before a progress bar can be read
+_HOOK = threading.Lock()
 
 
 def check_exists(name: str) -> None:
@@ -72,14 +78,15 @@ class Checkpoint:
     def model(self, auto: Any, device: torch.device) -> PreTrainedModel:
         """The weights, complete, on the device, in evaluation mode."""
         loaded: PreTrainedModel
-        loaded, report = self._read(
-            auto.from_pretrained,
-            subfolder=self.transformer,
-            use_safetensors=True,  # pickle weights can run code
-            output_loading_info=True,
-            **self._code,
-            **{"dtype": choose_dtype(self._settings.dtype, device), **self._settings.model_kwargs},
-        )
+        with _without_bars() if self._is_small() else nullcontext():
+            loaded, report = self._read(
+                auto.from_pretrained,
+                subfolder=self.transformer,
+                use_safetensors=True,  # pickle weights can run code
+                output_loading_info=True,
+                **self._code,
+                **{"dtype": choose_dtype(self._settings.dtype, device), **self._settings.model_kwargs},
+            )
         # Weights that a checkpoint lacks are drawn at random with no more than a log line: scores from nowhere. Only
         # the pooler may be missing, and only where we pool ourselves.
         missing = [key for key in report["missing_keys"] if auto is not AutoModel or "pooler" not in key]
@@ -101,12 +108,39 @@ class Checkpoint:
         )
         return tokenizer
 
+    def _is_small(self) -> bool:
+        """A folder on this machine with few weights, so that nothing is downloaded and little is read."""
+        weights = Path(self.name, self.transformer).glob("*.safetensors")
+        return Path(self.name).is_dir() and sum(file.stat().st_size for file in weights) < _SMALL
+
     def _read(self, reader: Any, *args: Any, **options: Any) -> Any:
         try:
             return reader(self.name, *args, **self._source, **options)
         except (OSError, ValueError, ImportError, KeyError) as error:
             reason = " ".join(str(error).split())
             raise ConfigError(f"{self.name!r} can't be loaded: {reason}") from error
+
+
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """No progress bars of transformers in this thread; those of others stay as they are, and so do all settings."""
+    set_hook = getattr(transformers_logging, "set_tqdm_hook", None)
+    if set_hook is None:  # before it had one, bars could be hidden for the whole process only
+        yield
+        return
+    thread = threading.get_ident()
+
+    def hook(make: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if threading.get_ident() == thread:
+            kwargs = {**kwargs, "disable": True}
+        return make(*args, **kwargs) if previous is None else previous(make, args, kwargs)
+
+    with _HOOK:  # the hook is the process's: who sets it puts back what was there before the next one does
+        previous = set_hook(hook)
+        try:
+            yield
+        finally:
+            set_hook(previous)
 
 
 def module_kind(module: dict[str, Any]) -> str:
