@@ -1,0 +1,282 @@
+"""What a query or document may be beside text: pictures, videos, or several parts together.
+
+    from rag_rerank import Content, Image
+
+    scorer.rerank("sales in March", [Image(Path("page1.png")), Content("Figure 2", Image(data)), "plain text"])
+
+A file is read because the caller wraps its path in `Image`, never because a text looks like a path or an address.
+"""
+
+import base64
+import binascii
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Union
+from urllib.parse import urlsplit
+
+from rag_rerank.pictures import Picture, read_picture
+
+if TYPE_CHECKING:
+    import PIL.Image
+
+
+class Image:
+    """A picture.
+
+    Args:
+        source: A `Path`, which is read when it is scored; the bytes of a PNG, JPEG, WebP, GIF, BMP or TIFF file; or a
+            PIL image, which is sent as PNG. None where `url` is given.
+        url: An ``https://`` (or ``http://``) address, which a vLLM server fetches for itself; or a ``data:`` URL with
+            base64. Nothing is ever fetched in this process.
+        max_pixels: Scale it down, width times height, before it is scored; None leaves it as it is.
+
+    Raises:
+        TypeError: `source` is none of these: a plain string is not taken for a path, nor for an address.
+        ValueError: Neither or both of `source` and `url`, another kind of URL, `max_pixels` below 1.
+
+    What is in it is checked when it is scored, see `Scorer.score`.
+    """
+
+    __slots__ = ("max_pixels", "source", "url")
+
+    def __init__(
+        self,
+        source: "Path | bytes | PIL.Image.Image | None" = None,
+        *,
+        url: str | None = None,
+        max_pixels: int | None = None,
+    ) -> None:
+        if (source is None) == (url is None):
+            raise ValueError("an Image needs a source (Path, bytes, PIL image) or a url, and not both")
+        if isinstance(source, str):
+            raise TypeError(
+                "an Image from a file needs a Path, from an address url=...; got a str, which could be either"
+            )
+        if source is not None and not (isinstance(source, Path | bytes) or _is_pil(source)):
+            raise TypeError(f"an Image's source must be a Path, bytes or a PIL image, got {type(source).__name__}")
+        if url is not None:
+            _check_url(url, ("https", "http", "data"))
+        if max_pixels is not None and (
+            isinstance(max_pixels, bool) or not isinstance(max_pixels, int) or max_pixels < 1
+        ):
+            raise ValueError(f"max_pixels must be 1 or more, or None; got {max_pixels!r}")
+        self.source, self.url, self.max_pixels = source, url, max_pixels
+
+    def __repr__(self) -> str:
+        if self.url is not None:
+            return f"Image(url={_shown(self.url)!r})"
+        if isinstance(self.source, bytes):
+            return f"Image(<{len(self.source):,} bytes>)"
+        return f"Image({self.source!r})"
+
+
+class Video:
+    """A video, for servers whose model reads them. It is passed on as it is.
+
+    Args:
+        url: An ``https://`` (or ``http://``) address, which the server fetches, or a ``data:`` URL.
+
+    Raises:
+        ValueError: Another kind of URL.
+    """
+
+    __slots__ = ("url",)
+
+    def __init__(self, url: str) -> None:
+        _check_url(url, ("https", "http", "data"))
+        self.url = url
+
+    def __repr__(self) -> str:
+        return f"Video({_shown(self.url)!r})"
+
+
+class Content:
+    """A query or document of several parts.
+
+    vLLM puts the pictures before the text, whatever their order here, and so does `LocalScorer`.
+
+    Args:
+        *parts: Texts, images and videos.
+
+    Raises:
+        TypeError: A part is something else.
+        ValueError: There is none.
+    """
+
+    __slots__ = ("parts",)
+
+    def __init__(self, *parts: str | Image | Video) -> None:
+        if not parts:
+            raise ValueError("Content needs at least one part")
+        for position, part in enumerate(parts):
+            if not isinstance(part, str | Image | Video):
+                raise TypeError(f"part {position} must be str, Image or Video, got {type(part).__name__}")
+        self.parts = parts
+
+    def __repr__(self) -> str:
+        return f"Content({', '.join(repr(part if not isinstance(part, str) else part[:60]) for part in self.parts)})"
+
+
+Input = Union[str, Image, Video, Content, Mapping[str, Any]]  # noqa: UP007 - evaluated where PEP 604 would need types
+"""A query or document. A mapping is vLLM's and OpenAI's form, ``{"content": [part, ...]}``, see `from_parts`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Link:
+    """What the server is to fetch: ``kind`` is ``"image_url"`` or ``"video_url"``."""
+
+    kind: str
+    url: str
+
+
+@dataclass(frozen=True)
+class Mixed:
+    """A query or document with more in it than text, checked and read: what back ends get beside ``str``."""
+
+    parts: tuple[str | Picture | Link, ...]
+
+    @property
+    def text(self) -> str:
+        """Its text parts, a line each, as vLLM joins them."""
+        return "\n".join(part for part in self.parts if isinstance(part, str))
+
+    @property
+    def pictures(self) -> list[Picture]:
+        """Its pictures that were read here."""
+        return [part for part in self.parts if isinstance(part, Picture)]
+
+    @cached_property
+    def wire(self) -> dict[str, Any]:
+        """As vLLM's score API takes it (``ScoreMultiModalParam``); pictures as data URLs, encoded once."""
+        return {"content": [_wire(part) for part in self.parts]}
+
+
+Prepared = str | Mixed
+
+
+def prepare(value: Any, where: str, clean: Callable[[str], str]) -> Prepared:
+    """A query or document as back ends get it: text cleaned, files read and checked.
+
+    Args:
+        value: What the caller passed.
+        where: Its position, such as ``documents[3]``, for errors.
+        clean: What is done to all text.
+
+    Raises:
+        TypeError: It is neither text nor picture, video, `Content` nor a mapping with ``content``.
+        ValueError: A part of a mapping is malformed.
+        ContentError: A picture can't be read.
+    """
+    if isinstance(value, str):
+        return clean(value)
+    if isinstance(value, Mixed):  # from one scorer to another
+        return value
+    try:
+        if isinstance(value, Mapping):
+            value = from_parts(_parts(value))
+        if isinstance(value, Image | Video):
+            value = Content(value)
+        if not isinstance(value, Content):
+            hint = "; wrap it in Image(...)" if isinstance(value, Path | bytes) or _is_pil(value) else ""
+            raise TypeError(f"must be str, got {type(value).__name__}{hint}")  # noqa: TRY301 - joins the others
+        parts = tuple(_prepared(part, clean) for part in value.parts)
+    except (TypeError, ValueError) as error:  # ContentError among them
+        raise type(error)(f"{where} {error}") from error
+    return "\n".join(parts) if all(isinstance(part, str) for part in parts) else Mixed(parts)  # type: ignore[arg-type]
+
+
+def from_parts(parts: Iterable[Any]) -> Content:
+    """Content from parts as LLM APIs write them.
+
+    Args:
+        parts: Texts, `Image`, `Video`, or mappings: ``{"type": "text", "text": ...}``, ``{"type": "image_url",
+            "image_url": {"url": ...}}``, the same with ``video_url`` (OpenAI and vLLM), or LangChain's ``{"type":
+            "image", "base64" or "url": ...}``. URLs are https, http or ``data:``; ``file:`` is refused.
+
+    Raises:
+        TypeError, ValueError: A part is none of these; the message names its position.
+    """
+    made: list[str | Image | Video] = []
+    for position, part in enumerate(parts):
+        try:
+            made.append(_part(part))
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"content[{position}]: {error}") from error
+    return Content(*made)
+
+
+def _parts(value: Mapping[str, Any]) -> list[Any]:
+    content = value.get("content")
+    if isinstance(content, str) or not isinstance(content, list | tuple):
+        raise ValueError('as a mapping must be {"content": [part, ...]}')  # noqa: TRY004 - a wrong shape
+    return list(content)
+
+
+def _part(part: Any) -> str | Image | Video:
+    if isinstance(part, str | Image | Video):
+        return part
+    if not isinstance(part, Mapping):
+        raise TypeError(f"a part must be str, Image, Video or a mapping with a type, got {type(part).__name__}")
+    kind = part.get("type")
+    if kind == "text" and isinstance(part.get("text"), str):
+        return str(part["text"])
+    if kind in ("image_url", "video_url"):
+        inner = part.get(kind)
+        url = inner.get("url") if isinstance(inner, Mapping) else inner
+        if isinstance(url, str):
+            return Image(url=url) if kind == "image_url" else Video(url)
+    if kind == "image":
+        if isinstance(part.get("base64"), str):
+            return Image(_decoded(part["base64"]))
+        if isinstance(part.get("url"), str):
+            return Image(url=part["url"])
+    raise ValueError(f"{kind!r} is no type of part that is known, or it lacks what belongs to it")
+
+
+def _prepared(part: str | Image | Video, clean: Callable[[str], str]) -> str | Picture | Link:
+    if isinstance(part, str):
+        return clean(part)
+    if isinstance(part, Video):
+        return Link("video_url", part.url)
+    if part.url is not None:
+        if not part.url.startswith("data:"):
+            return Link("image_url", part.url)
+        return read_picture(_decoded(part.url.partition(",")[2]), part.max_pixels)
+    assert part.source is not None  # noqa: S101 - the constructor saw to it
+    return read_picture(part.source, part.max_pixels)
+
+
+def _wire(part: str | Picture | Link) -> dict[str, Any]:
+    if isinstance(part, str):
+        return {"type": "text", "text": part}
+    if isinstance(part, Link):
+        return {"type": part.kind, part.kind: {"url": part.url}}
+    return {"type": "image_url", "image_url": {"url": part.data_url}}
+
+
+def _decoded(text: str) -> bytes:
+    try:
+        return base64.b64decode(text, validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise ValueError(f"its base64 is damaged ({error})") from error
+
+
+def _check_url(url: str, schemes: tuple[str, ...]) -> None:
+    if not isinstance(url, str):
+        raise TypeError(f"a url must be str, got {type(url).__name__}")
+    scheme = url[: url.find(":")].lower() if ":" in url else ""
+    if scheme not in schemes or (scheme != "data" and not urlsplit(url).hostname):
+        raise ValueError(f"{_shown(url)!r} is no https, http or data URL; for a file pass Image(Path(...))")
+    if scheme == "data" and ";base64," not in url[:100]:
+        raise ValueError("a data URL must be base64: data:image/png;base64,...")
+
+
+def _shown(url: str) -> str:
+    return url if len(url) <= 60 else f"{url[:57]}..."
+
+
+def _is_pil(value: object) -> bool:
+    """Whether it is a PIL image, without importing PIL: who has none has no image of it."""
+    return any(kind.__module__ == "PIL.Image" and kind.__name__ == "Image" for kind in type(value).__mro__)

@@ -1,0 +1,161 @@
+"""Pictures, read within bounds: what is broken, too large, or no picture is refused before anything is sent."""
+
+import base64
+import io
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rag_rerank.errors import ConfigError, ContentError
+
+if TYPE_CHECKING:
+    import PIL.Image
+
+MOST_BYTES = 20 << 20
+"""Of a file, as it is on the disk."""
+MOST_PIXELS = 40_000_000
+"""Width times height; A4 scanned at 600 dpi has 35 million. Decoded, that is 120 MB."""
+
+_FORMATS = {
+    "PNG": "image/png",
+    "JPEG": "image/jpeg",
+    "WEBP": "image/webp",
+    "GIF": "image/gif",
+    "BMP": "image/bmp",
+    "TIFF": "image/tiff",
+}
+
+
+@dataclass(frozen=True, repr=False)
+class Picture:
+    """A picture file that can be decoded.
+
+    Attributes:
+        data: The file.
+        media_type: Such as ``image/png``.
+        width, height: In pixels.
+    """
+
+    data: bytes
+    media_type: str
+    width: int
+    height: int
+
+    @cached_property
+    def data_url(self) -> str:
+        """The file in base64, made once."""
+        return f"data:{self.media_type};base64,{base64.b64encode(self.data).decode()}"
+
+    def decoded(self) -> "PIL.Image.Image":
+        """As vLLM decodes it: turned as its EXIF data says, in RGB, transparent parts white."""
+        with _opened(self.data) as image:
+            return _as_rgb(image)
+
+    def __repr__(self) -> str:
+        return f"Picture({self.media_type}, {self.width}x{self.height})"
+
+
+def read_picture(source: "Path | bytes | PIL.Image.Image", max_pixels: int | None = None) -> Picture:
+    """Read, check and, where asked, scale down a picture.
+
+    It is decoded once to see that it is whole: about 10 ms for a million pixels.
+
+    Args:
+        source: A path, a file's bytes, or a PIL image, which becomes a PNG.
+        max_pixels: Most width times height; None leaves it as it is.
+
+    Raises:
+        ContentError: It can't be read, is no picture of a known format, is damaged, or has more than 20 MiB or 40
+            million pixels.
+        ConfigError: Pillow is not installed.
+    """
+    pil = _pillow()
+    if isinstance(source, Path | bytes):
+        data = source if isinstance(source, bytes) else _file(source)
+        if len(data) > MOST_BYTES:
+            raise ContentError(f"is a picture of {len(data):,} bytes; {MOST_BYTES:,} are the most")
+        with _opened(data) as image:
+            _check_size(image)
+            kind = str(image.format)
+            try:
+                image.load()
+                scaled = _scaled(image, max_pixels)
+            except (OSError, SyntaxError, ValueError, IndexError, pil.DecompressionBombError) as error:
+                raise ContentError(f"is a damaged picture: {error}") from error
+            if scaled is None:
+                return Picture(data, _FORMATS[kind], *image.size)
+            return _encoded(scaled, "JPEG" if kind == "JPEG" else "PNG")
+    _check_size(source)
+    try:
+        return _encoded(_scaled(source, max_pixels) or source, "PNG")
+    except (OSError, ValueError) as error:
+        raise ContentError(f"is a picture that can't be written as PNG: {error}") from error
+
+
+def _pillow() -> Any:
+    try:
+        import PIL.Image  # noqa: PLC0415 - only who scores pictures needs it
+    except ImportError as error:
+        raise ConfigError("pictures need Pillow: pip install 'rag-rerank[images]'") from error
+    return PIL.Image
+
+
+def _file(path: Path) -> bytes:
+    """Its bytes; no more of them than are allowed are read."""
+    try:
+        if not path.is_file():  # a pipe or device would never end
+            raise ContentError(f"is the path {path}, which is {'no file' if path.exists() else 'not there'}")
+        with path.open("rb") as file:
+            return file.read(MOST_BYTES + 1)
+    except OSError as error:
+        raise ContentError(f"is the file {path}, which can't be read: {error.strerror or error}") from error
+
+
+def _opened(data: bytes) -> "PIL.Image.Image":
+    """Its header read, no pixel yet."""
+    pil = _pillow()
+    try:
+        image: PIL.Image.Image = pil.open(io.BytesIO(data), formats=tuple(_FORMATS))
+    except pil.DecompressionBombError as error:
+        raise ContentError(f"is a picture with too many pixels: {error}") from error
+    except (OSError, SyntaxError, ValueError) as error:
+        raise ContentError("is no PNG, JPEG, WebP, GIF, BMP or TIFF picture") from error
+    return image
+
+
+def _check_size(image: "PIL.Image.Image") -> None:
+    width, height = image.size
+    if width * height > MOST_PIXELS:
+        raise ContentError(
+            f"is a picture of {width:,} x {height:,} pixels; {MOST_PIXELS:,} are the most: scale it down"
+        )
+    if width < 1 or height < 1:
+        raise ContentError(f"is a picture of {width} x {height} pixels")
+
+
+def _scaled(image: "PIL.Image.Image", max_pixels: int | None) -> "PIL.Image.Image | None":
+    """In RGB and no larger than that; None where it is small enough."""
+    width, height = image.size
+    if max_pixels is None or width * height <= max_pixels:
+        return None
+    ratio = (max_pixels / (width * height)) ** 0.5
+    size = max(1, int(width * ratio)), max(1, int(height * ratio))
+    return _as_rgb(image).resize(size, _pillow().Resampling.LANCZOS)
+
+
+def _as_rgb(image: "PIL.Image.Image") -> "PIL.Image.Image":
+    from PIL import Image, ImageOps  # noqa: PLC0415
+
+    image = ImageOps.exif_transpose(image) or image
+    if image.mode in ("RGBA", "LA", "PA") or (image.mode == "P" and "transparency" in image.info):
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "WHITE")
+        return Image.alpha_composite(white, image).convert("RGB")
+    return image.convert("RGB")
+
+
+def _encoded(image: "PIL.Image.Image", kind: str) -> Picture:
+    file = io.BytesIO()
+    image.save(file, format=kind, **({"quality": 90} if kind == "JPEG" else {"compress_level": 1}))
+    return Picture(file.getvalue(), _FORMATS[kind], *image.size)
