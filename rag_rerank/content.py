@@ -174,7 +174,7 @@ def prepare(value: Any, where: str, clean: Callable[[str], str]) -> Prepared:
     if isinstance(value, Mixed):  # from one scorer to another
         return value
     try:
-        if isinstance(value, Mapping):
+        if isinstance(value, Mapping) and "content" in value:
             value = from_parts(_parts(value))
         if isinstance(value, Image | Video):
             value = Content(value)
