@@ -156,8 +156,9 @@ def _scaled(image: "PIL.Image.Image", max_pixels: int | None) -> "PIL.Image.Imag
     if max_pixels is None or width * height <= max_pixels:
         return None
     ratio = (max_pixels / (width * height)) ** 0.5
-    size = max(1, int(width * ratio)), max(1, int(height * ratio))
-    return _as_rgb(image).resize(size, _pillow().Resampling.LANCZOS)
+    image = _as_rgb(image)  # upright: width and height may have changed places
+    size = max(1, int(image.width * ratio)), max(1, int(image.height * ratio))
+    return image.resize(size, _pillow().Resampling.LANCZOS)
 
 
 def _as_rgb(image: "PIL.Image.Image") -> "PIL.Image.Image":
