@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Union
 from urllib.parse import urlsplit
 
 from rag_rerank.errors import ConfigError, ContentError
-from rag_rerank.pictures import MOST_BYTES, Picture, read_picture
+from rag_rerank.pictures import MOST_BYTES, Picture, read_picture, size_of
 
 if TYPE_CHECKING:
     import PIL.Image
@@ -69,7 +69,7 @@ class Image:
 
     def __repr__(self) -> str:
         if self.url is not None:
-            return f"Image(url={_shown(self.url)!r})"
+            return f"Image(url={shown(self.url)!r})"
         if isinstance(self.source, bytes):
             return f"Image(<{len(self.source):,} bytes>)"
         return f"Image({self.source!r})"  # a path or a PIL image, whose repr has no pixels
@@ -92,7 +92,7 @@ class Video:
         self.url = url
 
     def __repr__(self) -> str:
-        return f"Video({_shown(self.url)!r})"
+        return f"Video({shown(self.url)!r})"
 
 
 class Content:
@@ -134,7 +134,7 @@ class Link:
     url: str
 
     def __repr__(self) -> str:
-        return f"Link({_shown(self.url)!r})"
+        return f"Link({shown(self.url)!r})"
 
 
 @dataclass(frozen=True)
@@ -329,7 +329,7 @@ def _check_url(url: str, schemes: tuple[str, ...]) -> None:
         raise TypeError(f"a url must be str, got {type(url).__name__}")
     scheme = url[: url.find(":")].lower() if ":" in url[:20] else ""
     if scheme not in schemes or (scheme != "data" and not _host(url)):
-        raise ValueError(f"{_shown(url)!r} is no https, http or data URL; for a file pass Image(Path(...))")
+        raise ValueError(f"{shown(url)!r} is no https, http or data URL; for a file pass Image(Path(...))")
     if scheme == "data" and (";base64," not in url[:100] or not url.isascii()):
         raise ValueError("a data URL must be base64: data:image/png;base64,...")
     if not url.isprintable():  # line breaks, which some URL readers drop, and lone surrogates, which no JSON can hold
@@ -347,12 +347,51 @@ def _is_data(url: str) -> bool:
     return url[:5].lower() == "data:"
 
 
-def _shown(url: str) -> str:
+def shown(url: str) -> str:
     """`url` for messages: without what may be a password or a signature."""
     if _host(url) and not _is_data(url):
         parts = urlsplit(url)
         url = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}{'?...' if parts.query else ''}"
     return url if len(url) <= 60 else f"{url[:57]}..."
+
+
+def described(value: "Input") -> str:
+    """A query or document in words, for people: a text as it is, an image as ``[image 300x200] page1.png``."""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, Mapping):
+        value = from_parts(_parts(value))
+    parts = value.parts if isinstance(value, Content) else (value,)
+    return " ".join(part if isinstance(part, str) else _described(part) for part in parts)
+
+
+def first_image(value: "Input") -> "Path | bytes | PIL.Image.Image | None":
+    """What its first image can be read from; None where it has none, or one that is elsewhere."""
+    if isinstance(value, Mapping):
+        value = from_parts(_parts(value))
+    parts = value.parts if isinstance(value, Content) else (value,)
+    for part in parts:
+        if isinstance(part, Image):
+            if part.source is not None:
+                return part.source
+            if part.url is not None and _is_data(part.url):
+                return _decoded(part.url.partition(",")[2])
+    return None
+
+
+def _described(part: Image | Video) -> str:
+    kind = "image" if isinstance(part, Image) else "video"
+    url = part.url
+    if url is not None and not _is_data(url):
+        return f"[{kind}] {shown(url)}"
+    if isinstance(part, Video):
+        return "[video]"
+    try:
+        source = first_image(part)
+        size = "" if source is None else " {}x{}".format(*size_of(source))
+    except ConfigError:  # it is gone, or Pillow is: no reason not to show the rest
+        size = ""
+    return f"[image{size}]" + (f" {part.source.name}" if isinstance(part.source, Path) else "")
 
 
 def _is_pil(value: object) -> bool:

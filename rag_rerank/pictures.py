@@ -109,6 +109,31 @@ def read_picture(source: "Path | bytes | PIL.Image.Image", max_pixels: int | Non
         raise ContentError(f"is a picture that can't be written as PNG: {error}") from error
 
 
+def size_of(source: "Path | bytes | PIL.Image.Image") -> tuple[int, int]:
+    """Width and height in pixels, without decoding any.
+
+    Raises:
+        ContentError, ConfigError: As `read_picture`.
+    """
+    if not isinstance(source, Path | bytes):
+        return source.size
+    with _opened(source if isinstance(source, bytes) else _checked(source)) as image:
+        return image.size
+
+
+def thumbnail(source: "Path | bytes | PIL.Image.Image", max_pixels: int = 96 * 96) -> str:
+    """A small JPEG as a data URL, about 3 kB.
+
+    Raises:
+        ContentError, ConfigError: As `read_picture`.
+    """
+    picture = read_picture(source, max_pixels)
+    file = io.BytesIO()
+    picture.decoded().save(file, "JPEG", quality=75)
+    small = Picture(file.getvalue(), "image/jpeg", picture.width, picture.height)
+    return small.data_url
+
+
 def _pillow() -> Any:
     try:
         import PIL.Image  # noqa: PLC0415 - only who scores pictures needs it
@@ -120,19 +145,29 @@ def _pillow() -> Any:
 def _file(path: Path) -> bytes:
     """Its bytes; no more of them than are allowed are read."""
     try:
-        if not path.is_file():  # a pipe or device would never end
-            raise ContentError(f"is the path {path}, which is {'no file' if path.exists() else 'not there'}")
-        with path.open("rb") as file:
+        with _checked(path).open("rb") as file:
             return file.read(MOST_BYTES + 1)
     except OSError as error:
         raise ContentError(f"is the file {path}, which can't be read: {error.strerror or error}") from error
 
 
-def _opened(data: bytes) -> "PIL.Image.Image":
+def _checked(path: Path) -> Path:
+    """The path, if it is a file's: a pipe or device would never end."""
+    try:
+        if path.is_file():
+            return path
+        there = path.exists()
+    except OSError as error:
+        raise ContentError(f"is the path {path}, which can't be read: {error.strerror or error}") from error
+    raise ContentError(f"is the path {path}, which is {'no file' if there else 'not there'}")
+
+
+def _opened(data: bytes | Path) -> "PIL.Image.Image":
     """Its header read, no pixel yet."""
     pil = _pillow()
+    source = data if isinstance(data, Path) else io.BytesIO(data)
     try:
-        image: PIL.Image.Image = pil.open(io.BytesIO(data), formats=[name for name in _FORMATS if name != "MPO"])
+        image: PIL.Image.Image = pil.open(source, formats=[name for name in _FORMATS if name != "MPO"])
     except (pil.DecompressionBombError, pil.DecompressionBombWarning) as error:  # the latter where warnings are errors
         raise ContentError(f"is a picture with too many pixels: {error}") from error
     except Exception as error:  # as for what is damaged

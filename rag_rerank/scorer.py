@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Literal, Self
 
-from rag_rerank.content import Checked, Content, Image, Input, Mixed, Prepared, Video, check, read
+from rag_rerank.content import Checked, Content, Image, Input, Mixed, Prepared, Video, check, prepare, read
 from rag_rerank.errors import BackendError, BadReply, ContentError, DeadlineExceeded, DocumentRejected, RerankError
 
 logger = logging.getLogger(__name__)
@@ -332,6 +332,15 @@ def _all_text(inputs: list[Checked]) -> list[str] | None:
     """`inputs`, if all of them are text."""
     texts = [each for each in inputs if isinstance(each, str)]
     return texts if len(texts) == len(inputs) else None
+
+
+def prepared(value: Input, where: str) -> Prepared:
+    """One query or document, checked and read, for a scorer to take it as it is; `where` is its place, for errors.
+
+    Raises:
+        TypeError, ValueError, ContentError, ConfigError: As `Scorer.score`.
+    """
+    return prepare(value, where, _clean)
 
 
 def _read(
