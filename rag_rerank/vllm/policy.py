@@ -12,12 +12,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from rag_rerank.content import Link, Mixed, Prepared
 from rag_rerank.errors import BackendRejected, BackendUnavailable, DocumentRejected
+from rag_rerank.mixed import Mixed, Prepared
 from rag_rerank.pictures import BLANK
 from rag_rerank.scorer import text_only
 from rag_rerank.template import NEUTRAL
 from rag_rerank.vllm.exchange import Exchange
+from rag_rerank.vllm.pieces import cut, has_image, size_of
 from rag_rerank.vllm.steps import Steps, Together
 from rag_rerank.vllm.wire import (
     Answer,
@@ -37,8 +38,6 @@ API = Literal["score", "rerank"]
 _BLIND = re.compile("MultiModalParam is not supported|only supports text as input")
 _CUTS_DOCUMENTS = (0, 20)  # vLLM's max_tokens_per_doc
 _MOST_TOKENS_OF_A_TEMPLATE = 1024  # beside query and document; a guess, only for whether to measure
-MOST_BYTES = 8 << 20
-"""Of one request, where it has more than one document: about 10 ms of encoding, in which an event loop stands still."""
 NEUTRAL_PICTURE = Mixed((BLANK,))
 MOST_TOKENS_OF_A_PLAIN_PAIR = 8  # "a" and "a": BERT 5, RoBERTa 6, a bi-encoder 6; the shortest template with an end 12
 
@@ -112,23 +111,9 @@ class Call:
             query = self._query(position)
             asked = query if self.api == "rerank" or isinstance(query, Mixed) else None
             groups.setdefault((room, asked, self._seen(position)), []).append(position)
-        return [piece for group in groups.values() for piece in self._cut(group)]
-
-    def _cut(self, group: list[int]) -> list[list[int]]:
-        pieces: list[list[int]] = [[]]
-        size = 0
-        for position in group:
-            document = self.documents[position]
-            more = _size(document) + (0 if len(self.queries) == 1 else _size(self._query(position)))
-            # What the server has to fetch first goes alone: the others don't wait for it, nor fail with it.
-            alone = isinstance(document, Mixed) and any(isinstance(part, Link) for part in document.parts)
-            full = len(pieces[-1]) == self.exchange.rules.chunk_size or size + more > MOST_BYTES or alone
-            if full and pieces[-1]:
-                pieces.append([])
-                size = 0
-            pieces[-1].append(position)
-            size = MOST_BYTES if alone else size + more
-        return pieces
+        queries = None if len(self.queries) == 1 else self.queries
+        size = self.exchange.rules.chunk_size
+        return [piece for group in groups.values() for piece in cut(group, size, self.documents, queries)]
 
     def _score_piece(self, piece: list[int], room: int | None, pieces: "deque[list[int]]") -> Steps[None]:
         """Score a piece; one that is refused goes back in halves, until it is known which documents are to blame.
@@ -151,11 +136,11 @@ class Call:
                 self._refuse(piece[0], refusal)
                 return
             # By length: over-long documents end up in the same half. Those to blame are found with fewer requests.
-            piece.sort(key=lambda position: _size(self.documents[position]))
+            piece.sort(key=lambda position: size_of(self.documents[position]))
             middle = len(piece) // 2
             pieces.extendleft([piece[middle:], piece[:middle]])
             return
-        self._sound.add(_has_image(documents))
+        self._sound.add(has_image(documents))
         for position, score in zip(piece, answer.scores, strict=True):
             self._scores[position] = score
             self._encoded.pop(id(self.documents[position]), None)
@@ -180,7 +165,7 @@ class Call:
             return False
         if refusal.status == 413:
             return True
-        pictured = _has_image(documents) or (len(self.queries) > 1 and _has_image(queries))
+        pictured = has_image(documents) or (len(self.queries) > 1 and has_image(queries))
         return (yield from self._accepts_others(pictured, again=odd))
 
     def _accepts_others(self, pictured: bool, *, again: bool = False) -> Steps[bool]:
@@ -346,15 +331,3 @@ class Call:
 
     def _query(self, position: int) -> Prepared:
         return self.queries[0 if len(self.queries) == 1 else position]
-
-
-def _size(value: Prepared) -> int:
-    """About how many bytes it takes in a request."""
-    return len(value) if isinstance(value, str) else value.size
-
-
-def _has_image(inputs: Sequence[Prepared]) -> bool:
-    parts = (part for each in inputs if isinstance(each, Mixed) for part in each.parts)
-    return any(
-        not isinstance(part, str) and not (isinstance(part, Link) and part.kind == "video_url") for part in parts
-    )

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from rag_rerank import (
@@ -25,7 +25,7 @@ from rag_rerank import (
     Video,
     VLLMScorer,
 )
-from rag_rerank.vllm import exchange, policy
+from rag_rerank.vllm import exchange, pieces
 from tests import drawn
 from tests.faulty_server import FaultyServer, Request, Steps, http, on_scores, oracle, refusal, spelled
 from tests.scorers import WordOverlap
@@ -197,7 +197,7 @@ class TestSizes:
 
     def test_a_request_has_no_more_than_so_many_bytes(self, server: FaultyServer, monkeypatch: pytest.MonkeyPatch):
         """But one document, however large. Nothing is lost between them."""
-        monkeypatch.setattr(policy, "MOST_BYTES", 5000)
+        monkeypatch.setattr(pieces, "MOST_BYTES", 5000)
         pages = [drawn.encoded(drawn.gradient((10 + n, 20)).effect_spread(n), "PNG") for n in range(20)]
         large = drawn.encoded(drawn.gradient((60, 60)).effect_spread(30), "PNG", compress_level=0)
         pages.insert(7, large)
@@ -257,6 +257,41 @@ class TestRefusals:
         wanted = exact("q", "a", sent(GREEN), "-", "b", sent(BLUE), sent("c", GREEN))
         assert caught.value.indices == (2,)
         assert list(caught.value.scores) == [*wanted[:2], None, *wanted[3:]]
+
+    @given(
+        st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=9).filter(
+            lambda kinds: any(bad for _, bad in kinds) and not all(bad for _, bad in kinds)
+        ),
+        st.sampled_from([400, 422, 500]),
+        st.integers(1, 5),
+    )
+    @settings(max_examples=25)
+    def test_exactly_the_bad_ones_are_rejected(self, kinds: list[tuple[bool, bool]], status: int, chunk_size: int):
+        """Images and texts, in any order and number; texts at 400, for to 500 nobody blames a text."""
+        assume(status != 500 or all(pictured for pictured, bad in kinds if bad))
+        documents: list[Input] = []
+        for number, (pictured, bad) in enumerate(kinds):
+            words = f"{'bad' if bad else 'good'} {number}"
+            documents.append(Content(words, Image(RED)) if pictured else words)
+
+        def refuse(request: Request) -> Steps | None:
+            bad = request.wants_scores and any("bad" in spelled(each) for each in request.documents)
+            return refusal(status, "can't") if bad else None
+
+        server = _shared()
+        server.behave = refuse
+        try:
+            with (
+                VLLMScorer(server.base_url, chunk_size=chunk_size) as scorer,
+                pytest.raises(DocumentRejected) as caught,
+            ):
+                scorer.score("q", documents)
+        finally:
+            server.behave = lambda request: None
+        assert caught.value.indices == tuple(n for n, (_, bad) in enumerate(kinds) if bad)
+        wanted = [sent(f"good {n}", RED) if pictured else f"good {n}" for n, (pictured, _) in enumerate(kinds)]
+        right = [None if bad else exact("q", each)[0] for each, (_, bad) in zip(wanted, kinds, strict=True)]
+        assert list(caught.value.scores) == right
 
     def test_an_address_that_the_server_can_t_reach_costs_only_itself(self, server: FaultyServer):
         """It goes in a request of its own, so that the others neither wait for it nor are asked for again."""
