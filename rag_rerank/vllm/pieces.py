@@ -46,3 +46,8 @@ def has_image(inputs: Sequence[Prepared]) -> bool:
     return any(
         not isinstance(part, str) and not (isinstance(part, Link) and part.kind == "video_url") for part in parts
     )
+
+
+def places(value: Prepared) -> int:
+    """How many images and videos it has."""
+    return 0 if isinstance(value, str) else sum(not isinstance(part, str) for part in value.parts)

@@ -1,7 +1,7 @@
 """How a call goes: cut into requests, over-long documents cut, rejected documents found.
 
-"Seen" is a pair with more in it than text: never cut, because vLLM answers 500 where a picture's place in the prompt is
-cut off, and cuts the end of the prompt otherwise.
+"Seen" is a pair with more in it than text. Its prompt is never truncated: vLLM answers 500 where a picture's place in
+it is cut off, and cuts its end otherwise. Texts beside pictures are cut where asked for, with room for the places.
 
 A generator (`rag_rerank.vllm.steps`): no socket and no clock of its own.
 """
@@ -18,7 +18,7 @@ from rag_rerank.pictures import BLANK
 from rag_rerank.scorer import text_only
 from rag_rerank.template import NEUTRAL
 from rag_rerank.vllm.exchange import Exchange
-from rag_rerank.vllm.pieces import cut, has_image, size_of
+from rag_rerank.vllm.pieces import cut, has_image, places, size_of
 from rag_rerank.vllm.steps import Steps, Together
 from rag_rerank.vllm.wire import (
     Answer,
@@ -39,6 +39,7 @@ _BLIND = re.compile("MultiModalParam is not supported|only supports text as inpu
 _CUTS_DOCUMENTS = (0, 20)  # vLLM's max_tokens_per_doc
 _MOST_TOKENS_OF_A_TEMPLATE = 1024  # beside query and document; a guess, only for whether to measure
 NEUTRAL_PICTURE = Mixed((BLANK,))
+MOST_TOKENS_OF_A_PLACE = 16  # of an image or video in the prompt: Qwen-VL 3, Phi-3-vision 5; it stands before the text
 MOST_TOKENS_OF_A_PLAIN_PAIR = 8  # "a" and "a": BERT 5, RoBERTa 6, a bi-encoder 6; the shortest template with an end 12
 
 
@@ -106,11 +107,12 @@ class Call:
 
         Those of one query where it can be sent once instead of for each document: in a rerank API, and with pictures.
         """
-        groups: dict[tuple[int | None, Prepared | None, bool], list[int]] = {}
+        groups: dict[tuple[int | None, Prepared | None, tuple[int | None, int | None] | None], list[int]] = {}
         for position, room in enumerate(rooms):
             query = self._query(position)
             asked = query if self.api == "rerank" or isinstance(query, Mixed) else None
-            groups.setdefault((room, asked, self._seen(position)), []).append(position)
+            limits = self._limits(query, self.documents[position]) if self._seen(position) else None
+            groups.setdefault((room, asked, limits), []).append(position)
         queries = None if len(self.queries) == 1 else self.queries
         size = self.exchange.rules.chunk_size
         return [piece for group in groups.values() for piece in cut(group, size, self.documents, queries)]
@@ -124,9 +126,8 @@ class Call:
         queries = [self._query(position) for position in (piece[:1] if one else piece)]
         documents = [self.documents[position] for position in piece]
         seen = self._seen(piece[0])
-        options = (
-            self._uncut if seen else self.options if room is None else replace(self.options, max_tokens_per_doc=room)
-        )
+        options = self.options if room is None else replace(self.options, max_tokens_per_doc=room)
+        options = self._untruncated(queries[0], documents[0]) if seen else options
         try:
             answer = yield from self._ask(queries, documents, options, positions=piece)
         except (BackendRejected, BackendUnavailable) as refusal:
@@ -178,7 +179,8 @@ class Call:
         if again or pictured not in self._sound:
             query = self.queries[0] if len(self.queries) == 1 else NEUTRAL
             document = NEUTRAL_PICTURE if pictured else NEUTRAL
-            options = self._uncut if pictured or isinstance(query, Mixed) else self.options
+            seen = pictured or isinstance(query, Mixed)
+            options = self._untruncated(query, document) if seen else self.options
             try:
                 yield from self._ask([query], [document], options, aside=True)
             except (BackendRejected, BackendUnavailable) as refusal:
@@ -192,7 +194,9 @@ class Call:
         """Note that a document can't be scored."""
         if self._seen(position):
             if re.search("maximum (context|model) length", refusal.message):
-                refusal.remedy = "What has an image is never cut: shorten its text, or scale it down (max_pixels=)."
+                refusal.remedy = (
+                    "The text beside an image is cut only by max_tokens_per_doc=; or scale it down (max_pixels=)."
+                )
             elif isinstance(refusal, BackendUnavailable):
                 refusal.remedy = "Can the server reach its url, and does the model take in images of that shape?"
         self._refusals[position] = refusal
@@ -322,9 +326,24 @@ class Call:
             self._encoded[id(value)] = Encoded.of(value)
         return self._encoded[id(value)]
 
-    @property
-    def _uncut(self) -> Options:
-        return replace(self.options, truncate_prompt_tokens=None, max_tokens_per_query=None, max_tokens_per_doc=None)
+    def _untruncated(self, query: Prepared, document: Prepared) -> Options:
+        """The options for a seen pair."""
+        of_query, of_document = self._limits(query, document)
+        return replace(
+            self.options,
+            truncate_prompt_tokens=None,
+            max_tokens_per_query=of_query,
+            max_tokens_per_doc=of_document,
+        )
+
+    def _limits(self, query: Prepared, document: Prepared) -> tuple[int | None, int | None]:
+        """At how many tokens to cut the text of each side of a seen pair."""
+        options = self.options
+        given = ((options.max_tokens_per_query, query), (options.max_tokens_per_doc, document))
+        of_query, of_document = (
+            None if limit is None or limit < MOST_TOKENS_OF_A_PLACE * places(each) else limit for limit, each in given
+        )
+        return of_query, of_document
 
     def _seen(self, position: int) -> bool:
         return isinstance(self._query(position), Mixed) or isinstance(self.documents[position], Mixed)

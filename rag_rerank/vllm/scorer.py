@@ -30,10 +30,11 @@ class VLLMScorer(Scorer):
     `DocumentRejected`, which has the scores of the others.
 
     Queries and documents may be images (`Image`, `Content`, see `Scorer.score`) where the server's model sees. Their
-    pairs are never cut, whatever is said below: vLLM answers 500 where an image's place in the prompt is cut off.
-    `template`, and a prompt for the side that an image is on, don't go with them: vLLM puts images before all text. A
-    request has at most 8 MiB, or one document. A server fetches addresses of images for itself; each goes in a request
-    of its own. It says 500 where it can't reach one: that is tried again as any 5xx, then that document is rejected.
+    prompts are never truncated: vLLM answers 500 where an image's place is cut off. `max_tokens_per_query` and
+    `max_tokens_per_doc` cut the text beside images, where they leave 16 tokens for each image's place. `template`, and
+    a prompt for the side that an image is on, don't go with images: vLLM puts these before all text. A request has at
+    most 8 MiB, or one document. A server fetches addresses of images for itself; each goes in a request of its own. It
+    says 500 where it can't reach one: that is tried again as any 5xx, then that document is rejected.
 
     Args:
         base_url: The server's address, with or without ``/v1`` or ``/score`` at its end; or several, which are asked

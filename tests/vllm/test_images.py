@@ -2,6 +2,7 @@
 
 import asyncio
 import base64
+import gc
 import json
 import time
 from collections.abc import Callable, Iterator
@@ -25,7 +26,9 @@ from rag_rerank import (
     Video,
     VLLMScorer,
 )
-from rag_rerank.vllm import exchange, pieces
+from rag_rerank.content import Mixed
+from rag_rerank.pictures import read_picture
+from rag_rerank.vllm import exchange, pieces, wire
 from tests import drawn
 from tests.faulty_server import FaultyServer, Request, Steps, http, on_scores, oracle, refusal, spelled
 from tests.scorers import WordOverlap
@@ -145,13 +148,28 @@ class TestRequests:
         asked = {spelled(r.content["text_1"]): r.documents for r in server.score_requests}
         assert asked == {spelled(sent(RED)): ["a", "b", "c"], spelled(sent(BLUE)): ["a", "b"]}
 
-    def test_options_are_sent_but_nothing_is_cut(self, server: FaultyServer):
+    def test_the_prompt_is_not_truncated(self, server: FaultyServer):
         """vLLM answers 500 where the place of an image is cut off; texts in the same list are cut as ever."""
-        scorer = VLLMScorer(server.base_url, truncate_prompt_tokens=100, max_tokens_per_doc=9, use_activation=False)
+        scorer = VLLMScorer(server.base_url, truncate_prompt_tokens=100, use_activation=False)
         assert scorer.score("q", ["a", Image(RED)]) == exact("q", "a", sent(RED))
         plain, seen = sorted((request.content for request in server.score_requests), key=lambda body: len(str(body)))
-        assert plain.keys() - seen.keys() == {"truncate_prompt_tokens", "max_tokens_per_doc"}
+        assert plain.keys() - seen.keys() == {"truncate_prompt_tokens"}
         assert seen["use_activation"] is False
+
+    @pytest.mark.parametrize(("limit", "kept"), [(40, 2), (31, 1), (32, 2), (16, 1), (15, 0)])
+    def test_texts_beside_images_are_cut_where_that_leaves_their_places(
+        self, server: FaultyServer, limit: int, kept: int
+    ):
+        """Each image stands before the text, in a few tokens; a limit that might cut one off is not sent."""
+        documents = [Content(*[Image(RED)] * count, "long") for count in range(1, 4)]
+        VLLMScorer(server.base_url, max_tokens_per_doc=limit).score(Image(BLUE), ["text", *documents])
+        limits = {spelled(d): r.content.get("max_tokens_per_doc") for r in server.score_requests for d in r.documents}
+        wanted = [sent(*[RED] * count, "long") for count in range(1, 4)]
+        assert limits == {"text": limit} | {spelled(d): limit if n <= kept else None for n, d in enumerate(wanted, 1)}
+        scorer = VLLMScorer(server.base_url, max_tokens_per_query=limit)
+        server.requests.clear()
+        scorer.score(Image(BLUE), "text")
+        assert server.score_requests[0].content.get("max_tokens_per_query") == (limit if kept else None)
 
     def test_long_text_beside_an_image_is_not_measured(self, server: FaultyServer):
         """Nor does the automatic truncation touch it."""
@@ -235,6 +253,21 @@ class TestSizes:
         assert list(caught.value.scores) == wanted
         assert len(server.score_requests) > 5
         assert sorted(encoded.count(page) for page in [BLUE, RED, *pages]) == [1] * 17
+
+    def test_what_has_its_score_is_let_go(self, server: FaultyServer, monkeypatch: pytest.MonkeyPatch):
+        """Only those on their way are held encoded: here four requests of four at once, of 100."""
+        monkeypatch.setattr(pieces, "MOST_BYTES", 4 * Mixed((read_picture(RED),)).size + 50)
+        held: list[int] = []
+        encode = wire.Encoded.of
+
+        def counting(mixed: Mixed) -> wire.Encoded:
+            held.append(sum(isinstance(each, wire.Encoded) for each in gc.get_objects()))
+            return encode(mixed)
+
+        monkeypatch.setattr(wire.Encoded, "of", counting)
+        VLLMScorer(server.base_url, max_concurrency=4).score("q", [Image(RED) for _ in range(100)])
+        assert len(held) == 100
+        assert max(held) <= 20
 
 
 class TestRefusals:
@@ -349,7 +382,7 @@ class TestRefusals:
         """The remedy is not to ask for a truncation, which there is not."""
         long = "This model's maximum context length is 512 tokens. However, your prompt contains 513"
         server.behave = on_scores(lambda request: refusal(400, long) if "long" in str(request.content) else None)
-        with pytest.raises(DocumentRejected, match="never cut: shorten its text") as caught:
+        with pytest.raises(DocumentRejected, match="cut only by max_tokens_per_doc") as caught:
             VLLMScorer(server.base_url).score("q", [Content("long", Image(RED)), Image(BLUE)])
         assert caught.value.indices == (0,)
 
