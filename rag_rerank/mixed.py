@@ -93,3 +93,17 @@ def shown(url: str) -> str:
         parts = urlsplit(url)
         url = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}{'?...' if parts.query else ''}"
     return url if len(url) <= 60 else f"{url[:57]}..."
+
+
+def hidden(text: str, url: str) -> str:
+    """`text`, which may quote an address wholly or in part, without what gives access: its query and its password."""
+    parts = urlsplit(url)
+    for secret in (parts.query, parts.netloc.rpartition("@")[0]):
+        found = text.find(secret[:4]) if len(secret) >= 4 else -1
+        while found >= 0:
+            end = found
+            while end < len(text) and end - found < len(secret) and text[end] == secret[end - found]:
+                end += 1
+            text = f"{text[:found]}...{text[end:]}"
+            found = text.find(secret[:4], found + 3)
+    return text

@@ -26,7 +26,7 @@ def cut(
     for position in group:
         document = documents[position]
         more = size_of(document) + (0 if queries is None else size_of(queries[position]))
-        alone = isinstance(document, Mixed) and any(isinstance(part, Link) for part in document.parts)
+        alone = bool(links([document]))
         if pieces[-1] and (len(pieces[-1]) == most or size + more > MOST_BYTES or alone):
             pieces.append([])
             size = 0
@@ -38,6 +38,11 @@ def cut(
 def size_of(value: Prepared) -> int:
     """About how many bytes it takes in a request."""
     return len(value) if isinstance(value, str) else value.size
+
+
+def links(inputs: Sequence[Prepared]) -> list[Link]:
+    """What the server has to fetch."""
+    return [part for each in inputs if isinstance(each, Mixed) for part in each.parts if isinstance(part, Link)]
 
 
 def has_image(inputs: Sequence[Prepared]) -> bool:

@@ -13,12 +13,12 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from rag_rerank.errors import BackendRejected, BackendUnavailable, DocumentRejected
-from rag_rerank.mixed import Mixed, Prepared
+from rag_rerank.mixed import Mixed, Prepared, hidden
 from rag_rerank.pictures import BLANK
 from rag_rerank.scorer import text_only
 from rag_rerank.template import NEUTRAL
 from rag_rerank.vllm.exchange import Exchange
-from rag_rerank.vllm.pieces import cut, has_image, places, size_of
+from rag_rerank.vllm.pieces import cut, has_image, links, places, size_of
 from rag_rerank.vllm.steps import Steps, Together
 from rag_rerank.vllm.wire import (
     Answer,
@@ -131,6 +131,9 @@ class Call:
         try:
             answer = yield from self._ask(queries, documents, options, positions=piece)
         except (BackendRejected, BackendUnavailable) as refusal:
+            for link in links([*queries, *documents]):  # vLLM quotes an address that it can't fetch
+                refusal.message = hidden(refusal.message, link.url)
+            refusal.args = (refusal.message,)
             if not (yield from self._blames_documents(refusal, queries, documents, seen)):
                 raise
             if len(piece) == 1:

@@ -3,6 +3,7 @@
 import asyncio
 import base64
 import gc
+import itertools
 import json
 import time
 from collections.abc import Callable, Iterator
@@ -14,6 +15,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from rag_rerank import (
+    BackendError,
     BackendRejected,
     BackendUnavailable,
     Content,
@@ -339,6 +341,28 @@ class TestRefusals:
         assert {item.index for item in ranked if item.score is None} == {1}
         with pytest.raises(DocumentRejected, match="Can the server reach its url"):
             VLLMScorer(server.base_url).score("q", ["a", Image(url=BEYOND), Image(RED)])
+
+    def test_an_address_with_a_signature_is_not_told(self, server: FaultyServer):
+        """vLLM quotes the address in its refusals, whole or from its path on, and error texts are cut somewhere."""
+        secret = "signature=" + "h7" * 200
+        signed = f"https://me:hunter2@pictures.example/a.png?{secret}"
+        quotes = [f"HTTP 404 (value={signed})", f"Max retries exceeded with url: /a.png?{secret} (Caused by"]
+        for quote, status in itertools.product(quotes, (422, 500)):
+            server.behave = on_scores(
+                lambda request, quote=quote, status=status: (
+                    refusal(status, quote) if "hunter2" in str(request.content) else None
+                )
+            )
+            scorer = VLLMScorer(server.base_url, max_retries=0)
+            for asked in (("q", ["a", Image(url=signed)]), (Image(url=signed), ["a"])):
+                with pytest.raises(BackendError) as caught:
+                    scorer.score(*asked)
+                error: BaseException | None = caught.value
+                while error is not None:
+                    told = f"{error} {error!r} {vars(error)}"
+                    assert "h7h7" not in told
+                    assert "hunter2" not in told
+                    error = error.__cause__ or error.__context__
 
     def test_a_server_that_fails_at_every_image_is_unavailable(self, server: FaultyServer):
         """A blank one fails as well, so it is not for the documents; no more requests than that needs."""
