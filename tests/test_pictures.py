@@ -77,7 +77,7 @@ class TestKinds:
 
 
 class TestLooks:
-    """`decoded` is what vLLM's model gets to see (`tests/vllm/test_image_bytes.py` compares them)."""
+    """`decoded` is what vLLM's model gets to see (`tests/vllm/images/test_bytes.py` compares them)."""
 
     def test_turned_as_its_exif_data_says(self):
         """A portrait from a telephone lies on its side in the file; in memory, scaled or not, it is the same."""
