@@ -69,7 +69,8 @@ class Scorer(Closeable, ABC):
     """Scores how relevant documents are to queries.
 
     To add a back end, subclass, set `model_name`, and write `_score`; override `_ascore` where waiting can be done
-    without a thread, and `_close` where something must be given back.
+    without a thread, `_score_mixed` (and `_ascore_mixed`) where the model sees images, and `_close` where something
+    must be given back.
     """
 
     _closed = False
@@ -98,7 +99,14 @@ class Scorer(Closeable, ABC):
         return await asyncio.to_thread(self._score, queries, documents, until)
 
     def _score_mixed(self, queries: list[Prepared], documents: list[Prepared], until: float | None) -> list[float]:
-        """As `_score`, called where a query or document holds more than text. By default that is refused."""
+        """As `_score`, called where a query or document holds more than text; by default that is refused.
+
+        What is more than text comes as `rag_rerank.mixed.Mixed`: its texts, its pictures, which were read and checked,
+        and links to what was not.
+
+        Raises:
+            ContentError: The model reads text only.
+        """
         raise text_only(self.model_name, queries, documents)
 
     async def _ascore_mixed(
