@@ -13,12 +13,17 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from rag_rerank.content import Content as Content
+    from rag_rerank.content import Image as Image
+    from rag_rerank.content import Input as Input
+    from rag_rerank.content import Video as Video
     from rag_rerank.errors import AuthError as AuthError
     from rag_rerank.errors import BackendError as BackendError
     from rag_rerank.errors import BackendRejected as BackendRejected
     from rag_rerank.errors import BackendUnavailable as BackendUnavailable
     from rag_rerank.errors import BadReply as BadReply
     from rag_rerank.errors import ConfigError as ConfigError
+    from rag_rerank.errors import ContentError as ContentError
     from rag_rerank.errors import DeadlineExceeded as DeadlineExceeded
     from rag_rerank.errors import DocumentRejected as DocumentRejected
     from rag_rerank.errors import RerankError as RerankError
@@ -37,12 +42,17 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOME = {
+    "Content": "content",
+    "Image": "content",
+    "Input": "content",
+    "Video": "content",
     "AuthError": "errors",
     "BackendError": "errors",
     "BackendRejected": "errors",
     "BackendUnavailable": "errors",
     "BadReply": "errors",
     "ConfigError": "errors",
+    "ContentError": "errors",
     "DeadlineExceeded": "errors",
     "DocumentRejected": "errors",
     "RerankError": "errors",

@@ -7,14 +7,20 @@ rich.print(Reranked(query, documents, scorer.rerank(query, documents)))   # in a
 """
 
 import unicodedata
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+from rag_rerank.content import Content, Image, Input, Video, decoded, from_parts, parts_of
+from rag_rerank.errors import ConfigError
+from rag_rerank.mixed import is_data, shown
+from rag_rerank.pictures import size_of, thumbnail
 from rag_rerank.scorer import Ranked
 
 if TYPE_CHECKING:
+    import PIL.Image
     from rich.table import Table
 
 _SNIPPET, _MORE = 160, 1000  # characters of a document in the table, and where the mouse rests on it
@@ -45,7 +51,7 @@ class Reranked:
 
     Attributes:
         query: The query.
-        documents: The documents, in retrieval order.
+        documents: The documents, in retrieval order. Images are shown by their size, in a notebook with a small copy.
         ranked: What `Scorer.rerank` gave for them.
         gold: Positions of right answers, where they are known: marked, and shown however far down they are.
         rows: How many rows to show from the top; None shows all.
@@ -54,8 +60,8 @@ class Reranked:
         ValueError: `ranked` or `gold` has a position that no document has.
     """
 
-    query: str
-    documents: Sequence[str]
+    query: Input
+    documents: Sequence[Input]
     ranked: Sequence[Ranked]
     gold: Collection[int] = ()
     rows: int | None = 10
@@ -75,7 +81,7 @@ class Reranked:
         left = len(rows) - len(shown)
         more = [f"{left} more"] if left else []
         found = ", ".join(shown + more) or "none kept"
-        return f"Reranked({_cut(self.query, 60)!r}, {len(self.documents)} documents: {found})"
+        return f"Reranked({_cut(described(self.query), 60)!r}, {len(self.documents)} documents: {found})"
 
     def _repr_html_(self) -> str:
         """The table for a notebook: all styles are inline, nothing is loaded, no text is markup."""
@@ -85,11 +91,11 @@ class Reranked:
             for name, side in (("rank", "right"), ("index", "right"), ("moved", "right"), ("score", "left"))
         )
         head += f'<th style="{line};text-align:left">document{" (✓ right answer)" if self.gold else ""}</th>'
-        body = "".join(_html_row(row, line) for row in self._shown())
+        body = "".join(_html_row(row, line, _thumbnail(self.documents[row.index])) for row in self._shown())
         note = f'<div style="opacity:.7;padding:2px 8px">{escape(self._note())}</div>' if self._note() else ""
         return (
             f'<div style="color:inherit;background:transparent;overflow-x:auto"><div dir="auto" '
-            f'style="font-weight:bold;padding:2px 8px">{escape(_cut(self.query, _MORE))}</div>'
+            f'style="font-weight:bold;padding:2px 8px">{escape(_cut(described(self.query), _MORE))}</div>'
             f'<table style="border-collapse:collapse;table-layout:auto;width:100%;min-width:40em;max-width:80em;'
             f'margin:0;color:inherit;background:transparent">'
             f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>{note}</div>"
@@ -101,7 +107,7 @@ class Reranked:
         from rich.text import Text  # noqa: PLC0415
 
         table = Table(
-            title=Text(_cut(self.query, _MORE)),
+            title=Text(_cut(described(self.query), _MORE)),
             title_justify="left",
             title_style="bold",
             caption=self._note() or None,
@@ -130,7 +136,7 @@ class Reranked:
             share = None if item.score is None else (item.score - low) / (high - low) if high > low else 1.0
             score = _UNSCORED if item.score is None else format(item.score, form)
             moved = 0 if item.score is None else item.index + 1 - rank
-            text = self.documents[item.index]
+            text = described(self.documents[item.index])
             yield _Row(rank, item.index, moved, score, share, text, item.index in self.gold)
 
     def _shown(self) -> list[_Row]:
@@ -144,7 +150,58 @@ class Reranked:
         return ", ".join(parts)
 
 
-def _html_row(row: _Row, line: str) -> str:
+def described(value: Input) -> str:
+    """A query or document in words, for people: a text as it is, an image as ``[image 300x200] page1.png``."""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, Mapping):
+        value = from_parts(parts_of(value))
+    parts = value.parts if isinstance(value, Content) else (value,)
+    return " ".join(part if isinstance(part, str) else _described(part) for part in parts)
+
+
+def _first_image(value: Input) -> "Path | bytes | PIL.Image.Image | None":
+    """What its first image can be read from; None where it has none, or one that is elsewhere."""
+    if isinstance(value, Mapping):
+        value = from_parts(parts_of(value))
+    parts = value.parts if isinstance(value, Content) else (value,)
+    for part in parts:
+        if isinstance(part, Image):
+            if part.source is not None:
+                return part.source
+            if part.url is not None and is_data(part.url):
+                return decoded(part.url.partition(",")[2])
+    return None
+
+
+def _described(part: Image | Video) -> str:
+    kind = "image" if isinstance(part, Image) else "video"
+    url = part.url
+    if url is not None and not is_data(url):
+        return f"[{kind}] {shown(url)}"
+    if isinstance(part, Video):
+        return "[video]"
+    try:
+        source = _first_image(part)
+        size = "" if source is None else " {}x{}".format(*size_of(source))
+    except ConfigError:  # it is gone, or Pillow is: no reason not to show the rest
+        size = ""
+    return f"[image{size}]" + (f" {part.source.name}" if isinstance(part.source, Path) else "")
+
+
+def _thumbnail(document: Input) -> str:
+    """A small copy of a document's image, if it has one that can be read here; nothing is fetched."""
+    if isinstance(document, str):
+        return ""
+    try:
+        source = _first_image(document)
+        url = None if source is None else thumbnail(source)
+    except ConfigError:  # it is gone, or Pillow is: the rest is shown all the same
+        return ""
+    return "" if url is None else f'<img src="{url}" alt="" style="max-height:64px;vertical-align:middle" /> '
+
+
+def _html_row(row: _Row, line: str, image: str) -> str:
     numbers = f"{line};text-align:right;font-variant-numeric:tabular-nums"
     colour = f";color:{_GREEN}" if row.moved > 0 else f";color:{_RED}" if row.moved < 0 else ""
     bar = (
@@ -161,7 +218,7 @@ def _html_row(row: _Row, line: str) -> str:
         f'<td style="{numbers}{colour}">{_arrow(row)}</td><td style="{line};text-align:left">{score}{bar}</td>'
         f'<td dir="auto" title="{escape(_cut(row.text, _MORE))}" style="{line};text-align:start;width:100%;'
         f'max-width:0;overflow:hidden;text-overflow:ellipsis;white-space:nowrap">'
-        f"{mark}{escape(_cut(row.text, _SNIPPET))}</td></tr>"
+        f"{mark}{image}{escape(_cut(row.text, _SNIPPET))}</td></tr>"
     )
 
 

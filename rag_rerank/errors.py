@@ -2,6 +2,7 @@
 
     RerankError
     ├── ConfigError (ValueError)         a wrong setting: mend the call or the installation, then try again
+    │   └── ContentError                 a picture that can't be read, or that the model has no eyes for
     └── BackendError                     a well-formed call that got no scores
         ├── BackendUnavailable           nobody answered, or the server said that it can't at the moment
         ├── DeadlineExceeded (TimeoutError)
@@ -23,6 +24,10 @@ class RerankError(Exception):
 
 class ConfigError(RerankError, ValueError):
     """A setting is wrong, a model can't be loaded as asked, or an optional dependency is missing."""
+
+
+class ContentError(ConfigError):
+    """A query or document holds a picture that can't be read, or anything but text for a model that reads only text."""
 
 
 class BackendError(RerankError):
@@ -73,9 +78,11 @@ class BackendUnavailable(BackendError):
 
     Attributes:
         retry_after: Seconds for which the server asked to be left alone, where it did.
+        status: The HTTP status, where there was one.
     """
 
     retry_after: float | None = None
+    status: int | None = None
 
 
 class DeadlineExceeded(BackendError, TimeoutError):

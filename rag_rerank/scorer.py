@@ -15,9 +15,10 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
-from rag_rerank.errors import BackendError, BadReply, DeadlineExceeded, DocumentRejected, RerankError
+from rag_rerank.content import Checked, Content, Image, Input, Mixed, Prepared, Video, check, prepare, read
+from rag_rerank.errors import BackendError, BadReply, ContentError, DeadlineExceeded, DocumentRejected, RerankError
 
 logger = logging.getLogger(__name__)
 
@@ -68,7 +69,8 @@ class Scorer(Closeable, ABC):
     """Scores how relevant documents are to queries.
 
     To add a back end, subclass, set `model_name`, and write `_score`; override `_ascore` where waiting can be done
-    without a thread, and `_close` where something must be given back.
+    without a thread, `_score_mixed` (and `_ascore_mixed`) where the model sees images, and `_close` where something
+    must be given back.
     """
 
     _closed = False
@@ -96,6 +98,23 @@ class Scorer(Closeable, ABC):
         """As `_score`, for callers in an event loop. By default it runs `_score` in a worker thread."""
         return await asyncio.to_thread(self._score, queries, documents, until)
 
+    def _score_mixed(self, queries: list[Prepared], documents: list[Prepared], until: float | None) -> list[float]:
+        """As `_score`, called where a query or document holds more than text; by default that is refused.
+
+        What is more than text comes as `rag_rerank.mixed.Mixed`: its texts, its pictures, which were read and checked,
+        and links to what was not.
+
+        Raises:
+            ContentError: The model reads text only.
+        """
+        raise text_only(self.model_name, queries, documents)
+
+    async def _ascore_mixed(
+        self, queries: list[Prepared], documents: list[Prepared], until: float | None
+    ) -> list[float]:
+        """As `_score_mixed`, for callers in an event loop. By default it runs that in a worker thread."""
+        return await asyncio.to_thread(self._score_mixed, queries, documents, until)
+
     def _close(self) -> None:
         """Give back what the scorer holds; called once."""
 
@@ -104,7 +123,7 @@ class Scorer(Closeable, ABC):
         self._close()
 
     def score(
-        self, queries: str | Sequence[str], documents: str | Sequence[str], *, deadline: float | None = None
+        self, queries: Input | Sequence[Input], documents: Input | Sequence[Input], *, deadline: float | None = None
     ) -> list[float]:
         """Score documents against queries, paired as in vLLM's score API.
 
@@ -112,7 +131,8 @@ class Scorer(Closeable, ABC):
             queries: One query, or as many as there are documents.
             documents: One document or many: 1:1, 1:N (one query for all) or N:N (like `zip`). Lone surrogates,
                 which no tokenizer or JSON reader accepts, are read as U+FFFD; text that spells a special token, such
-                as ``<|im_end|>``, is read with a space in it, so that it is not one.
+                as ``<|im_end|>``, is read with a space in it, so that it is not one. For models that see, each may be
+                an `Image`, `Video` or `Content` instead of text; images are read and checked before anything is sent.
             deadline: Seconds from now that the whole call may take. None: the back end's own default.
 
         Returns:
@@ -120,27 +140,40 @@ class Scorer(Closeable, ABC):
             and no request sent.
 
         Raises:
-            TypeError: Something is not text; the message names the position.
+            TypeError: Something is not text nor an image; the message names the position.
             ValueError: The numbers of queries and documents do not go together.
+            ContentError: An image can't be read, or is more than the model reads.
             ConfigError: The scorer can't work as configured.
             BackendError: No scores; the subclass says why.
         """
-        paired_queries, texts = _pair_up(queries, documents)
+        asked, found = _pair_up(queries, documents)
         until = self._begin(deadline)
-        return _checked(self._score(paired_queries, texts, until), len(texts)) if texts else []
+        if not found:
+            return []
+        texts = _all_text(asked), _all_text(found)
+        if texts[0] is None or texts[1] is None:
+            return _checked(self._score_mixed(*_read(asked, found, until), until), len(found))
+        return _checked(self._score(texts[0], texts[1], until), len(found))
 
     async def ascore(
-        self, queries: str | Sequence[str], documents: str | Sequence[str], *, deadline: float | None = None
+        self, queries: Input | Sequence[Input], documents: Input | Sequence[Input], *, deadline: float | None = None
     ) -> list[float]:
         """As `score`, without blocking the event loop; cancelling the task abandons the call."""
-        paired_queries, texts = _pair_up(queries, documents)
+        asked, found = _pair_up(queries, documents)
         until = self._begin(deadline)
-        return _checked(await self._ascore(paired_queries, texts, until), len(texts)) if texts else []
+        if not found:
+            return []
+        texts = _all_text(asked), _all_text(found)
+        if texts[0] is None or texts[1] is None:
+            # In a thread: files are read, and pictures decoded, 10 ms a million pixels.
+            mixed = await asyncio.to_thread(_read, asked, found, until)
+            return _checked(await self._ascore_mixed(*mixed, until), len(found))
+        return _checked(await self._ascore(texts[0], texts[1], until), len(found))
 
     def rerank(
         self,
-        query: str,
-        documents: Sequence[str],
+        query: Input,
+        documents: Sequence[Input],
         *,
         top_n: int | None = None,
         score_threshold: float | None = None,
@@ -174,8 +207,8 @@ class Scorer(Closeable, ABC):
 
     async def arerank(
         self,
-        query: str,
-        documents: Sequence[str],
+        query: Input,
+        documents: Sequence[Input],
         *,
         top_n: int | None = None,
         score_threshold: float | None = None,
@@ -192,8 +225,8 @@ class Scorer(Closeable, ABC):
 
     def rerank_batch(
         self,
-        queries: Sequence[str],
-        documents: Sequence[Sequence[str]],
+        queries: Sequence[Input],
+        documents: Sequence[Sequence[Input]],
         *,
         top_n: int | None = None,
         score_threshold: float | None = None,
@@ -226,8 +259,8 @@ class Scorer(Closeable, ABC):
 
     async def arerank_batch(
         self,
-        queries: Sequence[str],
-        documents: Sequence[Sequence[str]],
+        queries: Sequence[Input],
+        documents: Sequence[Sequence[Input]],
         *,
         top_n: int | None = None,
         score_threshold: float | None = None,
@@ -280,29 +313,74 @@ class Scorer(Closeable, ABC):
         return self
 
 
-def _pair_up(queries: str | Sequence[str], documents: str | Sequence[str]) -> tuple[list[str], list[str]]:
+def _pair_up(
+    queries: Input | Sequence[Input], documents: Input | Sequence[Input]
+) -> tuple[list[Checked], list[Checked]]:
     """Check both sides and return (one query or N queries, N documents)."""
-    query_texts, document_texts = _texts(queries, "queries"), _texts(documents, "documents")
-    if len(query_texts) not in (1, len(document_texts)):
+    asked, found = _all_checked(queries, "queries"), _all_checked(documents, "documents")
+    if len(asked) not in (1, len(found)):
         raise ValueError(
-            f"got {len(query_texts)} queries and {len(document_texts)} documents; "
+            f"got {len(asked)} queries and {len(found)} documents; "
             "pass one query for all documents (1:N) or as many queries as documents (N:N)"
         )
-    return query_texts, document_texts
+    return asked, found
 
 
-def _texts(value: str | Iterable[str], name: str) -> list[str]:
-    """`value` as a list of clean strings, or a TypeError that names the position of what is no string."""
-    if isinstance(value, str):
-        return [_clean(value)]
+def _all_checked(value: Input | Iterable[Input], name: str) -> list[Checked]:
+    """`value` as a list of what is right, or an error that names the position of what is nothing of the kind."""
+    if isinstance(value, str | Image | Video | Content | Mixed) or (isinstance(value, Mapping) and "content" in value):
+        return [check(value, name, _clean)]
     # Mappings iterate over keys, sets in no order, bytes as numbers: each would score something nobody meant.
     if not isinstance(value, Iterable) or isinstance(value, Mapping | AbstractSet | bytes | bytearray | memoryview):
         raise TypeError(f"{name} must be a string or a sequence of strings, got {type(value).__name__}")
-    texts = list(value)
-    for position, text in enumerate(texts):
-        if not isinstance(text, str):
-            raise TypeError(f"{name}[{position}] must be str, got {type(text).__name__}")
-    return [_clean(text) for text in texts]
+    return [check(each, f"{name}[{position}]", _clean) for position, each in enumerate(value)]
+
+
+def _all_text(inputs: list[Checked]) -> list[str] | None:
+    """`inputs`, if all of them are text."""
+    texts = [each for each in inputs if isinstance(each, str)]
+    return texts if len(texts) == len(inputs) else None
+
+
+def prepared(value: Input, where: str) -> Prepared:
+    """One query or document, checked and read, for a scorer to take it as it is; `where` is its place, for errors.
+
+    Raises:
+        TypeError, ValueError, ContentError, ConfigError: As `Scorer.score`.
+    """
+    return prepare(value, where, _clean)
+
+
+def _read(
+    queries: list[Checked], documents: list[Checked], until: float | None
+) -> tuple[list[Prepared], list[Prepared]]:
+    """Both sides with their pictures read, those of an input that is there twice once, or DeadlineExceeded."""
+    known: dict[int, Prepared] = {}  # by id: what is checked lives as long as the lists
+    began = time.monotonic()
+
+    def reading(each: Checked, where: str) -> Prepared:
+        if isinstance(each, str):
+            return each
+        if id(each) not in known:
+            if until is not None and time.monotonic() >= until:
+                elapsed = time.monotonic() - began
+                raise DeadlineExceeded(f"the deadline passed before {where} had been read", elapsed=elapsed)
+            known[id(each)] = read(each, where)
+        return known[id(each)]
+
+    def all_of(inputs: list[Checked], name: str) -> list[Prepared]:
+        return [reading(each, f"{name}[{position}]") for position, each in enumerate(inputs)]
+
+    return all_of(queries, "queries"), all_of(documents, "documents")
+
+
+def text_only(model: str, queries: Sequence[Prepared], documents: Sequence[Prepared]) -> ContentError:
+    """The error for a model that reads text only, with the position of the first thing that is more."""
+    for name, inputs in (("queries", queries), ("documents", documents)):
+        for position, each in enumerate(inputs):
+            if isinstance(each, Mixed):
+                return ContentError(f"{name}[{position}] holds an image or a video, but {model} reads text only")
+    raise AssertionError("all text")  # pragma: no cover - called for what is not
 
 
 # How the tokenizers of rerankers spell their special tokens: <|im_end|> (Qwen, Llama 3, ModernBERT), </s> (RoBERTa,
@@ -351,13 +429,13 @@ def _checked(scores: Sequence[float], expected: int) -> list[float]:
 
 
 def _rerank_input(
-    query: str, documents: Sequence[str], top_n: int | None, score_threshold: float | None, on_error: OnError
-) -> list[str]:
-    """Check the arguments of `rerank`; return the documents as a list."""
-    if not isinstance(query, str):
+    query: Input, documents: Sequence[Input], top_n: int | None, score_threshold: float | None, on_error: OnError
+) -> list[Any]:
+    """Check the arguments of `rerank`; return the documents, checked, for `score` to take them as they are."""
+    if not isinstance(query, str | Image | Video | Content | Mapping | Mixed):
         raise TypeError(f"query must be str, got {type(query).__name__}")
-    if isinstance(documents, str):
-        raise TypeError("documents must be a sequence of strings, got one str; pass [document]")
+    if isinstance(documents, str | Image | Video | Content | Mapping):
+        raise TypeError(f"documents must be a sequence of strings, got one {type(documents).__name__}; pass [document]")
     if top_n is not None and (isinstance(top_n, bool) or not isinstance(top_n, int)):
         raise TypeError(f"top_n must be an int or None, got {type(top_n).__name__}")
     if top_n is not None and top_n < 1:
@@ -368,7 +446,7 @@ def _rerank_input(
         raise ValueError(f"score_threshold must be finite, got {score_threshold}; None keeps all documents")
     if on_error not in ("raise", "passthrough"):
         raise ValueError(f'on_error must be "raise" or "passthrough", got {on_error!r}')
-    return _texts(documents, "documents")
+    return _all_checked(documents, "documents")
 
 
 def _rank(scores: Sequence[float | None], top_n: int | None, score_threshold: float | None) -> list[Ranked]:
@@ -398,12 +476,12 @@ def _scores_of_failed(error: BackendError, count: int, on_error: OnError) -> Seq
 
 
 def _batch_input(
-    queries: Sequence[str],
-    documents: Sequence[Sequence[str]],
+    queries: Sequence[Input],
+    documents: Sequence[Sequence[Input]],
     top_n: int | None,
     score_threshold: float | None,
     on_error: OnError,
-) -> tuple[list[str], list[int], list[str]]:
+) -> tuple[list[Input], list[int], list[Any]]:
     """Check the arguments of `rerank_batch`; return a query for each document, the numbers of documents, and those."""
     if isinstance(queries, str) or isinstance(documents, str):
         raise TypeError("queries and documents must be sequences, the latter of sequences; for one query use rerank")
@@ -411,11 +489,9 @@ def _batch_input(
         _rerank_input(query, texts, top_n, score_threshold, on_error)
         for query, texts in zip(queries, documents, strict=True)
     ]
-    rows = (
-        list(queries)
-        if len(queries) == 1
-        else [query for query, texts in zip(queries, lists, strict=True) for _ in texts]
-    )
+    asked: list[Any] = [check(query, f"queries[{position}]", _clean) for position, query in enumerate(queries)]
+    # Each the same object for all of its documents: its pictures are read, and sent, once.
+    rows = asked if len(asked) == 1 else [query for query, texts in zip(asked, lists, strict=True) for _ in texts]
     return rows, list(map(len, lists)), [text for texts in lists for text in texts]
 
 

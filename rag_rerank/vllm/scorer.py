@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
-from rag_rerank.errors import ConfigError
+from rag_rerank.content import Prepared
+from rag_rerank.errors import ConfigError, ContentError
 from rag_rerank.scorer import Scorer
 from rag_rerank.template import Halves, Template, prefixed
 from rag_rerank.vllm.endpoint import Endpoint
@@ -27,6 +28,13 @@ class VLLMScorer(Scorer):
     the model that it serves; both are remembered. Threads and event loops may share one scorer, forked processes too.
     Many documents are sent in several requests. A document that the server refuses costs only itself: the call raises
     `DocumentRejected`, which has the scores of the others.
+
+    Queries and documents may be images (`Image`, `Content`, see `Scorer.score`) where the server's model sees. Their
+    prompts are never truncated: vLLM answers 500 where an image's place is cut off. `max_tokens_per_query` and
+    `max_tokens_per_doc` cut the text beside images, where they leave 16 tokens for each image's place. `template`, and
+    a prompt for the side that an image is on, don't go with images: vLLM puts these before all text. A request has at
+    most 8 MiB, or one document. A server fetches addresses of images for itself; each goes in a request of its own. It
+    says 500 where it can't reach one: that is tried again as any 5xx, then that document is rejected.
 
     Args:
         base_url: The server's address, with or without ``/v1`` or ``/score`` at its end; or several, which are asked
@@ -69,6 +77,7 @@ class VLLMScorer(Scorer):
         send_key_over_http: Allow the key to be sent unencrypted to another machine.
 
     Raises:
+        ContentError: From scoring, an image for a model that reads text only, or beside a `template` or prompt.
         ConfigError: At construction, an address that is no http(s) address or holds a password, a number out of range,
             a template that can't be used, a key for a plain http address that is not this machine's; at the first
             call, a server that is too old for an option, or servers of different models.
@@ -161,12 +170,39 @@ class VLLMScorer(Scorer):
     async def _ascore(self, queries: list[str], documents: list[str], until: float | None) -> list[float]:
         return await self._transport.arun(self._steps(queries, documents, until))
 
+    def _score_mixed(self, queries: list[Prepared], documents: list[Prepared], until: float | None) -> list[float]:
+        return self._transport.run(self._mixed_steps(queries, documents, until), until)
+
+    async def _ascore_mixed(
+        self, queries: list[Prepared], documents: list[Prepared], until: float | None
+    ) -> list[float]:
+        return await self._transport.arun(self._mixed_steps(queries, documents, until))
+
     def _steps(self, queries: list[str], documents: list[str], until: float | None) -> Steps[list[float]]:
-        exchange = Exchange(self._nodes, self._rules, until=until, model=self._model)
         queries, documents = prefixed(self._query_prompt, queries), prefixed(self._document_prompt, documents)
         if self._halves is not None:
             queries = [self._halves.of(query, "")[0] for query in queries]
             documents = [self._halves.of("", document)[1] for document in documents]
+        return self._call(queries, documents, until)
+
+    def _mixed_steps(
+        self, queries: list[Prepared], documents: list[Prepared], until: float | None
+    ) -> Steps[list[float]]:
+        if self._halves is not None:  # vLLM puts pictures before a text, so here before a half of the prompt
+            raise ContentError(
+                "an image has no place in a template that is rendered here (template=): give it to the server, "
+                "--chat-template"
+            )
+        return self._call(
+            _prefixed("query", self._query_prompt, queries),
+            _prefixed("document", self._document_prompt, documents),
+            until,
+        )
+
+    def _call(
+        self, queries: Sequence[Prepared], documents: Sequence[Prepared], until: float | None
+    ) -> Steps[list[float]]:
+        exchange = Exchange(self._nodes, self._rules, until=until, model=self._model)
         fit = self._truncate_automatically and self._halves is None
         return Call(exchange, queries, documents, self._options, self._api, fit).score()
 
@@ -189,6 +225,18 @@ class VLLMScorer(Scorer):
         roots = [endpoint.root for endpoint in self._endpoints]
         model = "" if self._model is None else f", model={self._model!r}"
         return f"VLLMScorer({(roots[0] if len(roots) == 1 else roots)!r}{model})"
+
+
+def _prefixed(name: str, prompt: str | None, inputs: list[Prepared]) -> list[Prepared]:
+    """As `prefixed`, for texts; ContentError where vLLM would put a picture before the prompt."""
+    if not prompt:
+        return inputs
+    made: list[Prepared] = []
+    for each in inputs:
+        if not isinstance(each, str):
+            raise ContentError(f"an image can't follow a {name}_prompt: vLLM puts it before all text")
+        made.append(prompt + each)
+    return made
 
 
 def _endpoints(base_url: str | Sequence[str] | None) -> list[Endpoint]:

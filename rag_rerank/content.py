@@ -1,0 +1,280 @@
+"""What a query or document may be beside text: pictures, videos, or several parts together.
+
+    from rag_rerank import Content, Image
+
+    scorer.rerank("sales in March", [Image(Path("page1.png")), Content("Figure 2", Image(data)), "plain text"])
+
+A file is read because the caller wraps its path in `Image`, never because a text looks like a path or an address.
+"""
+
+import base64
+import binascii
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Union
+
+from rag_rerank.errors import ConfigError, ContentError
+from rag_rerank.mixed import Link, Mixed, Prepared, host_of, is_data, shown
+from rag_rerank.pictures import MOST_BYTES, Picture, read_picture
+
+if TYPE_CHECKING:
+    import PIL.Image
+
+__all__ = ["Checked", "Content", "Image", "Input", "Link", "Mixed", "Prepared", "Video", "check", "prepare", "read"]
+
+
+class Image:
+    """A picture.
+
+    Args:
+        source: A `Path`, which is read when it is scored; the bytes of a PNG, JPEG, WebP, GIF, BMP or TIFF file; or a
+            PIL image, which is sent as PNG, turned as its EXIF data says. None where `url` is given.
+        url: An ``https://`` (or ``http://``) address, which a vLLM server fetches for itself, so that it learns that
+            somebody asked for it, and may reach what this process can't; or a ``data:`` URL with base64. Nothing is
+            ever fetched in this process.
+        max_pixels: Scale it down, width times height, before it is scored; None leaves it as it is.
+
+    Raises:
+        TypeError: `source` is none of these: a plain string is not taken for a path, nor for an address.
+        ValueError: Neither or both of `source` and `url`, another kind of URL, `max_pixels` below 1.
+
+    What is in it is checked when it is scored, see `Scorer.score`.
+    """
+
+    __slots__ = ("max_pixels", "source", "url")
+
+    def __init__(
+        self,
+        source: "Path | bytes | PIL.Image.Image | None" = None,
+        *,
+        url: str | None = None,
+        max_pixels: int | None = None,
+    ) -> None:
+        if (source is None) == (url is None):
+            raise ValueError("an Image needs a source (Path, bytes, PIL image) or a url, and not both")
+        if isinstance(source, str):
+            raise TypeError(
+                "an Image from a file needs a Path, from an address url=...; got a str, which could be either"
+            )
+        if source is not None and not (isinstance(source, Path | bytes) or _is_pil(source)):
+            raise TypeError(f"an Image's source must be a Path, bytes or a PIL image, got {type(source).__name__}")
+        if url is not None:
+            _check_url(url, ("https", "http", "data"))
+        if max_pixels is not None and (
+            isinstance(max_pixels, bool) or not isinstance(max_pixels, int) or max_pixels < 1
+        ):
+            raise ValueError(f"max_pixels must be 1 or more, or None; got {max_pixels!r}")
+        self.source, self.url, self.max_pixels = source, url, max_pixels
+
+    def __repr__(self) -> str:
+        if self.url is not None:
+            return f"Image(url={shown(self.url)!r})"
+        if isinstance(self.source, bytes):
+            return f"Image(<{len(self.source):,} bytes>)"
+        return f"Image({self.source!r})"  # a path or a PIL image, whose repr has no pixels
+
+
+class Video:
+    """A video, for servers whose model reads them. It is passed on as it is.
+
+    Args:
+        url: An ``https://`` (or ``http://``) address, which the server fetches, or a ``data:`` URL.
+
+    Raises:
+        ValueError: Another kind of URL.
+    """
+
+    __slots__ = ("url",)
+
+    def __init__(self, url: str) -> None:
+        _check_url(url, ("https", "http", "data"))
+        self.url = url
+
+    def __repr__(self) -> str:
+        return f"Video({shown(self.url)!r})"
+
+
+class Content:
+    """A query or document of several parts.
+
+    vLLM puts the pictures before the text, whatever their order here, and so does `LocalScorer`.
+
+    Args:
+        *parts: Texts, images and videos.
+
+    Raises:
+        TypeError: A part is something else.
+        ValueError: There is none.
+    """
+
+    __slots__ = ("parts",)
+
+    def __init__(self, *parts: str | Image | Video) -> None:
+        if not parts:
+            raise ValueError("Content needs at least one part")
+        for position, part in enumerate(parts):
+            if not isinstance(part, str | Image | Video):
+                raise TypeError(f"part {position} must be str, Image or Video, got {type(part).__name__}")
+        self.parts = parts
+
+    def __repr__(self) -> str:
+        return f"Content({', '.join(repr(part if not isinstance(part, str) else part[:60]) for part in self.parts)})"
+
+
+Input = Union[str, Image, Video, Content, Mapping[str, Any]]  # noqa: UP007 - evaluated where PEP 604 would need types
+"""A query or document. A mapping is vLLM's and OpenAI's form, ``{"content": [part, ...]}``, see `from_parts`."""
+
+
+Checked = str | Content | Mixed
+
+
+def check(value: Any, where: str, clean: Callable[[str], str]) -> Checked:
+    """A query or document, checked as far as that needs no reading; what is text only becomes text.
+
+    Args:
+        value: What the caller passed.
+        where: Its position, such as ``documents[3]``, for errors.
+        clean: What is done to all text.
+
+    Raises:
+        TypeError: It is neither text nor picture, video, `Content` nor a mapping with ``content``.
+        ValueError: A part of a mapping is malformed.
+    """
+    if isinstance(value, str):
+        return clean(value)
+    if isinstance(value, Mixed):  # from one scorer to another
+        return value
+    try:
+        if isinstance(value, Mapping) and "content" in value:
+            value = from_parts(parts_of(value))
+        if isinstance(value, Image | Video):
+            value = Content(value)
+        if not isinstance(value, Content):
+            hint = "; wrap it in Image(...)" if isinstance(value, Path | bytes) or _is_pil(value) else ""
+            raise TypeError(f"must be str, got {type(value).__name__}{hint}")  # noqa: TRY301 - joins the others
+    except (TypeError, ValueError) as error:
+        raise _placed(error, where) from error
+    parts = tuple(clean(part) if isinstance(part, str) else part for part in value.parts)
+    texts = [part for part in parts if isinstance(part, str)]
+    if len(texts) == len(parts):
+        return "\n".join(texts)  # as vLLM joins them
+    return value if parts == value.parts else Content(*parts)
+
+
+def read(value: Checked, where: str) -> Prepared:
+    """What was checked, as back ends get it: its pictures read, see `read_picture`.
+
+    Raises:
+        ContentError: A picture can't be read.
+        ConfigError: Pillow is not installed.
+    """
+    if not isinstance(value, Content):
+        return value
+    try:
+        return Mixed(tuple(_read(part) for part in value.parts))
+    except ConfigError as error:  # ContentError is one
+        raise _placed(error, where) from error
+
+
+def prepare(value: Any, where: str, clean: Callable[[str], str]) -> Prepared:
+    """`check` and `read` in one.
+
+    Raises:
+        TypeError, ValueError, ContentError, ConfigError: As these two.
+    """
+    return read(check(value, where, clean), where)
+
+
+def from_parts(parts: Iterable[Any]) -> Content:
+    """Content from parts as LLM APIs write them.
+
+    Args:
+        parts: Texts, `Image`, `Video`, or mappings: ``{"type": "text", "text": ...}``, ``{"type": "image_url",
+            "image_url": {"url": ...}}``, the same with ``video_url`` (OpenAI and vLLM), or LangChain's ``{"type":
+            "image", "base64" or "url": ...}``. URLs are https, http or ``data:``; ``file:`` is refused.
+
+    Raises:
+        TypeError, ValueError: A part is none of these; the message names its position.
+    """
+    made: list[str | Image | Video] = []
+    for position, part in enumerate(parts):
+        try:
+            made.append(_part(part))
+        except (TypeError, ValueError) as error:
+            raise _placed(error, f"content[{position}]:") from error
+    return Content(*made)
+
+
+def parts_of(value: Mapping[str, Any]) -> list[Any]:
+    """The parts of a mapping with ``content``, or a ValueError."""
+    content = value.get("content")
+    if isinstance(content, str) or not isinstance(content, list | tuple):
+        raise ValueError('as a mapping must be {"content": [part, ...]}')  # noqa: TRY004 - a wrong shape
+    return list(content)
+
+
+def _part(part: Any) -> str | Image | Video:
+    if isinstance(part, str | Image | Video):
+        return part
+    if not isinstance(part, Mapping):
+        raise TypeError(f"a part must be str, Image, Video or a mapping with a type, got {type(part).__name__}")
+    kind = part.get("type")
+    if kind == "text" and isinstance(part.get("text"), str):
+        return str(part["text"])
+    if kind in ("image_url", "video_url"):
+        inner = part.get(kind)
+        url = inner.get("url") if isinstance(inner, Mapping) else inner
+        if isinstance(url, str):
+            return Image(url=url) if kind == "image_url" else Video(url)
+    if kind == "image":
+        if isinstance(part.get("base64"), str):
+            return Image(decoded(part["base64"]))
+        if isinstance(part.get("url"), str):
+            return Image(url=part["url"])
+    raise ValueError(f"{kind!r} is no type of part that is known, or it lacks what belongs to it")
+
+
+def _read(part: str | Image | Video) -> str | Picture | Link:
+    if isinstance(part, str):
+        return part
+    if isinstance(part, Video):
+        return Link("video_url", part.url)
+    if part.url is not None:
+        if not is_data(part.url):
+            return Link("image_url", part.url)
+        return read_picture(decoded(part.url.partition(",")[2]), part.max_pixels)
+    assert part.source is not None  # noqa: S101 - the constructor saw to it
+    return read_picture(part.source, part.max_pixels)
+
+
+def decoded(text: str) -> bytes:
+    """What base64 stands for, or a ContentError."""
+    if len(text) > MOST_BYTES * 4 // 3 + 4:
+        raise ContentError(f"is a picture of about {len(text) * 3 // 4:,} bytes; {MOST_BYTES:,} are the most")
+    try:
+        return base64.b64decode(text, validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise ContentError(f"is a picture whose base64 is damaged: {error}") from error
+
+
+def _placed(error: Exception, where: str) -> Exception:
+    """The error with a position before its message; of a kind that is made from a message, as not all are."""
+    kinds = (ContentError, ConfigError, TypeError, ValueError)
+    return next(kind for kind in kinds if isinstance(error, kind))(f"{where} {error}")
+
+
+def _check_url(url: str, schemes: tuple[str, ...]) -> None:
+    if not isinstance(url, str):
+        raise TypeError(f"a url must be str, got {type(url).__name__}")
+    scheme = url[: url.find(":")].lower() if ":" in url[:20] else ""
+    if scheme not in schemes or (scheme != "data" and not host_of(url)):
+        raise ValueError(f"{shown(url)!r} is no https, http or data URL; for a file pass Image(Path(...))")
+    if scheme == "data" and (";base64," not in url[:100] or not url.isascii()):
+        raise ValueError("a data URL must be base64: data:image/png;base64,...")
+    if not url.isprintable():  # line breaks, which some URL readers drop, and lone surrogates, which no JSON can hold
+        raise ValueError("a url has characters that no URL can have")
+
+
+def _is_pil(value: object) -> bool:
+    """Whether it is a PIL image, without importing PIL: who has none has no image of it."""
+    return any(kind.__module__ == "PIL.Image" and kind.__name__ == "Image" for kind in type(value).__mro__)

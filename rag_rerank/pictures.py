@@ -1,0 +1,234 @@
+"""Pictures, read within bounds: what is broken, too large, or no picture is refused before anything is sent."""
+
+import base64
+import io
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rag_rerank.errors import ConfigError, ContentError
+
+if TYPE_CHECKING:
+    import PIL.Image
+
+MOST_BYTES = 20 << 20
+"""Of a file, as it is on the disk."""
+MOST_PIXELS = 40_000_000
+"""Width times height; A4 scanned at 600 dpi has 35 million. Decoded, that is 120 MB."""
+
+_FORMATS = {
+    "PNG": "image/png",
+    "JPEG": "image/jpeg",
+    "MPO": "image/jpeg",  # what Pillow calls a JPEG file with a second picture in it, as telephones write
+    "WEBP": "image/webp",
+    "GIF": "image/gif",
+    "BMP": "image/bmp",
+    "TIFF": "image/tiff",
+}
+
+
+@dataclass(frozen=True, repr=False)
+class Picture:
+    """A picture file that can be decoded.
+
+    Attributes:
+        data: The file.
+        media_type: Such as ``image/png``.
+        width, height: In pixels.
+    """
+
+    data: bytes
+    media_type: str
+    width: int
+    height: int
+
+    @cached_property
+    def data_url(self) -> str:
+        """The file in base64, made once."""
+        return f"data:{self.media_type};base64,{base64.b64encode(self.data).decode()}"
+
+    def decoded(self) -> "PIL.Image.Image":
+        """As vLLM decodes it: turned as its EXIF data says, in RGB, transparent parts white."""
+        with _opened(self.data) as image:
+            return _as_rgb(image)
+
+    def __repr__(self) -> str:
+        return f"Picture({self.media_type}, {self.width}x{self.height})"
+
+
+BLANK = Picture(
+    base64.b64decode(
+        "iVBORw0KGgoAAAANSUhEUgAAAEAAAABACAAAAACPAi4CAAAAK0lEQVR42u3MMREAAAgEoNf+nTWEmwcBqMlNRyAQCAQCgUAgEAgEAsHzYAFQLQF/"
+        "OJ8+2wAAAABJRU5ErkJggg=="
+    ),
+    "image/png",
+    64,
+    64,
+)
+"""A white square, which no model that sees refuses."""
+
+
+def read_picture(source: "Path | bytes | PIL.Image.Image", max_pixels: int | None = None) -> Picture:
+    """Read, check and, where asked, scale down a picture.
+
+    It is decoded once to see that it is whole: about 10 ms for a million pixels.
+
+    Args:
+        source: A path, a file's bytes, or a PIL image, which becomes a PNG.
+        max_pixels: Most width times height; None leaves it as it is.
+
+    Raises:
+        ContentError: It can't be read, is no picture of a known format, is damaged, or has more than 20 MiB or 40
+            million pixels.
+        ConfigError: Pillow is not installed.
+    """
+    pil = _pillow()
+    if isinstance(source, Path | bytes):
+        data = source if isinstance(source, bytes) else _file(source)
+        if len(data) > MOST_BYTES:
+            raise ContentError(f"is a picture of {len(data):,} bytes; {MOST_BYTES:,} are the most")
+        with _opened(data) as image:
+            _check_size(image)
+            kind = str(image.format)
+            # Whatever may be wrong with a file: Pillow has no one error for that (OSError, SyntaxError, struct.error).
+            try:
+                image.load()
+                scaled = _scaled(image, max_pixels)
+            except Exception as error:
+                raise ContentError(f"is a damaged picture: {error}") from error
+            if scaled is None:
+                return Picture(data, _FORMATS[kind], *image.size)
+            return _encoded(scaled, "JPEG" if kind in ("JPEG", "MPO") else "PNG")
+    _check_size(source)
+    try:
+        return _encoded(_scaled(source, max_pixels) or _as_png_can(source), "PNG")
+    except ContentError:
+        raise
+    except (OSError, SyntaxError, ValueError, IndexError, pil.DecompressionBombError) as error:  # it may not be loaded
+        raise ContentError(f"is a picture that can't be written as PNG: {error}") from error
+
+
+def size_of(source: "Path | bytes | PIL.Image.Image") -> tuple[int, int]:
+    """Width and height in pixels, without decoding any.
+
+    Raises:
+        ContentError, ConfigError: As `read_picture`.
+    """
+    if not isinstance(source, Path | bytes):
+        return source.size
+    with _opened(source if isinstance(source, bytes) else _checked(source)) as image:
+        return image.size
+
+
+def thumbnail(source: "Path | bytes | PIL.Image.Image", max_pixels: int = 96 * 96) -> str:
+    """A small JPEG as a data URL, about 3 kB.
+
+    Raises:
+        ContentError, ConfigError: As `read_picture`.
+    """
+    picture = read_picture(source, max_pixels)
+    file = io.BytesIO()
+    picture.decoded().save(file, "JPEG", quality=75)
+    small = Picture(file.getvalue(), "image/jpeg", picture.width, picture.height)
+    return small.data_url
+
+
+def _pillow() -> Any:
+    try:
+        import PIL.Image  # noqa: PLC0415 - only who scores pictures needs it
+    except ImportError as error:
+        raise ConfigError("pictures need Pillow: pip install 'rag-rerank[images]'") from error
+    return PIL.Image
+
+
+def _file(path: Path) -> bytes:
+    """Its bytes; no more of them than are allowed are read."""
+    try:
+        with _checked(path).open("rb") as file:
+            return file.read(MOST_BYTES + 1)
+    except OSError as error:
+        raise ContentError(f"is the file {path}, which can't be read: {error.strerror or error}") from error
+
+
+def _checked(path: Path) -> Path:
+    """The path, if it is a file's: a pipe or device would never end."""
+    try:
+        if path.is_file():
+            return path
+        there = path.exists()
+    except OSError as error:
+        raise ContentError(f"is the path {path}, which can't be read: {error.strerror or error}") from error
+    raise ContentError(f"is the path {path}, which is {'no file' if there else 'not there'}")
+
+
+def _opened(data: bytes | Path) -> "PIL.Image.Image":
+    """Its header read, no pixel yet."""
+    pil = _pillow()
+    source = data if isinstance(data, Path) else io.BytesIO(data)
+    try:
+        image: PIL.Image.Image = pil.open(source, formats=[name for name in _FORMATS if name != "MPO"])
+    except (pil.DecompressionBombError, pil.DecompressionBombWarning) as error:  # the latter where warnings are errors
+        raise ContentError(f"is a picture with too many pixels: {error}") from error
+    except Exception as error:  # as for what is damaged
+        raise ContentError("is no PNG, JPEG, WebP, GIF, BMP or TIFF picture") from error
+    return image
+
+
+def _check_size(image: "PIL.Image.Image") -> None:
+    width, height = image.size
+    if width * height > MOST_PIXELS:
+        raise ContentError(
+            f"is a picture of {width:,} x {height:,} pixels; {MOST_PIXELS:,} are the most: scale it down"
+        )
+    if width < 1 or height < 1:
+        raise ContentError(f"is a picture of {width} x {height} pixels")
+
+
+def _scaled(image: "PIL.Image.Image", max_pixels: int | None) -> "PIL.Image.Image | None":
+    """In RGB and no larger than that; None where it is small enough."""
+    width, height = image.size
+    if max_pixels is None or width * height <= max_pixels:
+        return None
+    ratio = (max_pixels / (width * height)) ** 0.5
+    image = _as_rgb(image)  # upright: width and height may have changed places
+    size = max(1, int(image.width * ratio)), max(1, int(image.height * ratio))
+    return image.resize(size, _pillow().Resampling.LANCZOS)
+
+
+def _as_rgb(image: "PIL.Image.Image") -> "PIL.Image.Image":
+    """Step by step as vLLM 0.32 (``multimodal/image.py``), so that a model sees the same."""
+    from PIL import Image  # noqa: PLC0415
+
+    image = _upright(image)
+    if image.mode == "RGB":
+        return image
+    if image.mode not in ("RGBA", "LA", "PA") and "transparency" not in image.info:
+        return image.convert("RGB")
+    image = image if image.mode == "RGBA" else image.convert("RGBA")
+    ground = Image.new("RGB", image.size, (255, 255, 255))
+    ground.paste(image, mask=image.getchannel("A"))
+    return ground
+
+
+def _as_png_can(image: "PIL.Image.Image") -> "PIL.Image.Image":
+    """Turned upright, for PNG files written here don't say how; in RGB where PNG has no such pixels."""
+    image = _upright(image)
+    return image if image.mode in ("1", "L", "LA", "P", "RGB", "RGBA") else _as_rgb(image)
+
+
+def _upright(image: "PIL.Image.Image") -> "PIL.Image.Image":
+    from PIL import ImageOps  # noqa: PLC0415
+
+    try:
+        return ImageOps.exif_transpose(image) or image
+    except Exception:  # noqa: BLE001 - damaged EXIF data, of which there is much: as if there were none, as in vLLM
+        return image
+
+
+def _encoded(image: "PIL.Image.Image", kind: str) -> Picture:
+    file = io.BytesIO()
+    image.save(file, format=kind, **({"quality": 90} if kind == "JPEG" else {"compress_level": 1}))
+    if file.tell() > MOST_BYTES:
+        raise ContentError(f"is a picture that takes {file.tell():,} bytes as {kind}, {MOST_BYTES:,} are the most")
+    return Picture(file.getvalue(), _FORMATS[kind], *image.size)

@@ -1,0 +1,252 @@
+"""Images on a vLLM server: what is sent, byte by byte, in how many requests, and how long that may take."""
+
+import asyncio
+import base64
+import gc
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rag_rerank import (
+    Content,
+    ContentError,
+    DeadlineExceeded,
+    DocumentRejected,
+    Image,
+    Input,
+    Video,
+    VLLMScorer,
+)
+from rag_rerank.content import Mixed
+from rag_rerank.pictures import read_picture
+from rag_rerank.vllm import pieces, wire
+from tests import drawn
+from tests.faulty_server import FaultyServer, Request, Steps, http, oracle, refusal, spelled
+from tests.vllm.images.common import BEYOND, BLUE, GREEN, RED, exact, picture, sent, text
+
+
+class TestRequests:
+    """An image is a data URL in vLLM's form, wherever it comes from."""
+
+    def test_every_way_to_pass_one(self, server: FaultyServer, score: Callable[..., list[float]], tmp_path: Path):
+        """A file's bytes go as they are; a PIL image as PNG."""
+        (tmp_path / "page.png").write_bytes(GREEN)
+        url = picture(BLUE)["image_url"]["url"]
+        documents: dict[str, tuple[Input, Any]] = {
+            "text": ("plain text", "plain text"),
+            "bytes": (Image(RED), sent(RED)),
+            "file": (Image(tmp_path / "page.png"), sent(GREEN)),
+            "data URL": (Image(url=url), sent(BLUE)),
+            "address": (Image(url=BEYOND), {"content": [{"type": "image_url", "image_url": {"url": BEYOND}}]}),
+            "video": (Video(BEYOND), {"content": [{"type": "video_url", "video_url": {"url": BEYOND}}]}),
+            "several": (Content("Figure 2", Image(RED), Image(BLUE)), sent("Figure 2", RED, BLUE)),
+            "OpenAI's form": (sent("a", RED), sent("a", RED)),
+            "LangChain's form": (
+                {"content": ["a", {"type": "image", "base64": base64.b64encode(RED).decode()}]},
+                sent("a", RED),
+            ),
+            "text only": ({"content": [text("a"), text("b")]}, "a\nb"),
+        }
+        found = score(VLLMScorer(server.base_url), "q", [given for given, _ in documents.values()])
+        assert found == exact("q", *(wanted for _, wanted in documents.values()))
+
+    def test_a_query_may_be_one(self, server: FaultyServer, score: Callable[..., list[float]]):
+        """1:1, 1:N and N:N."""
+        scorer = VLLMScorer(server.base_url)
+        assert score(scorer, Image(RED), Image(BLUE)) == exact(sent(RED), sent(BLUE))
+        scorer = VLLMScorer(server.base_url)
+        assert score(scorer, Image(RED), ["a", Image(BLUE)]) == exact(sent(RED), "a", sent(BLUE))
+        pairs = [("q", Image(RED)), (Image(GREEN), "a"), ("q", "a"), (Content("c", Image(BLUE)), Image(BLUE))]
+        found = score(VLLMScorer(server.base_url), [query for query, _ in pairs], [document for _, document in pairs])
+        wanted = [("q", sent(RED)), (sent(GREEN), "a"), ("q", "a"), (sent("c", BLUE), sent(BLUE))]
+        assert found == [exact(query, document)[0] for query, document in wanted]
+
+    @given(st.lists(st.sampled_from(["a", "b", RED, GREEN, (RED, "c"), ("d", BLUE, RED)]), max_size=12), st.data())
+    def test_a_mixed_list_keeps_its_order(self, shared: FaultyServer, found: list[Any], data: st.DataObject):
+        """One score for each, however it is cut into requests."""
+        chunk_size = data.draw(st.integers(1, 5))
+        given_parts = [each if isinstance(each, tuple) else (each,) for each in found]
+        documents = [Content(*(Image(p) if isinstance(p, bytes) else p for p in parts)) for parts in given_parts]
+        wanted = [parts[0] if parts in {("a",), ("b",)} else sent(*parts) for parts in given_parts]
+        with VLLMScorer(shared.base_url, chunk_size=chunk_size) as scorer:
+            assert scorer.score("q", documents) == exact("q", *wanted)
+
+    @given(st.lists(st.text(max_size=8), min_size=1, max_size=4), st.lists(st.text(max_size=8), min_size=1, max_size=4))
+    def test_content_of_text_only_is_text(self, shared: FaultyServer, query: list[str], document: list[str]):
+        """Joined by line breaks, as vLLM does."""
+        with VLLMScorer(shared.base_url) as scorer:
+            plain = scorer.score("\n".join(query), "\n".join(document))
+            assert scorer.score(Content(*query), {"content": [text(part) for part in document]}) == plain
+
+    def test_what_spells_a_special_token_is_none_beside_an_image_either(self, server: FaultyServer):
+        """A model's own place for an image in the prompt, in a text, would make vLLM miss an image."""
+        document = Content("<|vision_start|><|image_pad|><|vision_end|>", Image(RED))
+        VLLMScorer(server.base_url).score("q", document)
+        [part, _] = server.score_requests[-1].documents[0]["content"]
+        assert part["text"] == "< |vision_start|>< |image_pad|>< |vision_end|>"
+
+    def test_a_query_goes_once_a_request_not_once_a_document(self, server: FaultyServer):
+        """In a batch, too, and its file is read once."""
+        scorer = VLLMScorer(server.base_url)
+        ranked = scorer.rerank_batch([Image(RED), Image(BLUE)], [["a", "b", "c"], ["a", "b"]])
+        assert [len(each) for each in ranked] == [3, 2]
+        asked = {spelled(r.content["text_1"]): r.documents for r in server.score_requests}
+        assert asked == {spelled(sent(RED)): ["a", "b", "c"], spelled(sent(BLUE)): ["a", "b"]}
+
+    def test_the_prompt_is_not_truncated(self, server: FaultyServer):
+        """vLLM answers 500 where the place of an image is cut off; texts in the same list are cut as ever."""
+        scorer = VLLMScorer(server.base_url, truncate_prompt_tokens=100, use_activation=False)
+        assert scorer.score("q", ["a", Image(RED)]) == exact("q", "a", sent(RED))
+        plain, seen = sorted((request.content for request in server.score_requests), key=lambda body: len(str(body)))
+        assert plain.keys() - seen.keys() == {"truncate_prompt_tokens"}
+        assert seen["use_activation"] is False
+
+    @pytest.mark.parametrize(("limit", "kept"), [(40, 2), (31, 1), (32, 2), (16, 1), (15, 0)])
+    def test_texts_beside_images_are_cut_where_that_leaves_their_places(
+        self, server: FaultyServer, limit: int, kept: int
+    ):
+        """Each image stands before the text, in a few tokens; a limit that might cut one off is not sent."""
+        documents = [Content(*[Image(RED)] * count, "long") for count in range(1, 4)]
+        VLLMScorer(server.base_url, max_tokens_per_doc=limit).score(Image(BLUE), ["text", *documents])
+        limits = {spelled(d): r.content.get("max_tokens_per_doc") for r in server.score_requests for d in r.documents}
+        wanted = [sent(*[RED] * count, "long") for count in range(1, 4)]
+        assert limits == {"text": limit} | {spelled(d): limit if n <= kept else None for n, d in enumerate(wanted, 1)}
+        scorer = VLLMScorer(server.base_url, max_tokens_per_query=limit)
+        server.requests.clear()
+        scorer.score(Image(BLUE), "text")
+        assert server.score_requests[0].content.get("max_tokens_per_query") == (limit if kept else None)
+
+    def test_long_text_beside_an_image_is_not_measured(self, server: FaultyServer):
+        """Nor does the automatic truncation touch it."""
+        VLLMScorer(server.base_url).score(Image(RED), ["x" * 2_000_000])
+        [request] = server.score_requests
+        assert "truncate_prompt_tokens" not in request.content
+
+    def test_a_rerank_api_takes_them_too(self, server: FaultyServer):
+        """Its answer repeats them, which may be as many bytes again."""
+
+        def answer(request: Request) -> Steps | None:
+            if not request.wants_scores:
+                return None
+            body = request.content
+            results = [
+                {"index": i, "document": each, "relevance_score": oracle(spelled(body["query"]), spelled(each))}
+                for i, each in enumerate(body["documents"])
+            ]
+            return [http(json.dumps({"id": f"score-{body['request_id']}", "model": "m", "results": results[::-1]}))]
+
+        server.behave = answer
+        large = drawn.encoded(drawn.gradient((700, 700)).effect_spread(90), "PNG", compress_level=0)
+        assert len(large) > 1 << 20
+        scorer = VLLMScorer(server.base_url, endpoint="rerank")
+        assert scorer.score(Image(BLUE), ["a", Image(large)]) == exact(sent(BLUE), "a", sent(large))
+
+    def test_prompts_that_vllm_would_put_behind_the_image_are_refused(self, server: FaultyServer):
+        """An image comes before all text of its side. Texts on the other side have their prompt as ever."""
+        with pytest.raises(ContentError, match=r"template=.*--chat-template"):
+            VLLMScorer(server.base_url, template="qwen3-reranker").score("q", Image(RED))
+        with pytest.raises(ContentError, match="document_prompt"):
+            VLLMScorer(server.base_url, document_prompt="passage: ").score("q", ["a", Image(RED)])
+        with pytest.raises(ContentError, match="query_prompt"):
+            VLLMScorer(server.base_url, query_prompt="query: ").score(Image(RED), "a")
+        assert not server.score_requests
+        assert VLLMScorer(server.base_url, query_prompt="query: ").score("q", Image(RED)) == exact(
+            "query: q", sent(RED)
+        )
+
+
+class TestSizes:
+    """Requests with images are cut by bytes, and what was encoded once is not encoded again."""
+
+    def test_a_request_has_no_more_than_so_many_bytes(self, server: FaultyServer, monkeypatch: pytest.MonkeyPatch):
+        """But one document, however large. Nothing is lost between them."""
+        monkeypatch.setattr(pieces, "MOST_BYTES", 5000)
+        pages = [drawn.encoded(drawn.gradient((10 + n, 20)).effect_spread(n), "PNG") for n in range(20)]
+        large = drawn.encoded(drawn.gradient((60, 60)).effect_spread(30), "PNG", compress_level=0)
+        pages.insert(7, large)
+        found = VLLMScorer(server.base_url).score("q", [Image(page) for page in pages])
+        assert found == exact("q", *(sent(page) for page in pages))
+        sizes = [(len(request.body), len(request.documents)) for request in server.score_requests]
+        assert max(size for size, count in sizes if count > 1) <= 5000 + 300
+        assert len(sizes) >= 4
+        assert any(count > 1 for _, count in sizes)
+
+    def test_each_image_is_encoded_once(self, server: FaultyServer, monkeypatch: pytest.MonkeyPatch):
+        """Though each is sent several times: after a 503, and in halves until the bad one is found."""
+        encoded: list[bytes] = []
+        encode = base64.b64encode
+
+        def counting(data: bytes) -> bytes:
+            encoded.append(data)
+            return encode(data)
+
+        bad = spelled(sent(RED))
+
+        def behave(request: Request) -> Steps | None:
+            if not request.wants_scores:
+                return None
+            if len(server.score_requests) == 1:
+                return refusal(503)
+            return refusal(400) if any(spelled(each) == bad for each in request.documents) else None
+
+        server.behave = behave
+        pages = [drawn.png((n, n, n)) for n in range(15)]
+        wanted = [None, *exact(sent(BLUE), *(sent(page) for page in pages))]
+        monkeypatch.setattr(base64, "b64encode", counting)
+        with pytest.raises(DocumentRejected) as caught:
+            VLLMScorer(server.base_url).score(Image(BLUE), [Image(RED), *(Image(page) for page in pages)])
+        assert list(caught.value.scores) == wanted
+        assert len(server.score_requests) > 5
+        assert sorted(encoded.count(page) for page in [BLUE, RED, *pages]) == [1] * 17
+
+    def test_what_has_its_score_is_let_go(self, server: FaultyServer, monkeypatch: pytest.MonkeyPatch):
+        """Only those on their way are held encoded: here four requests of four at once, of 100."""
+        monkeypatch.setattr(pieces, "MOST_BYTES", 4 * Mixed((read_picture(RED),)).size + 50)
+        held: list[int] = []
+        encode = wire.Encoded.of
+
+        def counting(mixed: Mixed) -> wire.Encoded:
+            held.append(sum(isinstance(each, wire.Encoded) for each in gc.get_objects()))
+            return encode(mixed)
+
+        monkeypatch.setattr(wire.Encoded, "of", counting)
+        VLLMScorer(server.base_url, max_concurrency=4).score("q", [Image(RED) for _ in range(100)])
+        assert len(held) == 100
+        assert max(held) <= 20
+
+
+class TestTime:
+    """Reading images is part of a call's time, and holds nobody up."""
+
+    def test_the_deadline_counts_reading(self, server: FaultyServer):
+        """A call with many large ones ends soon after it."""
+        page = drawn.encoded(drawn.gradient((2000, 2000)), "PNG", compress_level=1)
+        began = time.monotonic()
+        with pytest.raises(DeadlineExceeded, match=r"documents\[\d+\] had been read"):
+            VLLMScorer(server.base_url).score("q", [Image(page)] * 2000, deadline=0.05)
+        assert time.monotonic() - began < 2
+        assert server.connections == 0
+
+    def test_an_event_loop_runs_on(self, server: FaultyServer):
+        """They are read in a thread."""
+        page = drawn.encoded(drawn.gradient((2000, 2000)), "PNG", compress_level=1)
+
+        async def longest_gap() -> float:
+            gap, last = 0.0, time.monotonic()
+            async with scorer, asyncio.TaskGroup() as group:
+                asking = group.create_task(scorer.ascore("q", [Image(page) for _ in range(10)]))
+                while not asking.done():
+                    await asyncio.sleep(0.005)
+                    gap, last = max(gap, time.monotonic() - last), time.monotonic()
+            return gap
+
+        scorer = VLLMScorer(server.base_url)
+        began = time.monotonic()
+        gap = asyncio.run(longest_gap())
+        assert gap < (time.monotonic() - began) / 2
