@@ -101,7 +101,6 @@ FAMILIES: tuple[Family, ...] = (
         tokens=("no", "yes"),
         instruction="Given a search query, retrieve relevant candidates that answer the query.",
         max_length=10240,
-        local=False,
         vllm_flags='--hf-overrides \'{"architectures": ["Qwen3VLForSequenceClassification"], "classifier_from_token": '
         f'["no", "yes"], "is_original_qwen3_reranker": true}}\' --max-model-len 4096 {_TEMPLATE_FLAG}',
         note="vLLM takes images and videos with the same template.",

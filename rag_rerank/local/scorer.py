@@ -9,15 +9,15 @@ import threading
 import time
 import weakref
 from collections.abc import Mapping, Sequence
-from concurrent.futures import Future
 from typing import Any
 
-from rag_rerank.errors import DeadlineExceeded
+from rag_rerank.content import Link, Mixed, Prepared
+from rag_rerank.errors import ContentError, DeadlineExceeded
 from rag_rerank.local.engine import Engine
-from rag_rerank.local.model import Model
+from rag_rerank.local.model import Model, Unreadable
 from rag_rerank.local.settings import Dtype, LongDocuments, ScoreType, Settings
 from rag_rerank.scorer import Scorer
-from rag_rerank.template import Template, prefixed
+from rag_rerank.template import Template
 
 DEFAULT_MODEL = "cross-encoder/ms-marco-MiniLM-L6-v2"
 
@@ -144,8 +144,32 @@ class LocalScorer(Scorer):
         self._running_engine().submit(["warm"], ["up"]).result()
 
     def _score(self, queries: list[str], documents: list[str], until: float | None) -> list[float]:
+        return self._result(*self._prefixed(queries, documents), until)
+
+    async def _ascore(self, queries: list[str], documents: list[str], until: float | None) -> list[float]:
+        return await self._aresult(*self._prefixed(queries, documents), until)
+
+    def _score_mixed(self, queries: list[Prepared], documents: list[Prepared], until: float | None) -> list[float]:
+        _check_read_here(queries, documents)
+        asked, read = self._prefixed(queries, documents)
+        try:
+            return self._result(asked, read, until)
+        except Unreadable as error:
+            raise _placed(error, asked, read) from error
+
+    async def _ascore_mixed(
+        self, queries: list[Prepared], documents: list[Prepared], until: float | None
+    ) -> list[float]:
+        _check_read_here(queries, documents)
+        asked, read = self._prefixed(queries, documents)
+        try:
+            return await self._aresult(asked, read, until)
+        except Unreadable as error:
+            raise _placed(error, asked, read) from error
+
+    def _result(self, queries: Sequence[Prepared], documents: Sequence[Prepared], until: float | None) -> list[float]:
         began = time.monotonic()
-        work = self._submit(queries, documents)
+        work = self._running_engine().submit(queries, documents)
         try:
             return work.result(None if until is None else max(0.0, until - began))
         except TimeoutError as error:
@@ -153,20 +177,22 @@ class LocalScorer(Scorer):
         finally:
             work.cancel()  # no effect on finished work; what nobody waits for any more is not scored
 
-    async def _ascore(self, queries: list[str], documents: list[str], until: float | None) -> list[float]:
+    async def _aresult(
+        self, queries: Sequence[Prepared], documents: Sequence[Prepared], until: float | None
+    ) -> list[float]:
         began = time.monotonic()
-        work = asyncio.wrap_future(self._submit(queries, documents))
+        work = asyncio.wrap_future(self._running_engine().submit(queries, documents))
         try:
             async with asyncio.timeout(None if until is None else until - began):
                 return await work  # cancelling the task cancels the work
         except TimeoutError as error:
             raise self._too_late(error, began) from None
 
-    def _submit(self, queries: list[str], documents: list[str]) -> "Future[list[float]]":
+    def _prefixed(
+        self, queries: Sequence[Prepared], documents: Sequence[Prepared]
+    ) -> tuple[Sequence[Prepared], Sequence[Prepared]]:
         settings = self._settings
-        return self._running_engine().submit(
-            prefixed(settings.query_prompt, queries), prefixed(settings.document_prompt, documents)
-        )
+        return _prefixed(settings.query_prompt, queries), _prefixed(settings.document_prompt, documents)
 
     def _too_late(self, error: TimeoutError, began: float) -> TimeoutError:
         if isinstance(error, DeadlineExceeded):
@@ -214,3 +240,29 @@ def _load(settings: Settings) -> Model:
     from rag_rerank.local.loading import load  # noqa: PLC0415
 
     return load(settings)
+
+
+def _prefixed(prompt: str | None, inputs: Sequence[Prepared]) -> Sequence[Prepared]:
+    """Each with the prompt before its text, which stands behind its pictures."""
+    if not prompt:
+        return inputs
+    return [prompt + each if isinstance(each, str) else Mixed((*each.pictures, prompt + each.text)) for each in inputs]
+
+
+def _check_read_here(queries: Sequence[Prepared], documents: Sequence[Prepared]) -> None:
+    """ContentError for what a server would have to fetch."""
+    for side, inputs in (("queries", queries), ("documents", documents)):
+        for position, each in enumerate(inputs):
+            link = (
+                None if isinstance(each, str) else next((part for part in each.parts if isinstance(part, Link)), None)
+            )
+            if link is not None:
+                what = "a video" if link.kind == "video_url" else "an address"
+                remedy = "reads no videos" if link.kind == "video_url" else "fetches nothing; pass the file"
+                raise ContentError(f"{side}[{position}] holds {what}, but LocalScorer {remedy}")
+
+
+def _placed(error: Unreadable, queries: Sequence[Prepared], documents: Sequence[Prepared]) -> ContentError:
+    """The error, with the position of what can't be read."""
+    position = (queries if error.side == "queries" else documents).index(error.value)
+    return ContentError(f"{error.side}[{position}] {error}")
