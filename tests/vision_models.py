@@ -82,7 +82,7 @@ def make_vision_reranker(folder: Path, *, seed: int = 0) -> Path:
         for name, weight in model.named_parameters():
             if weight.dim() > 1:
                 # As in tests.causal_models; and pictures that outshout the words around them no more than words do.
-                weight.normal_(std=0.6 if "embed_tokens" in name else 0.1 if "visual" in name else 0.25)
+                weight.normal_(std=0.35 if "embed_tokens" in name else 0.1 if "visual" in name else 0.25)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     processor = {
@@ -159,7 +159,7 @@ class PlainTransformers:
 
     @torch.inference_mode()
     def logit(self, query: Sequence[str | Image.Image], document: Sequence[str | Image.Image]) -> float:
-        """Logit(yes) - logit(no) for a query and a document, each as its parts."""
+        """The logit of yes less that of no for a query and a document, each as its parts."""
         images = [part for part in (*query, *document) if not isinstance(part, str)]
         text = self.template.render(_flat(query), _flat(document))
         pixels = {}

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, ClassVar, cast
 from rag_rerank.content import Mixed, Prepared
 from rag_rerank.errors import BackendRejected, ContentError
 from rag_rerank.local.model import Side, TokenSequence, Unreadable
-from rag_rerank.local.prompting import PLACEHOLDER_TOKENS, SLACK, Prompts
+from rag_rerank.local.prompting import PLACEHOLDER_TOKENS, SLACK, Prompts, no_room
 from rag_rerank.local.vision_tower import SeenPicture, Tower
 
 if TYPE_CHECKING:
@@ -98,9 +98,9 @@ class PicturePrompts:
         space = self.prompts.max_length - _beyond(seen)
         try:
             [plain] = replace(self.prompts, max_length=max(1, space)).sequences([_flat(query)], [_flat(document)])
-        except BackendRejected:
+        except BackendRejected as error:
             self._check_room(query, document)
-            raise
+            raise no_room(self.prompts.max_length) from error
         if any(plain.ids.count(mark) != len(seen) for mark in self._marks):
             if plain.cut:  # within a placeholder
                 self._check_room(query, document, spare=SLACK)
@@ -146,7 +146,8 @@ class PicturePrompts:
             self._check_fit("queries", query, room - len(self._text_ids(query.text)) - spare)
         if isinstance(document, Mixed):
             [room] = self.room([query])
-            self._check_fit("documents", document, room - spare)
+            if room > 0:  # else it is the query's text
+                self._check_fit("documents", document, room - spare)
 
     def _check_fit(self, side: Side, value: Mixed, room: int) -> None:
         count, processor = len(value.pictures), self.tower.processor

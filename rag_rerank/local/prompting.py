@@ -101,11 +101,7 @@ class Prompts:
         """
         while True:
             if room < 1:
-                raise BackendRejected(
-                    f"a query and its template leave no room for a document in the {self.max_length} tokens "
-                    "that the model reads",
-                    remedy="Shorten the query or instruction, or set max_tokens_per_query.",
-                )
+                raise no_room(self.max_length)
             beginning = cut(self.tokenizer, document, room)
             if len(beginning) < len(document):
                 ids = self._ids([template.render(query, beginning, self.variables)])[0]
@@ -118,6 +114,14 @@ class Prompts:
             texts, add_special_tokens=add_special_tokens, padding=False, return_attention_mask=False, verbose=False
         )["input_ids"]
         return ids
+
+
+def no_room(max_length: int) -> BackendRejected:
+    """The error for a query that leaves a document none of so many tokens."""
+    return BackendRejected(
+        f"a query and its template leave no room for a document in the {max_length} tokens that the model reads",
+        remedy="Shorten the query or instruction, or set max_tokens_per_query.",
+    )
 
 
 def cut(tokenizer: "PreTrainedTokenizerBase", text: str, max_tokens: int) -> str:
