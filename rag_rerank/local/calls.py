@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from rag_rerank.content import Mixed, Prepared
-from rag_rerank.local.model import Inputs, Model, Side, TokenSequence, Unreadable
+from rag_rerank.local.model import Inputs, Model, TextOnly, TokenSequence
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -43,7 +43,7 @@ class Call:
             documents = [document for _, document in places]
             queries = queries if len(queries) == 1 else [query for query, _ in places]
         self._queries, self._documents = queries, documents
-        self._mixed = _first_mixed(queries, documents)
+        self._mixed = any(isinstance(each, Mixed) for each in (*queries, *documents))
         self._begun = 0  # documents that have been tokenised
         self._scored = 0
         self._scores = [0.0] * len(documents)
@@ -83,8 +83,8 @@ class Call:
         return taken
 
     def _tokenise(self, model: Model) -> None:
-        if self._mixed is not None and not model.sees:
-            raise Unreadable(*self._mixed, "holds an image, but the model reads text only")
+        if self._mixed and not model.sees:
+            raise TextOnly
         part = slice(self._begun, self._begun + PART)
         queries = self._queries if len(self._queries) == 1 else self._queries[part]
         inputs = model.inputs(queries, self._documents[part])
@@ -178,8 +178,3 @@ def next_round(calls: Sequence[Call], model: Model, room: int) -> list[tuple[Cal
         room -= sum(len(item.sequence.ids) for item in items)
         taken.append((call, items))
     return taken
-
-
-def _first_mixed(queries: Sequence[Prepared], documents: Sequence[Prepared]) -> tuple[Side, Mixed] | None:
-    sides: tuple[tuple[Side, Sequence[Prepared]], ...] = (("queries", queries), ("documents", documents))
-    return next(((side, each) for side, inputs in sides for each in inputs if isinstance(each, Mixed)), None)

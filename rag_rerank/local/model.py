@@ -105,3 +105,7 @@ class Unreadable(ContentError):
     def __init__(self, side: Side, value: Mixed, message: str) -> None:
         super().__init__(message)
         self.side, self.value = side, value
+
+
+class TextOnly(ContentError):
+    """The model doesn't see; `LocalScorer` says which query or document asks it to."""
