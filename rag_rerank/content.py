@@ -9,6 +9,7 @@ A file is read because the caller wraps its path in `Image`, never because a tex
 
 import base64
 import binascii
+import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,7 +17,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Union
 from urllib.parse import urlsplit
 
-from rag_rerank.pictures import Picture, read_picture
+from rag_rerank.errors import ConfigError, ContentError
+from rag_rerank.pictures import MOST_BYTES, Picture, read_picture, size_of
 
 if TYPE_CHECKING:
     import PIL.Image
@@ -27,9 +29,10 @@ class Image:
 
     Args:
         source: A `Path`, which is read when it is scored; the bytes of a PNG, JPEG, WebP, GIF, BMP or TIFF file; or a
-            PIL image, which is sent as PNG. None where `url` is given.
-        url: An ``https://`` (or ``http://``) address, which a vLLM server fetches for itself; or a ``data:`` URL with
-            base64. Nothing is ever fetched in this process.
+            PIL image, which is sent as PNG, turned as its EXIF data says. None where `url` is given.
+        url: An ``https://`` (or ``http://``) address, which a vLLM server fetches for itself, so that it learns that
+            somebody asked for it, and may reach what this process can't; or a ``data:`` URL with base64. Nothing is
+            ever fetched in this process.
         max_pixels: Scale it down, width times height, before it is scored; None leaves it as it is.
 
     Raises:
@@ -66,10 +69,10 @@ class Image:
 
     def __repr__(self) -> str:
         if self.url is not None:
-            return f"Image(url={_shown(self.url)!r})"
+            return f"Image(url={shown(self.url)!r})"
         if isinstance(self.source, bytes):
             return f"Image(<{len(self.source):,} bytes>)"
-        return f"Image({self.source!r})"
+        return f"Image({self.source!r})"  # a path or a PIL image, whose repr has no pixels
 
 
 class Video:
@@ -89,7 +92,7 @@ class Video:
         self.url = url
 
     def __repr__(self) -> str:
-        return f"Video({_shown(self.url)!r})"
+        return f"Video({shown(self.url)!r})"
 
 
 class Content:
@@ -123,12 +126,15 @@ Input = Union[str, Image, Video, Content, Mapping[str, Any]]  # noqa: UP007 - ev
 """A query or document. A mapping is vLLM's and OpenAI's form, ``{"content": [part, ...]}``, see `from_parts`."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Link:
     """What the server is to fetch: ``kind`` is ``"image_url"`` or ``"video_url"``."""
 
     kind: str
     url: str
+
+    def __repr__(self) -> str:
+        return f"Link({shown(self.url)!r})"
 
 
 @dataclass(frozen=True)
@@ -152,12 +158,22 @@ class Mixed:
         """As vLLM's score API takes it (``ScoreMultiModalParam``); pictures as data URLs, encoded once."""
         return {"content": [_wire(part) for part in self.parts]}
 
+    @property
+    def size(self) -> int:
+        """About how many bytes `encoded` has, without encoding."""
+        return sum(len(part.data) * 4 // 3 + 100 if isinstance(part, Picture) else _length(part) for part in self.parts)
 
+    def encoded(self) -> bytes:
+        """`wire` as JSON; made from the pictures' bytes and not kept, for it takes a third more than they."""
+        return b'{"content": [' + b", ".join(_encoded(part) for part in self.parts) + b"]}"
+
+
+Checked = str | Content | Mixed
 Prepared = str | Mixed
 
 
-def prepare(value: Any, where: str, clean: Callable[[str], str]) -> Prepared:
-    """A query or document as back ends get it: text cleaned, files read and checked.
+def check(value: Any, where: str, clean: Callable[[str], str]) -> Checked:
+    """A query or document, checked as far as that needs no reading; what is text only becomes text.
 
     Args:
         value: What the caller passed.
@@ -167,7 +183,6 @@ def prepare(value: Any, where: str, clean: Callable[[str], str]) -> Prepared:
     Raises:
         TypeError: It is neither text nor picture, video, `Content` nor a mapping with ``content``.
         ValueError: A part of a mapping is malformed.
-        ContentError: A picture can't be read.
     """
     if isinstance(value, str):
         return clean(value)
@@ -181,10 +196,37 @@ def prepare(value: Any, where: str, clean: Callable[[str], str]) -> Prepared:
         if not isinstance(value, Content):
             hint = "; wrap it in Image(...)" if isinstance(value, Path | bytes) or _is_pil(value) else ""
             raise TypeError(f"must be str, got {type(value).__name__}{hint}")  # noqa: TRY301 - joins the others
-        parts = tuple(_prepared(part, clean) for part in value.parts)
-    except (TypeError, ValueError) as error:  # ContentError among them
-        raise type(error)(f"{where} {error}") from error
-    return "\n".join(parts) if all(isinstance(part, str) for part in parts) else Mixed(parts)  # type: ignore[arg-type]
+    except (TypeError, ValueError) as error:
+        raise _placed(error, where) from error
+    parts = tuple(clean(part) if isinstance(part, str) else part for part in value.parts)
+    texts = [part for part in parts if isinstance(part, str)]
+    if len(texts) == len(parts):
+        return "\n".join(texts)  # as vLLM joins them
+    return value if parts == value.parts else Content(*parts)
+
+
+def read(value: Checked, where: str) -> Prepared:
+    """What was checked, as back ends get it: its pictures read, see `read_picture`.
+
+    Raises:
+        ContentError: A picture can't be read.
+        ConfigError: Pillow is not installed.
+    """
+    if not isinstance(value, Content):
+        return value
+    try:
+        return Mixed(tuple(_read(part) for part in value.parts))
+    except ConfigError as error:  # ContentError is one
+        raise _placed(error, where) from error
+
+
+def prepare(value: Any, where: str, clean: Callable[[str], str]) -> Prepared:
+    """`check` and `read` in one.
+
+    Raises:
+        TypeError, ValueError, ContentError, ConfigError: As these two.
+    """
+    return read(check(value, where, clean), where)
 
 
 def from_parts(parts: Iterable[Any]) -> Content:
@@ -203,7 +245,7 @@ def from_parts(parts: Iterable[Any]) -> Content:
         try:
             made.append(_part(part))
         except (TypeError, ValueError) as error:
-            raise type(error)(f"content[{position}]: {error}") from error
+            raise _placed(error, f"content[{position}]:") from error
     return Content(*made)
 
 
@@ -235,13 +277,13 @@ def _part(part: Any) -> str | Image | Video:
     raise ValueError(f"{kind!r} is no type of part that is known, or it lacks what belongs to it")
 
 
-def _prepared(part: str | Image | Video, clean: Callable[[str], str]) -> str | Picture | Link:
+def _read(part: str | Image | Video) -> str | Picture | Link:
     if isinstance(part, str):
-        return clean(part)
+        return part
     if isinstance(part, Video):
         return Link("video_url", part.url)
     if part.url is not None:
-        if not part.url.startswith("data:"):
+        if not _is_data(part.url):
             return Link("image_url", part.url)
         return read_picture(_decoded(part.url.partition(",")[2]), part.max_pixels)
     assert part.source is not None  # noqa: S101 - the constructor saw to it
@@ -256,25 +298,100 @@ def _wire(part: str | Picture | Link) -> dict[str, Any]:
     return {"type": "image_url", "image_url": {"url": part.data_url}}
 
 
+def _encoded(part: str | Picture | Link) -> bytes:
+    if not isinstance(part, Picture):
+        return json.dumps(_wire(part), ensure_ascii=False).encode()
+    url = f"data:{part.media_type};base64,".encode() + base64.b64encode(part.data)
+    return b'{"type": "image_url", "image_url": {"url": "' + url + b'"}}'  # base64 has nothing that JSON would escape
+
+
+def _length(part: str | Link) -> int:
+    return len(part if isinstance(part, str) else part.url) + 100
+
+
 def _decoded(text: str) -> bytes:
+    if len(text) > MOST_BYTES * 4 // 3 + 4:
+        raise ContentError(f"is a picture of about {len(text) * 3 // 4:,} bytes; {MOST_BYTES:,} are the most")
     try:
         return base64.b64decode(text, validate=True)
     except (binascii.Error, ValueError) as error:
-        raise ValueError(f"its base64 is damaged ({error})") from error
+        raise ContentError(f"is a picture whose base64 is damaged: {error}") from error
+
+
+def _placed(error: Exception, where: str) -> Exception:
+    """The error with a position before its message; of a kind that is made from a message, as not all are."""
+    kinds = (ContentError, ConfigError, TypeError, ValueError)
+    return next(kind for kind in kinds if isinstance(error, kind))(f"{where} {error}")
 
 
 def _check_url(url: str, schemes: tuple[str, ...]) -> None:
     if not isinstance(url, str):
         raise TypeError(f"a url must be str, got {type(url).__name__}")
-    scheme = url[: url.find(":")].lower() if ":" in url else ""
-    if scheme not in schemes or (scheme != "data" and not urlsplit(url).hostname):
-        raise ValueError(f"{_shown(url)!r} is no https, http or data URL; for a file pass Image(Path(...))")
-    if scheme == "data" and ";base64," not in url[:100]:
+    scheme = url[: url.find(":")].lower() if ":" in url[:20] else ""
+    if scheme not in schemes or (scheme != "data" and not _host(url)):
+        raise ValueError(f"{shown(url)!r} is no https, http or data URL; for a file pass Image(Path(...))")
+    if scheme == "data" and (";base64," not in url[:100] or not url.isascii()):
         raise ValueError("a data URL must be base64: data:image/png;base64,...")
+    if not url.isprintable():  # line breaks, which some URL readers drop, and lone surrogates, which no JSON can hold
+        raise ValueError("a url has characters that no URL can have")
 
 
-def _shown(url: str) -> str:
+def _host(url: str) -> str | None:
+    try:
+        return urlsplit(url).hostname
+    except ValueError:  # a bracket that is not closed
+        return None
+
+
+def _is_data(url: str) -> bool:
+    return url[:5].lower() == "data:"
+
+
+def shown(url: str) -> str:
+    """`url` for messages: without what may be a password or a signature."""
+    if _host(url) and not _is_data(url):
+        parts = urlsplit(url)
+        url = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}{'?...' if parts.query else ''}"
     return url if len(url) <= 60 else f"{url[:57]}..."
+
+
+def described(value: "Input") -> str:
+    """A query or document in words, for people: a text as it is, an image as ``[image 300x200] page1.png``."""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, Mapping):
+        value = from_parts(_parts(value))
+    parts = value.parts if isinstance(value, Content) else (value,)
+    return " ".join(part if isinstance(part, str) else _described(part) for part in parts)
+
+
+def first_image(value: "Input") -> "Path | bytes | PIL.Image.Image | None":
+    """What its first image can be read from; None where it has none, or one that is elsewhere."""
+    if isinstance(value, Mapping):
+        value = from_parts(_parts(value))
+    parts = value.parts if isinstance(value, Content) else (value,)
+    for part in parts:
+        if isinstance(part, Image):
+            if part.source is not None:
+                return part.source
+            if part.url is not None and _is_data(part.url):
+                return _decoded(part.url.partition(",")[2])
+    return None
+
+
+def _described(part: Image | Video) -> str:
+    kind = "image" if isinstance(part, Image) else "video"
+    url = part.url
+    if url is not None and not _is_data(url):
+        return f"[{kind}] {shown(url)}"
+    if isinstance(part, Video):
+        return "[video]"
+    try:
+        source = first_image(part)
+        size = "" if source is None else " {}x{}".format(*size_of(source))
+    except ConfigError:  # it is gone, or Pillow is: no reason not to show the rest
+        size = ""
+    return f"[image{size}]" + (f" {part.source.name}" if isinstance(part.source, Path) else "")
 
 
 def _is_pil(value: object) -> bool:

@@ -12,6 +12,9 @@ from dataclasses import dataclass
 from html import escape
 from typing import TYPE_CHECKING
 
+from rag_rerank.content import Input, described, first_image
+from rag_rerank.errors import ConfigError
+from rag_rerank.pictures import thumbnail
 from rag_rerank.scorer import Ranked
 
 if TYPE_CHECKING:
@@ -45,7 +48,7 @@ class Reranked:
 
     Attributes:
         query: The query.
-        documents: The documents, in retrieval order.
+        documents: The documents, in retrieval order. Images are shown by their size, in a notebook with a small copy.
         ranked: What `Scorer.rerank` gave for them.
         gold: Positions of right answers, where they are known: marked, and shown however far down they are.
         rows: How many rows to show from the top; None shows all.
@@ -54,8 +57,8 @@ class Reranked:
         ValueError: `ranked` or `gold` has a position that no document has.
     """
 
-    query: str
-    documents: Sequence[str]
+    query: Input
+    documents: Sequence[Input]
     ranked: Sequence[Ranked]
     gold: Collection[int] = ()
     rows: int | None = 10
@@ -75,7 +78,7 @@ class Reranked:
         left = len(rows) - len(shown)
         more = [f"{left} more"] if left else []
         found = ", ".join(shown + more) or "none kept"
-        return f"Reranked({_cut(self.query, 60)!r}, {len(self.documents)} documents: {found})"
+        return f"Reranked({_cut(described(self.query), 60)!r}, {len(self.documents)} documents: {found})"
 
     def _repr_html_(self) -> str:
         """The table for a notebook: all styles are inline, nothing is loaded, no text is markup."""
@@ -85,11 +88,11 @@ class Reranked:
             for name, side in (("rank", "right"), ("index", "right"), ("moved", "right"), ("score", "left"))
         )
         head += f'<th style="{line};text-align:left">document{" (✓ right answer)" if self.gold else ""}</th>'
-        body = "".join(_html_row(row, line) for row in self._shown())
+        body = "".join(_html_row(row, line, _thumbnail(self.documents[row.index])) for row in self._shown())
         note = f'<div style="opacity:.7;padding:2px 8px">{escape(self._note())}</div>' if self._note() else ""
         return (
             f'<div style="color:inherit;background:transparent;overflow-x:auto"><div dir="auto" '
-            f'style="font-weight:bold;padding:2px 8px">{escape(_cut(self.query, _MORE))}</div>'
+            f'style="font-weight:bold;padding:2px 8px">{escape(_cut(described(self.query), _MORE))}</div>'
             f'<table style="border-collapse:collapse;color:inherit;background:transparent">'
             f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>{note}</div>"
         )
@@ -100,7 +103,7 @@ class Reranked:
         from rich.text import Text  # noqa: PLC0415
 
         table = Table(
-            title=Text(_cut(self.query, _MORE)),
+            title=Text(_cut(described(self.query), _MORE)),
             title_justify="left",
             title_style="bold",
             caption=self._note() or None,
@@ -129,7 +132,7 @@ class Reranked:
             share = None if item.score is None else (item.score - low) / (high - low) if high > low else 1.0
             score = _UNSCORED if item.score is None else format(item.score, form)
             moved = 0 if item.score is None else item.index + 1 - rank
-            text = self.documents[item.index]
+            text = described(self.documents[item.index])
             yield _Row(rank, item.index, moved, score, share, text, item.index in self.gold)
 
     def _shown(self) -> list[_Row]:
@@ -143,7 +146,19 @@ class Reranked:
         return ", ".join(parts)
 
 
-def _html_row(row: _Row, line: str) -> str:
+def _thumbnail(document: Input) -> str:
+    """A small copy of a document's image, if it has one that can be read here; nothing is fetched."""
+    if isinstance(document, str):
+        return ""
+    try:
+        source = first_image(document)
+        url = None if source is None else thumbnail(source)
+    except ConfigError:  # it is gone, or Pillow is: the rest is shown all the same
+        return ""
+    return "" if url is None else f'<img src="{url}" alt="" style="max-height:64px;vertical-align:middle" /> '
+
+
+def _html_row(row: _Row, line: str, image: str) -> str:
     numbers = f"{line};text-align:right;font-variant-numeric:tabular-nums"
     colour = f";color:{_GREEN}" if row.moved > 0 else f";color:{_RED}" if row.moved < 0 else ""
     bar = (
@@ -158,7 +173,8 @@ def _html_row(row: _Row, line: str) -> str:
         f'<td style="{numbers}">{row.rank}</td><td style="{numbers}">{row.index}</td>'
         f'<td style="{numbers}{colour}">{_arrow(row)}</td><td style="{line};text-align:left">{score}{bar}</td>'
         f'<td dir="auto" title="{escape(_cut(row.text, _MORE))}" style="{line};text-align:start;max-width:48em;'
-        f'overflow:hidden;text-overflow:ellipsis;white-space:nowrap">{mark}{escape(_cut(row.text, _SNIPPET))}</td></tr>'
+        f'overflow:hidden;text-overflow:ellipsis;white-space:nowrap">{mark}{image}'
+        f"{escape(_cut(row.text, _SNIPPET))}</td></tr>"
     )
 
 

@@ -78,9 +78,11 @@ class BackendUnavailable(BackendError):
 
     Attributes:
         retry_after: Seconds for which the server asked to be left alone, where it did.
+        status: The HTTP status, where there was one.
     """
 
     retry_after: float | None = None
+    status: int | None = None
 
 
 class DeadlineExceeded(BackendError, TimeoutError):

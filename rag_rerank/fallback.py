@@ -5,14 +5,17 @@ import time
 from collections.abc import Iterator
 from contextlib import AsyncExitStack, ExitStack, contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 from rag_rerank.backoff import BackOff
+from rag_rerank.content import Prepared
 from rag_rerank.errors import (
     BackendError,
     BackendRejected,
     BackendUnavailable,
     BadReply,
     ConfigError,
+    ContentError,
     DeadlineExceeded,
 )
 from rag_rerank.scorer import Scorer
@@ -36,7 +39,8 @@ class FallbackScorer(Scorer):
 
     A call that ends in `BackendUnavailable`, `DeadlineExceeded` or `BadReply` moves as a whole to the next scorer, with
     one logged warning: scores of two scorers are never mixed. Whatever else goes wrong is raised at once: a refused
-    request or document (`BackendRejected`), a wrong setting or argument.
+    request or document (`BackendRejected`), a wrong setting or argument. Where a query or document holds an image,
+    scorers whose models read text only are passed over.
 
     A scorer that failed rests for 1, 2, 4 ... 30 s (`BackOff`): meanwhile calls pass it over and try it only where all
     the others fail or rest, too. Running out of time counts as its failure only if it had had at least 1 s, or the time
@@ -76,13 +80,28 @@ class FallbackScorer(Scorer):
         return self._answered.model_name
 
     def _score(self, queries: list[str], documents: list[str], until: float | None) -> list[float]:
+        return self._score_any(queries, documents, until)
+
+    async def _ascore(self, queries: list[str], documents: list[str], until: float | None) -> list[float]:
+        return await self._ascore_any(queries, documents, until)
+
+    def _score_mixed(self, queries: list[Prepared], documents: list[Prepared], until: float | None) -> list[float]:
+        return self._score_any(queries, documents, until)
+
+    async def _ascore_mixed(
+        self, queries: list[Prepared], documents: list[Prepared], until: float | None
+    ) -> list[float]:
+        return await self._ascore_any(queries, documents, until)
+
+    # Any: a scorer takes from another what was prepared for it, which nobody else is to make.
+    def _score_any(self, queries: Any, documents: Any, until: float | None) -> list[float]:
         call = _Call(self, until)
         for member, deadline in call.turns():
             with call.turn(member, deadline):
                 return member.scorer.score(queries, documents, deadline=deadline)
         raise call.error()
 
-    async def _ascore(self, queries: list[str], documents: list[str], until: float | None) -> list[float]:
+    async def _ascore_any(self, queries: Any, documents: Any, until: float | None) -> list[float]:
         call = _Call(self, until)
         for member, deadline in call.turns():
             with call.turn(member, deadline):
@@ -112,6 +131,7 @@ class _Call:
         self._until = until
         self._began = time.monotonic()
         self._failed: list[tuple[Scorer, BackendError]] = []
+        self._blind: ContentError | None = None  # of the first that can't score what this call holds
 
     def turns(self) -> Iterator[tuple[_Member, float | None]]:
         """Each scorer to be tried, and its seconds, for as long as the one before failed and there is time."""
@@ -144,6 +164,10 @@ class _Call:
         except BackendRejected:
             self._answered(member)
             raise
+        except ContentError as error:
+            # Pictures were read before the first turn: it is the model that has no eyes for them.
+            self._blind = self._blind or error
+            member.back_off.worked()
         else:
             self._answered(member)
 
@@ -151,8 +175,10 @@ class _Call:
         member.back_off.worked()
         self._fallback._answered = member.scorer
 
-    def error(self) -> BackendError:
+    def error(self) -> BackendError | ContentError:
         """What to raise after the last turn."""
+        if self._blind is not None and not self._failed:
+            return self._blind
         errors = [error for _, error in self._failed]
         scorer, last = self._failed[-1]
         if len(errors) == 1:

@@ -20,6 +20,7 @@ MOST_PIXELS = 40_000_000
 _FORMATS = {
     "PNG": "image/png",
     "JPEG": "image/jpeg",
+    "MPO": "image/jpeg",  # what Pillow calls a JPEG file with a second picture in it, as telephones write
     "WEBP": "image/webp",
     "GIF": "image/gif",
     "BMP": "image/bmp",
@@ -56,6 +57,18 @@ class Picture:
         return f"Picture({self.media_type}, {self.width}x{self.height})"
 
 
+BLANK = Picture(
+    base64.b64decode(
+        "iVBORw0KGgoAAAANSUhEUgAAAEAAAABACAAAAACPAi4CAAAAK0lEQVR42u3MMREAAAgEoNf+nTWEmwcBqMlNRyAQCAQCgUAgEAgEAsHzYAFQLQF/"
+        "OJ8+2wAAAABJRU5ErkJggg=="
+    ),
+    "image/png",
+    64,
+    64,
+)
+"""A white square, which no model that sees refuses."""
+
+
 def read_picture(source: "Path | bytes | PIL.Image.Image", max_pixels: int | None = None) -> Picture:
     """Read, check and, where asked, scale down a picture.
 
@@ -78,19 +91,47 @@ def read_picture(source: "Path | bytes | PIL.Image.Image", max_pixels: int | Non
         with _opened(data) as image:
             _check_size(image)
             kind = str(image.format)
+            # Whatever may be wrong with a file: Pillow has no one error for that (OSError, SyntaxError, struct.error).
             try:
                 image.load()
                 scaled = _scaled(image, max_pixels)
-            except (OSError, SyntaxError, ValueError, IndexError, pil.DecompressionBombError) as error:
+            except Exception as error:
                 raise ContentError(f"is a damaged picture: {error}") from error
             if scaled is None:
                 return Picture(data, _FORMATS[kind], *image.size)
-            return _encoded(scaled, "JPEG" if kind == "JPEG" else "PNG")
+            return _encoded(scaled, "JPEG" if kind in ("JPEG", "MPO") else "PNG")
     _check_size(source)
     try:
-        return _encoded(_scaled(source, max_pixels) or source, "PNG")
-    except (OSError, ValueError) as error:
+        return _encoded(_scaled(source, max_pixels) or _as_png_can(source), "PNG")
+    except ContentError:
+        raise
+    except (OSError, SyntaxError, ValueError, IndexError, pil.DecompressionBombError) as error:  # it may not be loaded
         raise ContentError(f"is a picture that can't be written as PNG: {error}") from error
+
+
+def size_of(source: "Path | bytes | PIL.Image.Image") -> tuple[int, int]:
+    """Width and height in pixels, without decoding any.
+
+    Raises:
+        ContentError, ConfigError: As `read_picture`.
+    """
+    if not isinstance(source, Path | bytes):
+        return source.size
+    with _opened(source if isinstance(source, bytes) else _checked(source)) as image:
+        return image.size
+
+
+def thumbnail(source: "Path | bytes | PIL.Image.Image", max_pixels: int = 96 * 96) -> str:
+    """A small JPEG as a data URL, about 3 kB.
+
+    Raises:
+        ContentError, ConfigError: As `read_picture`.
+    """
+    picture = read_picture(source, max_pixels)
+    file = io.BytesIO()
+    picture.decoded().save(file, "JPEG", quality=75)
+    small = Picture(file.getvalue(), "image/jpeg", picture.width, picture.height)
+    return small.data_url
 
 
 def _pillow() -> Any:
@@ -104,22 +145,32 @@ def _pillow() -> Any:
 def _file(path: Path) -> bytes:
     """Its bytes; no more of them than are allowed are read."""
     try:
-        if not path.is_file():  # a pipe or device would never end
-            raise ContentError(f"is the path {path}, which is {'no file' if path.exists() else 'not there'}")
-        with path.open("rb") as file:
+        with _checked(path).open("rb") as file:
             return file.read(MOST_BYTES + 1)
     except OSError as error:
         raise ContentError(f"is the file {path}, which can't be read: {error.strerror or error}") from error
 
 
-def _opened(data: bytes) -> "PIL.Image.Image":
+def _checked(path: Path) -> Path:
+    """The path, if it is a file's: a pipe or device would never end."""
+    try:
+        if path.is_file():
+            return path
+        there = path.exists()
+    except OSError as error:
+        raise ContentError(f"is the path {path}, which can't be read: {error.strerror or error}") from error
+    raise ContentError(f"is the path {path}, which is {'no file' if there else 'not there'}")
+
+
+def _opened(data: bytes | Path) -> "PIL.Image.Image":
     """Its header read, no pixel yet."""
     pil = _pillow()
+    source = data if isinstance(data, Path) else io.BytesIO(data)
     try:
-        image: PIL.Image.Image = pil.open(io.BytesIO(data), formats=tuple(_FORMATS))
-    except pil.DecompressionBombError as error:
+        image: PIL.Image.Image = pil.open(source, formats=[name for name in _FORMATS if name != "MPO"])
+    except (pil.DecompressionBombError, pil.DecompressionBombWarning) as error:  # the latter where warnings are errors
         raise ContentError(f"is a picture with too many pixels: {error}") from error
-    except (OSError, SyntaxError, ValueError) as error:
+    except Exception as error:  # as for what is damaged
         raise ContentError("is no PNG, JPEG, WebP, GIF, BMP or TIFF picture") from error
     return image
 
@@ -140,22 +191,44 @@ def _scaled(image: "PIL.Image.Image", max_pixels: int | None) -> "PIL.Image.Imag
     if max_pixels is None or width * height <= max_pixels:
         return None
     ratio = (max_pixels / (width * height)) ** 0.5
-    size = max(1, int(width * ratio)), max(1, int(height * ratio))
-    return _as_rgb(image).resize(size, _pillow().Resampling.LANCZOS)
+    image = _as_rgb(image)  # upright: width and height may have changed places
+    size = max(1, int(image.width * ratio)), max(1, int(image.height * ratio))
+    return image.resize(size, _pillow().Resampling.LANCZOS)
 
 
 def _as_rgb(image: "PIL.Image.Image") -> "PIL.Image.Image":
-    from PIL import Image, ImageOps  # noqa: PLC0415
+    """Step by step as vLLM 0.32 (``multimodal/image.py``), so that a model sees the same."""
+    from PIL import Image  # noqa: PLC0415
 
-    image = ImageOps.exif_transpose(image) or image
-    if image.mode in ("RGBA", "LA", "PA") or (image.mode == "P" and "transparency" in image.info):
-        image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, "WHITE")
-        return Image.alpha_composite(white, image).convert("RGB")
-    return image.convert("RGB")
+    image = _upright(image)
+    if image.mode == "RGB":
+        return image
+    if image.mode not in ("RGBA", "LA", "PA") and "transparency" not in image.info:
+        return image.convert("RGB")
+    image = image if image.mode == "RGBA" else image.convert("RGBA")
+    ground = Image.new("RGB", image.size, (255, 255, 255))
+    ground.paste(image, mask=image.getchannel("A"))
+    return ground
+
+
+def _as_png_can(image: "PIL.Image.Image") -> "PIL.Image.Image":
+    """Turned upright, for PNG files written here don't say how; in RGB where PNG has no such pixels."""
+    image = _upright(image)
+    return image if image.mode in ("1", "L", "LA", "P", "RGB", "RGBA") else _as_rgb(image)
+
+
+def _upright(image: "PIL.Image.Image") -> "PIL.Image.Image":
+    from PIL import ImageOps  # noqa: PLC0415
+
+    try:
+        return ImageOps.exif_transpose(image) or image
+    except Exception:  # noqa: BLE001 - damaged EXIF data, of which there is much: as if there were none, as in vLLM
+        return image
 
 
 def _encoded(image: "PIL.Image.Image", kind: str) -> Picture:
     file = io.BytesIO()
     image.save(file, format=kind, **({"quality": 90} if kind == "JPEG" else {"compress_level": 1}))
+    if file.tell() > MOST_BYTES:
+        raise ContentError(f"is a picture that takes {file.tell():,} bytes as {kind}, {MOST_BYTES:,} are the most")
     return Picture(file.getvalue(), _FORMATS[kind], *image.size)

@@ -91,6 +91,11 @@ def oracle(query: str, document: str) -> float:
     return int.from_bytes(digest) / 2**48
 
 
+def spelled(value: str | dict[str, Any]) -> str:
+    """A query or document as `oracle` takes it: one with pictures is its JSON."""
+    return value if isinstance(value, str) else json.dumps(value, sort_keys=True)
+
+
 def http(body: bytes | str, status: int = 200, **headers: str | int) -> bytes:
     """An answer; ``Retry_After=1`` is the header ``Retry-After: 1``. Its Content-Length is right unless given."""
     content = body.encode() if isinstance(body, str) else body
@@ -107,7 +112,7 @@ def refusal(status: int, message: str = "no", **headers: str | int) -> Steps:
 def scores(request: Request) -> dict[str, Any]:
     """What the right answer to a request for scores says; to be spoilt by tests."""
     pairs = zip(request.queries, request.documents, strict=True)
-    data = [{"index": i, "object": "score", "score": oracle(*pair)} for i, pair in enumerate(pairs)]
+    data = [{"index": i, "object": "score", "score": oracle(*map(spelled, pair))} for i, pair in enumerate(pairs)]
     return {
         "id": f"score-{request.content.get('request_id') or request.headers.get('x-request-id')}",
         "object": "list",

@@ -3,7 +3,7 @@
 import json
 import pprint
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -27,13 +27,21 @@ from rag_rerank.cli.options import (
     PortOption,
     make_scorer,
 )
+from rag_rerank.content import Image, Input, described
 from rag_rerank.display import Reranked
 from rag_rerank.errors import BackendError, ConfigError
 from rag_rerank.files import Tally, partial_of, rejects_of, rerank_file
 from rag_rerank.scorer import Ranked, Scorer
 
 QueryArgument = Annotated[str | None, typer.Argument(help="The query; without one, JSON Lines are read from stdin.")]
-DocumentsArgument = Annotated[list[str] | None, typer.Argument(help="The documents.")]
+DocumentsArgument = Annotated[
+    list[str] | None, typer.Argument(help="The documents: texts, or image files, for a model that sees.")
+]
+_IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+TextOption = Annotated[
+    bool,
+    typer.Option("--text", help=f"Take documents for texts even if they name files ending in {', '.join(_IMAGES)}."),
+]
 _FILES = "Files (with --in and --out)"
 InOption = Annotated[
     Path | None,
@@ -57,6 +65,7 @@ _PATIENCE = 300.0  # seconds for a group of a file on a server: nobody waits for
 def score(
     query: QueryArgument = None,
     documents: DocumentsArgument = None,
+    text: TextOption = False,
     example: Annotated[bool, typer.Option("--example", help="Show the three input patterns of the score API.")] = False,
     model: ModelOption = None,
     base_url: BaseURLOption = None,
@@ -70,7 +79,9 @@ def score(
 ) -> None:
     """Score documents against a query, in the order given.
 
-    Without arguments, each line of stdin is {"query": ..., "documents": [...]} and becomes one line with "scores".
+    Documents that are image files are read as images. Without arguments, each line of stdin is
+    {"query": ..., "documents": [...]} and becomes one line with "scores"; there, images are
+    {"content": [{"type": "image_url", "image_url": {"url": "data:..."}}]}, and no text is taken for a file.
     """
     with make_scorer(model, base_url, host, port, device, dtype, logits, send_key_over_http) as scorer:
         if example:
@@ -78,7 +89,7 @@ def score(
             return
         _answer(
             query,
-            documents,
+            _read(documents, as_text=text),
             as_json,
             lambda query, documents: {"scores": scorer.score(query, documents)},
             lambda query, documents: _score_table(query, documents, scorer.score(query, documents)),
@@ -88,6 +99,7 @@ def score(
 def rerank(
     query: QueryArgument = None,
     documents: DocumentsArgument = None,
+    text: TextOption = False,
     top_n: Annotated[int | None, typer.Option(help="Keep the best so many.")] = None,
     score_threshold: Annotated[float | None, typer.Option(help="Keep scores at or above it.")] = None,
     model: ModelOption = None,
@@ -107,12 +119,14 @@ def rerank(
 ) -> None:
     """Order documents by relevance to a query, best first.
 
-    Without arguments, each line of stdin is {"query": ..., "documents": [...]} and becomes one line with "ranked".
+    Documents that are image files are read as images. Without arguments, each line of stdin is
+    {"query": ..., "documents": [...]} and becomes one line with "ranked"; there, images are
+    {"content": [{"type": "image_url", "image_url": {"url": "data:..."}}]}, and no text is taken for a file.
     With --in and --out, so does each line of a file; a run that was interrupted goes on where it stopped.
     """
     options: dict[str, Any] = {"top_n": top_n, "score_threshold": score_threshold}
 
-    def ranked(query: str, documents: list[str]) -> list[Ranked]:
+    def ranked(query: Input, documents: list[Input]) -> list[Ranked]:
         return scorer.rerank(query, documents, **options)
 
     paths = _paths(source, target, query is None and not as_json, reorder or restart or strict)
@@ -124,7 +138,7 @@ def rerank(
             return
         _answer(
             query,
-            documents,
+            _read(documents, as_text=text),
             as_json,
             lambda query, documents: {"ranked": [asdict(item) for item in ranked(query, documents)]},
             lambda query, documents: Reranked(query, documents, ranked(query, documents), rows=None).__rich__(),
@@ -204,12 +218,31 @@ def _summarise(console: Console, tally: Tally, target: Path) -> None:
         console.print(Text(f"warning: {tally.rejected:,} rejected, see {rejects_of(target)}", style="yellow"))
 
 
+def _read(documents: list[str] | None, *, as_text: bool) -> list[Input] | None:
+    """The documents of the command line, those that are image files as images."""
+    if documents is None or as_text:
+        return None if documents is None else list(documents)
+    return [Image(Path(document)) if _is_image_file(document) else document for document in documents]
+
+
+def _is_image_file(document: str) -> bool:
+    if not document.lower().endswith(_IMAGES):
+        return False
+    try:
+        found = Path(document).is_file()
+    except OSError:  # a text, too long for a name
+        return False
+    if not found and " " not in document:
+        typer.echo(f"note: there is no file {document}: it is scored as a text", err=True)
+    return found
+
+
 def _answer(
     query: str | None,
-    documents: list[str] | None,
+    documents: list[Input] | None,
     as_json: bool,
-    as_object: Callable[[str, list[str]], dict[str, Any]],
-    as_table: Callable[[str, list[str]], Table],
+    as_object: Callable[[Input, list[Input]], dict[str, Any]],
+    as_table: Callable[[Input, list[Input]], Table],
 ) -> None:
     """One table or object for the arguments, or one object for every line of stdin."""
     if query is not None and not documents:
@@ -217,11 +250,12 @@ def _answer(
     if query is not None and documents and not as_json:
         Console().print(as_table(query, documents))
         return
-    for one_query, many_documents in [(query, documents)] if query is not None else _lines():
-        typer.echo(json.dumps(as_object(str(one_query), list(many_documents or [])), ensure_ascii=False))
+    asked: Iterable[tuple[Input, list[Input]]] = _lines() if query is None else [(query, documents or [])]
+    for one_query, many_documents in asked:
+        typer.echo(json.dumps(as_object(one_query, many_documents), ensure_ascii=False))
 
 
-def _lines() -> Iterator[tuple[str, list[str]]]:
+def _lines() -> Iterator[tuple[Input, list[Input]]]:
     """(query, documents) of every line of stdin."""
     if sys.stdin.isatty():
         raise ConfigError("pass a query and documents, or pipe JSON Lines in; --help tells more")
@@ -233,14 +267,14 @@ def _lines() -> Iterator[tuple[str, list[str]]]:
             raise ConfigError(f'stdin, line {number}: not an object with "query" and "documents" ({error})') from error
 
 
-def _score_table(query: str, documents: list[str], scores: list[float]) -> Table:
-    table = Table(title=escape(query), title_justify="left", title_style="bold")
+def _score_table(query: Input, documents: list[Input], scores: list[float]) -> Table:
+    table = Table(title=escape(described(query)), title_justify="left", title_style="bold")
     table.add_column("index", justify="right", no_wrap=True)
     table.add_column("score", justify="right", no_wrap=True)
     table.add_column("document")
     for index, (document, value) in enumerate(zip(documents, scores, strict=True)):
         # The cell is cut, not the column: that would be given its width before the numbers.
-        text = Text(" ".join(document.split()), no_wrap=True, overflow="ellipsis")
+        text = Text(" ".join(described(document).split()), no_wrap=True, overflow="ellipsis")
         table.add_row(str(index), f"{value:.6f}", text)
     return table
 

@@ -10,7 +10,7 @@ from typing import Any
 from rag_rerank.errors import AuthError, BackendRejected, BadReply, ConfigError, DocumentRejected
 from rag_rerank.files.formats import Reader, check_name, encoded
 from rag_rerank.files.partial import Partial, Tally
-from rag_rerank.scorer import Ranked, Scorer
+from rag_rerank.scorer import Ranked, Scorer, prepared
 
 GROUP = 256  # documents of one call to the scorer: enough to fill its batches, soon enough done to lose little
 _GROUP_BYTES = 8 << 20  # fewer where they are long: this much of the input is in memory, and one line
@@ -36,7 +36,8 @@ def rerank_file(
     Args:
         scorer: Does the reranking.
         source: Lines of ``{"query": str, "documents": [str or {"text": str, ...}], ...}``, as .jsonl or .jsonl.gz, or
-            rows of the same as .parquet.
+            rows of the same as .parquet. For a model that sees, a query or document may be ``{"content": [part, ...]}``
+            with images as data URLs, or as http(s) URLs, which the server fetches; no file is read for one.
         target: What to write, with such an ending, in the same order: the same objects with ``"ranked": [{"index",
             "score"}]``. Where it is there already, it is replaced at the end.
         top_n: How many to keep of each line; None keeps all.
@@ -102,7 +103,8 @@ class _Line:
     number: int
     raw: bytes
     row: dict[str, Any]
-    texts: list[str]
+    query: Any  # as the scorer takes it: a text, or content with images, read already
+    texts: list[Any]
     ranked: list[Ranked] | None = None
     error: str | None = None
 
@@ -146,29 +148,36 @@ def _parsed(number: int, raw: bytes) -> _Line:
     raw = raw.rstrip(b"\r\n")
     try:
         row = json.loads(raw.decode("utf-8-sig" if number == 1 else "utf-8"))
-        return _Line(number, raw, row, _texts(row))
+        return _Line(number, raw, row, *_contents(row))
     except json.JSONDecodeError as error:  # whose own text calls every line the first
-        return _Line(number, raw, {}, [], error=f"not JSON: {error.msg} (character {error.pos + 1})")
-    except (ValueError, RecursionError) as error:  # bytes that are no UTF-8, no such object, nested too deep
-        return _Line(number, raw, {}, [], error=str(error))
+        return _Line(number, raw, {}, "", [], error=f"not JSON: {error.msg} (character {error.pos + 1})")
+    except (ValueError, TypeError, RecursionError) as error:  # no UTF-8, no such object, a bad image, nested too deep
+        return _Line(number, raw, {}, "", [], error=str(error))
 
 
-def _texts(row: Any) -> list[str]:
-    """The texts of a line's documents, or a ValueError that says what is wrong with the line."""
+def _contents(row: Any) -> tuple[Any, list[Any]]:
+    """A line's query and documents, or a ValueError or TypeError that says what is wrong with the line."""
     if not isinstance(row, dict):
         raise ValueError(f'must be an object with "query" and "documents", got {type(row).__name__}')  # noqa: TRY004
     for name, kind in (("query", str), ("documents", list)):
-        if not isinstance(row.get(name), kind):
+        if not isinstance(row.get(name), kind) and not (name == "query" and _has_parts(row.get(name))):
             got = type(row[name]).__name__ if name in row else "nothing"
-            raise ValueError(f'"{name}" must be {kind.__name__}, got {got}')  # noqa: TRY004
-    texts: list[str] = []
+            raise ValueError(f'"{name}" must be {kind.__name__}, got {got}')
+    contents: list[Any] = []
     for position, document in enumerate(row["documents"]):
-        text = document.get("text") if isinstance(document, dict) else document
-        if not isinstance(text, str):
-            got = type(document).__name__
-            raise ValueError(f'documents[{position}] must be str or an object with a "text", got {got}')  # noqa: TRY004
-        texts.append(text)
-    return texts
+        content: Any = document.get("text") if isinstance(document, dict) else document
+        if content is None and _has_parts(document):
+            content = document
+        if not isinstance(content, str) and not _has_parts(content):
+            got = type(content).__name__
+            raise ValueError(f'documents[{position}] must be str or an object with a "text", got {got}')
+        contents.append(prepared(content, f"documents[{position}]"))
+    return prepared(row["query"], "query"), contents
+
+
+def _has_parts(value: Any) -> bool:
+    """Whether it is content with images, as vLLM and OpenAI write it."""
+    return isinstance(value, dict) and isinstance(value.get("content"), list)
 
 
 def _rank(scorer: Scorer, lines: list[_Line], options: Mapping[str, Any]) -> None:
@@ -176,7 +185,7 @@ def _rank(scorer: Scorer, lines: list[_Line], options: Mapping[str, Any]) -> Non
     if not lines:
         return
     try:
-        found = scorer.rerank_batch([line.row["query"] for line in lines], [line.texts for line in lines], **options)
+        found = scorer.rerank_batch([line.query for line in lines], [line.texts for line in lines], **options)
     except AuthError:
         raise
     except (BackendRejected, BadReply) as error:

@@ -115,6 +115,12 @@ class Exchange:
             # A server that hangs (vLLM does after SIGTERM) must leave time for the next one.
             self._attempt_timeout = max(0.001, self._left() / (1 + rules.max_retries))
 
+    @property
+    def model_name(self) -> str:
+        """What is asked, as far as that is known."""
+        known = self.nodes.known
+        return self._model or ("the model" if known is None else known.model)
+
     def describe(self) -> Steps[Server]:
         """What one of the servers tells about itself; asked once."""
         return self.nodes.known or (yield from self._try(self._described))
@@ -266,7 +272,7 @@ class Exchange:
                 node.failed(gone=False)
             after = _retry_after(reply.headers.get("retry-after", ""), self._now())
             unavailable = self._error(node, BackendUnavailable, message)
-            unavailable.retry_after = after
+            unavailable.retry_after, unavailable.status = after, status
             return _MayPass(unavailable, after=after)
         node.back_off.worked()
         kind: type[BackendRejected] = BackendRejected

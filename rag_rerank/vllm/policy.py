@@ -1,20 +1,29 @@
 """How a call goes: cut into requests, over-long documents cut, rejected documents found.
 
+"Seen" is a pair with more in it than text: never cut, because vLLM answers 500 where a picture's place in the prompt is
+cut off, and cuts the end of the prompt otherwise.
+
 A generator (`rag_rerank.vllm.steps`): no socket and no clock of its own.
 """
 
+import re
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from rag_rerank.errors import BackendRejected, DocumentRejected
+from rag_rerank.content import Link, Mixed, Prepared
+from rag_rerank.errors import BackendRejected, BackendUnavailable, DocumentRejected
+from rag_rerank.pictures import BLANK
+from rag_rerank.scorer import text_only
 from rag_rerank.template import NEUTRAL
 from rag_rerank.vllm.exchange import Exchange
 from rag_rerank.vllm.steps import Steps, Together
 from rag_rerank.vllm.wire import (
     Answer,
+    Encoded,
     Options,
+    Sent,
     Server,
     read_relevance_scores,
     read_scores,
@@ -24,8 +33,13 @@ from rag_rerank.vllm.wire import (
 
 API = Literal["score", "rerank"]
 
+# vLLM 0.32, entrypoints/pooling/scoring: for models of text, and for jina-reranker-v3.
+_BLIND = re.compile("MultiModalParam is not supported|only supports text as input")
 _CUTS_DOCUMENTS = (0, 20)  # vLLM's max_tokens_per_doc
 _MOST_TOKENS_OF_A_TEMPLATE = 1024  # beside query and document; a guess, only for whether to measure
+MOST_BYTES = 8 << 20
+"""Of one request, where it has more than one document: about 10 ms of encoding, in which an event loop stands still."""
+NEUTRAL_PICTURE = Mixed((BLANK,))
 MOST_TOKENS_OF_A_PLAIN_PAIR = 8  # "a" and "a": BERT 5, RoBERTa 6, a bi-encoder 6; the shortest template with an end 12
 
 
@@ -45,14 +59,17 @@ class Call:
     """
 
     exchange: Exchange
-    queries: Sequence[str]
-    documents: Sequence[str]
+    queries: Sequence[Prepared]
+    documents: Sequence[Prepared]
     options: Options
     api: API = "score"
     fit: bool = False
     _scores: list[float | None] = field(init=False)
-    _refusals: dict[int, BackendRejected] = field(default_factory=dict)
-    _sound: bool = False  # whether a request like ours has been accepted
+    _refusals: dict[int, BackendRejected | BackendUnavailable] = field(default_factory=dict)
+    _sound: set[bool] = field(
+        default_factory=set
+    )  # whether a request like ours, with or without pictures, was accepted
+    _encoded: dict[int, Encoded] = field(default_factory=dict)  # by id of what stands in queries and documents
 
     def __post_init__(self) -> None:
         self._scores = [None] * len(self.documents)
@@ -86,51 +103,115 @@ class Call:
             yield Together([branch() for _ in range(count)])
 
     def _pieces(self, rooms: Sequence[int | None]) -> list[list[int]]:
-        """Positions of the pairs of each request: not too many, all cut alike, in a rerank API of one query."""
-        groups: dict[tuple[int | None, str | None], list[int]] = {}
+        """Positions of the pairs of each request: not too many or too large, all cut alike.
+
+        Those of one query where it can be sent once instead of for each document: in a rerank API, and with pictures.
+        """
+        groups: dict[tuple[int | None, Prepared | None, bool], list[int]] = {}
         for position, room in enumerate(rooms):
-            query = self._query(position) if self.api == "rerank" else None
-            groups.setdefault((room, query), []).append(position)
-        size = self.exchange.rules.chunk_size
-        return [group[start : start + size] for group in groups.values() for start in range(0, len(group), size)]
+            query = self._query(position)
+            asked = query if self.api == "rerank" or isinstance(query, Mixed) else None
+            groups.setdefault((room, asked, self._seen(position)), []).append(position)
+        return [piece for group in groups.values() for piece in self._cut(group)]
+
+    def _cut(self, group: list[int]) -> list[list[int]]:
+        pieces: list[list[int]] = [[]]
+        size = 0
+        for position in group:
+            document = self.documents[position]
+            more = _size(document) + (0 if len(self.queries) == 1 else _size(self._query(position)))
+            # What the server has to fetch first goes alone: the others don't wait for it, nor fail with it.
+            alone = isinstance(document, Mixed) and any(isinstance(part, Link) for part in document.parts)
+            full = len(pieces[-1]) == self.exchange.rules.chunk_size or size + more > MOST_BYTES or alone
+            if full and pieces[-1]:
+                pieces.append([])
+                size = 0
+            pieces[-1].append(position)
+            size = MOST_BYTES if alone else size + more
+        return pieces
 
     def _score_piece(self, piece: list[int], room: int | None, pieces: "deque[list[int]]") -> Steps[None]:
         """Score a piece; one that is refused goes back in halves, until it is known which documents are to blame.
 
         One rejected document of 32 costs 11 requests more, or 12 where nothing was accepted before.
         """
-        queries = self.queries if len(self.queries) == 1 else [self.queries[position] for position in piece]
-        options = self.options if room is None else replace(self.options, max_tokens_per_doc=room)
+        one = len(self.queries) == 1 or self.api == "rerank" or isinstance(self._query(piece[0]), Mixed)
+        queries = [self._query(position) for position in (piece[:1] if one else piece)]
+        documents = [self.documents[position] for position in piece]
+        seen = self._seen(piece[0])
+        options = (
+            self._uncut if seen else self.options if room is None else replace(self.options, max_tokens_per_doc=room)
+        )
         try:
-            documents = [self.documents[position] for position in piece]
             answer = yield from self._ask(queries, documents, options, positions=piece)
-        except BackendRejected as refusal:
-            if refusal.status not in (400, 413, 422):
-                raise
-            if refusal.status != 413 and not (yield from self._accepts_others()):
+        except (BackendRejected, BackendUnavailable) as refusal:
+            if not (yield from self._blames_documents(refusal, queries, documents, seen)):
                 raise
             if len(piece) == 1:
-                self._refusals[piece[0]] = refusal
+                self._refuse(piece[0], refusal)
                 return
             # By length: over-long documents end up in the same half. Those to blame are found with fewer requests.
-            piece.sort(key=lambda position: len(self.documents[position]))
+            piece.sort(key=lambda position: _size(self.documents[position]))
             middle = len(piece) // 2
             pieces.extendleft([piece[middle:], piece[:middle]])
             return
-        self._sound = True
+        self._sound.add(_has_image(documents))
         for position, score in zip(piece, answer.scores, strict=True):
             self._scores[position] = score
+            self._encoded.pop(id(self.documents[position]), None)
 
-    def _accepts_others(self) -> Steps[bool]:
-        """Whether the server takes a request like ours with a document that can't be to blame."""
-        if not self._sound:
+    def _blames_documents(
+        self,
+        refusal: BackendRejected | BackendUnavailable,
+        queries: Sequence[Prepared],
+        documents: Sequence[Prepared],
+        seen: bool,
+    ) -> Steps[bool]:
+        """Whether it may be due to single documents of a request that it was refused, and not to all of it.
+
+        Raises:
+            ContentError: It is due to the model, which reads text only.
+        """
+        if seen and _BLIND.search(refusal.message):
+            raise text_only(self.exchange.model_name, self.queries, self.documents) from refusal
+        # vLLM answers 500 where it can't reach the address of a picture, and for pictures that its model can't take in.
+        odd = seen and isinstance(refusal, BackendUnavailable) and refusal.status == 500
+        if not odd and (isinstance(refusal, BackendUnavailable) or refusal.status not in (400, 413, 422)):
+            return False
+        if refusal.status == 413:
+            return True
+        pictured = _has_image(documents) or (len(self.queries) > 1 and _has_image(queries))
+        return (yield from self._accepts_others(pictured, again=odd))
+
+    def _accepts_others(self, pictured: bool, *, again: bool = False) -> Steps[bool]:
+        """Whether the server takes a request like ours with a document that can't be to blame.
+
+        Args:
+            pictured: Whether that is a picture.
+            again: Ask even if it has done so before.
+        """
+        if again or pictured not in self._sound:
             query = self.queries[0] if len(self.queries) == 1 else NEUTRAL
+            document = NEUTRAL_PICTURE if pictured else NEUTRAL
+            options = self._uncut if pictured or isinstance(query, Mixed) else self.options
             try:
-                yield from self._ask([query], [NEUTRAL], self.options, aside=True)
-            except BackendRejected:
-                return self._sound  # another branch may know better by now
-            self._sound = True
+                yield from self._ask([query], [document], options, aside=True)
+            except (BackendRejected, BackendUnavailable) as refusal:
+                if isinstance(refusal, BackendUnavailable) and not again:
+                    raise
+                return pictured in self._sound and not again  # another branch may know better by now
+            self._sound.add(pictured)
         return True
+
+    def _refuse(self, position: int, refusal: BackendRejected | BackendUnavailable) -> None:
+        """Note that a document can't be scored."""
+        if self._seen(position):
+            if re.search("maximum (context|model) length", refusal.message):
+                refusal.remedy = "What has an image is never cut: shorten its text, or scale it down (max_pixels=)."
+            elif isinstance(refusal, BackendUnavailable):
+                refusal.remedy = "Can the server reach its url, and does the model take in images of that shape?"
+        self._refusals[position] = refusal
+        self._encoded.pop(id(self.documents[position]), None)
 
     def _rejected(self) -> DocumentRejected:
         """The error for documents that can't be scored, with the scores of the others."""
@@ -160,7 +241,7 @@ class Call:
         window, given = server.window, self.options.max_tokens_per_doc
         if window is None or (server.version is not None and server.version < _CUTS_DOCUMENTS):
             return rooms
-        measured: dict[str, int | None] = {}
+        measured: dict[Prepared, int | None] = {}
         queries = deque([position] for position in {self._query(position): position for position in long}.values())
 
         def measure(piece: list[int]) -> Steps[None]:
@@ -174,16 +255,21 @@ class Call:
 
         yield from self._side_by_side(queries, measure)
         for position in range(len(rooms)):
-            room = measured.get(self._query(position))
+            room = None if self._seen(position) else measured.get(self._query(position))
             rooms[position] = room if given is None or room is None else min(room, given)
         return rooms
 
     def _may_be_long(self, position: int, window: int | None) -> bool:
-        """Whether a pair could have more tokens than the model reads; no tokenizer makes more tokens than bytes."""
+        """Whether a pair is to be cut, and could have more tokens than the model reads.
+
+        No tokenizer makes more tokens than bytes.
+        """
+        query, document = self._query(position), self.documents[position]
+        if not (isinstance(query, str) and isinstance(document, str)):
+            return False
         if window is None:
             return True
-        texts = self._query(position), self.documents[position], self.options.instruction or ""
-        size = sum(len(text.encode()) for text in texts)
+        size = sum(len(text.encode()) for text in (query, document, self.options.instruction or ""))
         return size + _MOST_TOKENS_OF_A_TEMPLATE > window
 
     def _templated(self, server: Server) -> Steps[bool]:
@@ -195,7 +281,7 @@ class Call:
         self.exchange.nodes.remember(templated=templated)
         return templated
 
-    def _room(self, query: str, window: int) -> Steps[int | None]:
+    def _room(self, query: Prepared, window: int) -> Steps[int | None]:
         """The tokens that template and query leave for a document."""
         try:
             answer = yield from self._ask([query], [NEUTRAL], self.options, aside=True)
@@ -218,29 +304,57 @@ class Call:
 
     def _ask(
         self,
-        queries: Sequence[str],
-        documents: Sequence[str],
+        queries: Sequence[Prepared],
+        documents: Sequence[Prepared],
         options: Options,
         *,
         positions: Sequence[int] = (0,),
         aside: bool = False,
     ) -> Steps[Answer]:
         """One request, answered. `positions` are the documents' among the caller's."""
+        asked, sent = [self._sent(query) for query in queries], [self._sent(document) for document in documents]
         if self.api == "rerank":
             return (
                 yield from self.exchange.ask(
-                    lambda server, request_id: rerank_request(server, queries[0], documents, options, request_id),
+                    lambda server, request_id: rerank_request(server, asked[0], sent, options, request_id),
                     lambda body: read_relevance_scores(body, positions),
                     aside=aside,
                 )
             )
         return (
             yield from self.exchange.ask(
-                lambda server, request_id: score_request(server, queries, documents, options, request_id),
+                lambda server, request_id: score_request(server, asked, sent, options, request_id),
                 lambda body: read_scores(body, positions),
                 aside=aside,
             )
         )
 
-    def _query(self, position: int) -> str:
+    def _sent(self, value: Prepared) -> Sent:
+        """As it is sent; encoded once, and kept until it has its score."""
+        if isinstance(value, str):
+            return value
+        if id(value) not in self._encoded:
+            self._encoded[id(value)] = Encoded.of(value)
+        return self._encoded[id(value)]
+
+    @property
+    def _uncut(self) -> Options:
+        return replace(self.options, truncate_prompt_tokens=None, max_tokens_per_query=None, max_tokens_per_doc=None)
+
+    def _seen(self, position: int) -> bool:
+        return isinstance(self._query(position), Mixed) or isinstance(self.documents[position], Mixed)
+
+    def _query(self, position: int) -> Prepared:
         return self.queries[0 if len(self.queries) == 1 else position]
+
+
+def _size(value: Prepared) -> int:
+    """About how many bytes it takes in a request."""
+    return len(value) if isinstance(value, str) else value.size
+
+
+def _has_image(inputs: Sequence[Prepared]) -> bool:
+    parts = (part for each in inputs if isinstance(each, Mixed) for part in each.parts)
+    return any(
+        not isinstance(part, str) and not (isinstance(part, Link) and part.kind == "video_url") for part in parts
+    )

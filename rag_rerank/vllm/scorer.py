@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
-from rag_rerank.errors import ConfigError
+from rag_rerank.content import Prepared
+from rag_rerank.errors import ConfigError, ContentError
 from rag_rerank.scorer import Scorer
 from rag_rerank.template import Halves, Template, prefixed
 from rag_rerank.vllm.endpoint import Endpoint
@@ -161,12 +162,39 @@ class VLLMScorer(Scorer):
     async def _ascore(self, queries: list[str], documents: list[str], until: float | None) -> list[float]:
         return await self._transport.arun(self._steps(queries, documents, until))
 
+    def _score_mixed(self, queries: list[Prepared], documents: list[Prepared], until: float | None) -> list[float]:
+        return self._transport.run(self._mixed_steps(queries, documents, until), until)
+
+    async def _ascore_mixed(
+        self, queries: list[Prepared], documents: list[Prepared], until: float | None
+    ) -> list[float]:
+        return await self._transport.arun(self._mixed_steps(queries, documents, until))
+
     def _steps(self, queries: list[str], documents: list[str], until: float | None) -> Steps[list[float]]:
-        exchange = Exchange(self._nodes, self._rules, until=until, model=self._model)
         queries, documents = prefixed(self._query_prompt, queries), prefixed(self._document_prompt, documents)
         if self._halves is not None:
             queries = [self._halves.of(query, "")[0] for query in queries]
             documents = [self._halves.of("", document)[1] for document in documents]
+        return self._call(queries, documents, until)
+
+    def _mixed_steps(
+        self, queries: list[Prepared], documents: list[Prepared], until: float | None
+    ) -> Steps[list[float]]:
+        if self._halves is not None:  # vLLM puts pictures before a text, so here before a half of the prompt
+            raise ContentError(
+                "an image has no place in a template that is rendered here (template=): give it to the server, "
+                "--chat-template"
+            )
+        return self._call(
+            _prefixed("query", self._query_prompt, queries),
+            _prefixed("document", self._document_prompt, documents),
+            until,
+        )
+
+    def _call(
+        self, queries: Sequence[Prepared], documents: Sequence[Prepared], until: float | None
+    ) -> Steps[list[float]]:
+        exchange = Exchange(self._nodes, self._rules, until=until, model=self._model)
         fit = self._truncate_automatically and self._halves is None
         return Call(exchange, queries, documents, self._options, self._api, fit).score()
 
@@ -189,6 +217,18 @@ class VLLMScorer(Scorer):
         roots = [endpoint.root for endpoint in self._endpoints]
         model = "" if self._model is None else f", model={self._model!r}"
         return f"VLLMScorer({(roots[0] if len(roots) == 1 else roots)!r}{model})"
+
+
+def _prefixed(name: str, prompt: str | None, inputs: list[Prepared]) -> list[Prepared]:
+    """As `prefixed`, for texts; ContentError where vLLM would put a picture before the prompt."""
+    if not prompt:
+        return inputs
+    made: list[Prepared] = []
+    for each in inputs:
+        if not isinstance(each, str):
+            raise ContentError(f"an image can't follow a {name}_prompt: vLLM puts it before all text")
+        made.append(prompt + each)
+    return made
 
 
 def _endpoints(base_url: str | Sequence[str] | None) -> list[Endpoint]:

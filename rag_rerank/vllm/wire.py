@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from rag_rerank.content import Mixed
 from rag_rerank.errors import BadReply, ConfigError
 
 Version = tuple[int, int]
@@ -143,8 +144,31 @@ SINCE: dict[str, Version] = {
 _KNOWS_REQUEST_ID: Version = (0, 16)
 
 
+@dataclass(frozen=True, slots=True, repr=False)
+class Encoded:
+    """A query or document with pictures as it is sent, so that requests that are repeated need not encode it again.
+
+    Attributes:
+        json: vLLM's ``ScoreMultiModalParam``.
+        echo: Most bytes that a rerank API may take to repeat it.
+    """
+
+    json: bytes
+    echo: int
+
+    @classmethod
+    def of(cls, mixed: Mixed) -> "Encoded":
+        """Encode it: about 1 ms for a megabyte."""
+        encoded = mixed.encoded()
+        return cls(encoded, 2 * len(encoded) + 12 * len(mixed.text) + 1024)
+
+
+Sent = str | Encoded
+"""A query or document in a request."""
+
+
 def score_request(
-    server: Server, queries: Sequence[str], documents: Sequence[str], options: Options, request_id: str | None = None
+    server: Server, queries: Sequence[Sent], documents: Sequence[Sent], options: Options, request_id: str | None = None
 ) -> Request:
     """A request to the score API.
 
@@ -152,40 +176,56 @@ def score_request(
         ConfigError: The server is too old for an option.
     """
     body = {
-        "model": server.model,
-        "text_1": queries[0] if len(queries) == 1 else list(queries),
-        "text_2": list(documents),
+        "model": _json(server.model),
+        "text_1": _json(queries[0]) if len(queries) == 1 else _list(queries),
+        "text_2": _list(documents),
     }
     return _post("/v1/score", server, body, options, request_id, len(documents))
 
 
 def rerank_request(
-    server: Server, query: str, documents: Sequence[str], options: Options, request_id: str | None = None
+    server: Server, query: Sent, documents: Sequence[Sent], options: Options, request_id: str | None = None
 ) -> Request:
     """A request to a rerank API of Jina's and Cohere's shape, which vLLM has too; without ``top_n``, it scores all.
 
     Raises:
         ConfigError: The server is too old for an option.
     """
-    body = {"model": server.model, "query": query, "documents": list(documents)}
-    return _post("/v1/rerank", server, body, options, request_id, len(documents), sum(map(len, documents)))
+    body = {"model": _json(server.model), "query": _json(query), "documents": _list(documents)}
+    # The answer echoes the documents, text with up to 12 bytes a character.
+    echoed = sum(12 * len(each) if isinstance(each, str) else each.echo for each in documents)
+    return _post("/v1/rerank", server, body, options, request_id, len(documents), echoed)
 
 
 def _post(
     path: str,
     server: Server,
-    body: dict[str, Any],
+    body: dict[str, bytes],
     options: Options,
     request_id: str | None,
     documents: int,
     echoed: int = 0,
 ) -> Request:
-    body |= options.fields(server.version)
+    body |= {name: _json(value) for name, value in options.fields(server.version).items()}
     if request_id is not None and server.version is not None and server.version >= _KNOWS_REQUEST_ID:
-        body["request_id"] = request_id
-    # An entry of a score answer takes about 60 bytes; a rerank answer echoes the documents, up to 12 bytes a character.
-    limit = (64 << 10) + 256 * documents + 12 * echoed
-    return Request("POST", path, json.dumps(body, ensure_ascii=False).encode(), reply_limit=limit, id=request_id)
+        body["request_id"] = _json(request_id)
+    # An entry of a score answer takes about 60 bytes.
+    limit = (64 << 10) + 256 * documents + echoed
+    content = b"{" + b", ".join(_json(name) + b": " + value for name, value in body.items()) + b"}"
+    return Request("POST", path, content, reply_limit=limit, id=request_id)
+
+
+_to_json = json.JSONEncoder(ensure_ascii=False).encode
+
+
+def _json(value: Any) -> bytes:
+    return value.json if isinstance(value, Encoded) else _to_json(value).encode()
+
+
+def _list(inputs: Sequence[Sent]) -> bytes:
+    if all(isinstance(each, str) for each in inputs):
+        return _json(list(inputs))  # at once: a tenth of the time
+    return b"[" + b", ".join(map(_json, inputs)) + b"]"
 
 
 def read_scores(body: bytes, positions: Sequence[int]) -> Answer:

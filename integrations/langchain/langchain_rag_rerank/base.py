@@ -56,7 +56,7 @@ class BaseReranker(KnownNames, BaseDocumentCompressor, RunnableSerializable[Rera
     top_n: int | None = Field(default=3, ge=1)
     score_threshold: float | None = Field(default=None, allow_inf_nan=False)
     score_key: str = Field(default="relevance_score", min_length=1)
-    document_formatter: Callable[[Document], str] | None = Field(default=None, exclude=True)
+    document_formatter: Callable[[Document], Any] | None = Field(default=None, exclude=True)
     on_error: OnError = "raise"
 
     if TYPE_CHECKING:  # a field of one subclass: at run time pydantic would warn of it
@@ -162,7 +162,7 @@ class BaseReranker(KnownNames, BaseDocumentCompressor, RunnableSerializable[Rera
         }
         return Call(given, choice, config)
 
-    def _texts(self, documents: Sequence[Document]) -> list[str]:
+    def _texts(self, documents: Sequence[Document]) -> list[Any]:
         return texts_of(documents, self.document_formatter)
 
     def _rank(self, given: RerankInput, choice: Choice) -> list[Ranked]:

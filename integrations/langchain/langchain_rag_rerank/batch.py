@@ -12,7 +12,7 @@ from typing import Any
 from langchain_core.documents import Document
 
 from langchain_rag_rerank.documents import RerankInput, in_order
-from rag_rerank import BackendError, BadReply, DocumentRejected, Ranked
+from rag_rerank import BackendError, BadReply, ContentError, DocumentRejected, Ranked
 
 # Documents in one call: enough to keep any back end busy, few enough that ten thousand queries don't have to be
 # answered in the time that one call may take.
@@ -36,12 +36,12 @@ class Batch:
     def __init__(
         self,
         inputs: Sequence[RerankInput],
-        texts_of: Callable[[Sequence[Document]], list[str]],
+        texts_of: Callable[[Sequence[Document]], list[Any]],
         most_queries: int | None,
     ) -> None:
         self._inputs = inputs
         self._outcomes: list[list[Ranked] | Exception] = [[] for _ in inputs]
-        self._texts: list[list[str]] = []
+        self._texts: list[list[Any]] = []
         for position, given in enumerate(inputs):
             try:
                 self._texts.append(texts_of(given["documents"]))
@@ -65,7 +65,7 @@ class Batch:
         if call:
             yield call
 
-    def __iter__(self) -> Iterator[tuple[list[str], list[list[str]]]]:
+    def __iter__(self) -> Iterator[tuple[list[Any], list[list[Any]]]]:
         while self._waiting:
             self._asked = self._waiting.popleft()
             yield [self._inputs[n]["query"] for n in self._asked], [self._texts[n] for n in self._asked]
@@ -75,7 +75,7 @@ class Batch:
         for position, places in zip(self._asked, ranked, strict=True):
             self._outcomes[position] = places
 
-    def failed(self, error: BackendError) -> None:
+    def failed(self, error: BackendError | ContentError) -> None:
         """The call has failed. Queries that may be to blame will be asked alone, the others once more together."""
         suspects = self._suspects(error) if len(self._asked) > 1 else set()
         self._waiting.extend([position] for position in sorted(suspects))
@@ -86,12 +86,12 @@ class Batch:
             for position in others:
                 self._outcomes[position] = error
 
-    def _suspects(self, error: BackendError) -> set[int]:
+    def _suspects(self, error: BackendError | ContentError) -> set[int]:
         # None where a server is down or wants another key: asking for each query alone would fail as often.
         if isinstance(error, DocumentRejected) and error.indices:
             ends = list(accumulate(len(self._texts[position]) for position in self._asked))
             return {self._asked[bisect_right(ends, index)] for index in error.indices if index < ends[-1]}
-        return set(self._asked) if isinstance(error, BadReply) else set()
+        return set(self._asked) if isinstance(error, BadReply | ContentError) else set()
 
     def results(self, score_key: str) -> list[Result]:
         """Each query's documents, or its error."""

@@ -4,21 +4,32 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from langchain_core.documents import Document
+from pydantic import Field
 from typing_extensions import TypedDict  # pydantic refuses typing's own before Python 3.12
 
+import rag_rerank  # names are touched where they are needed: the package loads them, and what they import, lazily
 from rag_rerank import Ranked
+
+Formatter = Callable[[Document], Any]
+"""What makes the content that is scored from a document: a text, or what `texts_of` takes beside."""
 
 
 class RerankInput(TypedDict):
     """What the rerankers take as Runnables.
 
     Attributes:
-        query: The query.
+        query: The query: a text, or a `rag_rerank.Image` or `rag_rerank.Content`.
         documents: What to rerank, in retrieval order.
     """
 
-    query: str
+    query: Any
     documents: Sequence[Document]
+
+
+class Seen(Document):
+    """A document of `rerank` that is no text: its content is scored, and traces don't show it."""
+
+    content: Any = Field(exclude=True, repr=False)
 
 
 class RerankResult(TypedDict):
@@ -51,7 +62,7 @@ def checked(given: Any, name: str) -> RerankInput:
             'or RunnablePassthrough.assign(documents=itemgetter("query") | retriever) | reranker'
         )
     query, documents = given["query"], given["documents"]
-    if not isinstance(query, str):
+    if not isinstance(query, str) and not _is_content(query):
         raise TypeError(f"query must be str, got {type(query).__name__}")
     if isinstance(documents, str) or not isinstance(documents, Iterable):
         raise TypeError(f"documents must be a sequence of Document, got {type(documents).__name__}")
@@ -67,11 +78,13 @@ def checked(given: Any, name: str) -> RerankInput:
     return {"query": query, "documents": documents}
 
 
-def as_documents(given: Iterable[str | Document | Mapping[str, Any]]) -> list[Document]:
-    """Texts and mappings as documents: of a mapping, ``text`` or ``page_content`` is the text, the rest metadata.
+def as_documents(given: Iterable[Any]) -> list[Document]:
+    """Texts, images and mappings as documents.
+
+    Of a mapping, ``text`` or ``page_content`` is the text and the rest metadata, or ``content`` is a list of parts.
 
     Raises:
-        TypeError: Something is neither; the message names the position.
+        TypeError: Something is none of these; the message names the position.
     """
     if isinstance(given, str) or not isinstance(given, Iterable):
         raise TypeError(f"documents must be a sequence of texts or documents, got {type(given).__name__}")
@@ -81,6 +94,8 @@ def as_documents(given: Iterable[str | Document | Mapping[str, Any]]) -> list[Do
 def _as_document(given: object, position: int) -> Document:
     if isinstance(given, Document):
         return given
+    if _is_content(given):
+        return Seen(page_content="", content=given)
     if isinstance(given, Mapping):
         rest = dict(given)
         text = rest.pop("text" if "text" in rest else "page_content", None)
@@ -92,20 +107,36 @@ def _as_document(given: object, position: int) -> Document:
     raise TypeError(f"documents[{position}] must be str, Document or a mapping, got {type(given).__name__}")
 
 
-def texts_of(documents: Sequence[Document], formatter: Callable[[Document], str] | None) -> list[str]:
+def _is_content(given: object) -> bool:
+    """Whether it is what a `rag_rerank.Scorer` takes beside texts."""
+    if isinstance(given, Mapping):
+        return isinstance(given.get("content"), list | tuple)
+    return isinstance(given, rag_rerank.Image | rag_rerank.Video | rag_rerank.Content)
+
+
+def texts_of(documents: Sequence[Document], formatter: Formatter | None) -> list[Any]:
     """What is scored of each document.
 
+    A formatter may return a text, a `rag_rerank.Image`, `rag_rerank.Video` or `rag_rerank.Content`, vLLM's and OpenAI's
+    ``{"content": [part, ...]}``, or just a list of such parts.
+
     Raises:
-        TypeError: The formatter returned no text.
+        TypeError: The formatter returned something else.
     """
-    if formatter is None:
-        return [document.page_content for document in documents]
-    texts = [formatter(document) for document in documents]
-    for position, text in enumerate(texts):
-        if not isinstance(text, str):
-            kind = type(text).__name__
-            raise TypeError(f"document_formatter must return str, got {kind} for documents[{position}]")
-    return texts
+    contents = [_content(document, formatter) for document in documents]
+    for position, content in enumerate(contents):
+        if isinstance(content, list | tuple):
+            contents[position] = {"content": content}
+        elif not isinstance(content, str) and not _is_content(content):
+            kind = type(content).__name__
+            raise TypeError(f"document_formatter must return str or content, got {kind} for documents[{position}]")
+    return contents
+
+
+def _content(document: Document, formatter: Formatter | None) -> Any:
+    if isinstance(document, Seen):
+        return document.content
+    return document.page_content if formatter is None else formatter(document)
 
 
 def in_order(documents: Sequence[Document], ranked: Sequence[Ranked], score_key: str) -> list[Document]:

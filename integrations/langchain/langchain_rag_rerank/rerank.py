@@ -21,7 +21,10 @@ class ScorerReranker(Reranker):
         score_threshold: Keep only documents with this score or a higher one. Applied before `top_n`, so the result may
             be empty.
         score_key: Under which name the score stands in a document's metadata. What was there is replaced.
-        document_formatter: Makes the text that is scored from a document. None takes its ``page_content``.
+        document_formatter: Makes what is scored from a document: a text; or, for models that see, an image: a
+            `rag_rerank.Image` or `rag_rerank.Content`, ``{"content": [part, ...]}`` or a list of such parts, as
+            LangChain's messages have them. None takes its ``page_content``, and nothing is read because a document says
+            where it lies.
         on_error: ``"raise"``; or ``"passthrough"``, which turns a `rag_rerank.BackendError` into one logged warning
             and the first `top_n` documents in retrieval order, without a score.
         name: The name in traces; None for the name of the class.

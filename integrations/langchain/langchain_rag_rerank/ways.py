@@ -13,7 +13,7 @@ from langchain_rag_rerank.base import BaseReranker, Call, Choice, Limits
 from langchain_rag_rerank.batch import Batch, Result, merged
 from langchain_rag_rerank.cross_encoder import RerankerCrossEncoder
 from langchain_rag_rerank.documents import RerankInput, RerankResult, as_documents
-from rag_rerank import BackendError, Ranked
+from rag_rerank import BackendError, ContentError, Input, Ranked
 
 if TYPE_CHECKING:
     from langchain_rag_rerank.retriever import RerankingRetriever
@@ -23,14 +23,15 @@ class Reranker(BaseReranker):
     """All that a reranker can be asked; the fields are described in the public classes."""
 
     def rerank(
-        self, documents: Iterable[str | Document | Mapping[str, Any]], query: str, **limits: Unpack[Limits]
+        self, documents: Iterable[Document | Input], query: Input, **limits: Unpack[Limits]
     ) -> list[RerankResult]:
         """Positions and scores instead of documents, as other rerankers of LangChain have it.
 
         Args:
             documents: Texts, documents, or mappings with the text under ``text`` or ``page_content``. A
-                `document_formatter` sees each as a document.
-            query: The query.
+                `document_formatter` sees each as a document. For models that see, also `rag_rerank.Image`,
+                `rag_rerank.Content`, or mappings with a list of parts under ``content``, which no formatter sees.
+            query: The query; for models that see, it may be an image or content as well.
             **limits: ``top_n`` and ``score_threshold`` take the place of the fields of these names, for this call.
 
         Returns:
@@ -50,7 +51,7 @@ class Reranker(BaseReranker):
         return cast("list[RerankResult]", run(rerank, call.given, call.config))
 
     async def arerank(
-        self, documents: Iterable[str | Document | Mapping[str, Any]], query: str, **limits: Unpack[Limits]
+        self, documents: Iterable[Document | Input], query: Input, **limits: Unpack[Limits]
     ) -> list[RerankResult]:
         """As `rerank`, without blocking the event loop and without a thread per call."""
         call = self._prepare({"query": query, "documents": as_documents(documents)}, None, limits)
@@ -97,7 +98,7 @@ class Reranker(BaseReranker):
             for queries, texts in batch:
                 try:
                     batch.succeeded(self._rank_together(queries, texts, calls[0].choice))
-                except BackendError as error:
+                except (BackendError, ContentError) as error:
                     batch.failed(error)
             return batch.results(self.score_key)
 
@@ -122,7 +123,7 @@ class Reranker(BaseReranker):
             for queries, texts in batch:
                 try:
                     batch.succeeded(await self._arank_together(queries, texts, calls[0].choice))
-                except BackendError as error:
+                except (BackendError, ContentError) as error:
                     batch.failed(error)
             return batch.results(self.score_key)
 
@@ -173,12 +174,12 @@ class Reranker(BaseReranker):
         return results, calls
 
     # A query that is asked alone is asked as `invoke` asks it: one that a server refuses gets the same error.
-    def _rank_together(self, queries: list[str], texts: list[list[str]], choice: Choice) -> list[list[Ranked]]:
+    def _rank_together(self, queries: list[Any], texts: list[list[Any]], choice: Choice) -> list[list[Ranked]]:
         if len(queries) == 1:
             return [self.scorer.rerank(queries[0], texts[0], **choice)]
         return self.scorer.rerank_batch(queries, texts, **choice)
 
-    async def _arank_together(self, queries: list[str], texts: list[list[str]], choice: Choice) -> list[list[Ranked]]:
+    async def _arank_together(self, queries: list[Any], texts: list[list[Any]], choice: Choice) -> list[list[Ranked]]:
         if len(queries) == 1:
             return [await self.scorer.arerank(queries[0], texts[0], **choice)]
         return await self.scorer.arerank_batch(queries, texts, **choice)

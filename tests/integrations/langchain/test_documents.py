@@ -113,7 +113,7 @@ class TestDocuments:
         documents = [Document("x", metadata={"n": 0, "title": "y"}), Document("x", metadata={"n": 1, "title": "bears"})]
         titled = keywords(document_formatter=lambda document: document.metadata["title"])
         assert numbers(titled.compress_documents(documents, QUERY)) == [1, 0]
-        with pytest.raises(TypeError, match=r"must return str, got int for documents\[0\]"):
+        with pytest.raises(TypeError, match=r"must return str or content, got int for documents\[0\]"):
             keywords(document_formatter=lambda _: 3).compress_documents(documents, QUERY)
 
 

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Self
 
-from llama_index.core.bridge.pydantic import ConfigDict, Field, ValidationError
+from llama_index.core.bridge.pydantic import ConfigDict, Field, ValidationError, field_validator
 from llama_index.core.callbacks import CBEventType, EventPayload
 from llama_index.core.instrumentation import get_dispatcher  # type: ignore[attr-defined]  # not in an __all__
 from llama_index.core.instrumentation.events.rerank import ReRankEndEvent, ReRankStartEvent
@@ -19,7 +19,8 @@ from llama_index.core.schema import MetadataMode, NodeWithScore, QueryBundle
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
 import rag_rerank  # names are touched where they are needed: the package loads them, and what they import, lazily
-from llama_index.postprocessor.rag_rerank.nodes import result_of, texts_of
+from llama_index.postprocessor.rag_rerank.images import Sources
+from llama_index.postprocessor.rag_rerank.nodes import contents_of, result_of
 
 logger = logging.getLogger(__name__)
 dispatcher = get_dispatcher(__name__)
@@ -44,8 +45,13 @@ class Reranker(BaseNodePostprocessor, rag_rerank.Closeable):
     score_threshold: float | None = Field(default=None, allow_inf_nan=False)
     metadata_mode: MetadataMode = MetadataMode.EMBED
     keep_retrieval_score: bool = False
+    read_images: bool = False
+    image_folder: str | None = None
+    send_image_urls: bool = False
     on_empty_text: Literal["last", "drop"] = "last"
     on_error: Literal["raise", "passthrough"] = "raise"
+
+    _folder = field_validator("image_folder", mode="before")(rag_rerank.path_as_text)
 
     # A field of one subclass, a property of the others. Not to be declared at run time: pydantic takes a field in the
     # place of an inherited property for a mistake, and LlamaIndex puts a span around what implements abstract methods.
@@ -68,11 +74,11 @@ class Reranker(BaseNodePostprocessor, rag_rerank.Closeable):
         self, nodes: list[NodeWithScore], query_bundle: QueryBundle | None = None
     ) -> list[NodeWithScore]:
         # Some callers (ObjectRetriever, RetrieverEvaluator) come here from inside a running event loop.
-        query, texts = self._prepare(nodes, query_bundle)
+        query, contents = self._prepare(nodes, query_bundle)
         scorer = self.scorer
         with self._reported(scorer.model_name, nodes, query) as outcome:
-            ranked = scorer.rerank(query.query_str, list(texts.values()), **self._choice())
-            self._finish(outcome, nodes, texts, ranked)
+            ranked = scorer.rerank(query.query_str, list(contents.values()), **self._choice())
+            self._finish(outcome, nodes, contents, ranked)
         return outcome.nodes
 
     # LlamaIndex wraps the sync hook in a span by itself, but not this one: without a span of its own, its events would
@@ -81,23 +87,28 @@ class Reranker(BaseNodePostprocessor, rag_rerank.Closeable):
     async def _apostprocess_nodes(
         self, nodes: list[NodeWithScore], query_bundle: QueryBundle | None = None
     ) -> list[NodeWithScore]:
-        query, texts = self._prepare(nodes, query_bundle)
+        query, contents = self._prepare(nodes, query_bundle)
         scorer = self.scorer
         with self._reported(scorer.model_name, nodes, query) as outcome:
-            ranked = await scorer.arerank(query.query_str, list(texts.values()), **self._choice())
-            self._finish(outcome, nodes, texts, ranked)
+            ranked = await scorer.arerank(query.query_str, list(contents.values()), **self._choice())
+            self._finish(outcome, nodes, contents, ranked)
         return outcome.nodes
 
-    def _prepare(self, nodes: Sequence[NodeWithScore], query: QueryBundle | None) -> tuple[QueryBundle, dict[int, str]]:
-        """Check the input; return the query, and the texts to score by their position in `nodes`."""
-        texts = texts_of(nodes, self.metadata_mode)
+    def _prepare(
+        self, nodes: Sequence[NodeWithScore], query: QueryBundle | None
+    ) -> "tuple[QueryBundle, dict[int, rag_rerank.Input]]":
+        """Check the input; return the query, and what to score by its position in `nodes`."""
+        seeing = self.read_images or self.image_folder is not None or self.send_image_urls
+        sources = Sources(self.image_folder, self.send_image_urls) if seeing else None
+        contents = contents_of(nodes, self.metadata_mode, sources)
         if query is None or not query.query_str.strip():
             blank = "" if query is None else " The query that came is blank."
             raise ValueError(f"Missing query bundle in extra info. Pass query_bundle= or query_str=.{blank}")
-        if len(texts) < len(nodes):
+        if len(contents) < len(nodes):
             fate = "are ranked last" if self._keeps_empty else "are dropped"
-            logger.debug("%d of %d nodes have no text to score and %s", len(nodes) - len(texts), len(nodes), fate)
-        return query, texts
+            what = "no text and no image" if seeing else "no text"
+            logger.debug("%d of %d nodes have %s to score and %s", len(nodes) - len(contents), len(nodes), what, fate)
+        return query, contents
 
     @property
     def _keeps_empty(self) -> bool:
@@ -110,7 +121,7 @@ class Reranker(BaseNodePostprocessor, rag_rerank.Closeable):
         self,
         outcome: "_Outcome",
         nodes: Sequence[NodeWithScore],
-        texts: Mapping[int, str],
+        contents: Mapping[int, Any],
         ranked: Sequence[rag_rerank.Ranked],
     ) -> None:
         """Put the results into `outcome`.
@@ -120,9 +131,12 @@ class Reranker(BaseNodePostprocessor, rag_rerank.Closeable):
         as nodes without text do, because two scales in one list can't be compared.
         """
         outcome.passed_through = bool(ranked) and ranked[0].score is None
-        sent = list(texts)
+        sent = list(contents)
         scores = {sent[item.index]: item.score for item in ranked}
-        order = [*scores, *(position for position in range(len(nodes)) if self._keeps_empty and position not in texts)]
+        order = [
+            *scores,
+            *(position for position in range(len(nodes)) if self._keeps_empty and position not in contents),
+        ]
         if outcome.passed_through:
             order.sort()
             scores = {position: nodes[position].score for position in order}

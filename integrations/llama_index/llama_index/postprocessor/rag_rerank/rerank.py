@@ -25,9 +25,18 @@ class ScorerReranker(Reranker):
             ``"llm"``, ``"all"`` or ``"none"``.
         keep_retrieval_score: Whether results keep the score that they came with: in ``metadata["retrieval_score"]`` of
             a copy of the node, where neither embeddings nor language models nor a later one of these rerankers read it.
-        on_empty_text: What becomes of nodes without text, such as images and blank pages, which are not sent, whatever
-            metadata they have: ``"last"`` puts them after the scored ones, in retrieval order, with score None;
-            ``"drop"`` leaves them out, as `score_threshold` always does.
+        read_images: Score the images that nodes hold (base64 in an `ImageNode`, `ImageDocument` or a `Node`'s
+            ``image_resource``), alone or together with their text; for models that see, needs
+            ``pip install 'rag-rerank[images]'``. A model that reads text only then raises `rag_rerank.ContentError`.
+            False, as by default, leaves images out: only their nodes' text is scored.
+        image_folder: Read also the files that nodes name (``image_path``), if they really lie in this folder, links
+            followed; a relative path counts from the folder, or from where the process runs. Implies `read_images`.
+        send_image_urls: Pass on the http and https addresses of images (``image_url``) for the vLLM server to fetch.
+            Implies `read_images`. Who fills the store then decides what the server asks for: see vLLM's
+            ``--allowed-media-domains``.
+        on_empty_text: What becomes of nodes without text, such as images that are not read and blank pages, which are
+            not sent, whatever metadata they have: ``"last"`` puts them after the scored ones, in retrieval order, with
+            score None; ``"drop"`` leaves them out, as `score_threshold` always does.
         on_error: ``"raise"``; or ``"passthrough"``, which turns a `rag_rerank.BackendError` into one logged warning and
             the first `top_n` nodes in retrieval order with their retrieval scores. Where only some nodes were rejected,
             the others are ranked and the rejected follow with score None.
@@ -36,7 +45,8 @@ class ScorerReranker(Reranker):
     Raises:
         pydantic.ValidationError: At construction, an unknown field (the message says which one may be meant) or a value
             of the wrong type or out of range. It shows no values: one may be a key.
-        TypeError, ValueError: From ``postprocess_nodes``, something that is no NodeWithScore; no query, or a blank one.
+        TypeError, ValueError: From ``postprocess_nodes``, something that is no NodeWithScore; no query, or a blank one;
+            an image that can't be read (`rag_rerank.ContentError`).
         rag_rerank.RerankError: From ``postprocess_nodes``, what the scorer raises.
     """
 
@@ -92,8 +102,8 @@ class LocalReranker(rag_rerank.LocalSettings, _OwnScorer):
         local_files_only: Never ask the hub.
         cache_dir: Where hub files are kept; None for the usual place.
         model_kwargs, tokenizer_kwargs: Passed on to ``from_pretrained``; no access tokens (set ``HF_TOKEN``).
-        top_n, score_threshold, metadata_mode, keep_retrieval_score, on_empty_text, on_error, callback_manager: As in
-            `ScorerReranker`.
+        top_n, score_threshold, metadata_mode, keep_retrieval_score, read_images, image_folder, send_image_urls,
+            on_empty_text, on_error, callback_manager: As in `ScorerReranker`.
 
     Raises:
         pydantic.ValidationError: At construction, an unknown field or a value of the wrong type.
@@ -149,8 +159,8 @@ class VLLMReranker(rag_rerank.VLLMSettings, _OwnScorer):
         connect_timeout, attempt_timeout: Seconds for a connection, and for one try; None leaves a try the call's time,
             or its equal share where there are several servers.
         send_key_over_http: Allow the key to be sent unencrypted to another machine.
-        top_n, score_threshold, metadata_mode, keep_retrieval_score, on_empty_text, on_error, callback_manager: As in
-            `ScorerReranker`.
+        top_n, score_threshold, metadata_mode, keep_retrieval_score, read_images, image_folder, send_image_urls,
+            on_empty_text, on_error, callback_manager: As in `ScorerReranker`.
 
     Raises:
         pydantic.ValidationError: At construction, an unknown field or a value of the wrong type.
