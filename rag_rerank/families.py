@@ -103,8 +103,8 @@ FAMILIES: tuple[Family, ...] = (
         max_length=10240,
         vllm_flags='--hf-overrides \'{"architectures": ["Qwen3VLForSequenceClassification"], "classifier_from_token": '
         f'["no", "yes"], "is_original_qwen3_reranker": true}}\' --max-model-len 4096 {_TEMPLATE_FLAG}',
-        note="Images with the same template; videos on vLLM only. The card's code has limits of its own for the size of "
-        "images; vLLM and LocalScorer go by the checkpoint's.",
+        note="Images with the same template; videos on vLLM only. The card's code has limits of its own for the size "
+        "of images; vLLM and LocalScorer go by the checkpoint's.",
     ),
     Family(
         name="mxbai-rerank-v2",

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import CONFIG_MAPPING, AutoModelForImageTextToText, PreTrainedModel, PreTrainedTokenizerFast
 
@@ -98,6 +99,21 @@ def make_vision_reranker(folder: Path, *, seed: int = 0) -> Path:
     (folder / "preprocessor_config.json").write_text(json.dumps(processor))
     video = processor | {"image_processor_type": None, "video_processor_type": "Qwen3VLVideoProcessor"}
     (folder / "video_preprocessor_config.json").write_text(json.dumps(video))
+    return folder
+
+
+def make_vision_classifier(folder: Path, *, seed: int = 0) -> Path:
+    """The same model as a ``Qwen3VLForSequenceClassification``: the row of yes less that of no as its head."""
+    make_vision_reranker(folder, seed=seed)
+    weights = load_file(folder / "model.safetensors")
+    no, yes = _tokenizer().convert_tokens_to_ids(["no", "yes"])
+    answers = weights["model.language_model.embed_tokens.weight"]
+    weights.pop("lm_head.weight", None)
+    head = {"score.weight": (answers[yes] - answers[no])[None].clone()}
+    save_file(weights | head, folder / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"architectures": ["Qwen3VLForSequenceClassification"], "id2label": {"0": "relevant"}}
+    (folder / "config.json").write_text(json.dumps(config | {"label2id": {"relevant": 0}, "num_labels": 1}))
     return folder
 
 

@@ -18,7 +18,7 @@ from rag_rerank.families import Family, find_family
 from rag_rerank.local.bi_encoder import BiEncoder, pooling_of
 from rag_rerank.local.checkpoint import Checkpoint, max_length, module_kind
 from rag_rerank.local.cross_encoder import Activation, CrossEncoder, Head, WholeCrossEncoder, own_activation
-from rag_rerank.local.decoder import Decoder, token_ids, token_row
+from rag_rerank.local.decoder import Decoder, score_row, token_ids, token_row
 from rag_rerank.local.hardware import choose_device, pace
 from rag_rerank.local.image_processor import ImageProcessor
 from rag_rerank.local.late_interaction import LateInteraction, is_late_interaction, read_projection
@@ -68,11 +68,12 @@ def _kind(checkpoint: Checkpoint, asked: str) -> str:
     if asked == "late-interaction" or (asked == "auto" and is_late_interaction(architecture, modules)):
         return "late-interaction"
     classifier = architecture.endswith("ForSequenceClassification")
+    sees = checkpoint.config.model_type in MODEL_TYPES
     if asked == "bi-encoder" or (asked == "auto" and not classifier and modules):
         return "bi-encoder"
     if architecture.endswith("ForCausalLM"):
         return "causal"
-    if architecture.endswith("ForConditionalGeneration") and checkpoint.config.model_type in MODEL_TYPES:
+    if architecture.endswith("ForConditionalGeneration") and sees:
         return "vision"
     if not classifier:
         raise ConfigError(
@@ -84,7 +85,7 @@ def _kind(checkpoint: Checkpoint, asked: str) -> str:
             f"{checkpoint.name!r} has {checkpoint.config.num_labels} labels; a reranker has one. "
             "It classifies, it does not score relevance."
         )
-    return "classifier"
+    return "vision" if sees else "classifier"
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,15 +120,19 @@ class _Loading:
         return Decoder(prompts, self._activation(), self._over(_body(model)), row)
 
     def vision(self) -> Model:
-        """A model that sees, and answers with a word."""
-        ids, template = self._answers()
+        """A model that sees, and answers with a word; or with a head, for which transformers has no class."""
         processor = ImageProcessor.of(self.checkpoint)
-        model = self.checkpoint.model(AutoModelForImageTextToText, self.device)
-        prompts = self._prompts(model, template)
-        row = token_row(model, ids)
+        if self.checkpoint.architectures[0].endswith("ForSequenceClassification"):
+            template, row = self._template(needed=True), score_row(self.checkpoint).to(self.device)
+            model = self.checkpoint.model(AutoModel, self.device)
+        else:
+            ids, template = self._answers()
+            model = self.checkpoint.model(AutoModelForImageTextToText, self.device)
+            row = token_row(model, ids)
         pad_id = self.checkpoint.tokenizer.pad_token_id
         transformer = VisionTransformer.over(_body(model), processor, pad_id, pace(self.device))
-        return Decoder(PicturePrompts(prompts, transformer.tower), self._activation(), transformer, row)
+        prompts = PicturePrompts(self._prompts(model, template), transformer.tower)
+        return Decoder(prompts, self._activation(), transformer, row)
 
     def _answers(self) -> tuple[list[int], Template | None]:
         """The tokens of the words, and the template. What is wrong with them is told before gigabytes are read."""

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image as PillowImage
+from safetensors.torch import load_file, save_file
 
 from rag_rerank import BackendRejected, ConfigError, Content, ContentError, DeadlineExceeded, Image, LocalScorer, Video
 from rag_rerank.content import Mixed, prepare
@@ -23,6 +24,7 @@ from tests.vision_models import (
     NAME,
     SIDE,
     PlainTransformers,
+    make_vision_classifier,
     make_vision_reranker,
     picture,
     png,
@@ -174,6 +176,30 @@ class TestScores:
             pytest.raises(ContentError, match=r"queries\[0\] holds an image, which can't follow a query_prompt"),
         ):
             scorer.score(Image(A), ["text"])
+
+
+class TestHead:
+    """The same reranker with vLLM's head in the checkpoint, ``Qwen3VLForSequenceClassification``."""
+
+    def test_scores_are_those_of_the_words(self, tmp_path: Path, scorer: LocalScorer):
+        """The head is the difference of their rows."""
+        folder = make_vision_classifier(tmp_path / "seq-cls")
+        documents = [content(parts) for parts in DOCUMENTS.values()]
+        options = {"template": "qwen3-vl-reranker", "dtype": "float32", "use_activation": False}
+        with LocalScorer(folder, **options) as head:
+            assert largest_difference(head.score(QUERY, documents), scorer.score(QUERY, documents)) <= LOGITS
+
+    def test_a_checkpoint_without_it(self, tmp_path: Path):
+        """transformers would draw it at random."""
+        folder = make_vision_classifier(tmp_path / "seq-cls")
+        weights = load_file(folder / "model.safetensors")
+        del weights["score.weight"]
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+        with (
+            LocalScorer(folder, template="qwen3-vl-reranker") as head,
+            pytest.raises(ConfigError, match=r"has no score\.weight for one label"),
+        ):
+            head.warmup()
 
 
 class TestWork:

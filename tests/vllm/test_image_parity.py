@@ -4,16 +4,17 @@ A tiny Qwen3-VL in float32; files of several kinds, shapes and sizes, most of wh
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import httpx
 import pytest
 from PIL import Image as PillowImage
 
-from rag_rerank import Content, Image, LocalScorer
-from rag_rerank.content import Mixed, prepare
+from rag_rerank import Content, Image, Input, LocalScorer, VLLMScorer
+from rag_rerank.content import Mixed
 from rag_rerank.local.loading import load
+from rag_rerank.scorer import prepared
 from rag_rerank.template import SHIPPED
 from tests import vllm_server
 from tests.conftest import require_server
@@ -80,11 +81,11 @@ def local(vllm_sees: VLLMServer) -> Iterator[LocalScorer]:
         yield scorer
 
 
-def post(server: VLLMServer, query: object, documents: list[object], **options: object) -> dict:
+def post(server: VLLMServer, query: Input, documents: Sequence[Input], **options: object) -> dict:
     """Ask the server, with no client in between."""
 
-    def wire(each: object) -> object:
-        ready = prepare(each, "it", lambda text: text.replace("<|", "< |"))  # as Scorer does
+    def wire(each: Input) -> object:
+        ready = prepared(each, "it")
         return ready.wire if isinstance(ready, Mixed) else ready
 
     body = {"text_1": wire(query), "text_2": [wire(each) for each in documents], **options}
@@ -93,32 +94,35 @@ def post(server: VLLMServer, query: object, documents: list[object], **options: 
     return answer.json()
 
 
-def scores(reply: dict) -> list[float]:
-    return [each["score"] for each in reply["data"]]
-
-
 @pytest.mark.parametrize("query", QUERIES)
 def test_logits_are_equal(query: str, vllm_sees: VLLMServer, local: LocalScorer):
-    """Whatever is a text, an image, or both; and as many tokens as the server counts."""
+    """Whatever is a text, an image, or both."""
     documents = list(DOCUMENTS.values())
-    reply = post(vllm_sees, QUERIES[query], documents, use_activation=False)
     ours = local.score(QUERIES[query], documents)
-    assert largest_difference(ours, scores(reply)) <= TOLERANCE
+    with VLLMScorer(vllm_sees.base_url, use_activation=False, timeout=120) as remote:
+        assert largest_difference(ours, remote.score(QUERIES[query], documents)) <= TOLERANCE
     assert max(ours) - min(ours) > 3
-    model = load(local._settings)
-    asked, *read = (
-        prepare(each, "it", lambda text: text.replace("<|", "< |")) for each in (QUERIES[query], *documents)
-    )
-    assert sum(len(each.ids) for each in model.inputs([asked], read).sequences) == reply["usage"]["prompt_tokens"]
 
 
 def test_scores_are_equal(vllm_sees: VLLMServer):
-    """With the default activation and another instruction."""
+    """With the default activation and another instruction; N:N."""
+    queries, documents = list(QUERIES.values()), list(DOCUMENTS.values())[:4]
+    options = {"instruction": "Find what is red."}
+    with (
+        LocalScorer(vllm_sees.folder, dtype="float32", **options) as scorer,
+        VLLMScorer(vllm_sees.base_url, timeout=120, **options) as remote,
+    ):
+        assert largest_difference(scorer.score(queries, documents), remote.score(queries, documents)) <= TOLERANCE
+
+
+def test_prompts_have_as_many_tokens(vllm_sees: VLLMServer, local: LocalScorer):
+    """As the server counts."""
     documents = list(DOCUMENTS.values())
-    options = {"chat_template_kwargs": {"instruction": "Find what is red."}}
-    with LocalScorer(vllm_sees.folder, dtype="float32", instruction="Find what is red.") as scorer:
-        ours = scorer.score(QUERY, documents)
-    assert largest_difference(ours, scores(post(vllm_sees, QUERY, documents, **options))) <= TOLERANCE
+    model = load(local._settings)
+    for query in QUERIES.values():
+        inputs = model.inputs([prepared(query, "it")], [prepared(each, "it") for each in documents])
+        counted = post(vllm_sees, query, documents)["usage"]["prompt_tokens"]
+        assert counted == sum(len(each.ids) for each in inputs.sequences)
 
 
 def test_limits_are_equal(vllm_sees: VLLMServer):
@@ -127,13 +131,15 @@ def test_limits_are_equal(vllm_sees: VLLMServer):
     with LocalScorer(vllm_sees.folder, dtype="float32", use_activation=False, max_tokens_per_doc=8) as scorer:
         ours = scorer.score(QUERY, documents)
     reply = post(vllm_sees, QUERY, documents, use_activation=False, max_tokens_per_doc=8)
-    assert largest_difference(ours, scores(reply)) <= TOLERANCE
+    assert largest_difference(ours, [each["score"] for each in reply["data"]]) <= TOLERANCE
 
 
-def test_the_folder_is_the_one_that_both_read(vllm_sees: VLLMServer, tmp_path: Path):
-    """Another model scores otherwise: the comparison is not of what any weights would give."""
+def test_another_model_scores_otherwise(vllm_sees: VLLMServer, tmp_path: Path):
+    """The comparison is not of what any weights would give."""
     other = make_vision_reranker(tmp_path / NAME, seed=1)
-    documents = list(DOCUMENTS.values())
-    with LocalScorer(other, dtype="float32", use_activation=False) as scorer:
-        ours = scorer.score(QUERY, documents)
-    assert largest_difference(ours, scores(post(vllm_sees, QUERY, documents, use_activation=False))) > 0.5
+    with (
+        LocalScorer(other, dtype="float32", use_activation=False) as scorer,
+        VLLMScorer(vllm_sees.base_url, use_activation=False, timeout=120) as remote,
+    ):
+        documents = list(DOCUMENTS.values())
+        assert largest_difference(scorer.score(QUERY, documents), remote.score(QUERY, documents)) > 0.5
