@@ -48,9 +48,11 @@ class VLLMServer:
     log: Path
 
 
-def why_not() -> str | None:
-    """Why no server can be started here, or None if it can."""
-    return None if PYTHON.exists() else "vLLM is not installed: run `make vllm` (Linux x86-64)"
+def why_not(*, sees: bool = False) -> str | None:
+    """Why no server can be started here, or none for a model that sees; None if it can."""
+    if PYTHON.exists() and (not sees or (VISION / "torchvision").exists()):
+        return None
+    return f"{'torchvision for vLLM' if PYTHON.exists() else 'vLLM'} is not installed: run `make vllm` (Linux x86-64)"
 
 
 @contextlib.contextmanager

@@ -68,7 +68,7 @@ QUERIES = {
 @pytest.fixture(scope="module")
 def vllm_sees(tmp_path_factory: pytest.TempPathFactory) -> Iterator[VLLMServer]:
     """The tiny Qwen3-VL on a real server, prompted with the shipped file."""
-    require_server()
+    require_server(sees=True)
     folder = make_vision_reranker(tmp_path_factory.mktemp("models") / NAME)
     options = ["--chat-template", str(SHIPPED / "qwen3-vl-reranker.jinja"), "--max-model-len", str(MAX_POSITIONS)]
     with vllm_server.serving(folder, *options, "--hf-overrides", json.dumps(OVERRIDES), sees=True) as server:
