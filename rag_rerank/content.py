@@ -9,19 +9,18 @@ A file is read because the caller wraps its path in `Image`, never because a tex
 
 import base64
 import binascii
-import json
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Union
-from urllib.parse import urlsplit
 
 from rag_rerank.errors import ConfigError, ContentError
-from rag_rerank.pictures import MOST_BYTES, Picture, read_picture, size_of
+from rag_rerank.mixed import Link, Mixed, Prepared, host_of, is_data, shown
+from rag_rerank.pictures import MOST_BYTES, Picture, read_picture
 
 if TYPE_CHECKING:
     import PIL.Image
+
+__all__ = ["Checked", "Content", "Image", "Input", "Link", "Mixed", "Prepared", "Video", "check", "prepare", "read"]
 
 
 class Image:
@@ -126,50 +125,7 @@ Input = Union[str, Image, Video, Content, Mapping[str, Any]]  # noqa: UP007 - ev
 """A query or document. A mapping is vLLM's and OpenAI's form, ``{"content": [part, ...]}``, see `from_parts`."""
 
 
-@dataclass(frozen=True, slots=True, repr=False)
-class Link:
-    """What the server is to fetch: ``kind`` is ``"image_url"`` or ``"video_url"``."""
-
-    kind: str
-    url: str
-
-    def __repr__(self) -> str:
-        return f"Link({shown(self.url)!r})"
-
-
-@dataclass(frozen=True)
-class Mixed:
-    """A query or document with more in it than text, checked and read: what back ends get beside ``str``."""
-
-    parts: tuple[str | Picture | Link, ...]
-
-    @property
-    def text(self) -> str:
-        """Its text parts, a line each, as vLLM joins them."""
-        return "\n".join(part for part in self.parts if isinstance(part, str))
-
-    @property
-    def pictures(self) -> list[Picture]:
-        """Its pictures that were read here."""
-        return [part for part in self.parts if isinstance(part, Picture)]
-
-    @cached_property
-    def wire(self) -> dict[str, Any]:
-        """As vLLM's score API takes it (``ScoreMultiModalParam``); pictures as data URLs, encoded once."""
-        return {"content": [_wire(part) for part in self.parts]}
-
-    @property
-    def size(self) -> int:
-        """About how many bytes `encoded` has, without encoding."""
-        return sum(len(part.data) * 4 // 3 + 100 if isinstance(part, Picture) else _length(part) for part in self.parts)
-
-    def encoded(self) -> bytes:
-        """`wire` as JSON; made from the pictures' bytes and not kept, for it takes a third more than they."""
-        return b'{"content": [' + b", ".join(_encoded(part) for part in self.parts) + b"]}"
-
-
 Checked = str | Content | Mixed
-Prepared = str | Mixed
 
 
 def check(value: Any, where: str, clean: Callable[[str], str]) -> Checked:
@@ -190,7 +146,7 @@ def check(value: Any, where: str, clean: Callable[[str], str]) -> Checked:
         return value
     try:
         if isinstance(value, Mapping) and "content" in value:
-            value = from_parts(_parts(value))
+            value = from_parts(parts_of(value))
         if isinstance(value, Image | Video):
             value = Content(value)
         if not isinstance(value, Content):
@@ -249,7 +205,8 @@ def from_parts(parts: Iterable[Any]) -> Content:
     return Content(*made)
 
 
-def _parts(value: Mapping[str, Any]) -> list[Any]:
+def parts_of(value: Mapping[str, Any]) -> list[Any]:
+    """The parts of a mapping with ``content``, or a ValueError."""
     content = value.get("content")
     if isinstance(content, str) or not isinstance(content, list | tuple):
         raise ValueError('as a mapping must be {"content": [part, ...]}')  # noqa: TRY004 - a wrong shape
@@ -271,7 +228,7 @@ def _part(part: Any) -> str | Image | Video:
             return Image(url=url) if kind == "image_url" else Video(url)
     if kind == "image":
         if isinstance(part.get("base64"), str):
-            return Image(_decoded(part["base64"]))
+            return Image(decoded(part["base64"]))
         if isinstance(part.get("url"), str):
             return Image(url=part["url"])
     raise ValueError(f"{kind!r} is no type of part that is known, or it lacks what belongs to it")
@@ -283,33 +240,15 @@ def _read(part: str | Image | Video) -> str | Picture | Link:
     if isinstance(part, Video):
         return Link("video_url", part.url)
     if part.url is not None:
-        if not _is_data(part.url):
+        if not is_data(part.url):
             return Link("image_url", part.url)
-        return read_picture(_decoded(part.url.partition(",")[2]), part.max_pixels)
+        return read_picture(decoded(part.url.partition(",")[2]), part.max_pixels)
     assert part.source is not None  # noqa: S101 - the constructor saw to it
     return read_picture(part.source, part.max_pixels)
 
 
-def _wire(part: str | Picture | Link) -> dict[str, Any]:
-    if isinstance(part, str):
-        return {"type": "text", "text": part}
-    if isinstance(part, Link):
-        return {"type": part.kind, part.kind: {"url": part.url}}
-    return {"type": "image_url", "image_url": {"url": part.data_url}}
-
-
-def _encoded(part: str | Picture | Link) -> bytes:
-    if not isinstance(part, Picture):
-        return json.dumps(_wire(part), ensure_ascii=False).encode()
-    url = f"data:{part.media_type};base64,".encode() + base64.b64encode(part.data)
-    return b'{"type": "image_url", "image_url": {"url": "' + url + b'"}}'  # base64 has nothing that JSON would escape
-
-
-def _length(part: str | Link) -> int:
-    return len(part if isinstance(part, str) else part.url) + 100
-
-
-def _decoded(text: str) -> bytes:
+def decoded(text: str) -> bytes:
+    """What base64 stands for, or a ContentError."""
     if len(text) > MOST_BYTES * 4 // 3 + 4:
         raise ContentError(f"is a picture of about {len(text) * 3 // 4:,} bytes; {MOST_BYTES:,} are the most")
     try:
@@ -328,70 +267,12 @@ def _check_url(url: str, schemes: tuple[str, ...]) -> None:
     if not isinstance(url, str):
         raise TypeError(f"a url must be str, got {type(url).__name__}")
     scheme = url[: url.find(":")].lower() if ":" in url[:20] else ""
-    if scheme not in schemes or (scheme != "data" and not _host(url)):
+    if scheme not in schemes or (scheme != "data" and not host_of(url)):
         raise ValueError(f"{shown(url)!r} is no https, http or data URL; for a file pass Image(Path(...))")
     if scheme == "data" and (";base64," not in url[:100] or not url.isascii()):
         raise ValueError("a data URL must be base64: data:image/png;base64,...")
     if not url.isprintable():  # line breaks, which some URL readers drop, and lone surrogates, which no JSON can hold
         raise ValueError("a url has characters that no URL can have")
-
-
-def _host(url: str) -> str | None:
-    try:
-        return urlsplit(url).hostname
-    except ValueError:  # a bracket that is not closed
-        return None
-
-
-def _is_data(url: str) -> bool:
-    return url[:5].lower() == "data:"
-
-
-def shown(url: str) -> str:
-    """`url` for messages: without what may be a password or a signature."""
-    if _host(url) and not _is_data(url):
-        parts = urlsplit(url)
-        url = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}{'?...' if parts.query else ''}"
-    return url if len(url) <= 60 else f"{url[:57]}..."
-
-
-def described(value: "Input") -> str:
-    """A query or document in words, for people: a text as it is, an image as ``[image 300x200] page1.png``."""
-    if isinstance(value, str):
-        return value
-    if isinstance(value, Mapping):
-        value = from_parts(_parts(value))
-    parts = value.parts if isinstance(value, Content) else (value,)
-    return " ".join(part if isinstance(part, str) else _described(part) for part in parts)
-
-
-def first_image(value: "Input") -> "Path | bytes | PIL.Image.Image | None":
-    """What its first image can be read from; None where it has none, or one that is elsewhere."""
-    if isinstance(value, Mapping):
-        value = from_parts(_parts(value))
-    parts = value.parts if isinstance(value, Content) else (value,)
-    for part in parts:
-        if isinstance(part, Image):
-            if part.source is not None:
-                return part.source
-            if part.url is not None and _is_data(part.url):
-                return _decoded(part.url.partition(",")[2])
-    return None
-
-
-def _described(part: Image | Video) -> str:
-    kind = "image" if isinstance(part, Image) else "video"
-    url = part.url
-    if url is not None and not _is_data(url):
-        return f"[{kind}] {shown(url)}"
-    if isinstance(part, Video):
-        return "[video]"
-    try:
-        source = first_image(part)
-        size = "" if source is None else " {}x{}".format(*size_of(source))
-    except ConfigError:  # it is gone, or Pillow is: no reason not to show the rest
-        size = ""
-    return f"[image{size}]" + (f" {part.source.name}" if isinstance(part.source, Path) else "")
 
 
 def _is_pil(value: object) -> bool:

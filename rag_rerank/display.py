@@ -7,17 +7,20 @@ rich.print(Reranked(query, documents, scorer.rerank(query, documents)))   # in a
 """
 
 import unicodedata
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rag_rerank.content import Input, described, first_image
+from rag_rerank.content import Content, Image, Input, Video, decoded, from_parts, parts_of
 from rag_rerank.errors import ConfigError
-from rag_rerank.pictures import thumbnail
+from rag_rerank.mixed import is_data, shown
+from rag_rerank.pictures import size_of, thumbnail
 from rag_rerank.scorer import Ranked
 
 if TYPE_CHECKING:
+    import PIL.Image
     from rich.table import Table
 
 _SNIPPET, _MORE = 160, 1000  # characters of a document in the table, and where the mouse rests on it
@@ -146,12 +149,51 @@ class Reranked:
         return ", ".join(parts)
 
 
+def described(value: Input) -> str:
+    """A query or document in words, for people: a text as it is, an image as ``[image 300x200] page1.png``."""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, Mapping):
+        value = from_parts(parts_of(value))
+    parts = value.parts if isinstance(value, Content) else (value,)
+    return " ".join(part if isinstance(part, str) else _described(part) for part in parts)
+
+
+def _first_image(value: Input) -> "Path | bytes | PIL.Image.Image | None":
+    """What its first image can be read from; None where it has none, or one that is elsewhere."""
+    if isinstance(value, Mapping):
+        value = from_parts(parts_of(value))
+    parts = value.parts if isinstance(value, Content) else (value,)
+    for part in parts:
+        if isinstance(part, Image):
+            if part.source is not None:
+                return part.source
+            if part.url is not None and is_data(part.url):
+                return decoded(part.url.partition(",")[2])
+    return None
+
+
+def _described(part: Image | Video) -> str:
+    kind = "image" if isinstance(part, Image) else "video"
+    url = part.url
+    if url is not None and not is_data(url):
+        return f"[{kind}] {shown(url)}"
+    if isinstance(part, Video):
+        return "[video]"
+    try:
+        source = _first_image(part)
+        size = "" if source is None else " {}x{}".format(*size_of(source))
+    except ConfigError:  # it is gone, or Pillow is: no reason not to show the rest
+        size = ""
+    return f"[image{size}]" + (f" {part.source.name}" if isinstance(part.source, Path) else "")
+
+
 def _thumbnail(document: Input) -> str:
     """A small copy of a document's image, if it has one that can be read here; nothing is fetched."""
     if isinstance(document, str):
         return ""
     try:
-        source = first_image(document)
+        source = _first_image(document)
         url = None if source is None else thumbnail(source)
     except ConfigError:  # it is gone, or Pillow is: the rest is shown all the same
         return ""

@@ -19,7 +19,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rag_rerank import ConfigError, Content, ContentError, Image, Scorer, Video
-from rag_rerank.content import Link, Mixed, described, prepare
+from rag_rerank.content import Link, Mixed, prepare
+from rag_rerank.display import described
 from rag_rerank.pictures import Picture
 from tests import drawn
 from tests.faulty_server import FaultyServer

@@ -27,8 +27,8 @@ from rag_rerank.cli.options import (
     PortOption,
     make_scorer,
 )
-from rag_rerank.content import Image, Input, described
-from rag_rerank.display import Reranked
+from rag_rerank.content import Image, Input
+from rag_rerank.display import Reranked, described
 from rag_rerank.errors import BackendError, ConfigError
 from rag_rerank.files import Tally, partial_of, rejects_of, rerank_file
 from rag_rerank.scorer import Ranked, Scorer

@@ -25,6 +25,8 @@ SLACK = 8
 PLACEHOLDER_TOKENS = 3
 """What stands for a picture in a prompt, ``<|vision_start|><|image_pad|><|vision_end|>``, before the model's view of
 it takes the place of the middle one."""
+LEAST_PER_PICTURE = 16
+"""A lower limit leaves query or document as it is; so does `VLLMScorer`, which can't know a model's placeholder."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,6 +193,8 @@ class Limited:
     def _shortened(self, each: Prepared, limit: int) -> Prepared:
         if isinstance(each, str):
             return cut(self.tokenizer, each, limit)
-        # vLLM counts a picture's placeholder and cuts that, too, which it then rejects: here pictures stay.
+        # vLLM counts a picture's placeholder and would cut that, too, where there is nothing else to cut.
+        if limit < LEAST_PER_PICTURE * len(each.pictures):
+            return each
         text = cut(self.tokenizer, each.text, limit - PLACEHOLDER_TOKENS * len(each.pictures))
         return Mixed((*each.pictures, text))

@@ -1,7 +1,7 @@
 """How a call goes: cut into requests, over-long documents cut, rejected documents found.
 
-"Seen" is a pair with more in it than text: never cut, because vLLM answers 500 where a picture's place in the prompt is
-cut off, and cuts the end of the prompt otherwise.
+"Seen" is a pair with more in it than text. Its prompt is never truncated: vLLM answers 500 where a picture's place in
+it is cut off, and cuts its end otherwise. Texts beside pictures are cut where asked for, with room for the places.
 
 A generator (`rag_rerank.vllm.steps`): no socket and no clock of its own.
 """
@@ -12,12 +12,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from rag_rerank.content import Link, Mixed, Prepared
 from rag_rerank.errors import BackendRejected, BackendUnavailable, DocumentRejected
+from rag_rerank.mixed import Mixed, Prepared, hidden
 from rag_rerank.pictures import BLANK
 from rag_rerank.scorer import text_only
 from rag_rerank.template import NEUTRAL
 from rag_rerank.vllm.exchange import Exchange
+from rag_rerank.vllm.pieces import cut, has_image, links, places, size_of
 from rag_rerank.vllm.steps import Steps, Together
 from rag_rerank.vllm.wire import (
     Answer,
@@ -37,9 +38,8 @@ API = Literal["score", "rerank"]
 _BLIND = re.compile("MultiModalParam is not supported|only supports text as input")
 _CUTS_DOCUMENTS = (0, 20)  # vLLM's max_tokens_per_doc
 _MOST_TOKENS_OF_A_TEMPLATE = 1024  # beside query and document; a guess, only for whether to measure
-MOST_BYTES = 8 << 20
-"""Of one request, where it has more than one document: about 10 ms of encoding, in which an event loop stands still."""
 NEUTRAL_PICTURE = Mixed((BLANK,))
+MOST_TOKENS_OF_A_PLACE = 16  # of an image or video in the prompt: Qwen-VL 3, Phi-3-vision 5; it stands before the text
 MOST_TOKENS_OF_A_PLAIN_PAIR = 8  # "a" and "a": BERT 5, RoBERTa 6, a bi-encoder 6; the shortest template with an end 12
 
 
@@ -107,28 +107,15 @@ class Call:
 
         Those of one query where it can be sent once instead of for each document: in a rerank API, and with pictures.
         """
-        groups: dict[tuple[int | None, Prepared | None, bool], list[int]] = {}
+        groups: dict[tuple[int | None, Prepared | None, tuple[int | None, int | None] | None], list[int]] = {}
         for position, room in enumerate(rooms):
             query = self._query(position)
             asked = query if self.api == "rerank" or isinstance(query, Mixed) else None
-            groups.setdefault((room, asked, self._seen(position)), []).append(position)
-        return [piece for group in groups.values() for piece in self._cut(group)]
-
-    def _cut(self, group: list[int]) -> list[list[int]]:
-        pieces: list[list[int]] = [[]]
-        size = 0
-        for position in group:
-            document = self.documents[position]
-            more = _size(document) + (0 if len(self.queries) == 1 else _size(self._query(position)))
-            # What the server has to fetch first goes alone: the others don't wait for it, nor fail with it.
-            alone = isinstance(document, Mixed) and any(isinstance(part, Link) for part in document.parts)
-            full = len(pieces[-1]) == self.exchange.rules.chunk_size or size + more > MOST_BYTES or alone
-            if full and pieces[-1]:
-                pieces.append([])
-                size = 0
-            pieces[-1].append(position)
-            size = MOST_BYTES if alone else size + more
-        return pieces
+            limits = self._limits(query, self.documents[position]) if self._seen(position) else None
+            groups.setdefault((room, asked, limits), []).append(position)
+        queries = None if len(self.queries) == 1 else self.queries
+        size = self.exchange.rules.chunk_size
+        return [piece for group in groups.values() for piece in cut(group, size, self.documents, queries)]
 
     def _score_piece(self, piece: list[int], room: int | None, pieces: "deque[list[int]]") -> Steps[None]:
         """Score a piece; one that is refused goes back in halves, until it is known which documents are to blame.
@@ -139,23 +126,25 @@ class Call:
         queries = [self._query(position) for position in (piece[:1] if one else piece)]
         documents = [self.documents[position] for position in piece]
         seen = self._seen(piece[0])
-        options = (
-            self._uncut if seen else self.options if room is None else replace(self.options, max_tokens_per_doc=room)
-        )
+        options = self.options if room is None else replace(self.options, max_tokens_per_doc=room)
+        options = self._untruncated(queries[0], documents[0]) if seen else options
         try:
             answer = yield from self._ask(queries, documents, options, positions=piece)
         except (BackendRejected, BackendUnavailable) as refusal:
+            for link in links([*queries, *documents]):  # vLLM quotes an address that it can't fetch
+                refusal.message = hidden(refusal.message, link.url)
+            refusal.args = (refusal.message,)
             if not (yield from self._blames_documents(refusal, queries, documents, seen)):
                 raise
             if len(piece) == 1:
                 self._refuse(piece[0], refusal)
                 return
             # By length: over-long documents end up in the same half. Those to blame are found with fewer requests.
-            piece.sort(key=lambda position: _size(self.documents[position]))
+            piece.sort(key=lambda position: size_of(self.documents[position]))
             middle = len(piece) // 2
             pieces.extendleft([piece[middle:], piece[:middle]])
             return
-        self._sound.add(_has_image(documents))
+        self._sound.add(has_image(documents))
         for position, score in zip(piece, answer.scores, strict=True):
             self._scores[position] = score
             self._encoded.pop(id(self.documents[position]), None)
@@ -180,7 +169,7 @@ class Call:
             return False
         if refusal.status == 413:
             return True
-        pictured = _has_image(documents) or (len(self.queries) > 1 and _has_image(queries))
+        pictured = has_image(documents) or (len(self.queries) > 1 and has_image(queries))
         return (yield from self._accepts_others(pictured, again=odd))
 
     def _accepts_others(self, pictured: bool, *, again: bool = False) -> Steps[bool]:
@@ -193,7 +182,8 @@ class Call:
         if again or pictured not in self._sound:
             query = self.queries[0] if len(self.queries) == 1 else NEUTRAL
             document = NEUTRAL_PICTURE if pictured else NEUTRAL
-            options = self._uncut if pictured or isinstance(query, Mixed) else self.options
+            seen = pictured or isinstance(query, Mixed)
+            options = self._untruncated(query, document) if seen else self.options
             try:
                 yield from self._ask([query], [document], options, aside=True)
             except (BackendRejected, BackendUnavailable) as refusal:
@@ -207,7 +197,9 @@ class Call:
         """Note that a document can't be scored."""
         if self._seen(position):
             if re.search("maximum (context|model) length", refusal.message):
-                refusal.remedy = "What has an image is never cut: shorten its text, or scale it down (max_pixels=)."
+                refusal.remedy = (
+                    "The text beside an image is cut only by max_tokens_per_doc=; or scale it down (max_pixels=)."
+                )
             elif isinstance(refusal, BackendUnavailable):
                 refusal.remedy = "Can the server reach its url, and does the model take in images of that shape?"
         self._refusals[position] = refusal
@@ -337,24 +329,27 @@ class Call:
             self._encoded[id(value)] = Encoded.of(value)
         return self._encoded[id(value)]
 
-    @property
-    def _uncut(self) -> Options:
-        return replace(self.options, truncate_prompt_tokens=None, max_tokens_per_query=None, max_tokens_per_doc=None)
+    def _untruncated(self, query: Prepared, document: Prepared) -> Options:
+        """The options for a seen pair."""
+        of_query, of_document = self._limits(query, document)
+        return replace(
+            self.options,
+            truncate_prompt_tokens=None,
+            max_tokens_per_query=of_query,
+            max_tokens_per_doc=of_document,
+        )
+
+    def _limits(self, query: Prepared, document: Prepared) -> tuple[int | None, int | None]:
+        """At how many tokens to cut the text of each side of a seen pair."""
+        options = self.options
+        given = ((options.max_tokens_per_query, query), (options.max_tokens_per_doc, document))
+        of_query, of_document = (
+            None if limit is None or limit < MOST_TOKENS_OF_A_PLACE * places(each) else limit for limit, each in given
+        )
+        return of_query, of_document
 
     def _seen(self, position: int) -> bool:
         return isinstance(self._query(position), Mixed) or isinstance(self.documents[position], Mixed)
 
     def _query(self, position: int) -> Prepared:
         return self.queries[0 if len(self.queries) == 1 else position]
-
-
-def _size(value: Prepared) -> int:
-    """About how many bytes it takes in a request."""
-    return len(value) if isinstance(value, str) else value.size
-
-
-def _has_image(inputs: Sequence[Prepared]) -> bool:
-    parts = (part for each in inputs if isinstance(each, Mixed) for part in each.parts)
-    return any(
-        not isinstance(part, str) and not (isinstance(part, Link) and part.kind == "video_url") for part in parts
-    )

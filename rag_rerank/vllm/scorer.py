@@ -29,6 +29,13 @@ class VLLMScorer(Scorer):
     Many documents are sent in several requests. A document that the server refuses costs only itself: the call raises
     `DocumentRejected`, which has the scores of the others.
 
+    Queries and documents may be images (`Image`, `Content`, see `Scorer.score`) where the server's model sees. Their
+    prompts are never truncated: vLLM answers 500 where an image's place is cut off. `max_tokens_per_query` and
+    `max_tokens_per_doc` cut the text beside images, where they leave 16 tokens for each image's place. `template`, and
+    a prompt for the side that an image is on, don't go with images: vLLM puts these before all text. A request has at
+    most 8 MiB, or one document. A server fetches addresses of images for itself; each goes in a request of its own. It
+    says 500 where it can't reach one: that is tried again as any 5xx, then that document is rejected.
+
     Args:
         base_url: The server's address, with or without ``/v1`` or ``/score`` at its end; or several, which are asked
             in turn. One that does not answer is left alone for 1, 2, 4 ... 30 s, and its requests go to another. None
@@ -70,6 +77,7 @@ class VLLMScorer(Scorer):
         send_key_over_http: Allow the key to be sent unencrypted to another machine.
 
     Raises:
+        ContentError: From scoring, an image for a model that reads text only, or beside a `template` or prompt.
         ConfigError: At construction, an address that is no http(s) address or holds a password, a number out of range,
             a template that can't be used, a key for a plain http address that is not this machine's; at the first
             call, a server that is too old for an option, or servers of different models.

@@ -15,6 +15,7 @@ from rag_rerank import BackendRejected, ConfigError, Content, ContentError, Dead
 from rag_rerank.content import Mixed, prepare
 from rag_rerank.local.loading import load
 from rag_rerank.local.model import Pace
+from rag_rerank.local.prompting import cut
 from rag_rerank.local.vision import VisionTransformer
 from tests.pairs import largest_difference
 from tests.vision_models import (
@@ -350,11 +351,13 @@ class TestCuts:
             scorer.score("word " * 400, [Image(B)])
 
     def test_limits_for_documents_leave_their_pictures(self, folder: Path, plain: PlainTransformers):
-        """Each counts as its placeholder's three tokens, as on vLLM."""
-        with LocalScorer(folder, dtype="float32", use_activation=False, max_tokens_per_doc=5) as scorer:
-            scores = scorer.score(QUERY, [content([A, "a b c d e f"]), content([A, B, "a b c"])])
-        by_hand = [plain.logit([QUERY], [A, "a b"]), plain.logit([QUERY], [A, B])]
-        assert largest_difference(scores, by_hand) <= LOGITS
+        """Each counts as its placeholder's three tokens, as on vLLM; too low a limit cuts nothing."""
+        documents = [[A, "word " * 60], [A, B, "word " * 60], [A, B, C, "word " * 60]]
+        with LocalScorer(folder, dtype="float32", use_activation=False, max_tokens_per_doc=40) as scorer:
+            scores = scorer.score(QUERY, [content(parts) for parts in documents])
+        for parts, limit in zip(documents, (40 - 3, 40 - 6, 10**6), strict=True):
+            parts[-1] = cut(plain.tokenizer, parts[-1], limit)
+        assert largest_difference(scores, [plain.logit([QUERY], parts) for parts in documents]) <= LOGITS
 
     def test_passages_are_of_text(self, folder: Path, plain: PlainTransformers):
         """A document with pictures is read as one."""

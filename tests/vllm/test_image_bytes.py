@@ -12,11 +12,11 @@ import subprocess
 import pytest
 from PIL import Image as PILImage
 
-from rag_rerank import Content, Image, Video, VLLMScorer
+from rag_rerank import Content, ContentError, Image, Video, VLLMScorer
 from rag_rerank.pictures import read_picture
 from tests import drawn
 from tests.faulty_server import FaultyServer, Request, http
-from tests.vllm_server import PYTHON, ROOT, why_not
+from tests.vllm_server import PYTHON, ROOT, VLLMServer, why_not
 
 READ_BY_VLLM = """
 import base64, hashlib, json, sys
@@ -114,7 +114,7 @@ def test_vllm_reads_what_we_send():
         entries = [{"index": n, "score": 0.5, "relevance_score": 0.5} for n in range(count)]
         return [http(json.dumps({"id": body["request_id"], "model": "m", "data": entries, "results": entries}))]
 
-    options = {"use_activation": False, "instruction": "i", "priority": 1, "max_tokens_per_doc": 9}
+    options = {"use_activation": False, "instruction": "i", "priority": 1, "truncate_prompt_tokens": 9}
     with FaultyServer(keep) as server:
         for endpoint in ("score", "rerank"):
             with VLLMScorer(server.base_url, endpoint=endpoint, max_concurrency=1, **options) as scorer:
@@ -139,4 +139,15 @@ def test_vllm_reads_what_we_send():
         assert all(result["queries"] == [["query", looks(red)]] for result in parts)
         assert [document for result in parts for document in result["documents"]] == wanted
         assert all({"use_activation", "instruction", "priority"} <= set(result["set"]) for result in parts)
-        assert all("max_tokens_per_doc" not in result["set"] for result in parts)
+        assert all("truncate_prompt_tokens" not in result["set"] for result in parts)
+
+
+def test_a_real_server_of_a_text_model_is_told(vllm_minilm: VLLMServer):
+    """By its very words; texts beside it are scored."""
+    with VLLMScorer(vllm_minilm.base_url, timeout=120) as scorer:
+        for documents in ([Image(drawn.png())], ["a", Content("b", Image(drawn.png()))]):
+            with pytest.raises(ContentError, match=rf"documents\[{len(documents) - 1}\] .* reads text only"):
+                scorer.score("q", documents)
+        with pytest.raises(ContentError, match=r"queries\[0\]"):
+            scorer.score(Image(drawn.png()), "a")
+        assert len(scorer.score("q", ["a", Content("b")])) == 2

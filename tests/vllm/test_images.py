@@ -2,6 +2,8 @@
 
 import asyncio
 import base64
+import gc
+import itertools
 import json
 import time
 from collections.abc import Callable, Iterator
@@ -9,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from rag_rerank import (
+    BackendError,
     BackendRejected,
     BackendUnavailable,
     Content,
@@ -25,7 +28,9 @@ from rag_rerank import (
     Video,
     VLLMScorer,
 )
-from rag_rerank.vllm import exchange, policy
+from rag_rerank.content import Mixed
+from rag_rerank.pictures import read_picture
+from rag_rerank.vllm import exchange, pieces, wire
 from tests import drawn
 from tests.faulty_server import FaultyServer, Request, Steps, http, on_scores, oracle, refusal, spelled
 from tests.scorers import WordOverlap
@@ -145,13 +150,28 @@ class TestRequests:
         asked = {spelled(r.content["text_1"]): r.documents for r in server.score_requests}
         assert asked == {spelled(sent(RED)): ["a", "b", "c"], spelled(sent(BLUE)): ["a", "b"]}
 
-    def test_options_are_sent_but_nothing_is_cut(self, server: FaultyServer):
+    def test_the_prompt_is_not_truncated(self, server: FaultyServer):
         """vLLM answers 500 where the place of an image is cut off; texts in the same list are cut as ever."""
-        scorer = VLLMScorer(server.base_url, truncate_prompt_tokens=100, max_tokens_per_doc=9, use_activation=False)
+        scorer = VLLMScorer(server.base_url, truncate_prompt_tokens=100, use_activation=False)
         assert scorer.score("q", ["a", Image(RED)]) == exact("q", "a", sent(RED))
         plain, seen = sorted((request.content for request in server.score_requests), key=lambda body: len(str(body)))
-        assert plain.keys() - seen.keys() == {"truncate_prompt_tokens", "max_tokens_per_doc"}
+        assert plain.keys() - seen.keys() == {"truncate_prompt_tokens"}
         assert seen["use_activation"] is False
+
+    @pytest.mark.parametrize(("limit", "kept"), [(40, 2), (31, 1), (32, 2), (16, 1), (15, 0)])
+    def test_texts_beside_images_are_cut_where_that_leaves_their_places(
+        self, server: FaultyServer, limit: int, kept: int
+    ):
+        """Each image stands before the text, in a few tokens; a limit that might cut one off is not sent."""
+        documents = [Content(*[Image(RED)] * count, "long") for count in range(1, 4)]
+        VLLMScorer(server.base_url, max_tokens_per_doc=limit).score(Image(BLUE), ["text", *documents])
+        limits = {spelled(d): r.content.get("max_tokens_per_doc") for r in server.score_requests for d in r.documents}
+        wanted = [sent(*[RED] * count, "long") for count in range(1, 4)]
+        assert limits == {"text": limit} | {spelled(d): limit if n <= kept else None for n, d in enumerate(wanted, 1)}
+        scorer = VLLMScorer(server.base_url, max_tokens_per_query=limit)
+        server.requests.clear()
+        scorer.score(Image(BLUE), "text")
+        assert server.score_requests[0].content.get("max_tokens_per_query") == (limit if kept else None)
 
     def test_long_text_beside_an_image_is_not_measured(self, server: FaultyServer):
         """Nor does the automatic truncation touch it."""
@@ -197,7 +217,7 @@ class TestSizes:
 
     def test_a_request_has_no_more_than_so_many_bytes(self, server: FaultyServer, monkeypatch: pytest.MonkeyPatch):
         """But one document, however large. Nothing is lost between them."""
-        monkeypatch.setattr(policy, "MOST_BYTES", 5000)
+        monkeypatch.setattr(pieces, "MOST_BYTES", 5000)
         pages = [drawn.encoded(drawn.gradient((10 + n, 20)).effect_spread(n), "PNG") for n in range(20)]
         large = drawn.encoded(drawn.gradient((60, 60)).effect_spread(30), "PNG", compress_level=0)
         pages.insert(7, large)
@@ -236,6 +256,21 @@ class TestSizes:
         assert len(server.score_requests) > 5
         assert sorted(encoded.count(page) for page in [BLUE, RED, *pages]) == [1] * 17
 
+    def test_what_has_its_score_is_let_go(self, server: FaultyServer, monkeypatch: pytest.MonkeyPatch):
+        """Only those on their way are held encoded: here four requests of four at once, of 100."""
+        monkeypatch.setattr(pieces, "MOST_BYTES", 4 * Mixed((read_picture(RED),)).size + 50)
+        held: list[int] = []
+        encode = wire.Encoded.of
+
+        def counting(mixed: Mixed) -> wire.Encoded:
+            held.append(sum(isinstance(each, wire.Encoded) for each in gc.get_objects()))
+            return encode(mixed)
+
+        monkeypatch.setattr(wire.Encoded, "of", counting)
+        VLLMScorer(server.base_url, max_concurrency=4).score("q", [Image(RED) for _ in range(100)])
+        assert len(held) == 100
+        assert max(held) <= 20
+
 
 class TestRefusals:
     """What the server can't take costs only itself, and a server that can't see says so once."""
@@ -258,6 +293,41 @@ class TestRefusals:
         assert caught.value.indices == (2,)
         assert list(caught.value.scores) == [*wanted[:2], None, *wanted[3:]]
 
+    @given(
+        st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=9).filter(
+            lambda kinds: any(bad for _, bad in kinds) and not all(bad for _, bad in kinds)
+        ),
+        st.sampled_from([400, 422, 500]),
+        st.integers(1, 5),
+    )
+    @settings(max_examples=25)
+    def test_exactly_the_bad_ones_are_rejected(self, kinds: list[tuple[bool, bool]], status: int, chunk_size: int):
+        """Images and texts, in any order and number; texts at 400, for to 500 nobody blames a text."""
+        assume(status != 500 or all(pictured for pictured, bad in kinds if bad))
+        documents: list[Input] = []
+        for number, (pictured, bad) in enumerate(kinds):
+            words = f"{'bad' if bad else 'good'} {number}"
+            documents.append(Content(words, Image(RED)) if pictured else words)
+
+        def refuse(request: Request) -> Steps | None:
+            bad = request.wants_scores and any("bad" in spelled(each) for each in request.documents)
+            return refusal(status, "can't") if bad else None
+
+        server = _shared()
+        server.behave = refuse
+        try:
+            with (
+                VLLMScorer(server.base_url, chunk_size=chunk_size) as scorer,
+                pytest.raises(DocumentRejected) as caught,
+            ):
+                scorer.score("q", documents)
+        finally:
+            server.behave = lambda request: None
+        assert caught.value.indices == tuple(n for n, (_, bad) in enumerate(kinds) if bad)
+        wanted = [sent(f"good {n}", RED) if pictured else f"good {n}" for n, (pictured, _) in enumerate(kinds)]
+        right = [None if bad else exact("q", each)[0] for each, (_, bad) in zip(wanted, kinds, strict=True)]
+        assert list(caught.value.scores) == right
+
     def test_an_address_that_the_server_can_t_reach_costs_only_itself(self, server: FaultyServer):
         """It goes in a request of its own, so that the others neither wait for it nor are asked for again."""
 
@@ -271,6 +341,28 @@ class TestRefusals:
         assert {item.index for item in ranked if item.score is None} == {1}
         with pytest.raises(DocumentRejected, match="Can the server reach its url"):
             VLLMScorer(server.base_url).score("q", ["a", Image(url=BEYOND), Image(RED)])
+
+    def test_an_address_with_a_signature_is_not_told(self, server: FaultyServer):
+        """vLLM quotes the address in its refusals, whole or from its path on, and error texts are cut somewhere."""
+        secret = "signature=" + "h7" * 200
+        signed = f"https://me:hunter2@pictures.example/a.png?{secret}"
+        quotes = [f"HTTP 404 (value={signed})", f"Max retries exceeded with url: /a.png?{secret} (Caused by"]
+        for quote, status in itertools.product(quotes, (422, 500)):
+            server.behave = on_scores(
+                lambda request, quote=quote, status=status: (
+                    refusal(status, quote) if "hunter2" in str(request.content) else None
+                )
+            )
+            scorer = VLLMScorer(server.base_url, max_retries=0)
+            for asked in (("q", ["a", Image(url=signed)]), (Image(url=signed), ["a"])):
+                with pytest.raises(BackendError) as caught:
+                    scorer.score(*asked)
+                error: BaseException | None = caught.value
+                while error is not None:
+                    told = f"{error} {error!r} {vars(error)}"
+                    assert "h7h7" not in told
+                    assert "hunter2" not in told
+                    error = error.__cause__ or error.__context__
 
     def test_a_server_that_fails_at_every_image_is_unavailable(self, server: FaultyServer):
         """A blank one fails as well, so it is not for the documents; no more requests than that needs."""
@@ -314,7 +406,7 @@ class TestRefusals:
         """The remedy is not to ask for a truncation, which there is not."""
         long = "This model's maximum context length is 512 tokens. However, your prompt contains 513"
         server.behave = on_scores(lambda request: refusal(400, long) if "long" in str(request.content) else None)
-        with pytest.raises(DocumentRejected, match="never cut: shorten its text") as caught:
+        with pytest.raises(DocumentRejected, match="cut only by max_tokens_per_doc") as caught:
             VLLMScorer(server.base_url).score("q", [Content("long", Image(RED)), Image(BLUE)])
         assert caught.value.indices == (0,)
 

@@ -1,0 +1,109 @@
+"""A query or document with pictures in it, read and checked: what back ends get beside text, and how it is sent."""
+
+import base64
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+from urllib.parse import urlsplit
+
+from rag_rerank.pictures import Picture
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class Link:
+    """What the server is to fetch: ``kind`` is ``"image_url"`` or ``"video_url"``."""
+
+    kind: str
+    url: str
+
+    def __repr__(self) -> str:
+        return f"Link({shown(self.url)!r})"
+
+
+@dataclass(frozen=True)
+class Mixed:
+    """A query or document with more in it than text, checked and read: what back ends get beside ``str``."""
+
+    parts: tuple[str | Picture | Link, ...]
+
+    @property
+    def text(self) -> str:
+        """Its text parts, a line each, as vLLM joins them."""
+        return "\n".join(part for part in self.parts if isinstance(part, str))
+
+    @property
+    def pictures(self) -> list[Picture]:
+        """Its pictures that were read here."""
+        return [part for part in self.parts if isinstance(part, Picture)]
+
+    @cached_property
+    def wire(self) -> dict[str, Any]:
+        """As vLLM's score API takes it (``ScoreMultiModalParam``); pictures as data URLs, encoded once."""
+        return {"content": [_wire(part) for part in self.parts]}
+
+    @property
+    def size(self) -> int:
+        """About how many bytes `encoded` has, without encoding."""
+        return sum(len(part.data) * 4 // 3 + 100 if isinstance(part, Picture) else _length(part) for part in self.parts)
+
+    def encoded(self) -> bytes:
+        """`wire` as JSON; made from the pictures' bytes and not kept, for it takes a third more than they."""
+        return b'{"content": [' + b", ".join(_encoded(part) for part in self.parts) + b"]}"
+
+
+Prepared = str | Mixed
+
+
+def _wire(part: str | Picture | Link) -> dict[str, Any]:
+    if isinstance(part, str):
+        return {"type": "text", "text": part}
+    if isinstance(part, Link):
+        return {"type": part.kind, part.kind: {"url": part.url}}
+    return {"type": "image_url", "image_url": {"url": part.data_url}}
+
+
+def _encoded(part: str | Picture | Link) -> bytes:
+    if not isinstance(part, Picture):
+        return json.dumps(_wire(part), ensure_ascii=False).encode()
+    url = f"data:{part.media_type};base64,".encode() + base64.b64encode(part.data)
+    return b'{"type": "image_url", "image_url": {"url": "' + url + b'"}}'  # base64 has nothing that JSON would escape
+
+
+def _length(part: str | Link) -> int:
+    return len(part if isinstance(part, str) else part.url) + 100
+
+
+def host_of(url: str) -> str | None:
+    """The host that an address names, if it does."""
+    try:
+        return urlsplit(url).hostname
+    except ValueError:  # a bracket that is not closed
+        return None
+
+
+def is_data(url: str) -> bool:
+    """Whether it holds what others only point to."""
+    return url[:5].lower() == "data:"
+
+
+def shown(url: str) -> str:
+    """`url` for messages: without what may be a password or a signature."""
+    if host_of(url) and not is_data(url):
+        parts = urlsplit(url)
+        url = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}{'?...' if parts.query else ''}"
+    return url if len(url) <= 60 else f"{url[:57]}..."
+
+
+def hidden(text: str, url: str) -> str:
+    """`text`, which may quote an address wholly or in part, without what gives access: its query and its password."""
+    parts = urlsplit(url)
+    for secret in (parts.query, parts.netloc.rpartition("@")[0]):
+        found = text.find(secret[:4]) if len(secret) >= 4 else -1
+        while found >= 0:
+            end = found
+            while end < len(text) and end - found < len(secret) and text[end] == secret[end - found]:
+                end += 1
+            text = f"{text[:found]}...{text[end:]}"
+            found = text.find(secret[:4], found + 3)
+    return text
