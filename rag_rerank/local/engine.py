@@ -17,6 +17,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from rag_rerank.content import Prepared
 from rag_rerank.errors import BackendError, BackendUnavailable, RerankError
 from rag_rerank.local.calls import Call, Item, next_round
 from rag_rerank.local.model import Model
@@ -54,7 +55,7 @@ class Engine:
         )
         self._thread.start()
 
-    def submit(self, queries: list[str], documents: list[str]) -> "Future[list[float]]":
+    def submit(self, queries: Sequence[Prepared], documents: Sequence[Prepared]) -> "Future[list[float]]":
         """Hand in one call; no documents only loads the model. Cancelling the future takes it back, even half done."""
         call = Call(queries, documents)
         error: RerankError | None = None

@@ -8,7 +8,7 @@ what vLLM answers to ``/score`` for such a model, not what ColBERT's authors com
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
 from safetensors import safe_open
@@ -55,6 +55,8 @@ class LateInteraction:
     max_length: int
     projection: torch.nn.Module
     normalize: bool = True
+
+    sees: ClassVar[bool] = False
 
     @property
     def pace(self) -> Pace:

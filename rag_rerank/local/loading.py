@@ -7,6 +7,7 @@ import torch
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     AutoModelForSequenceClassification,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -17,14 +18,17 @@ from rag_rerank.families import Family, find_family
 from rag_rerank.local.bi_encoder import BiEncoder, pooling_of
 from rag_rerank.local.checkpoint import Checkpoint, max_length, module_kind
 from rag_rerank.local.cross_encoder import Activation, CrossEncoder, Head, WholeCrossEncoder, own_activation
-from rag_rerank.local.decoder import Decoder, token_ids, token_row
+from rag_rerank.local.decoder import Decoder, score_row, token_ids, token_row
 from rag_rerank.local.hardware import choose_device, pace
+from rag_rerank.local.image_processor import ImageProcessor
 from rag_rerank.local.late_interaction import LateInteraction, is_late_interaction, read_projection
 from rag_rerank.local.model import Model
 from rag_rerank.local.passages import MaxPassage
+from rag_rerank.local.picture_prompts import PicturePrompts
 from rag_rerank.local.prompting import Limited, Prompts
 from rag_rerank.local.settings import Settings
 from rag_rerank.local.transformer import Padded, Transformer, known, over
+from rag_rerank.local.vision import MODEL_TYPES, VisionTransformer
 from rag_rerank.template import Template
 
 
@@ -44,6 +48,7 @@ def load(settings: Settings) -> Model:
     loading = _Loading(checkpoint, settings, family, device)
     kinds = {
         "causal": loading.causal,
+        "vision": loading.vision,
         "bi-encoder": loading.bi_encoder,
         "late-interaction": loading.late_interaction,
         "classifier": loading.classifier,
@@ -63,10 +68,13 @@ def _kind(checkpoint: Checkpoint, asked: str) -> str:
     if asked == "late-interaction" or (asked == "auto" and is_late_interaction(architecture, modules)):
         return "late-interaction"
     classifier = architecture.endswith("ForSequenceClassification")
+    sees = checkpoint.config.model_type in MODEL_TYPES
     if asked == "bi-encoder" or (asked == "auto" and not classifier and modules):
         return "bi-encoder"
     if architecture.endswith("ForCausalLM"):
         return "causal"
+    if architecture.endswith("ForConditionalGeneration") and sees:
+        return "vision"
     if not classifier:
         raise ConfigError(
             f"{checkpoint.name!r} is a {architecture}: neither a *ForSequenceClassification nor a *ForCausalLM nor a "
@@ -77,7 +85,7 @@ def _kind(checkpoint: Checkpoint, asked: str) -> str:
             f"{checkpoint.name!r} has {checkpoint.config.num_labels} labels; a reranker has one. "
             "It classifies, it does not score relevance."
         )
-    return "classifier"
+    return "vision" if sees else "classifier"
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +113,29 @@ class _Loading:
 
     def causal(self) -> Model:
         """A model that answers with a word."""
+        ids, template = self._answers()
+        model = self.checkpoint.model(AutoModelForCausalLM, self.device)
+        prompts = self._prompts(model, template)
+        row = token_row(model, ids)
+        return Decoder(prompts, self._activation(), self._over(_body(model)), row)
+
+    def vision(self) -> Model:
+        """A model that sees, and answers with a word; or with a head, for which transformers has no class."""
+        processor = ImageProcessor.of(self.checkpoint)
+        if self.checkpoint.architectures[0].endswith("ForSequenceClassification"):
+            template, row = self._template(needed=True), score_row(self.checkpoint).to(self.device)
+            model = self.checkpoint.model(AutoModel, self.device)
+        else:
+            ids, template = self._answers()
+            model = self.checkpoint.model(AutoModelForImageTextToText, self.device)
+            row = token_row(model, ids)
+        pad_id = self.checkpoint.tokenizer.pad_token_id
+        transformer = VisionTransformer.over(_body(model), processor, pad_id, pace(self.device))
+        prompts = PicturePrompts(self._prompts(model, template), transformer.tower)
+        return Decoder(prompts, self._activation(), transformer, row)
+
+    def _answers(self) -> tuple[list[int], Template | None]:
+        """The tokens of the words, and the template. What is wrong with them is told before gigabytes are read."""
         # vLLM's name for the words, in --hf-overrides; a checkpoint may have it in its own config.
         tokens = self.settings.classifier_tokens or getattr(self.checkpoint.config, "classifier_from_token", None)
         tokens = tokens or (self.family.tokens if self.family is not None else ())
@@ -113,13 +144,7 @@ class _Loading:
                 f"{self.checkpoint.name!r} is a {self.checkpoint.architectures[0]} that is no known reranker. If it is "
                 'one, pass template= with its prompt and classifier_tokens= with its answer, such as ("no", "yes").'
             )
-        # Tokens and template first: what is wrong with them is told before gigabytes of weights are read.
-        ids = token_ids(self.checkpoint.tokenizer, tokens, self.checkpoint.name)
-        template = self._template(needed=True)
-        model = self.checkpoint.model(AutoModelForCausalLM, self.device)
-        prompts = self._prompts(model, template)
-        row = token_row(model, ids)
-        return Decoder(prompts, self._activation(), self._over(_body(model)), row)
+        return token_ids(self.checkpoint.tokenizer, tokens, self.checkpoint.name), self._template(needed=True)
 
     def bi_encoder(self) -> Model:
         """A sentence-transformers folder of transformer, pooling and perhaps normalisation."""

@@ -6,12 +6,17 @@ each; a bi-encoder makes one sequence per text and an embedding of each; late in
 document and, in `run`, its score against the query that the sequence refers to.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+from rag_rerank.content import Mixed
+from rag_rerank.errors import ContentError
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+Side = Literal["queries", "documents"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +32,7 @@ class TokenSequence:
 
     ids: list[int]
     types: list[int] | None = None
-    query: str | None = None
+    query: Hashable | None = None
     cut: bool = False
 
 
@@ -66,14 +71,41 @@ class Model(Protocol):
     def pace(self) -> "Pace":
         """How it is best fed."""
 
-    def room(self, queries: "Sequence[str]") -> list[int]:
+    @property
+    def sees(self) -> bool:
+        """Whether queries and documents may be `Mixed`; if not, all are text."""
+
+    # Any: str, and Mixed where it sees.
+    def room(self, queries: Sequence[Any]) -> list[int]:
         """How many tokens of a document it reads beside each of the queries."""
 
-    def inputs(self, queries: list[str], documents: list[str]) -> Inputs:
-        """Tokenise a call or a part of one: one query for all documents, or one each."""
+    def inputs(self, queries: list[Any], documents: list[Any]) -> Inputs:
+        """Tokenise a call or a part of one: one query for all documents, or one each.
+
+        Raises:
+            Unreadable: It can't read one of them.
+        """
 
     def batches(self, sequences: "Sequence[TokenSequence]", token_budget: int) -> list[list[int]]:
         """Positions of the sequences, each exactly once, grouped into batches of at most so many tokens for `run`."""
 
     def run(self, sequences: "Sequence[TokenSequence]") -> "Tensor":
         """Outputs of one batch: float32 ``[len(sequences), size]``, perhaps still being computed on a device."""
+
+
+class Unreadable(ContentError):
+    """A query or document that the model can't read; `LocalScorer` puts its position before the message.
+
+    Args:
+        side: Which of the two it is.
+        value: The query or document.
+        message: Why, to follow ``documents[3]``.
+    """
+
+    def __init__(self, side: Side, value: Mixed, message: str) -> None:
+        super().__init__(message)
+        self.side, self.value = side, value
+
+
+class TextOnly(ContentError):
+    """The model doesn't see; `LocalScorer` says which query or document asks it to."""

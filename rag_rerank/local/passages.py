@@ -7,8 +7,9 @@ its most relevant passage.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from rag_rerank.content import Prepared
 from rag_rerank.local.model import Inputs, Model, Pace, TokenSequence
 
 if TYPE_CHECKING:
@@ -36,8 +37,13 @@ class MaxPassage:
         """The model's."""
         return self.model.pace
 
-    def inputs(self, queries: list[str], documents: list[str]) -> Inputs:
-        """The model's, of the passages; the best score of each document's."""
+    @property
+    def sees(self) -> bool:
+        """The model's."""
+        return self.model.sees
+
+    def inputs(self, queries: list[Any], documents: list[Any]) -> Inputs:
+        """The model's, of the passages; the best score of each document's. One with pictures is read as one."""
         rooms = self.model.room(queries)
         if len(queries) == 1:
             queries, rooms = queries * len(documents), rooms * len(documents)
@@ -53,7 +59,7 @@ class MaxPassage:
 
         return Inputs(inputs.sequences, best)
 
-    def room(self, queries: Sequence[str]) -> list[int]:
+    def room(self, queries: Sequence[Any]) -> list[int]:
         """The model's, of a passage."""
         return self.model.room(queries)
 
@@ -65,7 +71,9 @@ class MaxPassage:
         """The model's."""
         return self.model.run(sequences)
 
-    def _passages(self, document: str, room: int) -> list[str]:
+    def _passages(self, document: Prepared, room: int) -> Sequence[Prepared]:
+        if not isinstance(document, str):
+            return [document]
         text = document.removeprefix(self.prompt)
         if self.prompt and len(text) < len(document):
             room -= len(self.tokenizer(self.prompt, add_special_tokens=False)["input_ids"])

@@ -6,8 +6,9 @@ reranker's score is read, and vLLM's own ``truncate_prompt_tokens`` would cut ju
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
+from rag_rerank.content import Mixed, Prepared
 from rag_rerank.errors import BackendRejected
 from rag_rerank.local.encoding import Truncation, encode
 from rag_rerank.local.model import Inputs, Model, Pace, TokenSequence
@@ -19,7 +20,13 @@ if TYPE_CHECKING:
 
 
 # Words may join over the edges of a document: a prompt has a few tokens more or less than its parts.
-_SLACK = 8
+SLACK = 8
+
+PLACEHOLDER_TOKENS = 3
+"""What stands for a picture in a prompt, ``<|vision_start|><|image_pad|><|vision_end|>``, before the model's view of
+it takes the place of the middle one."""
+LEAST_PER_PICTURE = 16
+"""A lower limit leaves query or document as it is; so does `VLLMScorer`, which can't know a model's placeholder."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +45,7 @@ class Prompts:
     template: Template | None = None
     variables: Mapping[str, Any] = field(default_factory=dict)
     truncation: Truncation = "longest_first"
+    sees: ClassVar[bool] = False
 
     def sequences(self, queries: Sequence[str], documents: Sequence[str]) -> list[TokenSequence]:
         """One sequence per pair.
@@ -60,7 +68,7 @@ class Prompts:
         sequences = []
         for ids, query, document in zip(self._ids(prompts), rows, documents, strict=True):
             cut_ids = ids
-            if len(ids) + _SLACK > self.max_length:
+            if len(ids) + SLACK > self.max_length:
                 if query not in rooms:
                     [rooms[query]] = self.room([query])
                 cut_ids = self._shortened(self.template, ids, query, document, rooms[query])
@@ -95,11 +103,7 @@ class Prompts:
         """
         while True:
             if room < 1:
-                raise BackendRejected(
-                    f"a query and its template leave no room for a document in the {self.max_length} tokens "
-                    "that the model reads",
-                    remedy="Shorten the query or instruction, or set max_tokens_per_query.",
-                )
+                raise no_room(self.max_length)
             beginning = cut(self.tokenizer, document, room)
             if len(beginning) < len(document):
                 ids = self._ids([template.render(query, beginning, self.variables)])[0]
@@ -112,6 +116,14 @@ class Prompts:
             texts, add_special_tokens=add_special_tokens, padding=False, return_attention_mask=False, verbose=False
         )["input_ids"]
         return ids
+
+
+def no_room(max_length: int) -> BackendRejected:
+    """The error for a query that leaves a document none of so many tokens."""
+    return BackendRejected(
+        f"a query and its template leave no room for a document in the {max_length} tokens that the model reads",
+        remedy="Shorten the query or instruction, or set max_tokens_per_query.",
+    )
 
 
 def cut(tokenizer: "PreTrainedTokenizerBase", text: str, max_tokens: int) -> str:
@@ -152,13 +164,18 @@ class Limited:
         """The model's."""
         return self.model.pace
 
-    def inputs(self, queries: list[str], documents: list[str]) -> Inputs:
+    @property
+    def sees(self) -> bool:
+        """The model's."""
+        return self.model.sees
+
+    def inputs(self, queries: list[Any], documents: list[Any]) -> Inputs:
         """The model's, of what is left."""
         return self.model.inputs(
-            self._cut(queries, self.max_tokens_per_query), self._cut(documents, self.max_tokens_per_doc)
+            list(self._cut(queries, self.max_tokens_per_query)), list(self._cut(documents, self.max_tokens_per_doc))
         )
 
-    def room(self, queries: Sequence[str]) -> list[int]:
+    def room(self, queries: Sequence[Any]) -> list[int]:
         """The model's."""
         return self.model.room(queries)
 
@@ -170,5 +187,14 @@ class Limited:
         """The model's."""
         return self.model.run(sequences)
 
-    def _cut(self, texts: list[str], limit: int | None) -> list[str]:
-        return texts if limit is None else [cut(self.tokenizer, text, limit) for text in texts]
+    def _cut(self, inputs: Sequence[Prepared], limit: int | None) -> Sequence[Prepared]:
+        return inputs if limit is None else [self._shortened(each, limit) for each in inputs]
+
+    def _shortened(self, each: Prepared, limit: int) -> Prepared:
+        if isinstance(each, str):
+            return cut(self.tokenizer, each, limit)
+        # vLLM counts a picture's placeholder and would cut that, too, where there is nothing else to cut.
+        if limit < LEAST_PER_PICTURE * len(each.pictures):
+            return each
+        text = cut(self.tokenizer, each.text, limit - PLACEHOLDER_TOKENS * len(each.pictures))
+        return Mixed((*each.pictures, text))

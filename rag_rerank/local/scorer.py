@@ -9,15 +9,15 @@ import threading
 import time
 import weakref
 from collections.abc import Mapping, Sequence
-from concurrent.futures import Future
 from typing import Any
 
-from rag_rerank.errors import DeadlineExceeded
+from rag_rerank.content import Link, Prepared
+from rag_rerank.errors import ContentError, DeadlineExceeded
 from rag_rerank.local.engine import Engine
-from rag_rerank.local.model import Model
+from rag_rerank.local.model import Model, Side, TextOnly, Unreadable
 from rag_rerank.local.settings import Dtype, LongDocuments, ScoreType, Settings
 from rag_rerank.scorer import Scorer
-from rag_rerank.template import Template, prefixed
+from rag_rerank.template import Template
 
 DEFAULT_MODEL = "cross-encoder/ms-marco-MiniLM-L6-v2"
 
@@ -52,11 +52,13 @@ class LocalScorer(Scorer):
             token vectors at their own length.
         max_length: Longest input in tokens, special tokens included. None: what the model was made for. Longer pairs
             are cut as vLLM cuts them under ``truncate_prompt_tokens=-1``: from the longer of query and document; but
-            with a template only from the document, for vLLM's cut would take the end of the prompt.
+            with a template only from the document's text, for vLLM's cut would take the end of the prompt. An image
+            is never cut: one that leaves no room is a `ContentError` that says what `max_pixels` would.
         max_tokens_per_query, max_tokens_per_doc: Cut each query or document at so many tokens first, as vLLM does.
         long_documents: What becomes of a document longer than the model's window: ``"truncate"`` reads its beginning,
             as vLLM does; ``"max-passage"`` reads all of it, in passages that overlap by half, and gives it the score of
             the best (MaxP, Dai and Callan 2019, https://arxiv.org/abs/1905.09217). Twice the work for its length.
+            A document with images is one passage.
         max_waiting_calls: How many calls may be unfinished at a time; one more is refused at once.
         revision: Branch, tag or commit on the hub.
         trust_remote_code: Whether code from the checkpoint may run. Only ever on by this argument.
@@ -70,6 +72,11 @@ class LocalScorer(Scorer):
             model that can't be loaded as asked. Only safetensors weights are read.
 
     A call without `deadline` waits as long as the model needs.
+
+    Images (extra `images`; not torchvision) are scaled as the checkpoint says, with the numbers that a vLLM server
+    gets, and stand before the text of their query or document, whatever their order. Nothing is fetched: `Image` with
+    an address, `Video`, an image for a model that reads text only, and one together with a `query_prompt` or
+    `document_prompt` are each a `ContentError` that names the position.
     """
 
     def __init__(
@@ -144,8 +151,34 @@ class LocalScorer(Scorer):
         self._running_engine().submit(["warm"], ["up"]).result()
 
     def _score(self, queries: list[str], documents: list[str], until: float | None) -> list[float]:
+        return self._result(*self._prefixed(queries, documents), until)
+
+    async def _ascore(self, queries: list[str], documents: list[str], until: float | None) -> list[float]:
+        return await self._aresult(*self._prefixed(queries, documents), until)
+
+    def _score_mixed(self, queries: list[Prepared], documents: list[Prepared], until: float | None) -> list[float]:
+        asked, read = self._prefixed(queries, documents)
+        try:
+            return self._result(asked, read, until)
+        except TextOnly:
+            return super()._score_mixed(queries, documents, until)  # says what and where
+        except Unreadable as error:
+            raise _placed(error, asked, read) from error
+
+    async def _ascore_mixed(
+        self, queries: list[Prepared], documents: list[Prepared], until: float | None
+    ) -> list[float]:
+        asked, read = self._prefixed(queries, documents)
+        try:
+            return await self._aresult(asked, read, until)
+        except TextOnly:
+            return super()._score_mixed(queries, documents, until)
+        except Unreadable as error:
+            raise _placed(error, asked, read) from error
+
+    def _result(self, queries: Sequence[Prepared], documents: Sequence[Prepared], until: float | None) -> list[float]:
         began = time.monotonic()
-        work = self._submit(queries, documents)
+        work = self._running_engine().submit(queries, documents)
         try:
             return work.result(None if until is None else max(0.0, until - began))
         except TimeoutError as error:
@@ -153,19 +186,24 @@ class LocalScorer(Scorer):
         finally:
             work.cancel()  # no effect on finished work; what nobody waits for any more is not scored
 
-    async def _ascore(self, queries: list[str], documents: list[str], until: float | None) -> list[float]:
+    async def _aresult(
+        self, queries: Sequence[Prepared], documents: Sequence[Prepared], until: float | None
+    ) -> list[float]:
         began = time.monotonic()
-        work = asyncio.wrap_future(self._submit(queries, documents))
+        work = asyncio.wrap_future(self._running_engine().submit(queries, documents))
         try:
             async with asyncio.timeout(None if until is None else until - began):
                 return await work  # cancelling the task cancels the work
         except TimeoutError as error:
             raise self._too_late(error, began) from None
 
-    def _submit(self, queries: list[str], documents: list[str]) -> "Future[list[float]]":
+    def _prefixed(
+        self, queries: Sequence[Prepared], documents: Sequence[Prepared]
+    ) -> tuple[Sequence[Prepared], Sequence[Prepared]]:
         settings = self._settings
-        return self._running_engine().submit(
-            prefixed(settings.query_prompt, queries), prefixed(settings.document_prompt, documents)
+        return (
+            _readable(queries, "queries", "query_prompt", settings.query_prompt),
+            _readable(documents, "documents", "document_prompt", settings.document_prompt),
         )
 
     def _too_late(self, error: TimeoutError, began: float) -> TimeoutError:
@@ -214,3 +252,27 @@ def _load(settings: Settings) -> Model:
     from rag_rerank.local.loading import load  # noqa: PLC0415
 
     return load(settings)
+
+
+def _readable(inputs: Sequence[Prepared], side: Side, name: str, prompt: str | None) -> Sequence[Prepared]:
+    """Each with the prompt before it; ContentError for what only a server can read."""
+    made: list[Prepared] = []
+    for position, each in enumerate(inputs):
+        if isinstance(each, str):
+            made.append(prompt + each if prompt else each)
+            continue
+        kinds = {part.kind for part in each.parts if isinstance(part, Link)}
+        if "video_url" in kinds:
+            raise ContentError(f"{side}[{position}] holds a video, but LocalScorer reads none")
+        if kinds:
+            raise ContentError(f"{side}[{position}] holds an address, but LocalScorer fetches nothing; pass the file")
+        if prompt:
+            raise ContentError(f"{side}[{position}] holds an image, which can't follow a {name}: images come first")
+        made.append(each)
+    return made
+
+
+def _placed(error: Unreadable, queries: Sequence[Prepared], documents: Sequence[Prepared]) -> ContentError:
+    """The error, with the position of what can't be read."""
+    position = (queries if error.side == "queries" else documents).index(error.value)
+    return ContentError(f"{error.side}[{position}] {error}")

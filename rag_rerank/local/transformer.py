@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 ENCODERS = frozenset(
     {"bert", "camembert", "distilbert", "electra", "eurobert", "gte", "modernbert", "roberta", "xlm-roberta"}
 )
-DECODERS = frozenset({"gemma", "gemma2", "gemma3_text", "llama", "mistral", "phi3", "qwen2", "qwen3"})
+DECODERS = frozenset({"gemma", "gemma2", "gemma3_text", "llama", "mistral", "phi3", "qwen2", "qwen3", "qwen3_vl_text"})
 
 # Fewer tokens in common are not worth the bookkeeping.
 LEAST_SHARED = 16
@@ -235,43 +235,74 @@ class Unpadded:
 
     def states(self, sequences: Sequence[TokenSequence]) -> States:
         """Run one batch. With shared prefixes, only the last states are those of the sequences."""
+        row = lay_out(sequences, share=self.share)
         ids: list[int] = []
         positions: list[int] = []
         types: list[int] = []
-        segments: list[Segment] = []
-        spans = [(0, 0)] * len(sequences)
-
-        def add(sequence: TokenSequence, start: int, stop: int, prefix: tuple[int, int]) -> tuple[int, int]:
-            span = len(ids), len(ids) + stop - start
-            ids.extend(sequence.ids[start:stop])
+        for of, start, stop in row.pieces:
+            ids.extend(sequences[of].ids[start:stop])
             positions.extend(range(self.first_position + start, self.first_position + stop))
-            types.extend((sequence.types or [])[start:stop])
-            segments.append(Segment(*span, prefix))
-            return span
-
-        for members in _by_query(sequences, share=self.share):
-            group = [sequences[position] for position in members]
-            common = _common(group, share=self.share)
-            prefix = add(group[0], 0, common, (0, 0)) if common else (0, 0)
-            for position, sequence in zip(members, group, strict=True):
-                spans[position] = add(sequence, common, len(sequence.ids), prefix)
-        padding = _padding(len(ids), self.device)
-        row = {"input_ids": ids + [self.pad_id] * padding, "position_ids": positions + [self.first_position] * padding}
+            types.extend((sequences[of].types or [])[start:stop])
+        padding = padding_of(len(ids), self.device)
+        inputs = {
+            "input_ids": ids + [self.pad_id] * padding,
+            "position_ids": positions + [self.first_position] * padding,
+        }
         if types:
-            row["token_type_ids"] = types + [0] * padding
+            inputs["token_type_ids"] = types + [0] * padding
         states: Tensor = self.model(
-            **{name: to_device([numbers], self.device) for name, numbers in row.items()},
-            layout=Layout.of(segments, self.device),
+            **{name: to_device([numbers], self.device) for name, numbers in inputs.items()},
+            layout=Layout.of(row.segments, self.device),
         ).last_hidden_state
+        return row.states_of(states[0])
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """Where the tokens of a batch are in its one row.
+
+    Attributes:
+        pieces: The row's tokens, in order: ``(sequence, start, stop)`` for the tokens ``[start, stop)`` of a sequence.
+        segments: The same, as attention wants to know it.
+        spans: ``(start, stop)`` in the row of each sequence's own tokens, those behind a prefix that is shared.
+    """
+
+    pieces: Sequence[tuple[int, int, int]]
+    segments: Sequence[Segment]
+    spans: Sequence[tuple[int, int]]
+
+    def states_of(self, tokens: Tensor) -> States:
+        """The states of the sequences, from those of the row, ``[tokens, size]``."""
         return States(
-            states[0],
-            to_device([start for start, _ in spans], self.device),
-            to_device([stop - 1 for _, stop in spans], self.device),
-            [stop - start for start, stop in spans],
+            tokens,
+            to_device([start for start, _ in self.spans], tokens.device),
+            to_device([stop - 1 for _, stop in self.spans], tokens.device),
+            [stop - start for start, stop in self.spans],
         )
 
 
-def _padding(tokens: int, device: torch.device) -> int:
+def lay_out(sequences: Sequence[TokenSequence], *, share: bool) -> Row:
+    """Put sequences end to end; with `share`, what those of one query begin with alike once, before them."""
+    pieces: list[tuple[int, int, int]] = []
+    segments: list[Segment] = []
+    spans = [(0, 0)] * len(sequences)
+
+    def add(of: int, start: int, stop: int, prefix: tuple[int, int]) -> tuple[int, int]:
+        begin = segments[-1].stop if segments else 0
+        span = begin, begin + stop - start
+        pieces.append((of, start, stop))
+        segments.append(Segment(*span, prefix))
+        return span
+
+    for members in _by_query(sequences, share=share):
+        common = _common([sequences[position] for position in members], share=share)
+        prefix = add(members[0], 0, common, (0, 0)) if common else (0, 0)
+        for position in members:
+            spans[position] = add(position, common, len(sequences[position].ids), prefix)
+    return Row(pieces, segments, spans)
+
+
+def padding_of(tokens: int, device: torch.device) -> int:
     """Tokens to fill a row up with.
 
     On the CPU each new number of rows costs a new kernel, 0.6 ms and memory that is never given back (441 MB after
