@@ -123,6 +123,15 @@ def _row_groups(metadata: Any, part: Part) -> tuple[int, list[int]]:
     return before, groups
 
 
+def rows_of(path: Path) -> int:
+    """How many rows a Parquet file has."""
+    arrow = _arrow(path)
+    try:
+        return int(arrow.parquet.read_metadata(path).num_rows)
+    except arrow.ArrowException as error:
+        raise ConfigError(f"{path} is damaged: {error}") from error
+
+
 def encoded(row: object) -> bytes:
     """`row` as a line of JSON in UTF-8. What JSON has no word for, dates from Parquet for instance, is its text."""
     try:
@@ -159,8 +168,8 @@ def _write_parquet(lines: Path, target: Path, source: Path) -> None:
     arrow = _arrow(target)
     try:
         known = _kept_types(arrow, source)
-        schema = arrow.schema(list(known.values()))
-        for table in _tables(arrow, lines, {name: field.type for name, field in known.items()}):
+        schema = arrow.schema(list(known.items()))
+        for table in _tables(arrow, lines, known):
             schema = arrow.unify_schemas([schema, table.schema], promote_options="permissive")
         with arrow.parquet.ParquetWriter(target, schema) as writer:
             for table in _tables(arrow, lines, dict(zip(schema.names, schema.types, strict=True))):
@@ -170,18 +179,17 @@ def _write_parquet(lines: Path, target: Path, source: Path) -> None:
 
 
 def _kept_types(arrow: Any, source: Path) -> dict[str, Any]:
-    """The fields of a Parquet file whose values are the same after JSON, and those that are added to them.
+    """The types of a Parquet file's columns whose values are the same after JSON, and of what is added to them.
 
     Files made from parts of one file have the same columns then, also where a part has nothing but nulls in one.
     """
     if source.suffix != ".parquet":
         return {}
     schema = arrow.parquet.read_schema(source)
-    fields = {field.name: field for field in schema if _is_json(arrow.types, field.type)}
+    kept = {field.name: field.type for field in schema if _is_json(arrow.types, field.type)}
     if "documents" in schema.names:
-        places = arrow.struct({"index": arrow.int64(), "score": arrow.float64()})
-        return fields | {"ranked": arrow.field("ranked", arrow.list_(places))}
-    return fields | {"score": arrow.field("score", arrow.float64())}
+        return kept | {"ranked": arrow.list_(arrow.struct({"index": arrow.int64(), "score": arrow.float64()}))}
+    return kept | {"score": arrow.float64()}
 
 
 def _is_json(types: Any, kind: Any) -> bool:

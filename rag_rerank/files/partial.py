@@ -4,7 +4,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import TracebackType
@@ -111,10 +111,8 @@ class Partial:
             documents=done.documents + documents,
         )
         sizes = {"bytes": self._ranked.tell(), "rejects_bytes": self._rejects.tell()}
-        with (new := self._state.with_name(f"{self._state.name}.new")).open("wb") as state:
-            state.write(json.dumps({"made_from": self._identity, **asdict(self.tally), **sizes}).encode())
-            _sync(state)
-        new.replace(self._state)
+        state = {"made_from": self._identity, **asdict(self.tally), **sizes}
+        write_whole(self._state, json.dumps(state).encode())
 
     def finish(self, source: Path) -> None:
         """Put the output in its place, all at once, and the rejects, or remove those of an earlier output.
@@ -179,19 +177,28 @@ class Partial:
             tally = Tally(**state)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ConfigError(f"{self._state} can't be read; --restart begins anew") from error
-        changed = [
-            f"{name} was {made_from.get(name)!r}, is {self._identity.get(name)!r}"
-            for name in made_from | self._identity
-            if made_from.get(name) != self._identity.get(name)
-        ]
-        if changed:
-            raise ConfigError(f"{self._path} is of another run ({'; '.join(changed)}); --restart throws it away")
+        if changed := differences(made_from, self._identity):
+            raise ConfigError(f"{self._path} is of another run ({changed}); --restart throws it away")
         expected = tally.ranked, tally.rejected
         if (_lines_in(self._ranked, sizes[0]), _lines_in(self._rejects, sizes[1])) != expected:
             raise ConfigError(f"{self._path} or its rejects were changed since; --restart begins anew")
         self._ranked.truncate(sizes[0])
         self._rejects.truncate(sizes[1])
         self.tally = replace(tally, resumed=tally.lines)
+
+
+def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """What a run is made from that an earlier one was not, in words; nothing where they are the same."""
+    names = [name for name in {**before, **now} if before.get(name) != now.get(name)]
+    return "; ".join(f"{name} was {before.get(name)!r}, is {now.get(name)!r}" for name in names)
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Write a file so that it is there whole or not at all, and for good when this returns."""
+    with (new := path.with_name(f"{path.name}.new")).open("wb") as file:
+        file.write(data)
+        _sync(file)
+    new.replace(path)
 
 
 def lock(file: IO[bytes], path: Path, until: float) -> bool:
