@@ -1,5 +1,6 @@
 """What an actor does: units, one after the other, each from its file to its file."""
 
+import json
 import pickle
 from collections.abc import Mapping
 from dataclasses import replace
@@ -7,11 +8,13 @@ from typing import Any
 
 from rag_rerank.errors import BackendError
 from rag_rerank.files import Tally, rejects_of, rerank_file
+from rag_rerank.files.partial import write_whole
 from rag_rerank.ray_data.pool import limit_threads
 from rag_rerank.ray_data.record import Layout
 from rag_rerank.ray_data.units import Unit
 from rag_rerank.scorer import Scorer
 
+_ATTEMPTS = 4
 _HANDOVER = 60.0  # seconds in which a process that is being killed on another machine lets go of its unit's files
 
 
@@ -48,9 +51,10 @@ class ScoreUnits:
         layout = self._layout
         output, work, rejects = layout.output(unit), layout.work(unit), layout.rejects(unit)
         if not output.exists():
-            for path in (output, work, layout.tally(unit)):
+            for path in (output, work, layout.tally(unit), layout.attempts(unit)):
                 path.parent.mkdir(parents=True, exist_ok=True)
             if not work.exists():
+                self._count_attempt(unit)
                 rerank_file(
                     self._scorer,
                     layout.source / unit.source,
@@ -66,6 +70,20 @@ class ScoreUnits:
                 rejects_of(work).replace(rejects)
             work.replace(output)
         return layout.tally_of(unit)
+
+    def _count_attempt(self, unit: Unit) -> None:
+        """Give up on lines of which several actors died, one after the other: Ray would begin anew without end."""
+        path = self._layout.attempts(unit)
+        done = self._layout.tally_of(unit).lines if self._layout.tally(unit).exists() else 0
+        began, count = json.loads(path.read_bytes()) if path.exists() else (done, 0)
+        if began != done:
+            count = 0
+        elif count == _ATTEMPTS:
+            raise BackendError(
+                f"{_ATTEMPTS} actors died while they scored the lines behind line {unit.part.first + done} of {unit.source}",
+                remedy="Is there too little memory for so many models on a machine? The same command goes on there.",
+            )
+        write_whole(path, json.dumps([done, count + 1]).encode())
 
 
 def outcome_of(row: Mapping[str, Any]) -> Tally:

@@ -14,9 +14,6 @@ from rag_rerank.errors import ConfigError
 from rag_rerank.scorer import Scorer
 from rag_rerank.vllm import VLLMScorer
 
-# How often a batch or unit is tried again when its actor dies of it: what kills four will kill a fifth.
-_RETRIES = 3
-
 
 def import_ray() -> Any:
     """The module ``ray`` with ``ray.data``.
@@ -45,6 +42,8 @@ def connected() -> Iterator[Any]:
         yield ray
         return
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # a run on a laptop tells nobody
+    # Ray warns of actors that can't be started again once the driver is gone; nor need they be.
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     try:
         ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
     except ConnectionError as error:
@@ -127,8 +126,7 @@ def pool_options(ray: Any, scorer: Scorer, share: Share) -> dict[str, Any]:
         "compute": ray.data.ActorPoolStrategy(size=actors, max_tasks_in_flight_per_actor=1),
         "num_cpus": cpus,
         "num_gpus": gpus or None,
-        "max_restarts": -1,
-        "max_task_retries": _RETRIES,
+        # An actor that dies is started again, and its task done again, without end: Ray Data's own defaults.
     }
 
 

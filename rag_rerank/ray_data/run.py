@@ -60,7 +60,7 @@ def rerank_folder(
 
     The input is cut into units of so many lines. An actor streams a unit through `rag_rerank.files.rerank_file` into a
     file of its own, which appears when it is complete. An actor that dies is started again, and goes on in its unit
-    behind the last group that was finished; a unit whose actors die four times in a row ends the run. Units and groups
+    behind the last group that was finished; lines of which four actors die end the run. Units and groups
     depend on the input alone: with one CPU for each actor, scores are the same to the last bit, however many actors
     there are and whichever of them die.
 
@@ -133,7 +133,7 @@ def _run(scorer: Scorer, layout: Layout, options: dict[str, Any], units: list[Un
         except ray.exceptions.RayError as error:
             raise BackendError(
                 f"Ray gave up: {str(error).strip().splitlines()[-1]}",
-                remedy="What was finished is kept. Is there too little memory for so many models on a machine?",
+                remedy="What was finished is kept: the same command goes on behind it.",
             ) from error
 
 
