@@ -24,7 +24,7 @@ def rerank_with_ray(
     *,
     strict: bool,
 ) -> None:
-    """Rerank files over a pool of actors, with a bar on a terminal, and say on stderr what came of it or how to go on."""
+    """Rerank files over a pool of actors; a bar on a terminal, and on stderr what came of it or how to go on."""
     console = Console(stderr=True, highlight=False, soft_wrap=True)
     options = {name: value for name, value in options.items() if name != "unit_lines" or value is not None}
     began, at_first = time.monotonic(), 0
@@ -42,9 +42,8 @@ def rerank_with_ray(
             tally = now.tally
             if tally.lines == tally.resumed:  # the first time
                 began, at_first = time.monotonic(), tally.documents
-                console.print(
-                    Text(f"{now.finished:,} of {now.units:,} units were finished before.")
-                ) if now.finished else None
+                if now.finished:
+                    console.print(Text(f"{now.finished:,} of {now.units:,} units were finished before."))
             speed = (tally.documents - at_first) / max(1e-3, time.monotonic() - began)
             done = f"{now.finished:,} of {now.units:,} units, {tally.documents:,} documents, {speed:,.0f}/s"
             bar.update(task, total=now.units, completed=now.finished, done=done)

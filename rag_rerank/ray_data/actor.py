@@ -79,8 +79,9 @@ class ScoreUnits:
         if began != done:
             count = 0
         elif count == _ATTEMPTS:
+            behind = f"line {unit.part.first + done} of {unit.source}"
             raise BackendError(
-                f"{_ATTEMPTS} actors died while they scored the lines behind line {unit.part.first + done} of {unit.source}",
+                f"{_ATTEMPTS} actors died one after the other, scoring what comes behind {behind}",
                 remedy="Is there too little memory for so many models on a machine? The same command goes on there.",
             )
         write_whole(path, json.dumps([done, count + 1]).encode())
