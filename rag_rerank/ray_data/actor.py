@@ -14,7 +14,7 @@ from rag_rerank.ray_data.record import Layout
 from rag_rerank.ray_data.units import Unit
 from rag_rerank.scorer import Scorer
 
-_ATTEMPTS = 4
+_ATTEMPTS = 3
 _HANDOVER = 60.0  # seconds in which a process that is being killed on another machine lets go of its unit's files
 
 

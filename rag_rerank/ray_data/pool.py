@@ -100,8 +100,15 @@ class Share:
 ANY = Share()
 
 
-def pool_options(ray: Any, scorer: Scorer, share: Share) -> dict[str, Any]:
+def pool_options(ray: Any, scorer: Scorer, share: Share, tasks: int | None = None) -> dict[str, Any]:
     """Options of ``map_batches`` for a pool of actors that each have a scorer.
+
+    Args:
+        ray: The module.
+        scorer: What each actor has.
+        share: What is asked for.
+        tasks: How many there will be, where that is known: no more actors are started. What each gets stays the same,
+            so that the last units of a run are scored as the others.
 
     Raises:
         ConfigError: The machines don't have so much.
@@ -123,7 +130,7 @@ def pool_options(ray: Any, scorer: Scorer, share: Share) -> dict[str, Any]:
         )
     return {
         # One batch at a time: what waits at one actor, an idle one can't take.
-        "compute": ray.data.ActorPoolStrategy(size=actors, max_tasks_in_flight_per_actor=1),
+        "compute": ray.data.ActorPoolStrategy(size=min(actors, tasks or actors), max_tasks_in_flight_per_actor=1),
         "num_cpus": cpus,
         "num_gpus": gpus or None,
         # An actor that dies is started again, and its task done again, without end: Ray Data's own defaults.
@@ -151,7 +158,10 @@ def limit_threads() -> None:
     Each would take all cores of the machine for itself, as would its neighbours. Ray sets ``OMP_NUM_THREADS``, but not
     where the user has set it, and the tokenizers' threads not at all.
     """
-    cpus = import_ray().get_runtime_context().get_assigned_resources().get("CPU", 1.0)
+    ray = sys.modules.get("ray")
+    if ray is None or not ray.is_initialized() or ray.get_runtime_context().get_actor_id() is None:
+        return  # no actor: the caller's own process
+    cpus = ray.get_runtime_context().get_assigned_resources().get("CPU", 1.0)
     threads = max(1, int(cpus))
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "RAYON_NUM_THREADS"):
         os.environ[name] = str(threads)  # read when a library is loaded

@@ -102,8 +102,6 @@ class Record:
     def __enter__(self) -> Self:
         layout = self.layout
         target = layout.target
-        if target.resolve().is_relative_to(layout.source.resolve()) and len(self._sources) > 1:
-            raise ConfigError(f"{target} is inside of the input; name a folder outside of it")
         if not target.parent.is_dir():
             raise ConfigError(f"there is no folder {target.parent}")
         if target.exists() and not target.is_dir():

@@ -60,9 +60,9 @@ def rerank_folder(
 
     The input is cut into units of so many lines. An actor streams a unit through `rag_rerank.files.rerank_file` into a
     file of its own, which appears when it is complete. An actor that dies is started again, and goes on in its unit
-    behind the last group that was finished; lines of which four actors die end the run. Units and groups
-    depend on the input alone: with one CPU for each actor, scores are the same to the last bit, however many actors
-    there are and whichever of them die.
+    behind the last group that was finished; lines of which three actors die, one after the other, end the run. Units
+    and groups depend on the input alone: with one CPU for each actor, scores are the same to the last bit, however many
+    actors there are and whichever of them die.
 
     Args:
         scorer: Goes to every actor by its settings alone; not loaded here. The actors' own `VLLMScorer` reads the key
@@ -96,6 +96,8 @@ def rerank_folder(
     scorer.rerank("", [], **options)  # refuses wrong options before any work
     if isinstance(unit_lines, bool) or not isinstance(unit_lines, int) or unit_lines < 1:
         raise ConfigError(f"unit_lines must be 1 or more, got {unit_lines!r}")
+    if source.is_dir() and target.resolve().is_relative_to(source.resolve()):
+        raise ConfigError(f"{target} is inside of the input; name a folder outside of it")
     folder, sources = sources_in(source.absolute())
     options |= {"reorder": reorder, "group": group}
     identity = {**options, "unit_lines": unit_lines, **({"scorer": repr(scorer)} if settings is None else settings)}
@@ -125,7 +127,7 @@ def _run(scorer: Scorer, layout: Layout, options: dict[str, Any], units: list[Un
             fn_constructor_args=(scorer, layout, options),
             batch_size=1,
             batch_format="numpy",
-            **pool_options(ray, scorer, share),
+            **pool_options(ray, scorer, share, len(units)),
         )
         try:
             for row in outcomes.iter_rows():
