@@ -2,9 +2,10 @@
 
     .venv/bin/python -m benchmarks.million [--pairs 1000000]
 
-A tiny cross-encoder in float32 and generated texts in Parquet: what is tested is that nothing is lost, doubled or scored
-otherwise, and what all that is not the model costs. The single process reads the same files and calls `LocalScorer.score`
-itself, with as many pairs a call as the actors, on one core, as each of them; a part of them again on all cores.
+A tiny cross-encoder in float32 and generated texts in Parquet: what is tested is that nothing is lost, doubled or
+scored otherwise, and what all that is not the model costs. The single process reads the same files and calls
+`LocalScorer.score` itself, with as many pairs a call as the actors, on one core, as each of them; then a part of them
+again on all cores.
 """
 
 import argparse
@@ -76,7 +77,7 @@ def make_pairs(folder: Path, pairs: int, files: int = 4) -> list[Path]:
 def single(model: Path, files: list[Path], threads: int, limit: int, out: Path) -> tuple[np.ndarray, dict[str, float]]:
     """Scores of the first so many pairs of a process with so many threads, and what it took."""
     command = [sys.executable, "-c", SINGLE, *map(str, (model, out, threads, GROUP, limit, *files))]
-    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    done = subprocess.run(command, check=True, capture_output=True, text=True)  # noqa: S603 - our own
     return np.load(out), json.loads(done.stdout.splitlines()[-1])
 
 
@@ -131,7 +132,7 @@ def with_ray(model: Path, folder: Path, target: Path, actors: int, unit_lines: i
     command = [sys.executable, "-m", "rag_rerank.cli", "rerank", "--engine", "ray", "--num-actors", str(actors)]
     command += ["--model", str(model), "--dtype", "float32", "--unit-lines", str(unit_lines)]
     began = time.perf_counter()
-    process = subprocess.Popen([*command, "--in", str(folder), "--out", str(target)])
+    process = subprocess.Popen([*command, "--in", str(folder), "--out", str(target)])  # noqa: S603 - our own
     watch = Watch(psutil.Process(process.pid), target, units)
     thread = threading.Thread(target=watch.run)
     thread.start()
@@ -164,14 +165,14 @@ def main() -> None:
     shutil.rmtree(target := folder / "out", ignore_errors=True)
     seconds, watch = with_ray(model, folder / "in", target, arguments.actors, unit_lines, units)
     console.print(
-        f"Ray, {arguments.actors} actors, one killed after {watch.killed} units ({len(watch.actors)} processes in all): "
-        f"{seconds:,.0f} s, {pairs / seconds:,.0f} pairs/s with starting and stopping Ray; load average "
+        f"Ray, {arguments.actors} actors, one killed after {watch.killed} units ({len(watch.actors)} processes in "
+        f"all): {seconds:,.0f} s, {pairs / seconds:,.0f} pairs/s with starting and stopping Ray; load average "
         f"{os.getloadavg()[0]:.1f}; peak memory {', '.join(f'{name} {mb:,} MB' for name, mb in watch.peak_mb.items())}"
     )
     expected, one = single(model, files, 1, pairs, folder / "one.npy")
     console.print(
-        f"single process, 1 core: {one['seconds']:,.0f} s, {one['pairs'] / one['seconds']:,.0f} pairs/s, {one['mb']:,} MB; "
-        f"load average {os.getloadavg()[0]:.1f}"
+        f"single process, 1 core: {one['seconds']:,.0f} s, {one['pairs'] / one['seconds']:,.0f} pairs/s, "
+        f"{one['mb']:,} MB; load average {os.getloadavg()[0]:.1f}"
     )
     table = pa.concat_tables(pq.read_table(path) for path in sorted(target.glob("*.parquet")))
     given = pa.concat_tables(pq.read_table(path) for path in files)
@@ -183,8 +184,8 @@ def main() -> None:
     some, two = single(model, files, os.cpu_count() or 1, min(pairs, 100_000), folder / "all.npy")
     differences = np.abs(some - expected[: len(some)])
     console.print(
-        f"single process, {os.cpu_count()} cores: {two['pairs'] / two['seconds']:,.0f} pairs/s; of {len(some):,} scores "
-        f"{int((differences > 0).sum()):,} differ from those of 1 core, by at most {differences.max():.1e}"
+        f"single process, {os.cpu_count()} cores: {two['pairs'] / two['seconds']:,.0f} pairs/s; of {len(some):,} "
+        f"scores {int((differences > 0).sum()):,} differ from those of 1 core, by at most {differences.max():.1e}"
     )
     if different or watch.killed is None:
         raise SystemExit("not as it should be")
