@@ -14,7 +14,7 @@ from rag_rerank.ray_data.record import Layout
 from rag_rerank.ray_data.units import Unit
 from rag_rerank.scorer import Scorer
 
-_ATTEMPTS = 3
+_DEATHS = 3
 _HANDOVER = 60.0  # seconds in which a process that is being killed on another machine lets go of its unit's files
 
 
@@ -51,10 +51,10 @@ class ScoreUnits:
         layout = self._layout
         output, work, rejects = layout.output(unit), layout.work(unit), layout.rejects(unit)
         if not output.exists():
-            for path in (output, work, layout.tally(unit), layout.attempts(unit)):
+            for path in (output, work, layout.tally(unit), layout.began(unit)):
                 path.parent.mkdir(parents=True, exist_ok=True)
             if not work.exists():
-                self._count_attempt(unit)
+                self._count_deaths(unit)
                 rerank_file(
                     self._scorer,
                     layout.source / unit.source,
@@ -71,20 +71,21 @@ class ScoreUnits:
             work.replace(output)
         return layout.tally_of(unit)
 
-    def _count_attempt(self, unit: Unit) -> None:
+    def _count_deaths(self, unit: Unit) -> None:
         """Give up on lines of which several actors died, one after the other: Ray would begin anew without end."""
-        path = self._layout.attempts(unit)
+        path = self._layout.began(unit)
         done = self._layout.tally_of(unit).lines if self._layout.tally(unit).exists() else 0
-        began, count = json.loads(path.read_bytes()) if path.exists() else (done, 0)
-        if began != done:
-            count = 0
-        elif count == _ATTEMPTS:
-            behind = f"line {unit.part.first + done} of {unit.source}"
+        deaths = 0
+        if path.exists():  # whoever wrote it has not come to the end of the unit
+            before, deaths = json.loads(path.read_bytes())
+            deaths = deaths + 1 if before == done else 1
+        if deaths >= _DEATHS:
+            line = unit.part.first + done
             raise BackendError(
-                f"{_ATTEMPTS} actors died one after the other, scoring what comes behind {behind}",
+                f"{deaths} actors died one after the other, at what follows line {line} of {unit.source}",
                 remedy="Is there too little memory for so many models on a machine? The same command goes on there.",
             )
-        write_whole(path, json.dumps([done, count + 1]).encode())
+        write_whole(path, json.dumps([done, deaths]).encode())
 
 
 def outcome_of(row: Mapping[str, Any]) -> Tally:

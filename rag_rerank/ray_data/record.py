@@ -53,9 +53,9 @@ class Layout:
         """What becomes the output of a unit, when it is complete."""
         return self.own / "work" / unit.target
 
-    def attempts(self, unit: Unit) -> Path:
-        """How many lines of a unit were finished when an actor last began with it, and how many have begun there."""
-        return self.own / "attempts" / f"{unit.target}.json"
+    def began(self, unit: Unit) -> Path:
+        """How many lines of a unit were finished when an actor last began with it, and how many had died there."""
+        return self.own / "began" / f"{unit.target}.json"
 
     def tally(self, unit: Unit) -> Path:
         """How far a unit is."""
@@ -138,14 +138,14 @@ class Record:
         if changed := differences(before["made_from"], self._identity):
             raise ConfigError(f"{self.layout.target} is of another run ({changed}); --restart throws it away")
         self._compare(before["inputs"], inputs)
-        shutil.rmtree(self.layout.own / "attempts", ignore_errors=True)
+        shutil.rmtree(self.layout.own / "began", ignore_errors=True)
         return [Unit.from_text(text) for text in before["units"]]
 
     def finish(self) -> None:
         """Check that the input is what it was, and remove what only an unfinished run needs."""
         before = self._read()
         self._compare(before["inputs"] if before else {}, self._inputs())
-        for name in ("work", "attempts"):
+        for name in ("work", "began"):
             shutil.rmtree(self.layout.own / name, ignore_errors=True)
 
     def _inputs(self) -> dict[str, Any]:
@@ -176,6 +176,6 @@ class Record:
             unit = Unit.from_text(text)
             self.layout.output(unit).unlink(missing_ok=True)
             self.layout.rejects(unit).unlink(missing_ok=True)
-        for name in ("work", "attempts", "tallies"):
+        for name in ("work", "began", "tallies"):
             shutil.rmtree(self.layout.own / name, ignore_errors=True)
         self._path.unlink(missing_ok=True)
