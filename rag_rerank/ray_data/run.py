@@ -112,6 +112,10 @@ def rerank_folder(
         for tally in _run(scorer, record.layout, options, left, share):
             now = Progress(len(units), now.finished + 1, _sum((now.tally, tally)))
             progress(now)
+        if now.finished < now.units:  # blocks that fail are passed over where DataContext.max_errored_blocks says so
+            raise BackendError(
+                f"{now.units - now.finished} of {now.units} units were not finished; the same call goes on"
+            )
         record.finish()
     return now.tally
 
