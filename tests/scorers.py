@@ -1,8 +1,12 @@
 """Scorers with no model, for testing what stands around one."""
 
+import os
+import signal
 from collections.abc import Callable
+from pathlib import Path
 
 from rag_rerank import Scorer
+from rag_rerank.errors import BackendUnavailable, DocumentRejected
 
 
 class WordOverlap(Scorer):
@@ -29,6 +33,32 @@ class Answers(Scorer):
 
     def _score(self, queries: list[str], documents: list[str], until: float | None) -> list[float]:
         return self._answer(documents)
+
+
+class Journal(WordOverlap):
+    """Writes down each document that it scores; dies, refuses or is down where a document says so."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.path = path
+
+    def _score(self, queries: list[str], documents: list[str], until: float | None) -> list[float]:
+        for document in documents:
+            died = self.path.with_name("died")
+            if "deadly" in document or ("mortal" in document and not died.exists()):
+                died.touch()
+                os.kill(os.getpid(), signal.SIGKILL)
+            if "down" in document and not self.path.with_name("up").exists():
+                raise BackendUnavailable("nobody there", attempts=3)
+        poisoned = [index for index, document in enumerate(documents) if "poison" in document]
+        if poisoned:
+            raise DocumentRejected(f"documents{poisoned} rejected: odd", indices=poisoned)
+        with self.path.open("a") as file:
+            file.writelines(f"{document}\n" for document in documents)
+        return super()._score(queries, documents, until)
+
+    def lines(self) -> list[str]:
+        return self.path.read_text().splitlines()
 
 
 def overlap(query: str, document: str) -> float:

@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 
 from rag_rerank.errors import AuthError, BackendRejected, BackendUnavailable, BadReply, ConfigError, DocumentRejected
 from rag_rerank.files import Tally, partial_of, rejects_of, rerank_file
+from rag_rerank.files.formats import Part
 from tests.scorers import Answers, WordOverlap
 
 ROWS: list[dict[str, Any]] = [
@@ -86,6 +87,53 @@ class TestRows:
         assert first["documents"] == ["the giant panda", "a panda"]
         assert [item["index"] for item in first["ranked"]] == [1, 2]
         assert second["documents"] == [{"text": "bread", "url": "y"}]
+
+    def test_a_pair_gets_a_score(self, source: Path, target: Path):
+        """Among rows with documents, too; a rank would mean nothing."""
+        pairs = [{"query": "giant panda", "document": "a panda", "id": 1}, {"query": "q", "document": {"text": "q"}}]
+        source.write_bytes(lines(pairs[0], ROWS[1], pairs[1], {"query": "q", "document": 3}, {"document": "d"}))
+        assert rerank_file(WordOverlap(), source, target) == Tally(lines=5, ranked=3, rejected=2, documents=4)
+        first, second, third = read(target)
+        assert (first, third) == (pairs[0] | {"score": 0.5}, pairs[1] | {"score": 1.0})
+        assert "ranked" in second
+        errors = [reject["error"] for reject in read(rejects_of(target))]
+        assert errors == [
+            'document must be str or an object with a "text", got int',
+            '"query" must be str, got nothing',
+        ]
+        for option in ({"top_n": 1}, {"score_threshold": 0.0}, {"reorder": True}):
+            with pytest.raises(ConfigError, match="line 1 is a pair"):
+                rerank_file(WordOverlap(), source, target, **option)
+
+    @pytest.mark.parametrize("ending", [".jsonl", ".jsonl.gz", ".parquet"])
+    def test_a_part_of_a_file(self, ending: str, source: Path, target: Path):
+        """Its lines, with their numbers in the file."""
+        rows: list[dict[str, Any]] = [{"query": str(number), "document": "d" * (number != 6)} for number in range(10)]
+        rows[6]["document"] = None
+        path = source.with_name(f"part{ending}")
+        if ending == ".parquet":
+            from pyarrow import Table, parquet
+
+            parquet.write_table(Table.from_pylist(rows), path, row_group_size=4)
+        else:
+            path.write_bytes(gzip.compress(lines(*rows)) if ending == ".jsonl.gz" else lines(*rows))
+        tally = rerank_file(WordOverlap(), path, target, part=Part(first=3, lines=5), group=2)
+        assert (tally.lines, tally.ranked, tally.rejected) == (5, 4, 1)
+        assert [row["query"] for row in read(target)] == ["3", "4", "5", "7"]
+        assert read(rejects_of(target))[0]["line"] == 7
+
+    def test_parquet_keeps_its_types(self, source: Path, target: Path):
+        """Those that JSON has, also of a column of nothing but nulls: parts of one file must fit together."""
+        import pyarrow as pa
+        from pyarrow import parquet
+
+        kept = {"query": pa.large_string(), "document": pa.string(), "n": pa.int32(), "x": pa.float32()}
+        schema = pa.schema([*kept.items(), ("tags", pa.list_(pa.struct({"name": pa.string()}))), ("day", pa.date32())])
+        path, out = source.with_suffix(".parquet"), target.with_suffix(".parquet")
+        parquet.write_table(pa.table({name: pa.nulls(2, schema.field(name).type) for name in schema.names}), path)
+        rerank_file(WordOverlap(), path, out)  # both rows are rejected
+        written = parquet.read_schema(out)
+        assert written.remove_metadata() == schema.remove(5).append(pa.field("score", pa.float64()))
 
     def test_gzip_in_and_out(self, source: Path, target: Path):
         """The same lines, and always the same bytes."""

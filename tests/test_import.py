@@ -7,7 +7,7 @@ import pytest
 
 import rag_rerank
 
-HEAVY = {"torch", "transformers", "httpx", "jinja2", "numpy", "langchain_core", "llama_index", "typer", "rich"}
+HEAVY = {"torch", "transformers", "httpx", "jinja2", "numpy", "langchain_core", "llama_index", "typer", "rich", "ray"}
 
 
 def modules_after(code: str) -> set[str]:

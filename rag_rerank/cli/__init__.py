@@ -1,7 +1,8 @@
 """The command line: ``rag-rerank demo | score | rerank | eval | check | template | convert`` (extra `cli`).
 
-Results go to stdout, everything else to stderr. The exit code is 0; 1 for a back end that gave no scores, that ``check``
-found a problem with, or for rejected lines under ``--strict``; 2 for wrong arguments or input; 130 after Ctrl-C.
+Results go to stdout, everything else to stderr. The exit code is 0; 1 for a back end that gave no scores, that
+``check`` found a problem with, or for rejected lines under ``--strict``; 2 for wrong arguments or input; 130 after
+Ctrl-C.
 """
 
 import sys

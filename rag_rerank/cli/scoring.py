@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -27,6 +27,7 @@ from rag_rerank.cli.options import (
     PortOption,
     make_scorer,
 )
+from rag_rerank.cli.scoring_with_ray import rerank_with_ray
 from rag_rerank.content import Image, Input
 from rag_rerank.display import Reranked, described
 from rag_rerank.errors import BackendError, ConfigError
@@ -58,6 +59,24 @@ RestartOption = Annotated[
 ]
 StrictOption = Annotated[
     bool, typer.Option("--strict", rich_help_panel=_FILES, help="Exit with 1 if lines were rejected.")
+]
+_RAY = "Many processes (with --engine ray)"
+EngineOption = Annotated[
+    Literal["local", "ray"],
+    typer.Option("--engine", rich_help_panel=_RAY, help="ray: --in and --out may be folders; see the README."),
+]
+ActorsOption = Annotated[
+    int | None, typer.Option("--num-actors", rich_help_panel=_RAY, help="Default: one for each GPU, or machine.")
+]
+CPUsOption = Annotated[
+    float | None, typer.Option("--cpus-per-actor", rich_help_panel=_RAY, help="Default: an equal share of all.")
+]
+GPUsOption = Annotated[
+    float | None, typer.Option("--gpus-per-actor", rich_help_panel=_RAY, help="Default: 1 where there are any.")
+]
+UnitOption = Annotated[
+    int | None,
+    typer.Option("--unit-lines", rich_help_panel=_RAY, help="Lines of one output file. Default: 16,384."),
 ]
 _PATIENCE = 300.0  # seconds for a group of a file on a server: nobody waits for it, and a server may start again
 
@@ -116,24 +135,38 @@ def rerank(
     reorder: ReorderOption = False,
     restart: RestartOption = False,
     strict: StrictOption = False,
+    engine: EngineOption = "local",
+    num_actors: ActorsOption = None,
+    cpus_per_actor: CPUsOption = None,
+    gpus_per_actor: GPUsOption = None,
+    unit_lines: UnitOption = None,
 ) -> None:
     """Order documents by relevance to a query, best first.
 
     Documents that are image files are read as images. Without arguments, each line of stdin is
     {"query": ..., "documents": [...]} and becomes one line with "ranked"; there, images are
     {"content": [{"type": "image_url", "image_url": {"url": "data:..."}}]}, and no text is taken for a file.
-    With --in and --out, so does each line of a file; a run that was interrupted goes on where it stopped.
+    With --in and --out, so does each line of a file, and each line of {"query": ..., "document": ...} gets a "score";
+    a run that was interrupted goes on where it stopped.
     """
     options: dict[str, Any] = {"top_n": top_n, "score_threshold": score_threshold}
 
     def ranked(query: Input, documents: list[Input]) -> list[Ranked]:
         return scorer.rerank(query, documents, **options)
 
-    paths = _paths(source, target, query is None and not as_json, reorder or restart or strict)
+    given = [value for value in (num_actors, cpus_per_actor, gpus_per_actor, unit_lines) if value is not None]
+    if given and engine != "ray":
+        raise ConfigError("--num-actors, --cpus-per-actor, --gpus-per-actor and --unit-lines go with --engine ray")
+    paths = _paths(source, target, query is None and not as_json, reorder or restart or strict or engine == "ray")
     with make_scorer(model, base_url, host, port, device, dtype, logits, send_key_over_http) as scorer:
         if paths:
             where = base_url or ((host or port) and [f"{host}:{port}"])
             options |= _unattended(model, where or None, dtype, logits)
+            if engine == "ray":
+                gpus = 0.0 if device == "cpu" and gpus_per_actor is None else gpus_per_actor
+                options |= {"reorder": reorder, "restart": restart, "unit_lines": unit_lines}
+                rerank_with_ray(scorer, *paths, options, (num_actors, cpus_per_actor, gpus), strict=strict)
+                return
             _rerank_file(scorer, *paths, options | {"reorder": reorder, "restart": restart}, strict=strict)
             return
         _answer(
@@ -157,7 +190,7 @@ def _paths(source: Path | None, target: Path | None, alone: bool, other: bool) -
     if source is None and target is None and not other:
         return None
     if source is None or target is None:
-        raise ConfigError("pass both --in and --out; --reorder, --restart and --strict go with them only")
+        raise ConfigError("pass both --in and --out; --reorder, --restart, --strict and --engine ray go with them only")
     if not alone:
         raise ConfigError("pass either a query and documents, or --in and --out, which write JSON by themselves")
     return source, target

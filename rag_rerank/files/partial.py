@@ -3,7 +3,8 @@
 import json
 import os
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import TracebackType
@@ -57,6 +58,8 @@ class Partial:
         target: The output that they are to become.
         identity: What the run is made from, as JSON values.
         restart: Throw away what is there.
+        patience: Seconds to wait for another process that writes it: one that was killed on another machine of a
+            cluster may take a moment to end.
 
     Attributes:
         tally: How far the run is; at first what an earlier run of the same identity has left.
@@ -65,17 +68,18 @@ class Partial:
         ConfigError: What is there is of another identity, was changed, or another process writes it.
     """
 
-    def __init__(self, target: Path, identity: dict[str, Any], *, restart: bool) -> None:
+    def __init__(self, target: Path, identity: dict[str, Any], *, restart: bool, patience: float = 0.0) -> None:
         self.tally = Tally()
         self._target, self._identity = target, identity
         self._path = partial_of(target)
         self._state = self._path.with_name(f"{self._path.name}.json")
         self._rejects_path = partial_of(rejects_of(target))
-        # With some of them only, a run was killed when it had finished, between two of the last renamings.
-        begun = all(path.exists() for path in (self._path, self._rejects_path, self._state))
+        begun = self._path.exists()
         self._ranked = self._path.open("a+b")
         try:
-            self._lock()
+            self._lock(time.monotonic() + patience)
+            # With some of them only, a run was killed when it had finished, between two of the last renamings.
+            begun = begun and self._rejects_path.exists() and self._state.exists()
             self._rejects = self._rejects_path.open("a+b")
             if begun and not restart:
                 self._resume()
@@ -107,19 +111,21 @@ class Partial:
             documents=done.documents + documents,
         )
         sizes = {"bytes": self._ranked.tell(), "rejects_bytes": self._rejects.tell()}
-        with (new := self._state.with_name(f"{self._state.name}.new")).open("wb") as state:
-            state.write(json.dumps({"made_from": self._identity, **asdict(self.tally), **sizes}).encode())
-            _sync(state)
-        new.replace(self._state)
+        state = {"made_from": self._identity, **asdict(self.tally), **sizes}
+        write_whole(self._state, json.dumps(state).encode())
 
-    def finish(self) -> None:
-        """Put the output in its place, all at once, and the rejects, or remove those of an earlier output."""
+    def finish(self, source: Path) -> None:
+        """Put the output in its place, all at once, and the rejects, or remove those of an earlier output.
+
+        Args:
+            source: What it was made from.
+        """
         self.close()
         made = self._path
         if self._target.suffix != ".jsonl":
             made = self._path.with_name(f"{self._path.name}.new")
             try:
-                write_as(self._path, made, self._target.suffix)
+                write_as(self._path, made, self._target.suffix, source)
                 with made.open("rb+") as file:
                     _sync(file)
             except BaseException:
@@ -153,18 +159,10 @@ class Partial:
         for path in (self._state, self._rejects_path, self._path):
             path.unlink(missing_ok=True)
 
-    def _lock(self) -> None:
+    def _lock(self, until: float) -> None:
         """Keep other processes out until the file is closed, by whatever end of this one."""
-        if sys.platform == "win32":
-            return
-        try:
-            fcntl.flock(self._ranked, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # One that finished between our opening and our locking has made this very file the output.
-            if os.path.samestat(os.fstat(self._ranked.fileno()), self._path.stat()):
-                return
-        except (BlockingIOError, FileNotFoundError):
-            pass
-        raise ConfigError(f"{self._target} is being written by another process")
+        if not lock(self._ranked, self._path, until):
+            raise ConfigError(f"{self._target} is being written by another process")
 
     def _begin(self) -> None:
         self._state.unlink(missing_ok=True)
@@ -179,19 +177,54 @@ class Partial:
             tally = Tally(**state)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ConfigError(f"{self._state} can't be read; --restart begins anew") from error
-        changed = [
-            f"{name} was {made_from.get(name)!r}, is {self._identity.get(name)!r}"
-            for name in made_from | self._identity
-            if made_from.get(name) != self._identity.get(name)
-        ]
-        if changed:
-            raise ConfigError(f"{self._path} is of another run ({'; '.join(changed)}); --restart throws it away")
+        if changed := differences(made_from, self._identity):
+            raise ConfigError(f"{self._path} is of another run ({changed}); --restart throws it away")
         expected = tally.ranked, tally.rejected
         if (_lines_in(self._ranked, sizes[0]), _lines_in(self._rejects, sizes[1])) != expected:
             raise ConfigError(f"{self._path} or its rejects were changed since; --restart begins anew")
         self._ranked.truncate(sizes[0])
         self._rejects.truncate(sizes[1])
         self.tally = replace(tally, resumed=tally.lines)
+
+
+def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """What a run is made from that an earlier one was not, in words; nothing where they are the same."""
+    names = [name for name in {**before, **now} if before.get(name) != now.get(name)]
+    return "; ".join(f"{name} was {before.get(name)!r}, is {now.get(name)!r}" for name in names)
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Write a file so that it is there whole or not at all, and for good when this returns."""
+    with (new := path.with_name(f"{path.name}.new")).open("wb") as file:
+        file.write(data)
+        _sync(file)
+    new.replace(path)
+
+
+def lock(file: IO[bytes], path: Path, until: float) -> bool:
+    """Keep other processes out of a file until it is closed, by whatever end of this one.
+
+    Args:
+        file: The file.
+        path: Where it is.
+        until: When to give up, on the clock of `time.monotonic`.
+
+    Returns:
+        Whether it is locked. On Windows always, with nothing done.
+    """
+    if sys.platform == "win32":
+        return True
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # One that finished between our opening and our locking may have renamed this very file.
+            return os.path.samestat(os.fstat(file.fileno()), path.stat())
+        except FileNotFoundError:
+            return False
+        except BlockingIOError:
+            if time.monotonic() >= until:
+                return False
+            time.sleep(0.1)
 
 
 def _sync(file: IO[bytes]) -> None:
