@@ -16,6 +16,7 @@ from typing import Literal
 from rich.progress import Progress
 
 from benchmarks.load.traffic import quantile
+from benchmarks.machine import Watch
 from benchmarks.models import folder, tiny
 from benchmarks.texts import Load, Texts
 from rag_rerank import LocalScorer
@@ -71,6 +72,7 @@ class Versus:
         p50, p95: Seconds of a call, in each round.
         ratios: The lock's seconds by the shared scorer's in the same round: how many times the throughput.
         ratios_p95: The shared scorer's p95 by the lock's in the same round.
+        others: How many processors were busy with something else in each round.
     """
 
     shape: Shape
@@ -79,6 +81,7 @@ class Versus:
     seconds: dict[str, list[float]] = field(default_factory=lambda: {"shared": [], "locked": []})
     p50: dict[str, list[float]] = field(default_factory=lambda: {"shared": [], "locked": []})
     p95: dict[str, list[float]] = field(default_factory=lambda: {"shared": [], "locked": []})
+    others: list[float] = field(default_factory=list)
 
     @property
     def ratios(self) -> list[float]:
@@ -156,6 +159,7 @@ def versus(shape: Shape, callers: Sequence[int], rounds: int, progress: Progress
         run(ways["locked"], asked[:8], 1)
         for number in range(rounds):
             for result in results:
+                watch = Watch()
                 for which in ("shared", "locked") if number % 2 else ("locked", "shared"):
                     what = f"LocalScorer, {shape.title}: {which}, {result.callers} callers, round {number + 1}"
                     progress.update(task, description=what)
@@ -164,6 +168,7 @@ def versus(shape: Shape, callers: Sequence[int], rounds: int, progress: Progress
                     result.p50[which].append(quantile(times, 0.5))
                     result.p95[which].append(quantile(times, 0.95))
                     progress.advance(task)
+                result.others.append(watch.others())
     progress.remove_task(task)
     return results
 

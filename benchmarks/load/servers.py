@@ -12,6 +12,7 @@ from pathlib import Path
 from rich.progress import Progress
 
 from benchmarks.load.traffic import Ask, Traffic, closed, opened
+from benchmarks.machine import Watch
 from benchmarks.texts import Load, Texts
 from rag_rerank import VLLMScorer
 from tests import vllm_server
@@ -36,6 +37,7 @@ class Point:
         p50, p95, p99: Seconds of the answered calls.
         under_way: Most calls at a time.
         ended: How many calls ended how.
+        others: How many processors were busy with something else.
     """
 
     what: str
@@ -47,12 +49,16 @@ class Point:
     p99: float
     under_way: int
     ended: dict[str, int]
+    others: float
 
     @classmethod
-    def of(cls, what: str, asked: float, traffic: Traffic, documents: int = DOCUMENTS) -> "Point":
+    def of(cls, what: str, asked: float, traffic: Traffic, watch: Watch, documents: int = DOCUMENTS) -> "Point":
+        """What `traffic` shows; `watch` was made before it."""
         ended = {"answered": sum(each.error is None for each in traffic.outcomes), **traffic.errors}
         p50, p95, p99 = (traffic.quantile(share) for share in (0.5, 0.95, 0.99))
-        return cls(what, asked, traffic.rate, traffic.rate * documents, p50, p95, p99, traffic.under_way, ended)
+        return cls(
+            what, asked, traffic.rate, traffic.rate * documents, p50, p95, p99, traffic.under_way, ended, watch.others()
+        )
 
 
 def saturation(points: Sequence[Point]) -> Point:
@@ -142,8 +148,8 @@ def sweep(addresses: Sequence[str], seconds: float, progress: Progress) -> list[
     for callers in CALLERS:
         for what, urls in (("one server", addresses[:1]), ("two servers", addresses)):
             progress.update(task, description=f"{what}, {callers} callers")
-            traffic = asyncio.run(_closed(urls, work, callers, seconds))
-            points.append(Point.of(what, callers, traffic))
+            watch, traffic = Watch(), asyncio.run(_closed(urls, work, callers, seconds))
+            points.append(Point.of(what, callers, traffic, watch))
             progress.advance(task)
     progress.remove_task(task)
     return points
@@ -174,8 +180,8 @@ def overload(
     for factor in factors:
         for what, url in (("no limit", unbounded), ("--max-num-queued-reqs", bounded)):
             progress.update(task, description=f"{factor:g} times what a server can do, {what}")
-            traffic = asyncio.run(_opened(url, work, factor * capacity, seconds))
-            points.append(Point.of(what, factor, traffic))
+            watch, traffic = Watch(), asyncio.run(_opened(url, work, factor * capacity, seconds))
+            points.append(Point.of(what, factor, traffic, watch))
             progress.advance(task)
     progress.remove_task(task)
     return points
@@ -222,14 +228,15 @@ async def _fair(
     async with VLLMScorer(url, timeout=120, chunk_size=chunk or 128) as scorer:
         ask = asking(scorer, small)
         await ask(0)
+        watch = Watch()
         if chunk is None:
-            return [Point.of(f"{DOCUMENTS} documents, {what}", 4, await closed(ask, 4, seconds, MOST))]
+            return [Point.of(f"{DOCUMENTS} documents, {what}", 4, await closed(ask, 4, seconds, MOST), watch)]
         beside = asyncio.create_task(closed(asking(scorer, large), 1, seconds, MOST))
         await asyncio.sleep(0.2)
         traffic = await closed(ask, 4, seconds, MOST)
         other = await beside
     other.stop = max(each.began + each.seconds for each in other.outcomes)  # few and long: all of them count
     return [
-        Point.of(f"{DOCUMENTS} documents, {what}", 4, traffic),
-        Point.of(f"1,000 documents, {what}", 1, other, 1000),
+        Point.of(f"{DOCUMENTS} documents, {what}", 4, traffic, watch),
+        Point.of(f"1,000 documents, {what}", 1, other, watch, 1000),
     ]

@@ -2,7 +2,7 @@
 
 import json
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,12 @@ def _table(title: str, *columns: str) -> Table:
     return table
 
 
+def _others(shares: Iterable[float]) -> str:
+    known = list(shares)
+    busy = f"Processors busy with something else: {statistics.mean(known):.2f}, at most {max(known):.2f}"
+    return f"{busy}; beyond 0.1, believe only what was measured in turn"
+
+
 def sweep(points: Sequence[Point], title: str) -> Table:
     """By the number of callers, with the point of saturation of each."""
     table = _table(title, "", "callers", "calls/s", "pairs/s", "p50 ms", "p95 ms", "p99 ms")
@@ -41,7 +47,9 @@ def sweep(points: Sequence[Point], title: str) -> Table:
             row = (what, f"{point.asked:.0f}", f"{point.calls:,.1f}", f"{point.pairs:,.0f}", *times)
             table.add_row(*row, style="bold" if point is full else None)
         table.add_section()
-    table.caption = "Saturated (95 % of the most): " + "; ".join(best)
+    table.caption = (
+        "Saturated (95 % of the most): " + "; ".join(best) + "\n" + _others(point.others for point in points)
+    )
     return table
 
 
@@ -53,6 +61,7 @@ def overload(points: Sequence[Point], title: str) -> Table:
         rate = f"{point.calls:,.1f}"
         row = (point.what, f"{point.asked:g}", rate, ms(point.p50), ms(point.p95), str(point.under_way), ended)
         table.add_row(*row)
+    table.caption = _others(point.others for point in points)
     return table
 
 
@@ -62,6 +71,7 @@ def fairness(points: Sequence[Point], title: str) -> Table:
     for point in points:
         times = (ms(point.p50), ms(point.p95), ms(point.p99))
         table.add_row(point.what, f"{point.asked:.0f}", f"{point.calls:,.2f}", *times)
+    table.caption = _others(point.others for point in points)
     return table
 
 
@@ -85,6 +95,7 @@ def versus(results: Sequence[Versus]) -> Table:
             times["shared"],
             escape(spread(result.ratios_p95)),
         )
+    table.caption = _others(share for result in results for share in result.others)
     return table
 
 
