@@ -1,4 +1,4 @@
-"""What this process and all below it (a vLLM server's) take of the machine, and what others do. Standard library only."""
+"""What this process and all below it (such as a vLLM server) take of the machine, and what others do. Stdlib only."""
 
 import contextlib
 import os

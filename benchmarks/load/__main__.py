@@ -8,8 +8,8 @@ Servers and callers are all on this machine: each server has one core to itself 
 servers show that a list in ``base_url`` is enough to use both, not how fast a larger machine would be. What is shown:
 
 - throughput and waiting by the number of callers, and where more callers bring no more (closed loop);
-- what comes of calls beyond that, where each has two seconds (open loop): with vLLM's own queue, which has no end, and
-  with one that has (``--max-num-queued-reqs``);
+- what comes of calls beyond that, where each has two seconds (open loop): with a queue that has no end, and bounded by
+  the server (``--max-num-queued-reqs``) or by the client (``max_waiting_calls``);
 - how long calls of 10 documents wait where others have 1,000;
 - one LocalScorer shared by threads, against the same behind a lock.
 """
@@ -29,26 +29,25 @@ from benchmarks.models import folder, tiny
 from benchmarks.rerank import OUT, cpu, shown
 from tests import vllm_server
 
-FACTORS = (0.5, 0.9, 1.5, 2.0, 4.0)
+FACTORS = (0.5, 1.0, 2.0, 4.0)
 
 
 def measure_servers(model: str, seconds: float, console: Console, progress: Progress) -> dict[str, Any]:
     """All about servers."""
     path = tiny() if model == "tiny" else folder(model)
     options = ["--dtype", "bfloat16"] if model != "tiny" else []
-    each = [options, [*options, "--max-num-queued-reqs", str(servers.QUEUE)]]
     about = f"{model}, {servers.DOCUMENTS} documents of {servers.SHORT} words a call"
-    task = progress.add_task("two vLLM servers start, a core each", total=None)
-    with servers.pair(path, each) as addresses:
-        progress.remove_task(task)
+    with servers.started(path, [options, options], progress) as addresses:
         points = servers.sweep(addresses, seconds, progress)
         console.print(show.sweep(points, f"vLLM, a core each, {about}"))
-        capacity = max(point.calls for point in points if point.what == "one server")
+        fair = servers.fairness(addresses[0], 2 * seconds, progress)
+        console.print(show.fairness(fair, f"One of the servers, {about}, beside one call of {servers.LARGE:,}"))
+    capacity = max(point.calls for point in points if point.what == "one server")
+    most = round(capacity * servers.BACKLOG * servers.DOCUMENTS)  # to vLLM each document is a request
+    with servers.started(path, [options, [*options, "--max-num-queued-reqs", str(most)]], progress) as addresses:
         beyond = servers.overload(addresses[0], addresses[1], capacity, 2 * seconds, FACTORS, progress)
         title = f"One of the servers ({capacity:,.0f} calls/s), each call with {servers.DEADLINE:g} s, {about}"
         console.print(show.overload(beyond, title))
-        fair = servers.fairness(addresses[0], 2 * seconds, progress)
-        console.print(show.fairness(fair, f"One of the servers, {about}, beside calls of 1,000 documents"))
     return {"sweep": points, "overload": beyond, "fairness": fair}
 
 

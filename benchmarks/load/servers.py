@@ -21,8 +21,9 @@ DOCUMENTS = 10  # of a call
 CALLERS = (1, 2, 4, 8, 16, 32, 64)
 MOST = 2000  # calls of one measurement
 DEADLINE = 2.0  # seconds of a call where more come than can be done
-QUEUE = 512  # documents that a bounded server has at most before it refuses
+BACKLOG = DEADLINE / 2  # seconds of work that are let in where there is a bound
 SHORT = 20  # words
+LARGE = 1000  # documents of a call that others wait beside
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,13 +81,15 @@ def on_core(number: int) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def pair(folder: Path, options: Sequence[Sequence[str]]) -> Iterator[list[str]]:
+def started(folder: Path, options: Sequence[Sequence[str]], progress: Progress) -> Iterator[list[str]]:
     """Servers of a model side by side, each on a core of its own: their addresses.
 
     Args:
         folder: The model.
         options: More options of vLLM, for each of the servers.
+        progress: Where it shows that it starts them.
     """
+    task = progress.add_task(f"{len(options)} vLLM servers start, a core each", total=None)
     stacks = [contextlib.ExitStack() for _ in options]
     addresses: dict[int, str] = {}
 
@@ -103,6 +106,7 @@ def pair(folder: Path, options: Sequence[Sequence[str]]) -> Iterator[list[str]]:
             thread.join()
         if len(addresses) < len(options):
             raise RuntimeError("a server did not start: see above")
+        progress.remove_task(task)
         yield [addresses[number] for number in range(len(options))]
     finally:
         for stack in stacks:
@@ -165,7 +169,7 @@ async def _closed(urls: Sequence[str], work: Sequence[tuple[str, list[str]]], ca
 def overload(
     unbounded: str, bounded: str, capacity: float, seconds: float, factors: Sequence[float], progress: Progress
 ) -> list[Point]:
-    """More calls than a server can answer: with its own queue, which has no end, and with one that has.
+    """More calls than a server can answer: with a queue that has no end, and bounded by the server or by the client.
 
     Args:
         unbounded: A server's address.
@@ -176,36 +180,42 @@ def overload(
         progress: Where it shows what it does.
     """
     work, points = calls(64), []
-    task = progress.add_task("", total=2 * len(factors))
+    variants = (
+        ("no bound", unbounded, None),
+        ("server's --max-num-queued-reqs", bounded, None),
+        ("client's max_waiting_calls", unbounded, max(1, round(capacity * BACKLOG))),
+    )
+    task = progress.add_task("", total=len(variants) * len(factors))
     for factor in factors:
-        for what, url in (("no limit", unbounded), ("--max-num-queued-reqs", bounded)):
+        for what, url, most in variants:
             progress.update(task, description=f"{factor:g} times what a server can do, {what}")
-            watch, traffic = Watch(), asyncio.run(_opened(url, work, factor * capacity, seconds))
+            watch, traffic = Watch(), asyncio.run(_opened(url, work, factor * capacity, seconds, most))
             points.append(Point.of(what, factor, traffic, watch))
             progress.advance(task)
     progress.remove_task(task)
     return points
 
 
-async def _opened(url: str, work: Sequence[tuple[str, list[str]]], rate: float, seconds: float) -> Traffic:
-    async with VLLMScorer(url) as scorer:
+async def _opened(
+    url: str, work: Sequence[tuple[str, list[str]]], rate: float, seconds: float, most: int | None
+) -> Traffic:
+    async with VLLMScorer(url, max_waiting_calls=most) as scorer:
         ask = asking(scorer, work, DEADLINE)
         await ask(0)
         traffic = await opened(ask, rate, seconds, warming_up=min(DEADLINE, seconds / 3))
-    await asyncio.sleep(0.5)
     async with VLLMScorer(url, timeout=60) as scorer:  # what was given up must not be the next one's burden
         await asking(scorer, work)(0)
     return traffic
 
 
 def fairness(url: str, seconds: float, progress: Progress) -> list[Point]:
-    """Calls of 10 documents alone, and beside calls of 1,000, by how many documents a request has."""
-    small, large = calls(64), calls(4, 1000)
+    """Calls of 10 documents alone, and beside a call of 1,000, by how many documents its requests have."""
+    small, large = calls(64), calls(1, LARGE)[0]
     variants = (
         ("alone", None),
         ("beside, chunk_size=128", 128),
         ("beside, chunk_size=32", 32),
-        ("beside, one request", 1000),
+        ("beside, one request", LARGE),
     )
     points = []
     task = progress.add_task("", total=len(variants))
@@ -220,23 +230,23 @@ def fairness(url: str, seconds: float, progress: Progress) -> list[Point]:
 async def _fair(
     url: str,
     small: Sequence[tuple[str, list[str]]],
-    large: Sequence[tuple[str, list[str]]],
+    large: tuple[str, list[str]],
     what: str,
     chunk: int | None,
     seconds: float,
 ) -> list[Point]:
+    """Four callers of few documents, for as long as one call of many takes, or `seconds` where there is none."""
     async with VLLMScorer(url, timeout=120, chunk_size=chunk or 128) as scorer:
         ask = asking(scorer, small)
         await ask(0)
         watch = Watch()
         if chunk is None:
             return [Point.of(f"{DOCUMENTS} documents, {what}", 4, await closed(ask, 4, seconds, MOST), watch)]
-        beside = asyncio.create_task(closed(asking(scorer, large), 1, seconds, MOST))
-        await asyncio.sleep(0.2)
-        traffic = await closed(ask, 4, seconds, MOST)
+        beside = asyncio.create_task(closed(asking(scorer, [large]), 1, seconds, 1))
+        await asyncio.sleep(0.1)
+        traffic = await closed(ask, 4, 120, MOST, until=beside)
         other = await beside
-    other.stop = max(each.began + each.seconds for each in other.outcomes)  # few and long: all of them count
     return [
         Point.of(f"{DOCUMENTS} documents, {what}", 4, traffic, watch),
-        Point.of(f"1,000 documents, {what}", 1, other, watch, 1000),
+        Point.of(f"1,000 documents, {what}", 1, other, watch, LARGE),
     ]

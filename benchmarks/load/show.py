@@ -55,8 +55,9 @@ def sweep(points: Sequence[Point], title: str) -> Table:
 
 def overload(points: Sequence[Point], title: str) -> Table:
     """By how much more comes than can be answered."""
-    table = _table(title, "server", "times capacity", "goodput, calls/s", "p50 ms", "p95 ms", "at once", "ended")
-    for point in sorted(points, key=lambda point: point.what):
+    what = list(dict.fromkeys(point.what for point in points))
+    table = _table(title, "", "times capacity", "goodput, calls/s", "p50 ms", "p95 ms", "at once", "ended")
+    for point in sorted(points, key=lambda point: what.index(point.what)):
         ended = ", ".join(f"{count} {name}" for name, count in point.ended.items())
         rate = f"{point.calls:,.1f}"
         row = (point.what, f"{point.asked:g}", rate, ms(point.p50), ms(point.p95), str(point.under_way), ended)
@@ -157,14 +158,16 @@ def draw(points: Sequence[Point], beyond: Sequence[Point], results: Sequence[Ver
         panel.set_title(title, fontsize=10)
         panel.set_xlabel(x, fontsize=8)
         panel.set_ylabel(y, fontsize=8)
-        panel.set_ylim(bottom=0)
+        if panel is wait:
+            panel.set_yscale("log")
+        else:
+            panel.set_ylim(bottom=0)
         panel.tick_params(labelsize=8)
         if panel is not goodput:
             panel.set_xscale("log", base=2)
             panel.xaxis.set_major_formatter("{x:g}")
         if panel.get_legend_handles_labels()[0]:
             panel.legend(fontsize=7)
-    wait.set_yscale("log")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
     pyplot.close(figure)

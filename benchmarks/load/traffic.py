@@ -75,17 +75,24 @@ def quantile(ordered: Sequence[float], share: float) -> float:
     return ordered[min(len(ordered) - 1, int(share * len(ordered)))] if ordered else float("nan")
 
 
-async def closed(ask: Ask, callers: int, seconds: float, most: int) -> Traffic:
-    """So many callers, for so long or until there were `most` calls; what is under way at the end is waited for."""
+async def closed(
+    ask: Ask, callers: int, seconds: float, most: int, *, until: asyncio.Task[Traffic] | None = None
+) -> Traffic:
+    """So many callers, for so long or until there were `most` calls; what is under way then is waited for.
+
+    `until` is something that ends it earlier.
+    """
     traffic, numbers, began = Traffic(0.0, seconds), itertools.count(), time.perf_counter()
 
     async def caller() -> None:
-        while (now := time.perf_counter() - began) < seconds and (number := next(numbers)) < most:
+        while (now := time.perf_counter() - began) < seconds and not (until and until.done()):
+            if (number := next(numbers)) >= most:
+                break
             await _ask(traffic, ask, number, now, began)
 
     await asyncio.gather(*(caller() for _ in range(callers)))
     traffic.under_way = callers
-    traffic.stop = min(seconds, time.perf_counter() - began)
+    traffic.stop = time.perf_counter() - began  # of calls that take longer than all this, none would count before
     return traffic
 
 
