@@ -1,4 +1,4 @@
-# make demo | make test | make check | make bench | make soak: each sets up what it needs, nothing by hand.
+# make demo | make test | make check | make bench | make load | make soak: each sets up what it needs, nothing by hand.
 #
 #   .venv        this project, its adapters, and everything that demo, tests and checks use
 #   .venv-lowest the lowest versions that the adapters allow, for their tests
@@ -16,7 +16,7 @@ PEERS := .venv-peers/.installed .venv-peers-onnx/.installed .venv-peers-infinity
 export RAG_RERANK_REQUIRE_VLLM := 1
 endif
 
-.PHONY: demo test check bench soak vllm clean
+.PHONY: demo test check bench load soak vllm clean
 .DELETE_ON_ERROR:
 
 demo: .venv/.installed
@@ -39,6 +39,9 @@ bench: .venv/.installed-bench $(VLLM) $(PEERS)
 	$(BIN)/python -m benchmarks.cold
 	$(BIN)/python -m benchmarks.overhead
 	$(BIN)/python -m benchmarks.adapters
+
+load: .venv/.installed-bench $(VLLM)
+	$(BIN)/python -m benchmarks.load
 
 soak: .venv/.installed-dev $(VLLM)
 	$(BIN)/python -m tests.soak
