@@ -1,4 +1,4 @@
-# make demo | make test | make check | make bench | make soak: each sets up what it needs, nothing by hand.
+# make demo | make test | make check | make bench | make load | make soak: each sets up what it needs, nothing by hand.
 #
 #   .venv        this project, its adapters, and everything that demo, tests and checks use
 #   .venv-lowest the lowest versions that the adapters allow, for their tests
@@ -19,7 +19,7 @@ ifeq ($(shell id -u)$(shell command -v apt-get >/dev/null && echo apt),0apt)
 export RAG_RERANK_REQUIRE_BROWSER := 1
 endif
 
-.PHONY: demo test check bench soak vllm clean
+.PHONY: demo test check bench load soak vllm clean
 .DELETE_ON_ERROR:
 
 demo: .venv/.installed
@@ -42,6 +42,9 @@ bench: .venv/.installed-bench $(VLLM) $(PEERS)
 	$(BIN)/python -m benchmarks.cold
 	$(BIN)/python -m benchmarks.overhead
 	$(BIN)/python -m benchmarks.adapters
+
+load: .venv/.installed-bench $(VLLM)
+	$(BIN)/python -m benchmarks.load
 
 soak: .venv/.installed-dev $(VLLM)
 	$(BIN)/python -m tests.soak

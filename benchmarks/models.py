@@ -50,6 +50,18 @@ def folder(name: str) -> Path:
     return path
 
 
+def tiny() -> Path:
+    """A cross-encoder of two layers x 64, for what is about the amount of work and not about the model."""
+    from tests.models import make_bert_cross_encoder
+
+    path = CACHE / "tiny"
+    if not path.exists():
+        unfinished = path.with_name("tiny.unfinished")
+        shutil.rmtree(unfinished, ignore_errors=True)
+        make_bert_cross_encoder(unfinished).rename(path)
+    return path
+
+
 def older(path: Path) -> Path:
     """The same model as transformers 4 reads it: newer names in configs are written in the older way, too."""
     made = path.with_name(f"{path.name}.transformers4")

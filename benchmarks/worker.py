@@ -12,52 +12,13 @@ version and number format. Ends with its input.
 import contextlib
 import json
 import os
-import resource
 import signal
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
-from contestants import CONTESTANTS  # beside this file
-
-TICK = os.sysconf("SC_CLK_TCK")
-
-
-def family() -> list[int]:
-    """This process and all below it (a vLLM server's); none where there is no /proc."""
-    children: dict[int, list[int]] = {}
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError):
-            parent = int(stat.read_text().rpartition(")")[2].split()[1])
-            children.setdefault(parent, []).append(int(stat.parent.name))
-    found = [os.getpid()] if children else []
-    for process in found:
-        found += children.get(process, [])
-    return found
-
-
-def peak_mb() -> float:
-    """Most memory resident at once."""
-    # Not ru_maxrss where there is /proc: a process begins with that of the one that started it.
-    total = 0
-    for process in family():
-        with contextlib.suppress(OSError):
-            lines = Path(f"/proc/{process}/status").read_text().splitlines()
-            total += sum(int(line.split()[1]) for line in lines if line.startswith("VmHWM:"))
-    return (total or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) / 1024
-
-
-def processor() -> tuple[float, float]:
-    """Seconds of processor time so far: of the whole machine, stolen ones too, and ours."""
-    if not Path("/proc/stat").exists():
-        return 0.0, 0.0
-    user, nice, system, _, _, irq, softirq, steal = map(int, Path("/proc/stat").read_text().split()[1:9])
-    own = 0
-    for process in family():
-        with contextlib.suppress(OSError):
-            own += sum(map(int, Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[11:13]))
-    return (user + nice + system + irq + softirq + steal) / TICK, own / TICK
+from contestants import CONTESTANTS  # these two are beside this file
+from machine import Watch, peak_mb
 
 
 def main() -> None:
@@ -85,15 +46,13 @@ def main() -> None:
         for line in sys.stdin:
             call = json.loads(line)
             try:
-                all_before, own_before = processor()
-                began = time.perf_counter()
+                watch, began = Watch(), time.perf_counter()
                 scores = loaded.score(call["queries"], call["documents"])
                 seconds = time.perf_counter() - began
-                everybody, own = processor()
+                others = watch.others()
             except Exception as error:
                 answer(error=describe(error))
                 raise
-            others = max(0.0, everybody - all_before - (own - own_before)) / seconds
             answer(scores=scores, seconds=seconds, peak_mb=peak_mb(), others=others)
 
 

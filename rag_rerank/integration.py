@@ -125,6 +125,7 @@ class VLLMSettings(ScorerSettings):
     max_retries: int = 2
     chunk_size: int = 128
     max_concurrency: int = 4
+    max_waiting_calls: int | None = None
     connect_timeout: float = 2.0
     attempt_timeout: float | None = None
     send_key_over_http: bool = False

@@ -10,7 +10,12 @@ import pytest
 from rag_rerank.families import FAMILIES
 
 ROOT = Path(__file__).resolve().parent.parent
-READMES = ["README.md", "integrations/langchain/README.md", "integrations/llama_index/README.md"]
+READMES = [
+    "README.md",
+    "integrations/langchain/README.md",
+    "integrations/llama_index/README.md",
+    "benchmarks/scaling.md",
+]
 EXAMPLE = re.compile(r"```python\n(.*?)```(?:\n\n```text\n(.*?)```)?", re.DOTALL)
 
 

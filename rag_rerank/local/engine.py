@@ -29,8 +29,14 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# Tokens below which work is not split any further between cores: overheads would eat the gain.
-_LEAST = 512
+# Tokens below which work is not split any further between cores: overheads would eat the gain. A core runs 200 tokens
+# at two thirds of its best rate (MiniLM, bfloat16).
+_LEAST = 128
+# Tokens up to which a batch that is alone is left to one core. All cores, which wait for each other at each operation,
+# would be twice as fast at best, where they have nothing else to do; beside other processes they are over ten times
+# slower: a call of 10 short documents took 1,103 ms before both of these, and 102 ms since; one of a single document
+# 378 and 23 ms (medians of interleaved calls, MiniLM on 2 cores, load average 12).
+_ALONE = 256
 
 
 class Engine:
@@ -173,8 +179,9 @@ class _Loop:
         idle = 1 if self._workers is None else self._workers.count - self._at_work
         while len(self._backlog) < idle and any(call.waits for call in self._calls if not call.future.done()):
             self._make_batches(model)
-        # A batch that is alone is run by all cores, or by the device.
-        if self._workers is None or (len(self._backlog) == 1 and not self._at_work):
+        # A large batch that is alone is run by all cores, or by the device.
+        alone = len(self._backlog) == 1 and not self._at_work and _tokens(self._backlog[0]) > _ALONE
+        if self._workers is None or alone:
             self._run_here(model)
         else:
             while self._backlog and self._at_work < self._workers.count:
@@ -257,6 +264,10 @@ def _ran(model: Model, items: Sequence[Item]) -> _Ran:
         return _Ran(items, model.run([item.sequence for item in items]))
     except Exception as error:  # noqa: BLE001 - whatever it is, the callers get it
         return _Ran(items, error)
+
+
+def _tokens(items: Sequence[Item]) -> int:
+    return sum(len(item.sequence.ids) for item in items)
 
 
 def _wanted(items: Sequence[Item]) -> list[Item]:

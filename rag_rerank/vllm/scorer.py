@@ -1,13 +1,14 @@
 """VLLMScorer: settings, and what is remembered about the server between calls."""
 
+import contextlib
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
 from rag_rerank.content import Prepared
-from rag_rerank.errors import ConfigError, ContentError
+from rag_rerank.errors import BackendUnavailable, ConfigError, ContentError
 from rag_rerank.scorer import Scorer
 from rag_rerank.template import Halves, Template, prefixed
 from rag_rerank.vllm.endpoint import Endpoint
@@ -71,6 +72,9 @@ class VLLMScorer(Scorer):
             three times in a row gets one try, until it works again.
         chunk_size: Most documents in one request.
         max_concurrency: Most requests of one call at once. Neither changes a score.
+        max_waiting_calls: How many calls may be unfinished at a time in this process; one more is refused at once with
+            `BackendUnavailable`. None: any number, of which a server that is asked for more than it can do answers
+            none in time, for each waits behind all others (see benchmarks/scaling.md).
         connect_timeout: Seconds in which there must be a connection.
         attempt_timeout: Seconds in which a request must be answered before it is repeated. None: an equal share of the
             call's time for each try where there are several servers; with one, all of it.
@@ -105,6 +109,7 @@ class VLLMScorer(Scorer):
         max_retries: int = 2,
         chunk_size: int = 128,
         max_concurrency: int = 4,
+        max_waiting_calls: int | None = None,
         connect_timeout: float = 2.0,
         attempt_timeout: float | None = None,
         send_key_over_http: bool = False,
@@ -135,6 +140,9 @@ class VLLMScorer(Scorer):
         self._default_deadline = float(timeout)
         self._model = model
         self._send_key_over_http = send_key_over_http
+        if max_waiting_calls is not None and max_waiting_calls < 1:
+            raise ConfigError(f"max_waiting_calls must be at least 1, or None; got {max_waiting_calls}")
+        self._max_waiting_calls = max_waiting_calls
         self._connect(api_key)
 
     def _connect(self, api_key: str | None) -> None:
@@ -146,6 +154,7 @@ class VLLMScorer(Scorer):
                     f"the key would go unencrypted to {endpoint.label}; use https, or pass send_key_over_http=True "
                     "where the network in between is trusted"
                 )
+        self._unfinished: dict[int, set[object]] = {}  # calls, by process: a forked child has none of its parent's
         self._nodes = Nodes(self._endpoints)
         self._transport = Transport(key, encrypted=any(each.root.startswith("https") for each in self._endpoints))
 
@@ -165,18 +174,39 @@ class VLLMScorer(Scorer):
         return (self._model or "unknown") if known is None else known.model
 
     def _score(self, queries: list[str], documents: list[str], until: float | None) -> list[float]:
-        return self._transport.run(self._steps(queries, documents, until), until)
+        with self._admitted():
+            return self._transport.run(self._steps(queries, documents, until), until)
 
     async def _ascore(self, queries: list[str], documents: list[str], until: float | None) -> list[float]:
-        return await self._transport.arun(self._steps(queries, documents, until))
+        with self._admitted():
+            return await self._transport.arun(self._steps(queries, documents, until))
 
     def _score_mixed(self, queries: list[Prepared], documents: list[Prepared], until: float | None) -> list[float]:
-        return self._transport.run(self._mixed_steps(queries, documents, until), until)
+        with self._admitted():
+            return self._transport.run(self._mixed_steps(queries, documents, until), until)
 
     async def _ascore_mixed(
         self, queries: list[Prepared], documents: list[Prepared], until: float | None
     ) -> list[float]:
-        return await self._transport.arun(self._mixed_steps(queries, documents, until))
+        with self._admitted():
+            return await self._transport.arun(self._mixed_steps(queries, documents, until))
+
+    @contextlib.contextmanager
+    def _admitted(self) -> Iterator[None]:
+        """Count a call as unfinished meanwhile; without a lock, which another thread might hold at a fork."""
+        unfinished, call = self._unfinished.setdefault(os.getpid(), set()), object()
+        if self._max_waiting_calls is not None and len(unfinished) >= self._max_waiting_calls:
+            raise BackendUnavailable(
+                f"{len(unfinished)} calls are waiting already",
+                endpoint=self._nodes.label,
+                attempts=0,
+                remedy="Try again later, add servers, or set max_waiting_calls.",
+            )
+        unfinished.add(call)
+        try:
+            yield
+        finally:
+            unfinished.discard(call)
 
     def _steps(self, queries: list[str], documents: list[str], until: float | None) -> Steps[list[float]]:
         queries, documents = prefixed(self._query_prompt, queries), prefixed(self._document_prompt, documents)
@@ -214,7 +244,8 @@ class VLLMScorer(Scorer):
 
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()
-        del state["_transport"], state["_nodes"]  # connections and what is known of servers stay here
+        # Connections, what is known of servers, and what is under way stay here.
+        del state["_transport"], state["_nodes"], state["_unfinished"]
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -115,10 +115,22 @@ class TestEngine:
         assert model.threads == {"rag_rerank toy 0", "rag_rerank toy 1"}
         assert model.together == 2
 
-    def test_a_lone_batch_is_run_by_all_cores(self, engine: Engine, model: SideBySide):
+    def test_a_small_call_is_split_too(self, engine: Engine, model: SideBySide):
+        """10 documents of 30 tokens: cores that share one batch would wait for each other at every operation."""
+        assert engine.submit(["q"], [f"{number:030d}" for number in range(10)]).result(10) == [30.0] * 10
+        assert model.threads == {"rag_rerank toy 0", "rag_rerank toy 1"}
+        assert model.together == 2
+
+    def test_a_large_lone_batch_is_run_by_all_cores(self, engine: Engine, model: SideBySide):
         """In the engine's own thread, where torch has them all."""
-        assert engine.submit(["q"], ["aaa"]).result(10) == [3.0]
+        assert engine.submit(["q"], ["a" * 257]).result(10) == [257.0]
         assert model.threads == {"rag_rerank toy"}
+
+    def test_a_small_lone_batch_is_run_by_one_core(self, engine: Engine, model: SideBySide):
+        """It would not gain from more, and beside other processes lose."""
+        assert engine.submit(["q"], ["a" * 256]).result(10) == [256.0]
+        assert model.threads <= {"rag_rerank toy 0", "rag_rerank toy 1"}
+        assert model.together == 1
 
     def test_an_error_costs_only_its_caller(self, engine: Engine):
         """Whoever shared its batch is run again."""

@@ -1,20 +1,8 @@
 """Servers that die and come back under load: the short form of ``make soak``."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
-import pytest
-
-from tests.conftest import require_server
 from tests.soak import Servers, expectations, run
-
-
-@pytest.fixture(scope="module")
-def vllm_pair(cross_encoder: Path) -> Iterator[Servers]:
-    """Two real servers of the tiny cross-encoder."""
-    require_server()
-    with Servers(cross_encoder) as servers:
-        yield servers
 
 
 def test_a_server_that_dies_costs_no_call(vllm_pair: Servers, cross_encoder: Path):
