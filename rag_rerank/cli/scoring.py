@@ -11,7 +11,6 @@ from typing import Annotated, Any, Literal
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
@@ -27,11 +26,11 @@ from rag_rerank.cli.options import (
     PortOption,
     make_scorer,
 )
+from rag_rerank.cli.scoring_files import rerank_file_shown
 from rag_rerank.cli.scoring_with_ray import rerank_with_ray
 from rag_rerank.content import Image, Input
 from rag_rerank.display import Reranked, described
-from rag_rerank.errors import BackendError, ConfigError
-from rag_rerank.files import Tally, partial_of, rejects_of, rerank_file
+from rag_rerank.errors import ConfigError
 from rag_rerank.scorer import Ranked, Scorer
 
 QueryArgument = Annotated[str | None, typer.Argument(help="The query; without one, JSON Lines are read from stdin.")]
@@ -167,7 +166,7 @@ def rerank(
                 options |= {"reorder": reorder, "restart": restart, "unit_lines": unit_lines}
                 rerank_with_ray(scorer, *paths, options, (num_actors, cpus_per_actor, gpus), strict=strict)
                 return
-            _rerank_file(scorer, *paths, options | {"reorder": reorder, "restart": restart}, strict=strict)
+            rerank_file_shown(scorer, *paths, options | {"reorder": reorder, "restart": restart}, strict=strict)
             return
         _answer(
             query,
@@ -203,52 +202,6 @@ def _unattended(model: str | None, where: list[str] | None, dtype: str, logits: 
     """
     settings = {"model": model or where, "dtype": dtype, "logits": logits}
     return {"settings": settings, "deadline": _PATIENCE if where else None}
-
-
-def _rerank_file(scorer: Scorer, source: Path, target: Path, options: dict[str, Any], *, strict: bool) -> None:
-    """Rerank a file, with a bar on a terminal, and say on stderr what came of it or how to go on."""
-    console = Console(stderr=True, highlight=False, soft_wrap=True)
-    columns = (
-        TextColumn("{task.fields[done]}"),
-        BarColumn(),
-        TaskProgressColumn(show_speed=False),
-        TimeRemainingColumn(),
-    )
-    hint = Text(f"The finished lines are kept in {partial_of(target)}: the same command goes on behind them.")
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("", total=1.0, done="")
-
-        def progress(tally: Tally, share: float) -> None:
-            if tally.resumed == tally.lines > 0:
-                console.print(Text(f"Going on behind line {tally.lines:,} of {source}."))
-            bar.update(task, completed=share, done=f"{tally.lines:,} lines, {tally.documents:,} documents")
-
-        try:
-            tally = rerank_file(scorer, source, target, **options, progress=progress)
-        except (KeyboardInterrupt, BackendError) as error:
-            if partial_of(target).exists():
-                console.print(hint)
-            if isinstance(error, KeyboardInterrupt):
-                raise typer.Exit(130) from None
-            raise
-        except OSError as error:  # a full disk; behind BackendError, of which one is a TimeoutError, too
-            raise ConfigError(f"{error.filename or target}: {error.strerror or error}") from error
-    _summarise(console, tally, target)
-    if strict and tally.rejected:
-        raise typer.Exit(1)
-
-
-def _summarise(console: Console, tally: Tally, target: Path) -> None:
-    """What became of every line; what was rejected comes last, where it is seen."""
-    blank = f", {tally.blank:,} blank" if tally.blank else ""
-    console.print(
-        Text(
-            f"{tally.lines:,} lines: {tally.ranked:,} reranked ({tally.documents:,} documents), "
-            f"{tally.rejected:,} rejected{blank}; written to {target}."
-        )
-    )
-    if tally.rejected:
-        console.print(Text(f"warning: {tally.rejected:,} rejected, see {rejects_of(target)}", style="yellow"))
 
 
 def _read(documents: list[str] | None, *, as_text: bool) -> list[Input] | None:

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
+from rag_rerank.cli.scoring_files import summarise
 from rag_rerank.errors import BackendError, ConfigError
 from rag_rerank.ray_data import Progress as Now
 from rag_rerank.ray_data import Share, rejects_in, rerank_folder
@@ -57,14 +58,4 @@ def rerank_with_ray(
             raise
         except OSError as error:  # a full disk; behind BackendError, of which one is a TimeoutError, too
             raise ConfigError(f"{error.filename or target}: {error.strerror or error}") from error
-    blank = f", {tally.blank:,} blank" if tally.blank else ""
-    console.print(
-        Text(
-            f"{tally.lines:,} lines: {tally.ranked:,} reranked ({tally.documents:,} documents), "
-            f"{tally.rejected:,} rejected{blank}; written to {target}."
-        )
-    )
-    if tally.rejected:
-        console.print(Text(f"warning: {tally.rejected:,} rejected, see {rejects_in(target)}", style="yellow"))
-    if strict and tally.rejected:
-        raise typer.Exit(1)
+    summarise(console, tally, target, rejects_in(target), strict=strict)

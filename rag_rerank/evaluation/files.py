@@ -7,11 +7,11 @@ import gzip
 import json
 import zlib
 from collections.abc import Iterator, Sequence
-from importlib import import_module
 from pathlib import Path
 from typing import IO, Any, cast
 
 from rag_rerank.errors import ConfigError
+from rag_rerank.files.formats import import_arrow
 
 
 def find(folder: Path, patterns: Sequence[str]) -> list[Path]:
@@ -79,12 +79,9 @@ def rows(path: Path, columns: Sequence[str]) -> Iterator[tuple[str, dict[str, An
 
 
 def _parquet_rows(path: Path, columns: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+    arrow = import_arrow(path)
     try:
-        arrow, parquet = import_module("pyarrow"), import_module("pyarrow.parquet")
-    except ImportError as error:
-        raise ConfigError(f"{path}: Parquet needs pyarrow: pip install pyarrow") from error
-    try:
-        with parquet.ParquetFile(path) as file:
+        with arrow.parquet.ParquetFile(path) as file:
             number = 0
             wanted = [name for name in columns if name in file.schema_arrow.names]
             for batch in file.iter_batches(batch_size=1024, columns=wanted):

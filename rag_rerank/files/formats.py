@@ -21,10 +21,11 @@ def check_name(path: Path) -> None:
     if not path.name.endswith(ENDINGS):
         raise ConfigError(f"{path} must end in {', '.join(ENDINGS[:-1])} or {ENDINGS[-1]}")
     if path.suffix == ".parquet":
-        _arrow(path)
+        import_arrow(path)
 
 
-def _arrow(path: Path) -> Any:
+def import_arrow(path: Path) -> Any:
+    """pyarrow, which reads and writes `path`; a ConfigError where it is not installed."""
     try:
         import_module("pyarrow.parquet")
         return import_module("pyarrow")
@@ -89,7 +90,7 @@ class Reader:
                 raise ConfigError(f"{self._path} is damaged: {error}") from error
 
     def _rows(self) -> Iterator[bytes]:
-        arrow = _arrow(self._path)
+        arrow = import_arrow(self._path)
         try:
             with arrow.parquet.ParquetFile(self._path) as file:
                 total = max(1, file.metadata.num_rows)
@@ -125,7 +126,7 @@ def _row_groups(metadata: Any, part: Part) -> tuple[int, list[int]]:
 
 def rows_of(path: Path) -> int:
     """How many rows a Parquet file has."""
-    arrow = _arrow(path)
+    arrow = import_arrow(path)
     try:
         return int(arrow.parquet.read_metadata(path).num_rows)
     except arrow.ArrowException as error:
@@ -165,7 +166,7 @@ def write_as(lines: Path, target: Path, ending: str, source: Path) -> None:
 
 def _write_parquet(lines: Path, target: Path, source: Path) -> None:
     """In two passes: the first finds out the columns and their types, of which any line may have more."""
-    arrow = _arrow(target)
+    arrow = import_arrow(target)
     try:
         known = _kept_types(arrow, source)
         schema = arrow.schema(list(known.items()))
