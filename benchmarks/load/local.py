@@ -105,6 +105,9 @@ def work(shape: Shape) -> list[Work]:
 @contextmanager
 def scorers(shape: Shape) -> Iterator[dict[str, Score]]:
     """The two ways to share one."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()  # there is one already
     path = tiny() if shape.model == "tiny" else folder(shape.model)
     lock = threading.Lock()
     with LocalScorer(path, dtype=shape.dtype) as scorer:

@@ -29,14 +29,12 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# Tokens below which work is not split any further between cores: overheads would eat the gain. A core runs 200 tokens
-# at two thirds of its best rate (MiniLM, bfloat16).
-_LEAST = 128
-# Tokens up to which a batch that is alone is left to one core. All cores, which wait for each other at each operation,
-# would be twice as fast at best, where they have nothing else to do; beside other processes they are over ten times
-# slower: a call of 10 short documents took 1,103 ms before both of these, and 102 ms since; one of a single document
-# 378 and 23 ms (medians of interleaved calls, MiniLM on 2 cores, load average 12).
-_ALONE = 256
+# Tokens up to which a batch is left to one core, and below which work is not split any further. All cores together,
+# which wait for each other at each operation, are hardly faster with so little, and much slower beside other processes.
+# Calls of 10, 4 and 1 short documents take 23, 15 and 7.3 ms this way, and 26, 13 and 6.0 ms where all cores run what
+# is below 512 tokens; beside a dozen busy processes 94, 62 and 33 ms, and 1,103, 1,068 and 378 ms (medians of
+# interleaved calls, MiniLM, bfloat16, 2 cores). With 128 instead of 256, the first takes 31 ms.
+_LEAST = 256
 
 
 class Engine:
@@ -180,7 +178,7 @@ class _Loop:
         while len(self._backlog) < idle and any(call.waits for call in self._calls if not call.future.done()):
             self._make_batches(model)
         # A large batch that is alone is run by all cores, or by the device.
-        alone = len(self._backlog) == 1 and not self._at_work and _tokens(self._backlog[0]) > _ALONE
+        alone = len(self._backlog) == 1 and not self._at_work and _tokens(self._backlog[0]) > _LEAST
         if self._workers is None or alone:
             self._run_here(model)
         else:

@@ -127,7 +127,7 @@ class TestEngine:
         assert model.threads == {"rag_rerank toy"}
 
     def test_a_small_lone_batch_is_run_by_one_core(self, engine: Engine, model: SideBySide):
-        """It would not gain from more, and beside other processes lose."""
+        """It would hardly gain from more, and beside other processes lose."""
         assert engine.submit(["q"], ["a" * 256]).result(10) == [256.0]
         assert model.threads <= {"rag_rerank toy 0", "rag_rerank toy 1"}
         assert model.together == 1

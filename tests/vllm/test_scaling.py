@@ -40,26 +40,27 @@ class TestTwoServers:
     def test_a_call_is_shared_out_among_them(
         self, vllm_pair: Servers, local_cross_encoder: LocalScorer, query_and_documents
     ):
-        """600 documents in 12 requests: 6 to each, the scores in their places."""
+        """600 documents in 12 requests: 6 to each, the scores in their places. One asks first what a template takes."""
         query, documents = query_and_documents
         before = [sum(finished(url).values()) for url in vllm_pair.base_urls]
         with VLLMScorer(vllm_pair.base_urls, chunk_size=50, timeout=120) as scorer:
             scores = scorer.score(query, documents)
         after = [sum(finished(url).values()) for url in vllm_pair.base_urls]
         assert largest_difference(scores, local_cross_encoder.score(query, documents)) <= TOLERANCE
-        assert [now - then for now, then in zip(after, before, strict=True)] == [300, 300]
+        assert all(300 <= now - then <= 301 for now, then in zip(after, before, strict=True))
+
+
+@pytest.fixture(scope="module")
+def vllm_data_parallel(cross_encoder: Path) -> Iterator[VLLMServer]:
+    require_server()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VLLM_CPU_SIM_MULTI_NUMA", "1")  # the engines share the cores of one memory node
+        with serving(cross_encoder, "--data-parallel-size", "2") as server:
+            yield server
 
 
 class TestDataParallel:
     """``--data-parallel-size 2``: one address, two engines behind it."""
-
-    @pytest.fixture(scope="class")
-    def vllm_data_parallel(self, cross_encoder: Path) -> Iterator[VLLMServer]:
-        require_server()
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setenv("VLLM_CPU_SIM_MULTI_NUMA", "1")  # the engines share the cores of one memory node
-            with serving(cross_encoder, "--data-parallel-size", "2") as server:
-                yield server
 
     def test_both_engines_take_part_and_the_scores_are_the_same(
         self, vllm_data_parallel: VLLMServer, local_cross_encoder: LocalScorer, query_and_documents
