@@ -137,6 +137,7 @@ class VLLMReranker(rag_rerank.VLLMSettings, _OwnScorer):
         timeout: Seconds that a call may take in all, tries and waits included.
         max_retries: How often a request is repeated after a failure that may pass.
         chunk_size, max_concurrency: Most documents in one request, and most requests of one call at once.
+        max_waiting_calls: How many calls may be unfinished at a time; one more is refused at once. None: any number.
         connect_timeout, attempt_timeout: Seconds for a connection, and for one try; None leaves a try the call's time,
             or its equal share where there are several servers.
         send_key_over_http: Allow the key to be sent unencrypted to another machine.
