@@ -27,7 +27,7 @@ def asking(scorer: Scorer, folder: Path | None, depths: Sequence[int] = DEPTHS) 
 
 def pairs_of(scorer: WordOverlap) -> list[tuple[str, str]]:
     """Every pair that was scored, without the probe."""
-    probe = {query for query, _ in scoring._PROBE}
+    probe = {query for query, _ in scoring.PROBE}
     found = []
     for queries, documents, _ in scorer.calls:
         rows = queries * len(documents) if len(queries) == 1 else queries

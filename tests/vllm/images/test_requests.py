@@ -211,9 +211,15 @@ class TestSizes:
         held: list[int] = []
         encode = wire.Encoded.of
 
+        def alive() -> int:
+            return sum(type(each) is wire.Encoded for each in gc.get_objects())
+
         def counting(mixed: Mixed) -> wire.Encoded:
-            held.append(sum(isinstance(each, wire.Encoded) for each in gc.get_objects()))
+            held.append(alive() - before)
             return encode(mixed)
+
+        gc.collect()
+        before = alive()  # of earlier tests
 
         monkeypatch.setattr(wire.Encoded, "of", counting)
         VLLMScorer(server.base_url, max_concurrency=4).score("q", [Image(RED) for _ in range(100)])
