@@ -333,7 +333,10 @@ def _all_checked(value: Input | Iterable[Input], name: str) -> list[Checked]:
     # Mappings iterate over keys, sets in no order, bytes as numbers: each would score something nobody meant.
     if not isinstance(value, Iterable) or isinstance(value, Mapping | AbstractSet | bytes | bytearray | memoryview):
         raise TypeError(f"{name} must be a string or a sequence of strings, got {type(value).__name__}")
-    return [check(each, f"{name}[{position}]", _clean) for position, each in enumerate(value)]
+    return [
+        _clean(each) if isinstance(each, str) else check(each, f"{name}[{position}]", _clean)
+        for position, each in enumerate(value)
+    ]
 
 
 def _all_text(inputs: list[Checked]) -> list[str] | None:

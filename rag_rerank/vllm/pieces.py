@@ -26,7 +26,7 @@ def cut(
     for position in group:
         document = documents[position]
         more = size_of(document) + (0 if queries is None else size_of(queries[position]))
-        alone = bool(links([document]))
+        alone = not isinstance(document, str) and bool(links([document]))
         if pieces[-1] and (len(pieces[-1]) == most or size + more > MOST_BYTES or alone):
             pieces.append([])
             size = 0

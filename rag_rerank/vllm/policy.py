@@ -109,9 +109,10 @@ class Call:
         """
         groups: dict[tuple[int | None, Prepared | None, tuple[int | None, int | None] | None], list[int]] = {}
         for position, room in enumerate(rooms):
-            query = self._query(position)
+            query, document = self._query(position), self.documents[position]
             asked = query if self.api == "rerank" or isinstance(query, Mixed) else None
-            limits = self._limits(query, self.documents[position]) if self._seen(position) else None
+            seen = isinstance(query, Mixed) or isinstance(document, Mixed)
+            limits = self._limits(query, document) if seen else None
             groups.setdefault((room, asked, limits), []).append(position)
         queries = None if len(self.queries) == 1 else self.queries
         size = self.exchange.rules.chunk_size
