@@ -1,5 +1,7 @@
 """``rag-rerank rerank --in --out``: a bar while it runs, and what came of it."""
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +18,9 @@ from rag_rerank.scorer import Scorer
 def rerank_file_shown(scorer: Scorer, source: Path, target: Path, options: dict[str, Any], *, strict: bool) -> None:
     """Rerank a file, with a bar on a terminal, and say on stderr what came of it or how to go on."""
     console = Console(stderr=True, highlight=False, soft_wrap=True)
-    columns = (
-        TextColumn("{task.fields[done]}"),
-        BarColumn(),
-        TaskProgressColumn(show_speed=False),
-        TimeRemainingColumn(),
-    )
-    hint = Text(f"The finished lines are kept in {partial_of(target)}: the same command goes on behind them.")
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+    kept = partial_of(target)
+    hint = f"The finished lines are kept in {kept}: the same command goes on behind them."
+    with bar_on(console) as bar:
         task = bar.add_task("", total=1.0, done="")
 
         def progress(tally: Tally, share: float) -> None:
@@ -31,17 +28,35 @@ def rerank_file_shown(scorer: Scorer, source: Path, target: Path, options: dict[
                 console.print(Text(f"Going on behind line {tally.lines:,} of {source}."))
             bar.update(task, completed=share, done=f"{tally.lines:,} lines, {tally.documents:,} documents")
 
-        try:
+        with ending_told(console, target, lambda: hint if kept.exists() else None):
             tally = rerank_file(scorer, source, target, **options, progress=progress)
-        except (KeyboardInterrupt, BackendError) as error:
-            if partial_of(target).exists():
-                console.print(hint)
-            if isinstance(error, KeyboardInterrupt):
-                raise typer.Exit(130) from None
-            raise
-        except OSError as error:  # a full disk; behind BackendError, of which one is a TimeoutError, too
-            raise ConfigError(f"{error.filename or target}: {error.strerror or error}") from error
     summarise(console, tally, target, rejects_of(target), strict=strict)
+
+
+def bar_on(console: Console) -> Progress:
+    """A bar for tasks with a field ``done``, nothing where the console is no terminal."""
+    columns = (
+        TextColumn("{task.fields[done]}"),
+        BarColumn(),
+        TaskProgressColumn(show_speed=False),
+        TimeRemainingColumn(),
+    )
+    return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+
+
+@contextmanager
+def ending_told(console: Console, target: Path, hint: Callable[[], str | None]) -> Iterator[None]:
+    """Around what can go on later: where it ends early, say how, by `hint`; after Ctrl-C, with exit code 130."""
+    try:
+        yield
+    except (KeyboardInterrupt, BackendError) as error:
+        if (text := hint()) is not None:
+            console.print(Text(text))
+        if isinstance(error, KeyboardInterrupt):
+            raise typer.Exit(130) from None
+        raise
+    except OSError as error:  # a full disk; behind BackendError, of which one is a TimeoutError, too
+        raise ConfigError(f"{error.filename or target}: {error.strerror or error}") from error
 
 
 def summarise(console: Console, tally: Tally, target: Path, rejects: Path, *, strict: bool) -> None:

@@ -4,13 +4,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-import typer
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
-from rag_rerank.cli.scoring_files import summarise
-from rag_rerank.errors import BackendError, ConfigError
+from rag_rerank.cli.scoring_files import bar_on, ending_told, summarise
 from rag_rerank.ray_data import Progress as Now
 from rag_rerank.ray_data import Share, rejects_in, rerank_folder
 from rag_rerank.scorer import Scorer
@@ -29,13 +26,8 @@ def rerank_with_ray(
     console = Console(stderr=True, highlight=False, soft_wrap=True)
     options = {name: value for name, value in options.items() if name != "unit_lines" or value is not None}
     began, at_first = time.monotonic(), 0
-    columns = (
-        TextColumn("{task.fields[done]}"),
-        BarColumn(),
-        TaskProgressColumn(show_speed=False),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+    hint = f"What is finished is kept in {target}: the same command goes on behind it."
+    with bar_on(console) as bar:
         task = bar.add_task("", total=None, done="starting")
 
         def progress(now: Now) -> None:
@@ -49,13 +41,6 @@ def rerank_with_ray(
             done = f"{now.finished:,} of {now.units:,} units, {tally.documents:,} documents, {speed:,.0f}/s"
             bar.update(task, total=now.units, completed=now.finished, done=done)
 
-        try:
+        with ending_told(console, target, lambda: hint):
             tally = rerank_folder(scorer, source, target, **options, share=Share(*share), progress=progress)
-        except (KeyboardInterrupt, BackendError) as error:
-            console.print(Text(f"What is finished is kept in {target}: the same command goes on behind it."))
-            if isinstance(error, KeyboardInterrupt):
-                raise typer.Exit(130) from None
-            raise
-        except OSError as error:  # a full disk; behind BackendError, of which one is a TimeoutError, too
-            raise ConfigError(f"{error.filename or target}: {error.strerror or error}") from error
     summarise(console, tally, target, rejects_in(target), strict=strict)
