@@ -13,10 +13,6 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from rag_rerank.content import Content as Content
-    from rag_rerank.content import Image as Image
-    from rag_rerank.content import Input as Input
-    from rag_rerank.content import Video as Video
     from rag_rerank.errors import AuthError as AuthError
     from rag_rerank.errors import BackendError as BackendError
     from rag_rerank.errors import BackendRejected as BackendRejected
@@ -28,13 +24,17 @@ if TYPE_CHECKING:
     from rag_rerank.errors import DocumentRejected as DocumentRejected
     from rag_rerank.errors import RerankError as RerankError
     from rag_rerank.fallback import FallbackScorer as FallbackScorer
+    from rag_rerank.inputs.content import Content as Content
+    from rag_rerank.inputs.content import Image as Image
+    from rag_rerank.inputs.content import Input as Input
+    from rag_rerank.inputs.content import Video as Video
     from rag_rerank.integration import LocalSettings as LocalSettings
     from rag_rerank.integration import VLLMSettings as VLLMSettings
     from rag_rerank.integration import did_you_mean as did_you_mean
     from rag_rerank.integration import path_as_text as path_as_text
     from rag_rerank.local import LocalScorer as LocalScorer
+    from rag_rerank.ranking import Ranked as Ranked
     from rag_rerank.scorer import Closeable as Closeable
-    from rag_rerank.scorer import Ranked as Ranked
     from rag_rerank.scorer import Scorer as Scorer
     from rag_rerank.template import Template as Template
     from rag_rerank.vllm import VLLMScorer as VLLMScorer
@@ -42,10 +42,10 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOME = {
-    "Content": "content",
-    "Image": "content",
-    "Input": "content",
-    "Video": "content",
+    "Content": "inputs.content",
+    "Image": "inputs.content",
+    "Input": "inputs.content",
+    "Video": "inputs.content",
     "AuthError": "errors",
     "BackendError": "errors",
     "BackendRejected": "errors",
@@ -63,7 +63,7 @@ _HOME = {
     "path_as_text": "integration",
     "LocalScorer": "local",
     "Closeable": "scorer",
-    "Ranked": "scorer",
+    "Ranked": "ranking",
     "Scorer": "scorer",
     "Template": "template",
     "VLLMScorer": "vllm",

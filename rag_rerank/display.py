@@ -13,11 +13,11 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rag_rerank.content import Content, Image, Input, Video, decoded, from_parts, parts_of
 from rag_rerank.errors import ConfigError
-from rag_rerank.mixed import is_data, shown
-from rag_rerank.pictures import size_of, thumbnail
-from rag_rerank.scorer import Ranked
+from rag_rerank.inputs.content import Content, Image, Input, Video, decode_base64, from_parts, parts_of
+from rag_rerank.inputs.images import size_of, thumbnail
+from rag_rerank.inputs.multimodal import is_data, shown
+from rag_rerank.ranking import Ranked
 
 if TYPE_CHECKING:
     import PIL.Image
@@ -170,7 +170,7 @@ def _first_image(value: Input) -> "Path | bytes | PIL.Image.Image | None":
             if part.source is not None:
                 return part.source
             if part.url is not None and is_data(part.url):
-                return decoded(part.url.partition(",")[2])
+                return decode_base64(part.url.partition(",")[2])
     return None
 
 

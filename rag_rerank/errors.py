@@ -2,7 +2,7 @@
 
     RerankError
     ├── ConfigError (ValueError)         a wrong setting: mend the call or the installation, then try again
-    │   └── ContentError                 a picture that can't be read, or that the model has no eyes for
+    │   └── ContentError                 an image that can't be read, or one for a model that reads text only
     └── BackendError                     a well-formed call that got no scores
         ├── BackendUnavailable           nobody answered, or the server said that it can't at the moment
         ├── DeadlineExceeded (TimeoutError)
@@ -16,6 +16,7 @@ name the position, as in ``documents[3] must be str, got NoneType``.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 
 class RerankError(Exception):
@@ -27,7 +28,7 @@ class ConfigError(RerankError, ValueError):
 
 
 class ContentError(ConfigError):
-    """A query or document holds a picture that can't be read, or anything but text for a model that reads only text."""
+    """A query or document holds an image that can't be read, or anything but text for a model that reads text only."""
 
 
 class BackendError(RerankError):
@@ -41,7 +42,18 @@ class BackendError(RerankError):
         remedy: What to do next, as a sentence.
 
     Every argument stays readable as an attribute of that name; ``str(error)`` puts them in one line.
+
+    Attributes:
+        indices: Positions of the documents that have no score, where the others of their query have one.
+        scores: With `indices`: one entry per document in the caller's order, its score or None.
+        query: In a batch, the position of the query that failed.
+        reason: With `indices`: why, without the positions that are in the message.
     """
+
+    indices: tuple[int, ...] = ()
+    scores: tuple[float | None, ...] = ()
+    query: int | None = None
+    reason: str | None = None
 
     # All but the message have defaults so that errors survive pickling (multiprocessing, Ray): unpickling calls
     # the class with `args` alone and then restores `__dict__`.
@@ -109,6 +121,7 @@ class DocumentRejected(BackendRejected):
     Args:
         indices: Positions of the rejected documents among those that were passed.
         scores: One entry per document in the caller's order: its score, or None where it was rejected.
+        reason: Why, without the positions.
     """
 
     def __init__(
@@ -117,15 +130,15 @@ class DocumentRejected(BackendRejected):
         *,
         indices: Sequence[int] = (),
         scores: Sequence[float | None] = (),
-        endpoint: str | None = None,
-        attempts: int | None = None,
-        elapsed: float | None = None,
-        remedy: str | None = None,
+        reason: str | None = None,
+        **facts: Any,
     ) -> None:
-        super().__init__(message, endpoint=endpoint, attempts=attempts, elapsed=elapsed, remedy=remedy)
-        self.indices = tuple(indices)
-        self.scores = tuple(scores)
+        super().__init__(message, **facts)
+        self.indices, self.scores, self.reason = tuple(indices), tuple(scores), reason
 
 
 class BadReply(BackendError):
-    """The back end answered, but not with exactly one finite score per document."""
+    """The back end answered, but not with exactly one finite score per document.
+
+    Where single documents got scores that are not finite, `indices` names them and `scores` has the others'.
+    """

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from rag_rerank.backoff import BackOff
-from rag_rerank.content import Prepared
 from rag_rerank.errors import (
     BackendError,
     BackendRejected,
@@ -18,6 +17,7 @@ from rag_rerank.errors import (
     ContentError,
     DeadlineExceeded,
 )
+from rag_rerank.identity import Identity
 from rag_rerank.scorer import Scorer
 
 logger = logging.getLogger(__name__)
@@ -62,6 +62,8 @@ class FallbackScorer(Scorer):
         TypeError: Something is no scorer; the message names the position.
     """
 
+    _locates_failures = True  # each of the scorers has done so
+
     def __init__(self, *scorers: Scorer) -> None:
         if not scorers:
             raise ConfigError("FallbackScorer needs at least one scorer: FallbackScorer(first, second)")
@@ -79,33 +81,60 @@ class FallbackScorer(Scorer):
         """The model of the scorer that answered last, in whichever thread; the first one's before any has."""
         return self._answered.model_name
 
-    def _score(self, queries: list[str], documents: list[str], until: float | None) -> list[float]:
-        return self._score_any(queries, documents, until)
+    @property
+    def accepts_images(self) -> bool:  # type: ignore[override]  # of a class that is asked, not told
+        """Whether any of the scorers may take images: those that don't are passed over."""
+        return any(member.scorer.accepts_images for member in self._members)
 
-    async def _ascore(self, queries: list[str], documents: list[str], until: float | None) -> list[float]:
-        return await self._ascore_any(queries, documents, until)
+    @property
+    def accepts_instruction(self) -> bool:  # type: ignore[override]
+        """Whether all of the scorers do: one that has no place for it would score something else."""
+        return all(member.scorer.accepts_instruction for member in self._members)
 
-    def _score_mixed(self, queries: list[Prepared], documents: list[Prepared], until: float | None) -> list[float]:
-        return self._score_any(queries, documents, until)
+    @property
+    def listwise(self) -> bool:  # type: ignore[override]
+        """Whether any of the scorers is."""
+        return any(member.scorer.listwise for member in self._members)
 
-    async def _ascore_mixed(
-        self, queries: list[Prepared], documents: list[Prepared], until: float | None
+    @property
+    def remote(self) -> bool:  # type: ignore[override]
+        """Whether all of the scorers are."""
+        return all(member.scorer.remote for member in self._members)
+
+    def identity(self, *, deadline: float | None = None) -> Identity:
+        """Say who all of the scorers are; not steady, for any of them may answer."""
+        parts = [member.scorer.identity(deadline=deadline) for member in self._members]
+        facts = {
+            f"{position}. {name}": fact for position, part in enumerate(parts, 1) for name, fact in part.facts.items()
+        }
+        probes = [score for part in parts for score in part.probes]
+        return Identity(facts, probes, steady=False, place=" or ".join(dict.fromkeys(part.place for part in parts)))
+
+    # Any: a scorer takes from another what was prepared for it.
+    def _score(
+        self,
+        queries: Any,
+        documents: Any,
+        until: float | None,
+        instruction: str | None = None,
     ) -> list[float]:
-        return await self._ascore_any(queries, documents, until)
-
-    # Any: a scorer takes from another what was prepared for it, which nobody else is to make.
-    def _score_any(self, queries: Any, documents: Any, until: float | None) -> list[float]:
         call = _Call(self, until)
         for member, deadline in call.turns():
             with call.turn(member, deadline):
-                return member.scorer.score(queries, documents, deadline=deadline)
+                return member.scorer.score(queries, documents, instruction=instruction, deadline=deadline)
         raise call.error()
 
-    async def _ascore_any(self, queries: Any, documents: Any, until: float | None) -> list[float]:
+    async def _ascore(
+        self,
+        queries: Any,
+        documents: Any,
+        until: float | None,
+        instruction: str | None = None,
+    ) -> list[float]:
         call = _Call(self, until)
         for member, deadline in call.turns():
             with call.turn(member, deadline):
-                return await member.scorer.ascore(queries, documents, deadline=deadline)
+                return await member.scorer.ascore(queries, documents, instruction=instruction, deadline=deadline)
         raise call.error()
 
     # A stack runs all of its callbacks, the last one first, even where some of them raise; it raises the last error.

@@ -1,41 +1,43 @@
 """What a scorer promises, and the only place where those promises are kept.
 
 A back end writes one private hook, `Scorer._score`. Everything around it stands here, once, for all back ends: which
-inputs pair up how (1:1, 1:N, N:N), what is refused before any model loads or any request leaves, the check that one
-finite score came back for every pair, ranking that keeps ties in retrieval order, and what a failure becomes.
+inputs pair up how (1:1, 1:N, N:N), what is refused before any model loads or any request leaves, how many calls may
+wait, one finite score for every pair, and what becomes of a query or document that has none.
 """
 
 import asyncio
-import logging
+import contextlib
 import math
-import re
+import os
+import threading
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from collections.abc import Set as AbstractSet
-from dataclasses import dataclass
+from collections.abc import Generator, Iterator, Sequence
 from types import TracebackType
-from typing import Any, Literal, Self
+from typing import Any, Self, overload
 
-from rag_rerank.content import Checked, Content, Image, Input, Mixed, Prepared, Video, check, prepare, read
-from rag_rerank.errors import BackendError, BadReply, ContentError, DeadlineExceeded, DocumentRejected, RerankError
+from rag_rerank.errors import (
+    BackendError,
+    BackendUnavailable,
+    ConfigError,
+    ContentError,
+    DeadlineExceeded,
+    RerankError,
+)
+from rag_rerank.identity import PROBES, SCORING_VERSION, Identity
+from rag_rerank.inputs.content import Input
+from rag_rerank.inputs.multimodal import Multimodal, Prepared
+from rag_rerank.inputs.preparing import is_one, is_slow, pair_up, prepare, prepare_all, text_only
+from rag_rerank.isolation import Asking, Outcome, Pairs, failure, naming_query
+from rag_rerank.ranking import OnBatchError, OnError, Ranked, Ranking, warn_of
 
-logger = logging.getLogger(__name__)
+MOST_DOCUMENTS = 1024
+"""Of one call to the back end for a batch of queries: enough to keep any of them busy, few enough that ten thousand
+queries need not be answered in the time that one call may take."""
 
-OnError = Literal["raise", "passthrough"]
-
-
-@dataclass(frozen=True, slots=True)
-class Ranked:
-    """One document of a reranked list.
-
-    Attributes:
-        index: Its position in the documents that were passed.
-        score: Its relevance score, higher is better; None only after ``on_error="passthrough"``.
-    """
-
-    index: int
-    score: float | None
+_forking = threading.Lock()
+if hasattr(os, "register_at_fork"):  # so that a child finds the lock open
+    os.register_at_fork(before=_forking.acquire, after_in_parent=_forking.release, after_in_child=_forking.release)
 
 
 class Closeable:
@@ -45,7 +47,7 @@ class Closeable:
         """Give back what is held. Closing twice is harmless."""
 
     async def aclose(self) -> None:
-        """As `close`, from an event loop."""
+        """Close from an event loop; see `close`."""
         self.close()
 
     def __enter__(self) -> Self:
@@ -68,13 +70,28 @@ class Closeable:
 class Scorer(Closeable, ABC):
     """Scores how relevant documents are to queries.
 
-    To add a back end, subclass, set `model_name`, and write `_score`; override `_ascore` where waiting can be done
-    without a thread, `_score_mixed` (and `_ascore_mixed`) where the model sees images, and `_close` where something
-    must be given back.
+    To add a back end, subclass, set `model_name`, and write `_score`. Override `_ascore` where waiting can be done
+    without a thread, `_facts` where settings change scores, and `_close` where something must be given back.
+
+    Attributes:
+        accepts_images: Whether queries and documents may be more than text; also True where that is not known before
+            the model is loaded or the server asked. The back end then gets `Multimodal` for these.
+        accepts_instruction: Whether a call may bring an `instruction`; `_score` then takes one.
+        listwise: Whether the documents of a query are scored together, so that they are never split over calls.
+        remote: Whether another machine does the work, so that waiting for it needs no processor here.
     """
+
+    accepts_images: bool = False
+    accepts_instruction: bool = False
+    listwise: bool = False
+    remote: bool = False
 
     _closed = False
     _default_deadline: float | None = None  # seconds for a call that names no deadline
+    _max_waiting_calls: int | None = None  # how many may be unfinished at a time; None for any number
+    _locates_failures = False  # whether errors say for themselves which documents they concern
+    _process = 0  # the process that `_start` was called in
+    _unfinished: set[object]  # calls; a set, for adding and discarding need no lock, which a fork might leave locked
 
     @property
     @abstractmethod
@@ -82,48 +99,86 @@ class Scorer(Closeable, ABC):
         """What answers, for traces and errors; ``"unknown"`` while a server has not been asked yet."""
 
     @abstractmethod
-    def _score(self, queries: list[str], documents: list[str], until: float | None) -> list[float]:
+    def _score(
+        self,
+        queries: Sequence[Prepared],
+        documents: Sequence[Prepared],
+        until: float | None,
+        instruction: str | None = None,
+    ) -> Sequence[float]:
         """Score the pairs; called with checked input only.
 
         Args:
-            queries: One query for all documents, or one per document.
+            queries: One query for all documents, or one per document; texts, and `Multimodal` if `accepts_images`.
             documents: At least one document.
             until: When the call must be over, on the clock of `time.monotonic`; None for no limit.
+            instruction: The call's own; passed only where there is one, and only if `accepts_instruction`.
 
         Returns:
             One score per document, in order. The base class checks number and finiteness.
         """
 
-    async def _ascore(self, queries: list[str], documents: list[str], until: float | None) -> list[float]:
-        """As `_score`, for callers in an event loop. By default it runs `_score` in a worker thread."""
-        return await asyncio.to_thread(self._score, queries, documents, until)
+    async def _ascore(
+        self,
+        queries: Sequence[Prepared],
+        documents: Sequence[Prepared],
+        until: float | None,
+        instruction: str | None = None,
+    ) -> Sequence[float]:
+        """Score the pairs for a caller in an event loop. By default it runs `_score` in a worker thread."""
+        own = {} if instruction is None else {"instruction": instruction}
+        return await asyncio.to_thread(self._score, queries, documents, until, **own)
 
-    def _score_mixed(self, queries: list[Prepared], documents: list[Prepared], until: float | None) -> list[float]:
-        """As `_score`, called where a query or document holds more than text; by default that is refused.
-
-        What is more than text comes as `rag_rerank.mixed.Mixed`: its texts, its pictures, which were read and checked,
-        and links to what was not.
-
-        Raises:
-            ContentError: The model reads text only.
-        """
-        raise text_only(self.model_name, queries, documents)
-
-    async def _ascore_mixed(
-        self, queries: list[Prepared], documents: list[Prepared], until: float | None
-    ) -> list[float]:
-        """As `_score_mixed`, for callers in an event loop. By default it runs that in a worker thread."""
-        return await asyncio.to_thread(self._score_mixed, queries, documents, until)
+    def _start(self) -> None:
+        """Begin in this process, before its first call: in a forked child, threads and connections are gone."""
 
     def _close(self) -> None:
         """Give back what the scorer holds; called once."""
 
     async def _aclose(self) -> None:
-        """As `_close`, from an event loop."""
+        """Give back what the scorer holds, from an event loop."""
         self._close()
 
+    def _facts(self, until: float | None) -> dict[str, str]:
+        """Say what, beside the class and the model's name, can change a score; nothing secret.
+
+        Args:
+            until: When a server must have answered.
+        """
+        return {}
+
+    def identity(self, *, deadline: float | None = None) -> Identity:
+        """Say who this scorer is: all that can change a score. May load the model or ask the server.
+
+        Args:
+            deadline: As in `score`.
+
+        Returns:
+            Facts as text, and the scores of a few pairs where facts alone do not tell two scorers apart. What resumes
+            a run or caches scores compares it. An instruction that a call brings is not in it.
+
+        Raises:
+            ConfigError, BackendError: As `score`.
+        """
+        queries, documents = zip(*PROBES, strict=True)
+        probes = self.score(queries, documents, deadline=deadline)
+        return Identity(self._common_facts() | self._facts(self._begin(deadline, None)), probes)
+
+    def _common_facts(self) -> dict[str, str]:
+        kind = type(self)
+        return {
+            "scorer": f"{kind.__module__}.{kind.__qualname__}",
+            "model": self.model_name,
+            "scoring": SCORING_VERSION,
+        }
+
     def score(
-        self, queries: Input | Sequence[Input], documents: Input | Sequence[Input], *, deadline: float | None = None
+        self,
+        queries: Input | Sequence[Input],
+        documents: Input | Sequence[Input],
+        *,
+        instruction: str | None = None,
+        deadline: float | None = None,
     ) -> list[float]:
         """Score documents against queries, paired as in vLLM's score API.
 
@@ -133,6 +188,7 @@ class Scorer(Closeable, ABC):
                 which no tokenizer or JSON reader accepts, are read as U+FFFD; text that spells a special token, such
                 as ``<|im_end|>``, is read with a space in it, so that it is not one. For models that see, each may be
                 an `Image`, `Video` or `Content` instead of text; images are read and checked before anything is sent.
+            instruction: The task, in place of the scorer's own, for a model whose template has a place for it.
             deadline: Seconds from now that the whole call may take. None: the back end's own default.
 
         Returns:
@@ -143,32 +199,29 @@ class Scorer(Closeable, ABC):
             TypeError: Something is not text nor an image; the message names the position.
             ValueError: The numbers of queries and documents do not go together.
             ContentError: An image can't be read, or is more than the model reads.
-            ConfigError: The scorer can't work as configured.
-            BackendError: No scores; the subclass says why.
+            ConfigError: The scorer can't work as configured, or has no place for an instruction.
+            BackendError: No scores; the subclass says why. Where only some documents have none, its `indices` names
+                them and its `scores` has the others'.
         """
-        asked, found = _pair_up(queries, documents)
-        until = self._begin(deadline)
-        if not found:
-            return []
-        texts = _all_text(asked), _all_text(found)
-        if texts[0] is None or texts[1] is None:
-            return _checked(self._score_mixed(*_read(asked, found, until), until), len(found))
-        return _checked(self._score(texts[0], texts[1], until), len(found))
+        until = self._begin(deadline, instruction)
+        pairs = pair_up(queries, documents, until)
+        return _scores(self._outcomes(*pairs, until, instruction))
 
     async def ascore(
-        self, queries: Input | Sequence[Input], documents: Input | Sequence[Input], *, deadline: float | None = None
+        self,
+        queries: Input | Sequence[Input],
+        documents: Input | Sequence[Input],
+        *,
+        instruction: str | None = None,
+        deadline: float | None = None,
     ) -> list[float]:
-        """As `score`, without blocking the event loop; cancelling the task abandons the call."""
-        asked, found = _pair_up(queries, documents)
-        until = self._begin(deadline)
-        if not found:
-            return []
-        texts = _all_text(asked), _all_text(found)
-        if texts[0] is None or texts[1] is None:
-            # In a thread: files are read, and pictures decoded, 10 ms a million pixels.
-            mixed = await asyncio.to_thread(_read, asked, found, until)
-            return _checked(await self._ascore_mixed(*mixed, until), len(found))
-        return _checked(await self._ascore(texts[0], texts[1], until), len(found))
+        """Score without blocking the event loop, see `score`; cancelling the task abandons the call."""
+        until = self._begin(deadline, instruction)
+        if is_slow(queries) or is_slow(documents):
+            pairs = await asyncio.to_thread(pair_up, queries, documents, until)
+        else:
+            pairs = pair_up(queries, documents, until)
+        return _scores(await self._aoutcomes(*pairs, until, instruction))
 
     def rerank(
         self,
@@ -177,6 +230,7 @@ class Scorer(Closeable, ABC):
         *,
         top_n: int | None = None,
         score_threshold: float | None = None,
+        instruction: str | None = None,
         on_error: OnError = "raise",
         deadline: float | None = None,
     ) -> list[Ranked]:
@@ -187,9 +241,10 @@ class Scorer(Closeable, ABC):
             documents: The documents, in retrieval order.
             top_n: How many to keep, at least 1. None keeps all.
             score_threshold: Keep only scores at or above it; applied before `top_n`, so the result may be empty.
+            instruction: As in `score`.
             on_error: ``"raise"``; or ``"passthrough"``, which turns a `BackendError` into one logged warning and the
-                first `top_n` documents in retrieval order with score None. Where only some documents were rejected,
-                the others are ranked and the rejected follow with score None.
+                first `top_n` documents in retrieval order with score None. Where only some documents have no score,
+                the others are ranked and those follow with score None.
             deadline: As in `score`.
 
         Returns:
@@ -198,12 +253,10 @@ class Scorer(Closeable, ABC):
         Raises:
             TypeError, ValueError, ConfigError, BackendError: As `score`; a wrong argument is never passed through.
         """
-        texts = _rerank_input(query, documents, top_n, score_threshold, on_error)
-        try:
-            scores: Sequence[float | None] = self.score(query, texts, deadline=deadline)
-        except BackendError as error:
-            scores = _scores_of_failed(error, len(texts), on_error)
-        return _rank(scores, top_n, score_threshold)
+        batch = _Batch([query], [documents], Ranking(top_n, score_threshold, on_error), alone=True)
+        self._run(batch, deadline, instruction)
+        ranked: list[Ranked] = batch.results()[0]
+        return ranked
 
     async def arerank(
         self,
@@ -212,16 +265,41 @@ class Scorer(Closeable, ABC):
         *,
         top_n: int | None = None,
         score_threshold: float | None = None,
+        instruction: str | None = None,
         on_error: OnError = "raise",
         deadline: float | None = None,
     ) -> list[Ranked]:
-        """As `rerank`, without blocking the event loop."""
-        texts = _rerank_input(query, documents, top_n, score_threshold, on_error)
-        try:
-            scores: Sequence[float | None] = await self.ascore(query, texts, deadline=deadline)
-        except BackendError as error:
-            scores = _scores_of_failed(error, len(texts), on_error)
-        return _rank(scores, top_n, score_threshold)
+        """Rerank without blocking the event loop; see `rerank`."""
+        batch = _Batch([query], [documents], Ranking(top_n, score_threshold, on_error), alone=True)
+        await self._arun(batch, deadline, instruction)
+        ranked: list[Ranked] = batch.results()[0]
+        return ranked
+
+    @overload
+    def rerank_batch(
+        self,
+        queries: Sequence[Input],
+        documents: Sequence[Sequence[Input]],
+        *,
+        top_n: int | None = None,
+        score_threshold: float | None = None,
+        instruction: str | None = None,
+        on_error: OnError = "raise",
+        deadline: float | None = None,
+    ) -> list[list[Ranked]]: ...
+
+    @overload
+    def rerank_batch(
+        self,
+        queries: Sequence[Input],
+        documents: Sequence[Sequence[Input]],
+        *,
+        top_n: int | None = None,
+        score_threshold: float | None = None,
+        instruction: str | None = None,
+        on_error: OnBatchError,
+        deadline: float | None = None,
+    ) -> list[list[Ranked] | RerankError]: ...
 
     def rerank_batch(
         self,
@@ -230,32 +308,62 @@ class Scorer(Closeable, ABC):
         *,
         top_n: int | None = None,
         score_threshold: float | None = None,
-        on_error: OnError = "raise",
+        instruction: str | None = None,
+        on_error: OnBatchError = "raise",
         deadline: float | None = None,
-    ) -> list[list[Ranked]]:
-        """Order the documents of several queries, all in one call to the back end.
+    ) -> Any:
+        """Order the documents of several queries, in as few calls to the back end as are good for it.
+
+        A failure concerns the query whose fault it is: the others are ranked as if that one were not there.
 
         Args:
             queries: The queries.
             documents: For each query its own documents, in retrieval order.
             top_n: How many to keep for each query.
             score_threshold: Keep only scores at or above it.
-            on_error: As in `rerank`, for all queries together.
-            deadline: Seconds for all of it.
+            instruction: As in `score`, for all queries.
+            on_error: ``"raise"`` raises the first failure, and names its query. ``"passthrough"``, as in `rerank`,
+                ranks what has scores and logs one warning. ``"return"`` puts the error of a query, a `BackendError` or
+                `ContentError`, in the place of its ranking.
+            deadline: Seconds for all of it. None: the back end's own default for each call to it, of about 1,024
+                documents.
 
         Returns:
-            For each query what `rerank` returns.
+            For each query what `rerank` returns, or under ``"return"`` its error.
 
         Raises:
-            TypeError, ValueError, ConfigError, BackendError: As `rerank`. The positions that errors name count all
-                documents, query by query.
+            TypeError, ValueError, ConfigError, BackendError: As `rerank`. A wrong argument is never passed through nor
+                returned.
         """
-        rows, counts, texts = _batch_input(queries, documents, top_n, score_threshold, on_error)
-        try:
-            scores: Sequence[float | None] = self.score(rows, texts, deadline=deadline)
-        except BackendError as error:
-            scores = _scores_of_failed(error, len(texts), on_error)
-        return [_rank(part, top_n, score_threshold) for part in _parts(scores, counts)]
+        batch = _Batch(queries, documents, Ranking(top_n, score_threshold, on_error, may_return=True))
+        self._run(batch, deadline, instruction)
+        return batch.results()
+
+    @overload
+    async def arerank_batch(
+        self,
+        queries: Sequence[Input],
+        documents: Sequence[Sequence[Input]],
+        *,
+        top_n: int | None = None,
+        score_threshold: float | None = None,
+        instruction: str | None = None,
+        on_error: OnError = "raise",
+        deadline: float | None = None,
+    ) -> list[list[Ranked]]: ...
+
+    @overload
+    async def arerank_batch(
+        self,
+        queries: Sequence[Input],
+        documents: Sequence[Sequence[Input]],
+        *,
+        top_n: int | None = None,
+        score_threshold: float | None = None,
+        instruction: str | None = None,
+        on_error: OnBatchError,
+        deadline: float | None = None,
+    ) -> list[list[Ranked] | RerankError]: ...
 
     async def arerank_batch(
         self,
@@ -264,21 +372,98 @@ class Scorer(Closeable, ABC):
         *,
         top_n: int | None = None,
         score_threshold: float | None = None,
-        on_error: OnError = "raise",
+        instruction: str | None = None,
+        on_error: OnBatchError = "raise",
         deadline: float | None = None,
-    ) -> list[list[Ranked]]:
-        """As `rerank_batch`, without blocking the event loop."""
-        rows, counts, texts = _batch_input(queries, documents, top_n, score_threshold, on_error)
-        try:
-            scores: Sequence[float | None] = await self.ascore(rows, texts, deadline=deadline)
-        except BackendError as error:
-            scores = _scores_of_failed(error, len(texts), on_error)
-        return [_rank(part, top_n, score_threshold) for part in _parts(scores, counts)]
+    ) -> Any:
+        """Rerank several queries without blocking the event loop; see `rerank_batch`."""
+        batch = _Batch(queries, documents, Ranking(top_n, score_threshold, on_error, may_return=True))
+        await self._arun(batch, deadline, instruction)
+        return batch.results()
 
-    def _begin(self, deadline: float | None) -> float | None:
-        """Refuse work on a closed scorer and turn seconds from now into a moment on the monotonic clock."""
+    def _run(self, batch: "_Batch", deadline: float | None, instruction: str | None) -> None:
+        until = self._begin(deadline, instruction)
+        batch.prepare(until)
+        for queries, documents in batch.calls():
+            until = self._begin(None, instruction) if deadline is None else until
+            batch.take(self._outcomes(queries, documents, until, instruction))
+
+    async def _arun(self, batch: "_Batch", deadline: float | None, instruction: str | None) -> None:
+        until = self._begin(deadline, instruction)
+        if batch.is_slow:
+            await asyncio.to_thread(batch.prepare, until)
+        else:
+            batch.prepare(until)
+        for queries, documents in batch.calls():
+            until = self._begin(None, instruction) if deadline is None else until
+            batch.take(await self._aoutcomes(queries, documents, until, instruction))
+
+    def _outcomes(
+        self, queries: list[Prepared], documents: list[Prepared], until: float | None, instruction: str | None
+    ) -> list[Outcome]:
+        options = {} if instruction is None else {"instruction": instruction}
+        with self._call(queries, documents, until) as asking:
+            while asking.pairs is not None:
+                try:
+                    self._check_images(asking.pairs)
+                    asking.take(self._score(*asking.pairs, until, **options))
+                except RerankError as error:
+                    asking.take(error)
+        return asking.outcomes
+
+    async def _aoutcomes(
+        self, queries: list[Prepared], documents: list[Prepared], until: float | None, instruction: str | None
+    ) -> list[Outcome]:
+        options = {} if instruction is None else {"instruction": instruction}
+        with self._call(queries, documents, until) as asking:
+            while asking.pairs is not None:
+                try:
+                    self._check_images(asking.pairs)
+                    asking.take(await self._ascore(*asking.pairs, until, **options))
+                except RerankError as error:
+                    asking.take(error)
+        return asking.outcomes
+
+    @contextlib.contextmanager
+    def _call(self, queries: list[Prepared], documents: list[Prepared], until: float | None) -> Iterator[Asking]:
+        """Begin a call, unless its time is up or too many wait; it counts as unfinished meanwhile."""
+        if self._process != os.getpid():
+            with _forking:
+                if self._process != os.getpid():
+                    self._unfinished = set()
+                    self._start()
+                    self._process = os.getpid()
+        asking, call = Asking(queries, documents, listwise=self.listwise, located=self._locates_failures), object()
+        most = self._max_waiting_calls
+        if until is not None and time.monotonic() >= until:
+            # Callers pass on what is left of their own budget: nothing left is a time-out, not a wrong argument.
+            asking.fail(DeadlineExceeded("the deadline had passed before the call began", elapsed=0.0))
+        elif most is not None and len(self._unfinished) >= most:
+            asking.fail(
+                BackendUnavailable(
+                    f"{self.model_name} has {most} calls waiting already",
+                    attempts=0,
+                    remedy="Try again later, make fewer calls at a time, or set max_waiting_calls.",
+                )
+            )
+        self._unfinished.add(call)
+        try:
+            yield asking
+        finally:
+            self._unfinished.discard(call)
+
+    def _check_images(self, pairs: Pairs) -> None:
+        if not self.accepts_images and any(isinstance(each, Multimodal) for side in pairs for each in side):
+            raise text_only(self.model_name, *pairs)
+
+    def _begin(self, deadline: float | None, instruction: str | None) -> float | None:
+        """Refuse what no call can do, and turn seconds from now into a moment on the monotonic clock."""
         if self._closed:
             raise RerankError(f"This {type(self).__name__} is closed. Create a new one to go on scoring.")
+        if instruction is not None and not isinstance(instruction, str):
+            raise TypeError(f"instruction must be str or None, got {type(instruction).__name__}")
+        if instruction is not None and not self.accepts_instruction:
+            raise ConfigError(f"{self.model_name} has no place for an instruction: its scores don't depend on one")
         if deadline is None:
             deadline = self._default_deadline
         if deadline is None:
@@ -287,10 +472,7 @@ class Scorer(Closeable, ABC):
             raise TypeError(f"deadline must be a number of seconds or None, got {type(deadline).__name__}")
         if math.isnan(deadline):
             raise ValueError("deadline must be a number of seconds, got nan")
-        if deadline <= 0:
-            # Callers pass on what is left of their own budget: nothing left is a time-out, not a wrong argument.
-            raise DeadlineExceeded("the deadline had passed before the call began", elapsed=0.0)
-        return None if math.isinf(deadline) else time.monotonic() + deadline
+        return None if deadline == math.inf else time.monotonic() + max(deadline, 0.0)
 
     def close(self) -> None:
         """Give back the model or the connections. Closing twice is harmless; scoring afterwards is an error."""
@@ -299,7 +481,7 @@ class Scorer(Closeable, ABC):
             self._close()
 
     async def aclose(self) -> None:
-        """As `close`, from an event loop."""
+        """Close from an event loop; see `close`."""
         if not self._closed:
             self._closed = True
             await self._aclose()
@@ -313,194 +495,116 @@ class Scorer(Closeable, ABC):
         return self
 
 
-def _pair_up(
-    queries: Input | Sequence[Input], documents: Input | Sequence[Input]
-) -> tuple[list[Checked], list[Checked]]:
-    """Check both sides and return (one query or N queries, N documents)."""
-    asked, found = _all_checked(queries, "queries"), _all_checked(documents, "documents")
-    if len(asked) not in (1, len(found)):
-        raise ValueError(
-            f"got {len(asked)} queries and {len(found)} documents; "
-            "pass one query for all documents (1:N) or as many queries as documents (N:N)"
-        )
-    return asked, found
-
-
-def _all_checked(value: Input | Iterable[Input], name: str) -> list[Checked]:
-    """`value` as a list of what is right, or an error that names the position of what is nothing of the kind."""
-    if isinstance(value, str | Image | Video | Content | Mixed) or (isinstance(value, Mapping) and "content" in value):
-        return [check(value, name, _clean)]
-    # Mappings iterate over keys, sets in no order, bytes as numbers: each would score something nobody meant.
-    if not isinstance(value, Iterable) or isinstance(value, Mapping | AbstractSet | bytes | bytearray | memoryview):
-        raise TypeError(f"{name} must be a string or a sequence of strings, got {type(value).__name__}")
-    return [
-        _clean(each) if isinstance(each, str) else check(each, f"{name}[{position}]", _clean)
-        for position, each in enumerate(value)
-    ]
-
-
-def _all_text(inputs: list[Checked]) -> list[str] | None:
-    """`inputs`, if all of them are text."""
-    texts = [each for each in inputs if isinstance(each, str)]
-    return texts if len(texts) == len(inputs) else None
-
-
-def prepared(value: Input, where: str) -> Prepared:
-    """One query or document, checked and read, for a scorer to take it as it is; `where` is its place, for errors.
-
-    Raises:
-        TypeError, ValueError, ContentError, ConfigError: As `Scorer.score`.
-    """
-    return prepare(value, where, _clean)
-
-
-def _read(
-    queries: list[Checked], documents: list[Checked], until: float | None
-) -> tuple[list[Prepared], list[Prepared]]:
-    """Both sides with their pictures read, those of an input that is there twice once, or DeadlineExceeded."""
-    known: dict[int, Prepared] = {}  # by id: what is checked lives as long as the lists
-    began = time.monotonic()
-
-    def reading(each: Checked, where: str) -> Prepared:
-        if isinstance(each, str):
-            return each
-        if id(each) not in known:
-            if until is not None and time.monotonic() >= until:
-                elapsed = time.monotonic() - began
-                raise DeadlineExceeded(f"the deadline passed before {where} had been read", elapsed=elapsed)
-            known[id(each)] = read(each, where)
-        return known[id(each)]
-
-    def all_of(inputs: list[Checked], name: str) -> list[Prepared]:
-        return [reading(each, f"{name}[{position}]") for position, each in enumerate(inputs)]
-
-    return all_of(queries, "queries"), all_of(documents, "documents")
-
-
-def text_only(model: str, queries: Sequence[Prepared], documents: Sequence[Prepared]) -> ContentError:
-    """The error for a model that reads text only, with the position of the first thing that is more."""
-    for name, inputs in (("queries", queries), ("documents", documents)):
-        for position, each in enumerate(inputs):
-            if isinstance(each, Mixed):
-                return ContentError(f"{name}[{position}] holds an image or a video, but {model} reads text only")
-    raise AssertionError("all text")  # pragma: no cover - called for what is not
-
-
-# How the tokenizers of rerankers spell their special tokens: <|im_end|> (Qwen, Llama 3, ModernBERT), </s> (RoBERTa,
-# Mistral), <end_of_turn> (Gemma), [SEP] (BERT), [INST] (Mistral), |||EMAIL_ADDRESS||| (ModernBERT). What matches is the
-# first character only.
-_SPECIAL_TOKEN = re.compile(
-    r"""<(?=\|[^<>|\s]{1,64}\|>)
-    | <(?=/?(?:s|pad|unk|mask|bos|eos|cls|sep|think|tool_call|tool_response|2mass|unused\d+|image|IMG_CONTEXT
-        |(?:start|end)_of_(?:turn|image)|image_soft_token)>)
-    | \[(?=(?:PAD|UNK|CLS|SEP|MASK|unused\d+|@BOS@
-        |/?(?:INST|SYSTEM_PROMPT|AVAILABLE_TOOLS|TOOL_RESULTS|TOOL_CALLS|TOOL_CONTENT|IMG|PREFIX|MIDDLE|SUFFIX))\])
-    | \|(?=\|\|[A-Z_]{1,32}\|\|\|)""",
-    re.VERBOSE,
-)
-
-
-def _clean(text: str) -> str:
-    """`text` as every tokenizer and JSON reader takes it, and with nothing in it that a tokenizer takes for a command.
-
-    Surrogate pairs are joined, lone surrogates (seen in text from PDFs) become U+FFFD. The spelling of a special token
-    gets a space behind its first character, ``< |im_end|>``: tokenizers read it as the token even in the middle of a
-    document, which could so end its turn and answer for itself. Done here because a server can't be told to do it, and
-    a pair must score the same everywhere.
-    """
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        text = text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
-    if "<" in text or "[" in text or "|||" in text:
-        text = _SPECIAL_TOKEN.sub(r"\g<0> ", text)
-    return text
-
-
-def _checked(scores: Sequence[float], expected: int) -> list[float]:
-    """The back end's scores as plain floats, or BadReply: never a short list, never NaN."""
-    if len(scores) != expected:
-        raise BadReply(f"the back end gave {len(scores)} scores for {expected} documents")
-    checked = [float(score) for score in scores]
-    for position, score in enumerate(checked):
-        if not math.isfinite(score):
-            raise BadReply(
-                f"documents[{position}] got the score {score}",
-                remedy='Half precision may have overflowed: try dtype="float32".',
-            )
-    return checked
-
-
-def _rerank_input(
-    query: Input, documents: Sequence[Input], top_n: int | None, score_threshold: float | None, on_error: OnError
-) -> list[Any]:
-    """Check the arguments of `rerank`; return the documents, checked, for `score` to take them as they are."""
-    if not isinstance(query, str | Image | Video | Content | Mapping | Mixed):
-        raise TypeError(f"query must be str, got {type(query).__name__}")
-    if isinstance(documents, str | Image | Video | Content | Mapping):
-        raise TypeError(f"documents must be a sequence of strings, got one {type(documents).__name__}; pass [document]")
-    if top_n is not None and (isinstance(top_n, bool) or not isinstance(top_n, int)):
-        raise TypeError(f"top_n must be an int or None, got {type(top_n).__name__}")
-    if top_n is not None and top_n < 1:
-        raise ValueError(f"top_n must be at least 1, got {top_n}; None keeps all documents")
-    if score_threshold is not None and not isinstance(score_threshold, int | float):
-        raise TypeError(f"score_threshold must be a number or None, got {type(score_threshold).__name__}")
-    if score_threshold is not None and not math.isfinite(score_threshold):
-        raise ValueError(f"score_threshold must be finite, got {score_threshold}; None keeps all documents")
-    if on_error not in ("raise", "passthrough"):
-        raise ValueError(f'on_error must be "raise" or "passthrough", got {on_error!r}')
-    return _all_checked(documents, "documents")
-
-
-def _rank(scores: Sequence[float | None], top_n: int | None, score_threshold: float | None) -> list[Ranked]:
-    """Threshold, stable sort, cut. Documents without a score follow the scored ones, in retrieval order."""
-    threshold = -math.inf if score_threshold is None else score_threshold
-    scored = [(index, score) for index, score in enumerate(scores) if score is not None and score >= threshold]
-    scored.sort(key=lambda pair: -pair[1])  # sorted on the negative, not reversed: reversing would turn ties around
-    unscored = [Ranked(index, None) for index, score in enumerate(scores) if score is None]
-    return ([Ranked(index, score) for index, score in scored] + unscored)[:top_n]
-
-
-def _scores_of_failed(error: BackendError, count: int, on_error: OnError) -> Sequence[float | None]:
-    """What a failed call is ranked by: the scores of the documents that were not rejected, or none at all.
-
-    Raises:
-        BackendError: The error, unless it is to be passed through.
-    """
-    if on_error == "raise":
+def _scores(outcomes: list[Outcome]) -> list[float]:
+    error = failure(outcomes)
+    if error is not None:
         raise error
-    if isinstance(error, DocumentRejected) and len(error.scores) == count:
-        logger.warning(
-            "%d of %d documents could not be scored and are ranked last: %s", len(error.indices), count, error
-        )
-        return error.scores
-    logger.warning("reranking failed, %d documents keep their retrieval order: %s", count, error)
-    return [None] * count
+    return [outcome for outcome in outcomes if isinstance(outcome, float)]
 
 
-def _batch_input(
-    queries: Sequence[Input],
-    documents: Sequence[Sequence[Input]],
-    top_n: int | None,
-    score_threshold: float | None,
-    on_error: OnError,
-) -> tuple[list[Input], list[int], list[Any]]:
-    """Check the arguments of `rerank_batch`; return a query for each document, the numbers of documents, and those."""
-    if isinstance(queries, str) or isinstance(documents, str):
-        raise TypeError("queries and documents must be sequences, the latter of sequences; for one query use rerank")
-    lists = [
-        _rerank_input(query, texts, top_n, score_threshold, on_error)
-        for query, texts in zip(queries, documents, strict=True)
-    ]
-    asked: list[Any] = [check(query, f"queries[{position}]", _clean) for position, query in enumerate(queries)]
-    # Each the same object for all of its documents: its pictures are read, and sent, once.
-    rows = asked if len(asked) == 1 else [query for query, texts in zip(asked, lists, strict=True) for _ in texts]
-    return rows, list(map(len, lists)), [text for texts in lists for text in texts]
+class _Batch:
+    """The queries of a call, each with its documents, and what came of them.
+
+    Args:
+        queries: The queries.
+        documents: For each query its documents.
+        ranking: How to rank each.
+        alone: Whether it is the one query of `Scorer.rerank`, whose errors name no query.
+
+    Raises:
+        TypeError, ValueError: The arguments are no such sequences, or not of the same length.
+    """
+
+    def __init__(self, queries: Any, documents: Any, ranking: Ranking, *, alone: bool = False) -> None:
+        if not alone:
+            if is_one(queries) or is_one(documents):
+                raise TypeError("queries and documents must be sequences, the latter of sequences; for one use rerank")
+            queries, documents = list(queries), list(documents)
+            if len(queries) != len(documents):
+                raise ValueError(f"got {len(queries)} queries and documents for {len(documents)}: one list for each")
+        for each in documents:
+            if is_one(each):
+                kind = type(each).__name__
+                raise TypeError(f"documents must be a sequence of strings, got one {kind}; pass [document]")
+        self._given = [
+            (query, list(each) if isinstance(each, Generator) else each)
+            for query, each in zip(queries, documents, strict=True)
+        ]
+        self._ranking, self._alone = ranking, alone
+        self._pairs: list[tuple[list[Prepared], list[Prepared]]] = []
+        self._outcomes: list[list[Outcome]] = []
+        self._asked: list[int] = []
+
+    @property
+    def is_slow(self) -> bool:
+        """Whether `prepare` takes longer than an event loop may stand."""
+        return len(self._given) > 100 or any(is_slow(query) or is_slow(each) for query, each in self._given)
+
+    def prepare(self, until: float | None) -> None:
+        """Check and read all inputs; those of a query that can't be read are its own failure where that is returned."""
+        known: dict[int, tuple[Any, Prepared]] = {}
+        for position, (query, documents) in enumerate(self._given):
+            names = ("query", "documents") if self._alone else (f"queries[{position}]", f"documents[{position}]")
+            outcomes: list[Outcome] = []
+            prepared: list[Prepared] = []
+            asked: list[Prepared] = []
+            try:
+                asked = [prepare(query, names[0])]
+                prepared = prepare_all(documents, names[1], until, known)
+            except (ContentError, BackendError) as error:
+                if isinstance(error, ContentError) and self._ranking.on_error != "return":
+                    raise
+                outcomes = [error] * len(documents)
+                prepared = []
+            self._pairs.append((asked, prepared))
+            self._outcomes.append(outcomes)
+
+    def calls(self) -> Iterator[tuple[list[Prepared], list[Prepared]]]:
+        """Yield queries and documents to ask about, whole queries at a time; `take` gets what came of them."""
+        self._asked, count = [], 0
+        for position, (_, documents) in enumerate(self._pairs):
+            if not documents:
+                continue
+            if self._asked and count + len(documents) > MOST_DOCUMENTS:
+                yield self._together()
+                self._asked, count = [], 0
+            self._asked.append(position)
+            count += len(documents)
+        if self._asked:
+            yield self._together()
+
+    def _together(self) -> tuple[list[Prepared], list[Prepared]]:
+        pairs = [self._pairs[position] for position in self._asked]
+        documents = [document for _, documents in pairs for document in documents]
+        if len(pairs) == 1:
+            return pairs[0][0], documents
+        return [query for asked, documents in pairs for query in asked * len(documents)], documents
+
+    def take(self, outcomes: list[Outcome]) -> None:
+        """Take the outcomes of one of the `calls`.
+
+        Raises:
+            RerankError: What is never passed through nor returned; any failure where it is to be raised.
+        """
+        start = 0
+        errors = set()
+        for position in self._asked:
+            count = len(self._pairs[position][1])
+            self._outcomes[position] = outcomes[start : start + count]
+            start += count
+            errors.add(failure(self._outcomes[position]))
+        for position in self._asked:
+            error = failure(self._outcomes[position])
+            if error is not None and (self._ranking.on_error == "raise" or not isinstance(error, _PASSED_ON)):
+                raise error if self._alone or len(errors) == 1 else naming_query(error, position)
+
+    def results(self) -> list[Any]:
+        """Rank each query's documents, or put its error there where that is wanted."""
+        results = [self._ranking.result(outcomes) for outcomes in self._outcomes]
+        if self._ranking.on_error == "passthrough":
+            warn_of([outcome for outcomes in self._outcomes for outcome in outcomes])
+        return results
 
 
-def _parts(scores: Sequence[float | None], counts: Sequence[int]) -> Iterator[Sequence[float | None]]:
-    """The scores of each query."""
-    start = 0
-    for count in counts:
-        yield scores[start : start + count]
-        start += count
+_PASSED_ON = (BackendError, ContentError)
+"""What is of a query, its documents or the back end; all else is a mistake in the call or the settings."""

@@ -28,9 +28,6 @@ from rag_rerank.errors import ConfigError
 
 SHIPPED = Path(__file__).parent / "templates"
 
-NEUTRAL = "a"
-"""A text that no model or server refuses: what becomes of it is due to what stands around it."""
-
 # For finding out where a template puts the texts. Spaces at the ends show whether it strips them.
 _QUERY, _DOCUMENT = " \u2042query\u2042 ", " \u2042document\u2042 "
 
@@ -112,6 +109,10 @@ class Template:
             ) from error
         except (jinja2.TemplateError, TypeError, ValueError, ArithmeticError, LookupError) as error:
             raise ConfigError(f"the template {self.name!r} fails: {error}") from error
+
+    def takes(self, variable: str) -> bool:
+        """Tell whether the prompt changes with a variable, such as ``"instruction"``."""
+        return self.render("q", "d", {variable: _QUERY}) != self.render("q", "d", {variable: _DOCUMENT})
 
     def split(self, variables: Mapping[str, Any] | None = None) -> "Halves":
         """The prompt in two halves, for servers that have no template and join query and document themselves.

@@ -28,10 +28,11 @@ from rag_rerank.cli.options import (
 )
 from rag_rerank.cli.scoring_files import rerank_file_shown
 from rag_rerank.cli.scoring_with_ray import rerank_with_ray
-from rag_rerank.content import Image, Input
 from rag_rerank.display import Reranked, described
 from rag_rerank.errors import ConfigError
-from rag_rerank.scorer import Ranked, Scorer
+from rag_rerank.inputs.content import Image, Input
+from rag_rerank.ranking import Ranked
+from rag_rerank.scorer import Scorer
 
 QueryArgument = Annotated[str | None, typer.Argument(help="The query; without one, JSON Lines are read from stdin.")]
 DocumentsArgument = Annotated[

@@ -101,7 +101,7 @@ def _remote(scorer: VLLMScorer) -> dict[str, Any] | None:
     options = dataclasses.asdict(scorer._options)
     return {
         "options": {name: value for name, value in options.items() if name not in _REMOTE_BESIDE_THE_POINT},
-        "template": None if scorer._halves is None else scorer._halves.of("{query}", "{document}"),
+        "template": None if scorer._template is None else scorer._halves().of("{query}", "{document}"),
         "prompts": [scorer._query_prompt, scorer._document_prompt],
         "truncates": scorer._truncate_automatically,
         "api": scorer._api,

@@ -7,7 +7,9 @@ from typing import Any
 
 from rag_rerank.errors import AuthError, BackendRejected, BadReply, DocumentRejected
 from rag_rerank.files.formats import encoded
-from rag_rerank.scorer import Ranked, Scorer, prepared
+from rag_rerank.inputs.preparing import prepare
+from rag_rerank.ranking import Ranked
+from rag_rerank.scorer import Scorer
 
 _HARMLESS = "what is a panda?", "a bear"  # what any back end in working order scores
 
@@ -81,7 +83,7 @@ def _contents(row: Any) -> tuple[Any, list[Any]]:
             got = type(row[name]).__name__ if name in row else "nothing"
             raise ValueError(f'"{name}" must be {kind.__name__}, got {got}')
     documents = [_content_of(document, f"documents[{position}]") for position, document in enumerate(row["documents"])]
-    return prepared(row["query"], "query"), documents
+    return prepare(row["query"], "query"), documents
 
 
 def _content_of(document: Any, name: str) -> Any:
@@ -91,7 +93,7 @@ def _content_of(document: Any, name: str) -> Any:
         content = document
     if not isinstance(content, str) and not _has_parts(content):
         raise ValueError(f'{name} must be str or an object with a "text", got {type(document).__name__}')
-    return prepared(content, name)
+    return prepare(content, name)
 
 
 def _has_parts(value: Any) -> bool:

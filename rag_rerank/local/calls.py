@@ -12,7 +12,7 @@ from concurrent.futures import Future, InvalidStateError
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from rag_rerank.content import Mixed, Prepared
+from rag_rerank.inputs.multimodal import Multimodal, Prepared
 from rag_rerank.local.model import Inputs, Model, TextOnly, TokenSequence
 
 if TYPE_CHECKING:
@@ -29,9 +29,12 @@ class Call:
     Args:
         queries: One for all documents, or one each.
         documents: The documents, at least one.
+        instruction: The task, for a template with a place for it.
     """
 
-    def __init__(self, queries: Sequence[Prepared], documents: Sequence[Prepared]) -> None:
+    def __init__(
+        self, queries: Sequence[Prepared], documents: Sequence[Prepared], instruction: str | None = None
+    ) -> None:
         self.future: Future[list[float]] = Future()
         self._places: list[int] | None = None  # of each document among the different ones
         queries, documents = list(queries), list(documents)
@@ -42,8 +45,8 @@ class Call:
             self._places = [places[pair] for pair in pairs]
             documents = [document for _, document in places]
             queries = queries if len(queries) == 1 else [query for query, _ in places]
-        self._queries, self._documents = queries, documents
-        self._mixed = any(isinstance(each, Mixed) for each in (*queries, *documents))
+        self._queries, self._documents, self._instruction = queries, documents, instruction
+        self._mixed = any(isinstance(each, Multimodal) for each in (*queries, *documents))
         self._begun = 0  # documents that have been tokenised
         self._scored = 0
         self._scores = [0.0] * len(documents)
@@ -87,7 +90,8 @@ class Call:
             raise TextOnly
         part = slice(self._begun, self._begun + PART)
         queries = self._queries if len(self._queries) == 1 else self._queries[part]
-        inputs = model.inputs(queries, self._documents[part])
+        own = () if self._instruction is None else (self._instruction,)
+        inputs = model.inputs(queries, self._documents[part], *own)
         lot = _Part(self, self._begun, inputs, len(inputs.sequences))
         self._begun = min(part.stop, len(self._documents))
         # Longest first, so that the batch that needs most memory comes first, and if it fits, so do the others.

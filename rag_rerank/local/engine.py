@@ -17,8 +17,8 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from rag_rerank.content import Prepared
-from rag_rerank.errors import BackendError, BackendUnavailable, RerankError
+from rag_rerank.errors import BackendError, RerankError
+from rag_rerank.inputs.multimodal import Prepared
 from rag_rerank.local.calls import Call, Item, next_round
 from rag_rerank.local.model import Model
 
@@ -43,14 +43,12 @@ class Engine:
     Args:
         load: Makes the model; called in the thread when the first work comes, and again after it failed.
         name: For the thread's name and for errors.
-        max_waiting_calls: How many calls may be unfinished at a time.
     """
 
-    def __init__(self, load: Callable[[], Model], *, name: str, max_waiting_calls: int) -> None:
+    def __init__(self, load: Callable[[], Model], *, name: str) -> None:
         self._inbox: queue.SimpleQueue[Call | _Ran | None] = queue.SimpleQueue()
-        self._name, self._max_waiting_calls = name, max_waiting_calls
+        self._name = name
         self._lock = threading.Lock()
-        self._unfinished = 0
         self._told_of_cuts = False
         self._closing = threading.Event()
         # The thread holds the inbox, not the engine: whoever drops the engine can have it collected and closed.
@@ -59,20 +57,16 @@ class Engine:
         )
         self._thread.start()
 
-    def submit(self, queries: Sequence[Prepared], documents: Sequence[Prepared]) -> "Future[list[float]]":
+    def submit(
+        self, queries: Sequence[Prepared], documents: Sequence[Prepared], instruction: str | None = None
+    ) -> "Future[list[float]]":
         """Hand in one call; no documents only loads the model. Cancelling the future takes it back, even half done."""
-        call = Call(queries, documents)
+        call = Call(queries, documents, instruction)
         error: RerankError | None = None
         with self._lock:  # nothing may come behind the None that ends the thread: nobody would ever answer it
             if self._closing.is_set():
                 error = _closed(self._name)
-            elif self._unfinished >= self._max_waiting_calls:
-                error = BackendUnavailable(
-                    f"{self._name} has {self._unfinished} calls waiting already",
-                    remedy="Try again later, bound the calls at a time, or set max_waiting_calls.",
-                )
             else:
-                self._unfinished += 1
                 call.future.add_done_callback(lambda _: self._finished(call))
                 self._inbox.put(call)
         if error is not None:
@@ -89,7 +83,6 @@ class Engine:
 
     def _finished(self, call: Call) -> None:
         with self._lock:
-            self._unfinished -= 1
             level = logging.DEBUG if self._told_of_cuts else logging.WARNING
             self._told_of_cuts = self._told_of_cuts or call.cut > 0
         if call.cut:

@@ -16,8 +16,8 @@ from torch import Tensor
 from rag_rerank.errors import ConfigError, ContentError
 
 if TYPE_CHECKING:
+    from rag_rerank.inputs.images import ImageFile
     from rag_rerank.local.checkpoint import Checkpoint
-    from rag_rerank.pictures import Picture
 
 _BICUBIC = 3  # Pillow's number for it
 _MOST_OBLONG = 200  # transformers and vLLM refuse what is longer for its width
@@ -108,7 +108,7 @@ class ImageProcessor:
         wide, high = self.size(width, height)
         return wide * high // self.side**2
 
-    def patches(self, picture: "Picture") -> tuple[Tensor, tuple[int, int]]:
+    def patches(self, picture: "ImageFile") -> tuple[Tensor, tuple[int, int]]:
         """Decode a picture and cut it up; about 30 ms for a million pixels.
 
         Returns:

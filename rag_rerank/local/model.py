@@ -10,8 +10,8 @@ from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-from rag_rerank.content import Mixed
 from rag_rerank.errors import ContentError
+from rag_rerank.inputs.multimodal import Multimodal
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -73,9 +73,9 @@ class Model(Protocol):
 
     @property
     def sees(self) -> bool:
-        """Whether queries and documents may be `Mixed`; if not, all are text."""
+        """Whether queries and documents may be `Multimodal`; if not, all are text."""
 
-    # Any: str, and Mixed where it sees.
+    # Any: str, and Multimodal where it sees.
     def room(self, queries: Sequence[Any]) -> list[int]:
         """How many tokens of a document it reads beside each of the queries."""
 
@@ -102,7 +102,7 @@ class Unreadable(ContentError):
         message: Why, to follow ``documents[3]``.
     """
 
-    def __init__(self, side: Side, value: Mixed, message: str) -> None:
+    def __init__(self, side: Side, value: Multimodal, message: str) -> None:
         super().__init__(message)
         self.side, self.value = side, value
 

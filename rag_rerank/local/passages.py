@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from rag_rerank.content import Prepared
+from rag_rerank.inputs.multimodal import Prepared
 from rag_rerank.local.model import Inputs, Model, Pace, TokenSequence
 
 if TYPE_CHECKING:

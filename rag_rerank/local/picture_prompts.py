@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, ClassVar, cast
 
-from rag_rerank.content import Mixed, Prepared
 from rag_rerank.errors import BackendRejected, ContentError
+from rag_rerank.inputs.multimodal import Multimodal, Prepared
 from rag_rerank.local.model import Side, TokenSequence, Unreadable
 from rag_rerank.local.prompting import PLACEHOLDER_TOKENS, SLACK, Prompts, no_room
 from rag_rerank.local.vision_tower import SeenPicture, Tower
@@ -21,7 +21,7 @@ from rag_rerank.local.vision_tower import SeenPicture, Tower
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from rag_rerank.pictures import Picture
+    from rag_rerank.inputs.images import ImageFile
 
 PLACEHOLDER = "<|vision_start|>", "<|image_pad|>", "<|vision_end|>"
 """What stands for a picture in a prompt of Qwen2-VL and its successors."""
@@ -51,7 +51,7 @@ class PicturePrompts:
     tower: Tower
     sees: ClassVar[bool] = True
     _marks: tuple[int, ...] = field(init=False)
-    _known: "weakref.WeakValueDictionary[Picture, SeenPicture]" = field(
+    _known: "weakref.WeakValueDictionary[ImageFile, SeenPicture]" = field(
         init=False, repr=False, default_factory=weakref.WeakValueDictionary
     )
     _numbers: "itertools.count[int]" = field(init=False, repr=False, default_factory=lambda: itertools.count(-1, -1))
@@ -126,7 +126,7 @@ class PicturePrompts:
         except ContentError as error:
             raise Unreadable(side, value, str(error)) from error
 
-    def _seen(self, picture: "Picture") -> SeenPicture:
+    def _seen(self, picture: "ImageFile") -> SeenPicture:
         seen = self._known.get(picture)
         if seen is None:
             tokens = self.tower.processor.tokens(picture.width, picture.height)
@@ -141,15 +141,15 @@ class PicturePrompts:
             document: The document.
             spare: Tokens that are to be left.
         """
-        if isinstance(query, Mixed):
+        if isinstance(query, Multimodal):
             [room] = self.prompts.room([""])
             self._check_fit("queries", query, room - len(self._text_ids(query.text)) - spare)
-        if isinstance(document, Mixed):
+        if isinstance(document, Multimodal):
             [room] = self.room([query])
             if room > 0:  # else it is the query's text
                 self._check_fit("documents", document, room - spare)
 
-    def _check_fit(self, side: Side, value: Mixed, room: int) -> None:
+    def _check_fit(self, side: Side, value: Multimodal, room: int) -> None:
         count, processor = len(value.pictures), self.tower.processor
         around = PLACEHOLDER_TOKENS - 1
         needed = sum(seen.tokens + around for seen in self._see(side, value))

@@ -8,11 +8,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from rag_rerank.content import Mixed, Prepared
 from rag_rerank.errors import BackendRejected
+from rag_rerank.inputs.multimodal import Multimodal, Prepared
+from rag_rerank.isolation import NEUTRAL
 from rag_rerank.local.encoding import Truncation, encode
 from rag_rerank.local.model import Inputs, Model, Pace, TokenSequence
-from rag_rerank.template import NEUTRAL, Template
+from rag_rerank.template import Template
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -197,4 +198,4 @@ class Limited:
         if limit < LEAST_PER_PICTURE * len(each.pictures):
             return each
         text = cut(self.tokenizer, each.text, limit - PLACEHOLDER_TOKENS * len(each.pictures))
-        return Mixed((*each.pictures, text))
+        return Multimodal((*each.pictures, text))

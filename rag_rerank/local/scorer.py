@@ -11,8 +11,9 @@ import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rag_rerank.content import Link, Prepared
 from rag_rerank.errors import ContentError, DeadlineExceeded
+from rag_rerank.inputs.multimodal import Link, Prepared
+from rag_rerank.inputs.preparing import text_only
 from rag_rerank.local.engine import Engine
 from rag_rerank.local.model import Model, Side, TextOnly, Unreadable
 from rag_rerank.local.settings import Dtype, LongDocuments, ScoreType, Settings
@@ -79,6 +80,8 @@ class LocalScorer(Scorer):
     `document_prompt` are each a `ContentError` that names the position.
     """
 
+    accepts_images = accepts_instruction = True
+
     def __init__(
         self,
         model: str | os.PathLike[str] = DEFAULT_MODEL,
@@ -129,12 +132,12 @@ class LocalScorer(Scorer):
             model_kwargs=dict(model_kwargs or {}),
             tokenizer_kwargs=dict(tokenizer_kwargs or {}),
         )
-        self._reset()
+        self._max_waiting_calls = max_waiting_calls
+        self._start()
 
-    def _reset(self) -> None:
+    def _start(self) -> None:
         self._lock = threading.Lock()
         self._engine: Engine | None = None
-        self._engine_pid = 0
 
     @property
     def model_name(self) -> str:
@@ -147,38 +150,48 @@ class LocalScorer(Scorer):
         Raises:
             ConfigError: It can't be loaded as asked.
         """
-        self._begin(None)
+        self._begin(None, None)
         self._running_engine().submit(["warm"], ["up"]).result()
 
-    def _score(self, queries: list[str], documents: list[str], until: float | None) -> list[float]:
-        return self._result(*self._prefixed(queries, documents), until)
-
-    async def _ascore(self, queries: list[str], documents: list[str], until: float | None) -> list[float]:
-        return await self._aresult(*self._prefixed(queries, documents), until)
-
-    def _score_mixed(self, queries: list[Prepared], documents: list[Prepared], until: float | None) -> list[float]:
-        asked, read = self._prefixed(queries, documents)
-        try:
-            return self._result(asked, read, until)
-        except TextOnly:
-            return super()._score_mixed(queries, documents, until)  # says what and where
-        except Unreadable as error:
-            raise _placed(error, asked, read) from error
-
-    async def _ascore_mixed(
-        self, queries: list[Prepared], documents: list[Prepared], until: float | None
+    def _score(
+        self,
+        queries: Sequence[Prepared],
+        documents: Sequence[Prepared],
+        until: float | None,
+        instruction: str | None = None,
     ) -> list[float]:
         asked, read = self._prefixed(queries, documents)
         try:
-            return await self._aresult(asked, read, until)
+            return self._result(asked, read, until, instruction)
         except TextOnly:
-            return super()._score_mixed(queries, documents, until)
+            raise text_only(self.model_name, queries, documents) from None
         except Unreadable as error:
             raise _placed(error, asked, read) from error
 
-    def _result(self, queries: Sequence[Prepared], documents: Sequence[Prepared], until: float | None) -> list[float]:
+    async def _ascore(
+        self,
+        queries: Sequence[Prepared],
+        documents: Sequence[Prepared],
+        until: float | None,
+        instruction: str | None = None,
+    ) -> list[float]:
+        asked, read = self._prefixed(queries, documents)
+        try:
+            return await self._aresult(asked, read, until, instruction)
+        except TextOnly:
+            raise text_only(self.model_name, queries, documents) from None
+        except Unreadable as error:
+            raise _placed(error, asked, read) from error
+
+    def _result(
+        self,
+        queries: Sequence[Prepared],
+        documents: Sequence[Prepared],
+        until: float | None,
+        instruction: str | None,
+    ) -> list[float]:
         began = time.monotonic()
-        work = self._running_engine().submit(queries, documents)
+        work = self._running_engine().submit(queries, documents, instruction)
         try:
             return work.result(None if until is None else max(0.0, until - began))
         except TimeoutError as error:
@@ -187,10 +200,14 @@ class LocalScorer(Scorer):
             work.cancel()  # no effect on finished work; what nobody waits for any more is not scored
 
     async def _aresult(
-        self, queries: Sequence[Prepared], documents: Sequence[Prepared], until: float | None
+        self,
+        queries: Sequence[Prepared],
+        documents: Sequence[Prepared],
+        until: float | None,
+        instruction: str | None,
     ) -> list[float]:
         began = time.monotonic()
-        work = asyncio.wrap_future(self._running_engine().submit(queries, documents))
+        work = asyncio.wrap_future(self._running_engine().submit(queries, documents, instruction))
         try:
             async with asyncio.timeout(None if until is None else until - began):
                 return await work  # cancelling the task cancels the work
@@ -218,9 +235,9 @@ class LocalScorer(Scorer):
     def _running_engine(self) -> Engine:
         """The engine of this process, started when needed: threads don't survive a fork."""
         with self._lock:
-            if self._engine is None or self._engine_pid != os.getpid():
+            if self._engine is None:
                 settings = self._settings  # not self: the thread must not keep the scorer alive
-                self._engine, self._engine_pid = _engine(settings), os.getpid()
+                self._engine = _engine(settings)
                 # The thread must not outlive a scorer that nobody closed, nor run on into interpreter shutdown.
                 weakref.finalize(self, self._engine.close)
             return self._engine
@@ -228,7 +245,7 @@ class LocalScorer(Scorer):
     def _close(self) -> None:
         with self._lock:
             engine, self._engine = self._engine, None
-        if engine is not None and self._engine_pid == os.getpid():
+        if engine is not None and self._process in (0, os.getpid()):
             engine.close()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -237,14 +254,15 @@ class LocalScorer(Scorer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         self._settings = state["settings"]
         self._closed = state["closed"]
-        self._reset()
+        self._max_waiting_calls = self._settings.max_waiting_calls
+        self._start()
 
     def __repr__(self) -> str:
         return f"LocalScorer({self.model_name!r})"
 
 
 def _engine(settings: Settings) -> Engine:
-    return Engine(lambda: _load(settings), name=settings.model, max_waiting_calls=settings.max_waiting_calls)
+    return Engine(lambda: _load(settings), name=settings.model)
 
 
 def _load(settings: Settings) -> Model:

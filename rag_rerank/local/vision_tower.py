@@ -16,7 +16,7 @@ from rag_rerank.local.image_processor import ImageProcessor
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from rag_rerank.pictures import Picture
+    from rag_rerank.inputs.images import ImageFile
 
 
 @dataclass(slots=True, eq=False, weakref_slot=True)
@@ -30,7 +30,7 @@ class SeenPicture:
         features: What the vision tower makes of it, from when it is asked for until the last use.
     """
 
-    picture: "Picture"
+    picture: "ImageFile"
     number: int
     tokens: int
     uses: int = 0

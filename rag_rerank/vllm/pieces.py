@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from rag_rerank.mixed import Link, Mixed, Prepared
+from rag_rerank.inputs.multimodal import Link, Multimodal, Prepared
 
 MOST_BYTES = 8 << 20
 """Of one request, where it has more than one document: about 10 ms of encoding, in which an event loop stands still."""
@@ -42,12 +42,12 @@ def size_of(value: Prepared) -> int:
 
 def links(inputs: Sequence[Prepared]) -> list[Link]:
     """What the server has to fetch."""
-    return [part for each in inputs if isinstance(each, Mixed) for part in each.parts if isinstance(part, Link)]
+    return [part for each in inputs if isinstance(each, Multimodal) for part in each.parts if isinstance(part, Link)]
 
 
 def has_image(inputs: Sequence[Prepared]) -> bool:
     """Whether there is an image in any of them; videos don't count."""
-    parts = (part for each in inputs if isinstance(each, Mixed) for part in each.parts)
+    parts = (part for each in inputs if isinstance(each, Multimodal) for part in each.parts)
     return any(
         not isinstance(part, str) and not (isinstance(part, Link) and part.kind == "video_url") for part in parts
     )

@@ -13,10 +13,10 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from rag_rerank.errors import BackendRejected, BackendUnavailable, DocumentRejected
-from rag_rerank.mixed import Mixed, Prepared, hidden
-from rag_rerank.pictures import BLANK
-from rag_rerank.scorer import text_only
-from rag_rerank.template import NEUTRAL
+from rag_rerank.inputs.images import BLANK
+from rag_rerank.inputs.multimodal import Multimodal, Prepared, hidden
+from rag_rerank.inputs.preparing import text_only
+from rag_rerank.isolation import NEUTRAL
 from rag_rerank.vllm.exchange import Exchange
 from rag_rerank.vllm.pieces import cut, has_image, links, places, size_of
 from rag_rerank.vllm.steps import Steps, Together
@@ -38,7 +38,7 @@ API = Literal["score", "rerank"]
 _BLIND = re.compile("MultiModalParam is not supported|only supports text as input")
 _CUTS_DOCUMENTS = (0, 20)  # vLLM's max_tokens_per_doc
 _MOST_TOKENS_OF_A_TEMPLATE = 1024  # beside query and document; a guess, only for whether to measure
-NEUTRAL_PICTURE = Mixed((BLANK,))
+NEUTRAL_IMAGE = Multimodal((BLANK,))
 MOST_TOKENS_OF_A_PLACE = 16  # of an image or video in the prompt: Qwen-VL 3, Phi-3-vision 5; it stands before the text
 MOST_TOKENS_OF_A_PLAIN_PAIR = 8  # "a" and "a": BERT 5, RoBERTa 6, a bi-encoder 6; the shortest template with an end 12
 
@@ -110,8 +110,8 @@ class Call:
         groups: dict[tuple[int | None, Prepared | None, tuple[int | None, int | None] | None], list[int]] = {}
         for position, room in enumerate(rooms):
             query, document = self._query(position), self.documents[position]
-            asked = query if self.api == "rerank" or isinstance(query, Mixed) else None
-            seen = isinstance(query, Mixed) or isinstance(document, Mixed)
+            asked = query if self.api == "rerank" or isinstance(query, Multimodal) else None
+            seen = isinstance(query, Multimodal) or isinstance(document, Multimodal)
             limits = self._limits(query, document) if seen else None
             groups.setdefault((room, asked, limits), []).append(position)
         queries = None if len(self.queries) == 1 else self.queries
@@ -123,7 +123,7 @@ class Call:
 
         One rejected document of 32 costs 11 requests more, or 12 where nothing was accepted before.
         """
-        one = len(self.queries) == 1 or self.api == "rerank" or isinstance(self._query(piece[0]), Mixed)
+        one = len(self.queries) == 1 or self.api == "rerank" or isinstance(self._query(piece[0]), Multimodal)
         queries = [self._query(position) for position in (piece[:1] if one else piece)]
         documents = [self.documents[position] for position in piece]
         seen = self._seen(piece[0])
@@ -182,8 +182,8 @@ class Call:
         """
         if again or pictured not in self._sound:
             query = self.queries[0] if len(self.queries) == 1 else NEUTRAL
-            document = NEUTRAL_PICTURE if pictured else NEUTRAL
-            seen = pictured or isinstance(query, Mixed)
+            document = NEUTRAL_IMAGE if pictured else NEUTRAL
+            seen = pictured or isinstance(query, Multimodal)
             options = self._untruncated(query, document) if seen else self.options
             try:
                 yield from self._ask([query], [document], options, aside=True)
@@ -215,6 +215,7 @@ class Call:
             DocumentRejected, f"documents[{indices[0]}]{several} rejected: {first.message}", first.remedy
         )
         error.indices, error.scores, error.status = tuple(indices), tuple(self._scores), first.status
+        error.reason = first.message
         error.endpoint = first.endpoint
         error.__cause__ = first
         return error
@@ -350,7 +351,7 @@ class Call:
         return of_query, of_document
 
     def _seen(self, position: int) -> bool:
-        return isinstance(self._query(position), Mixed) or isinstance(self.documents[position], Mixed)
+        return isinstance(self._query(position), Multimodal) or isinstance(self.documents[position], Multimodal)
 
     def _query(self, position: int) -> Prepared:
         return self.queries[0 if len(self.queries) == 1 else position]

@@ -1,16 +1,15 @@
 """VLLMScorer: settings, and what is remembered about the server between calls."""
 
-import contextlib
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
-from rag_rerank.content import Prepared
-from rag_rerank.errors import BackendUnavailable, ConfigError, ContentError
+from rag_rerank.errors import ConfigError, ContentError
+from rag_rerank.inputs.multimodal import Prepared
 from rag_rerank.scorer import Scorer
-from rag_rerank.template import Halves, Template, prefixed
+from rag_rerank.template import Halves, Template
 from rag_rerank.vllm.endpoint import Endpoint
 from rag_rerank.vllm.exchange import Exchange, Rules
 from rag_rerank.vllm.nodes import Nodes
@@ -87,6 +86,8 @@ class VLLMScorer(Scorer):
             call, a server that is too old for an option, or servers of different models.
     """
 
+    accepts_images = accepts_instruction = remote = True
+
     def __init__(
         self,
         base_url: str | Sequence[str] | None = None,
@@ -134,7 +135,15 @@ class VLLMScorer(Scorer):
         )
         _check(self._options, self._rules, timeout, endpoint)
         self._truncate_automatically = truncate_prompt_tokens == "auto"
-        self._halves = None if template is None else self._split(template)
+        self._template = None if template is None else Template.load(template)
+        self._variables = {"instruction": instruction, **(chat_template_kwargs or {})}
+        self._known_halves: dict[str | None, Halves] = {}
+        if self._template is not None:
+            given = self._options
+            if (given.truncate_prompt_tokens, given.max_tokens_per_doc, given.max_tokens_per_query) != (None,) * 3:
+                raise ConfigError("a template that is rendered here can't be cut by the server: it would lose its end")
+            self._options = replace(given, instruction=None, chat_template_kwargs=None)
+            self._halves()
         self._query_prompt, self._document_prompt = query_prompt, document_prompt
         self._api: API = endpoint
         self._default_deadline = float(timeout)
@@ -154,18 +163,19 @@ class VLLMScorer(Scorer):
                     f"the key would go unencrypted to {endpoint.label}; use https, or pass send_key_over_http=True "
                     "where the network in between is trusted"
                 )
-        self._unfinished: dict[int, set[object]] = {}  # calls, by process: a forked child has none of its parent's
         self._nodes = Nodes(self._endpoints)
         self._transport = Transport(key, encrypted=any(each.root.startswith("https") for each in self._endpoints))
 
-    def _split(self, template: str | os.PathLike[str]) -> Halves:
-        """The template's halves, with the variables in them; the server then gets no more of either."""
-        options = self._options
-        if (options.truncate_prompt_tokens, options.max_tokens_per_doc, options.max_tokens_per_query) != (None,) * 3:
-            raise ConfigError("a template that is rendered here can't be cut by the server: it would lose its end")
-        variables = {"instruction": options.instruction, **(options.chat_template_kwargs or {})}
-        self._options = replace(options, instruction=None, chat_template_kwargs=None)
-        return Template.load(template).split(variables)
+    def _halves(self, instruction: str | None = None) -> Halves:
+        """The template's halves, with the variables in them; the server gets no more of either."""
+        if instruction not in self._known_halves:
+            template, variables = cast("Template", self._template), self._variables
+            if instruction is not None:
+                if not template.takes("instruction"):
+                    raise ConfigError(f"the template {template.name!r} has no place for an instruction")
+                variables = {**variables, "instruction": instruction}
+            self._known_halves = {**self._known_halves, instruction: template.split(variables)}
+        return self._known_halves[instruction]
 
     @property
     def model_name(self) -> str:
@@ -173,68 +183,43 @@ class VLLMScorer(Scorer):
         known = self._nodes.known
         return (self._model or "unknown") if known is None else known.model
 
-    def _score(self, queries: list[str], documents: list[str], until: float | None) -> list[float]:
-        with self._admitted():
-            return self._transport.run(self._steps(queries, documents, until), until)
-
-    async def _ascore(self, queries: list[str], documents: list[str], until: float | None) -> list[float]:
-        with self._admitted():
-            return await self._transport.arun(self._steps(queries, documents, until))
-
-    def _score_mixed(self, queries: list[Prepared], documents: list[Prepared], until: float | None) -> list[float]:
-        with self._admitted():
-            return self._transport.run(self._mixed_steps(queries, documents, until), until)
-
-    async def _ascore_mixed(
-        self, queries: list[Prepared], documents: list[Prepared], until: float | None
+    def _score(
+        self,
+        queries: Sequence[Prepared],
+        documents: Sequence[Prepared],
+        until: float | None,
+        instruction: str | None = None,
     ) -> list[float]:
-        with self._admitted():
-            return await self._transport.arun(self._mixed_steps(queries, documents, until))
+        return self._transport.run(self._steps(queries, documents, until, instruction), until)
 
-    @contextlib.contextmanager
-    def _admitted(self) -> Iterator[None]:
-        """Count a call as unfinished meanwhile; without a lock, which another thread might hold at a fork."""
-        unfinished, call = self._unfinished.setdefault(os.getpid(), set()), object()
-        if self._max_waiting_calls is not None and len(unfinished) >= self._max_waiting_calls:
-            raise BackendUnavailable(
-                f"{len(unfinished)} calls are waiting already",
-                endpoint=self._nodes.label,
-                attempts=0,
-                remedy="Try again later, add servers, or set max_waiting_calls.",
-            )
-        unfinished.add(call)
-        try:
-            yield
-        finally:
-            unfinished.discard(call)
+    async def _ascore(
+        self,
+        queries: Sequence[Prepared],
+        documents: Sequence[Prepared],
+        until: float | None,
+        instruction: str | None = None,
+    ) -> list[float]:
+        return await self._transport.arun(self._steps(queries, documents, until, instruction))
 
-    def _steps(self, queries: list[str], documents: list[str], until: float | None) -> Steps[list[float]]:
-        queries, documents = prefixed(self._query_prompt, queries), prefixed(self._document_prompt, documents)
-        if self._halves is not None:
-            queries = [self._halves.of(query, "")[0] for query in queries]
-            documents = [self._halves.of("", document)[1] for document in documents]
-        return self._call(queries, documents, until)
-
-    def _mixed_steps(
-        self, queries: list[Prepared], documents: list[Prepared], until: float | None
+    def _steps(
+        self,
+        queries: Sequence[Prepared],
+        documents: Sequence[Prepared],
+        until: float | None,
+        instruction: str | None,
     ) -> Steps[list[float]]:
-        if self._halves is not None:  # vLLM puts pictures before a text, so here before a half of the prompt
-            raise ContentError(
-                "an image has no place in a template that is rendered here (template=): give it to the server, "
-                "--chat-template"
-            )
-        return self._call(
-            _prefixed("query", self._query_prompt, queries),
-            _prefixed("document", self._document_prompt, documents),
-            until,
-        )
-
-    def _call(
-        self, queries: Sequence[Prepared], documents: Sequence[Prepared], until: float | None
-    ) -> Steps[list[float]]:
+        options = self._options
+        queries = _prefixed("query", self._query_prompt, queries)
+        documents = _prefixed("document", self._document_prompt, documents)
+        if self._template is not None:
+            halves = self._halves(instruction)
+            queries = [halves.of(_text(query), "")[0] for query in queries]
+            documents = [halves.of("", _text(document))[1] for document in documents]
+        elif instruction is not None:
+            options = replace(options, instruction=instruction)
         exchange = Exchange(self._nodes, self._rules, until=until, model=self._model)
-        fit = self._truncate_automatically and self._halves is None
-        return Call(exchange, queries, documents, self._options, self._api, fit).score()
+        fit = self._truncate_automatically and self._template is None
+        return Call(exchange, queries, documents, options, self._api, fit).score()
 
     def _close(self) -> None:
         self._transport.close()
@@ -245,7 +230,9 @@ class VLLMScorer(Scorer):
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()
         # Connections, what is known of servers, and what is under way stay here.
-        del state["_transport"], state["_nodes"], state["_unfinished"]
+        del state["_transport"], state["_nodes"]
+        state.pop("_unfinished", None)
+        state.pop("_process", None)
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -258,8 +245,16 @@ class VLLMScorer(Scorer):
         return f"VLLMScorer({(roots[0] if len(roots) == 1 else roots)!r}{model})"
 
 
-def _prefixed(name: str, prompt: str | None, inputs: list[Prepared]) -> list[Prepared]:
-    """As `prefixed`, for texts; ContentError where vLLM would put a picture before the prompt."""
+def _text(value: Prepared) -> str:
+    if isinstance(value, str):
+        return value
+    raise ContentError(  # vLLM puts images before a text, so here before a half of the prompt
+        "an image has no place in a template that is rendered here (template=): give it to the server, --chat-template"
+    )
+
+
+def _prefixed(name: str, prompt: str | None, inputs: Sequence[Prepared]) -> Sequence[Prepared]:
+    """Put the prompt before each text; ContentError where vLLM would put an image before the prompt."""
     if not prompt:
         return inputs
     made: list[Prepared] = []

@@ -12,8 +12,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from rag_rerank.content import Mixed
 from rag_rerank.errors import BadReply, ConfigError
+from rag_rerank.inputs.multimodal import Multimodal
 
 Version = tuple[int, int]
 
@@ -157,7 +157,7 @@ class Encoded:
     echo: int
 
     @classmethod
-    def of(cls, mixed: Mixed) -> "Encoded":
+    def of(cls, mixed: Multimodal) -> "Encoded":
         """Encode it: about 1 ms for a megabyte."""
         encoded = mixed.encoded()
         return cls(encoded, 2 * len(encoded) + 12 * len(mixed.text) + 1024)

@@ -10,9 +10,9 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from rag_rerank import BackendRejected, ConfigError, LocalScorer
 from rag_rerank.families import FAMILIES
+from rag_rerank.inputs.cleaning import clean
 from rag_rerank.local.loading import load
 from rag_rerank.local.prompting import cut
-from rag_rerank.scorer import _clean
 from rag_rerank.template import Template
 from tests.causal_models import KINDS, MAX_POSITIONS, byte_level_tokenizer, make_causal_lm, make_decoder_classifier
 from tests.pairs import largest_difference, pairs
@@ -45,7 +45,7 @@ def reference(folder: Path, kind: str, template: str, *, causal: bool, **variabl
     source = Template.load(template).source
     logits = []
     for query, document in zip(*pairs(), strict=True):
-        texts = {"query": cut(tokenizer, _clean(query), 60), "document": cut(tokenizer, _clean(document), 150)}
+        texts = {"query": cut(tokenizer, clean(query), 60), "document": cut(tokenizer, clean(document), 150)}
         messages = [{"role": role, "content": text} for role, text in texts.items()]
         prompt = tokenizer.apply_chat_template(messages, chat_template=source, tokenize=False, **variables)
         with torch.inference_mode():
@@ -182,7 +182,7 @@ class TestLength:
     def test_a_cut_text_is_a_beginning_within_the_limit(self, text: str, limit: int):
         """Between characters, never inside one."""
         tokenizer = byte_level_tokenizer("qwen3")
-        text = _clean(text)
+        text = clean(text)
         shortened = cut(tokenizer, text, limit)
         assert text.startswith(shortened)
         assert len(tokenizer(shortened, add_special_tokens=False)["input_ids"]) <= limit
@@ -205,7 +205,7 @@ class TestSpecialTokens:
         def count(text: str) -> int:
             return sum(token in added for token in tokenizer(template.render("q", text))["input_ids"])
 
-        return count(_clean(document)) - count("")
+        return count(clean(document)) - count("")
 
     @settings(max_examples=1000)
     @given(st.text(max_size=200))

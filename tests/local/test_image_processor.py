@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil, smart_resize
 
 from rag_rerank import ConfigError, ContentError
+from rag_rerank.inputs.images import read_image
 from rag_rerank.local.image_processor import ImageProcessor
-from rag_rerank.pictures import read_picture
 from tests.vision_models import picture
 
 OPTIONS = {
@@ -61,7 +61,7 @@ class TestPatches:
     def test_are_those_of_transformers(self, processor: ImageProcessor, size: tuple[int, int]):
         """Equal where nothing is scaled; else Pillow, which transformers scales with here, rounds some differently."""
         image = picture(*size)
-        ours, (rows, columns) = processor.patches(read_picture(image))
+        ours, (rows, columns) = processor.patches(read_image(image))
         theirs = Qwen2VLImageProcessorPil(**OPTIONS)(images=[image], return_tensors="pt")
         assert theirs["image_grid_thw"].tolist() == [[1, rows, columns]]
         difference = (ours - theirs["pixel_values"]).abs()

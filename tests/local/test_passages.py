@@ -12,9 +12,9 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from rag_rerank import BackendRejected, ConfigError, LocalScorer
 from rag_rerank.embedded import collection_folder
 from rag_rerank.evaluation import Collection
+from rag_rerank.inputs.cleaning import clean
 from rag_rerank.local.loading import load
 from rag_rerank.local.passages import LEAST_ROOM, passages
-from rag_rerank.scorer import _clean
 from tests.causal_models import make_decoder_classifier
 from tests.encoder_models import make_bi_encoder, make_colbert
 from tests.models import make_bert_cross_encoder, word_piece_tokenizer
@@ -197,7 +197,7 @@ class TestRoom:
         """Beside any query, uncut; of one that is longer as much is read, or in a pair until the window is full."""
         with LocalScorer(folders[kind], **MAKERS[kind][1]) as scorer:
             model = load(scorer._settings)
-        query = _clean(query)  # as every scorer does first
+        query = clean(query)  # as every scorer does first
         [room] = model.room([query])
         limit = model.prompts.max_length
         lengths = [room - 4, room, room + 20]

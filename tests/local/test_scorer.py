@@ -318,7 +318,7 @@ class TestCallers:
     """Threads, event loops, copies, deadlines."""
 
     def test_many_threads_get_their_own_scores(self, local_cross_encoder: LocalScorer, documents: list[str]):
-        """Mixed into common batches, told apart again."""
+        """Multimodal into common batches, told apart again."""
         expected = local_cross_encoder.score(QUERY, documents)
         with ThreadPoolExecutor(8) as pool:
             scores = list(pool.map(lambda text: local_cross_encoder.score(QUERY, [text])[0], documents))

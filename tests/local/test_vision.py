@@ -12,7 +12,8 @@ from PIL import Image as PillowImage
 from safetensors.torch import load_file, save_file
 
 from rag_rerank import BackendRejected, ConfigError, Content, ContentError, DeadlineExceeded, Image, LocalScorer, Video
-from rag_rerank.content import Mixed, prepare
+from rag_rerank.inputs.multimodal import Multimodal
+from rag_rerank.inputs.preparing import prepare
 from rag_rerank.local.loading import load
 from rag_rerank.local.model import Pace
 from rag_rerank.local.prompting import cut
@@ -210,7 +211,7 @@ class TestWork:
     def model(self, folder: Path):
         return load(LocalScorer(folder, dtype="float32")._settings)
 
-    def mixed(self, *parts: str | PillowImage.Image) -> Mixed:
+    def mixed(self, *parts: str | PillowImage.Image) -> Multimodal:
         return prepare(content(parts), "documents", str)
 
     def test_a_picture_goes_through_the_tower_once(self, model):

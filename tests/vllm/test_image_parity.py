@@ -12,9 +12,9 @@ import pytest
 from PIL import Image as PillowImage
 
 from rag_rerank import Content, Image, Input, LocalScorer, VLLMScorer
-from rag_rerank.content import Mixed
+from rag_rerank.inputs.multimodal import Multimodal
+from rag_rerank.inputs.preparing import prepare
 from rag_rerank.local.loading import load
-from rag_rerank.scorer import prepared
 from rag_rerank.template import SHIPPED
 from tests import vllm_server
 from tests.conftest import require_server
@@ -85,8 +85,8 @@ def post(server: VLLMServer, query: Input, documents: Sequence[Input], **options
     """Ask the server, with no client in between."""
 
     def wire(each: Input) -> object:
-        ready = prepared(each, "it")
-        return ready.wire if isinstance(ready, Mixed) else ready
+        ready = prepare(each, "it")
+        return ready.wire if isinstance(ready, Multimodal) else ready
 
     body = {"text_1": wire(query), "text_2": [wire(each) for each in documents], **options}
     answer = httpx.post(f"{server.base_url}/score", json=body, timeout=120)
@@ -120,7 +120,7 @@ def test_prompts_have_as_many_tokens(vllm_sees: VLLMServer, local: LocalScorer):
     documents = list(DOCUMENTS.values())
     model = load(local._settings)
     for query in QUERIES.values():
-        inputs = model.inputs([prepared(query, "it")], [prepared(each, "it") for each in documents])
+        inputs = model.inputs([prepare(query, "it")], [prepare(each, "it") for each in documents])
         counted = post(vllm_sees, query, documents)["usage"]["prompt_tokens"]
         assert counted == sum(len(each.ids) for each in inputs.sequences)
 

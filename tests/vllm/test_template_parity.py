@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 from rag_rerank import LocalScorer, VLLMScorer
+from rag_rerank.inputs.cleaning import clean
 from rag_rerank.local.loading import load
-from rag_rerank.scorer import _clean
 from rag_rerank.template import SHIPPED, Template
 from tests import vllm_server
 from tests.causal_models import MAX_POSITIONS, make_causal_lm, make_decoder_classifier
@@ -131,7 +131,7 @@ def test_scores_are_equal(case: Case, vllm_decoder: VLLMServer):
 
 def test_prompts_have_the_same_tokens(case: Case, vllm_decoder: VLLMServer):
     """Ours, and what the server's tokenizer makes of the rendered template; and as many as the server counts."""
-    queries, documents = ([_clean(text[:100]) for text in texts[:5] + texts[-12:-6]] for texts in pairs())
+    queries, documents = ([clean(text[:100]) for text in texts[:5] + texts[-12:-6]] for texts in pairs())
     with both(case, vllm_decoder, **CUTS) as (local, _):
         model = load(local._settings)
         template = Template.load(case.template)

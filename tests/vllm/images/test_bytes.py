@@ -13,7 +13,7 @@ import pytest
 from PIL import Image as PILImage
 
 from rag_rerank import Content, ContentError, Image, Video, VLLMScorer
-from rag_rerank.pictures import read_picture
+from rag_rerank.inputs.images import read_image
 from tests import drawn
 from tests.faulty_server import FaultyServer, Request, http
 from tests.vllm_server import PYTHON, ROOT, VLLMServer, why_not
@@ -55,7 +55,7 @@ print("results:", json.dumps(results))
 
 def looks(data: bytes) -> list[object]:
     """What a model sees, by our reading."""
-    image = read_picture(data).decoded()
+    image = read_image(data).decoded()
     return [image.mode, image.width, image.height, hashlib.sha256(image.tobytes()).hexdigest()]
 
 
@@ -129,7 +129,7 @@ def test_vllm_reads_what_we_send():
         "text",
         *([looks(data)] for data in files.values()),
         [looks(files["turned"])],
-        [looks(read_picture(files["PNG"], 100).data)],
+        [looks(read_image(files["PNG"], 100).data)],
         ["before", looks(red), "after", looks(page)],
         ["https://pictures.example/a.png"],
         ["https://pictures.example/a.mp4"],

@@ -23,8 +23,8 @@ from rag_rerank import (
     Video,
     VLLMScorer,
 )
-from rag_rerank.content import Mixed
-from rag_rerank.pictures import read_picture
+from rag_rerank.inputs.images import read_image
+from rag_rerank.inputs.multimodal import Multimodal
 from rag_rerank.vllm import pieces, wire
 from tests import drawn
 from tests.faulty_server import FaultyServer, Request, Steps, http, oracle, refusal, spelled
@@ -207,14 +207,14 @@ class TestSizes:
 
     def test_what_has_its_score_is_let_go(self, server: FaultyServer, monkeypatch: pytest.MonkeyPatch):
         """Only those on their way are held encoded: here four requests of four at once, of 100."""
-        monkeypatch.setattr(pieces, "MOST_BYTES", 4 * Mixed((read_picture(RED),)).size + 50)
+        monkeypatch.setattr(pieces, "MOST_BYTES", 4 * Multimodal((read_image(RED),)).size + 50)
         held: list[int] = []
         encode = wire.Encoded.of
 
         def alive() -> int:
             return sum(type(each) is wire.Encoded for each in gc.get_objects())
 
-        def counting(mixed: Mixed) -> wire.Encoded:
+        def counting(mixed: Multimodal) -> wire.Encoded:
             held.append(alive() - before)
             return encode(mixed)
 

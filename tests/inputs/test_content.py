@@ -19,9 +19,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rag_rerank import ConfigError, Content, ContentError, Image, Scorer, Video
-from rag_rerank.content import Link, Mixed, prepare
 from rag_rerank.display import described
-from rag_rerank.pictures import Picture
+from rag_rerank.inputs.images import ImageFile
+from rag_rerank.inputs.multimodal import Link, Multimodal
+from rag_rerank.inputs.preparing import prepare
 from tests import drawn
 from tests.faulty_server import FaultyServer
 from tests.scorers import WordOverlap
@@ -43,7 +44,7 @@ class Eyes(Scorer):
 
     def _score_mixed(self, queries: list[Any], documents: list[Any], until: float | None) -> list[float]:
         self.calls.append((queries, documents))
-        return [float(len(each.pictures)) if isinstance(each, Mixed) else 0.0 for each in documents]
+        return [float(len(each.pictures)) if isinstance(each, Multimodal) else 0.0 for each in documents]
 
 
 class TestImage:
@@ -137,7 +138,7 @@ class TestContent:
         [(queries, [plain, mixed])] = scorer.calls
         assert (queries, plain) == (["q"], "plain")
         assert mixed.text == "one\ntwo"
-        assert [type(part) for part in mixed.parts] == [str, Picture, str, Picture, Link]
+        assert [type(part) for part in mixed.parts] == [str, ImageFile, str, ImageFile, Link]
         assert all(picture.data == PNG for picture in mixed.pictures)
         assert json.loads(mixed.encoded()) == mixed.wire
         assert abs(mixed.size - len(mixed.encoded())) < 300
@@ -186,7 +187,7 @@ class TestMappings:
         for value in ({"content": [part]}, {"content": (part,), "role": "user"}, MappingProxyType({"content": [part]})):
             assert isinstance(value, Mapping)
             mixed = prepare(value, "documents[0]", str)
-            assert isinstance(mixed, Mixed)
+            assert isinstance(mixed, Multimodal)
             assert mixed.pictures[0].data == PNG
 
     @pytest.mark.parametrize(

@@ -29,7 +29,7 @@ _FORMATS = {
 
 
 @dataclass(frozen=True, repr=False)
-class Picture:
+class ImageFile:
     """A picture file that can be decoded.
 
     Attributes:
@@ -54,10 +54,10 @@ class Picture:
             return _as_rgb(image)
 
     def __repr__(self) -> str:
-        return f"Picture({self.media_type}, {self.width}x{self.height})"
+        return f"ImageFile({self.media_type}, {self.width}x{self.height})"
 
 
-BLANK = Picture(
+BLANK = ImageFile(
     base64.b64decode(
         "iVBORw0KGgoAAAANSUhEUgAAAEAAAABACAAAAACPAi4CAAAAK0lEQVR42u3MMREAAAgEoNf+nTWEmwcBqMlNRyAQCAQCgUAgEAgEAsHzYAFQLQF/"
         "OJ8+2wAAAABJRU5ErkJggg=="
@@ -69,7 +69,7 @@ BLANK = Picture(
 """A white square, which no model that sees refuses."""
 
 
-def read_picture(source: "Path | bytes | PIL.Image.Image", max_pixels: int | None = None) -> Picture:
+def read_image(source: "Path | bytes | PIL.Image.Image", max_pixels: int | None = None) -> ImageFile:
     """Read, check and, where asked, scale down a picture.
 
     It is decoded once to see that it is whole: about 10 ms for a million pixels.
@@ -98,7 +98,7 @@ def read_picture(source: "Path | bytes | PIL.Image.Image", max_pixels: int | Non
             except Exception as error:
                 raise ContentError(f"is a damaged picture: {error}") from error
             if scaled is None:
-                return Picture(data, _FORMATS[kind], *image.size)
+                return ImageFile(data, _FORMATS[kind], *image.size)
             return _encoded(scaled, "JPEG" if kind in ("JPEG", "MPO") else "PNG")
     _check_size(source)
     try:
@@ -113,7 +113,7 @@ def size_of(source: "Path | bytes | PIL.Image.Image") -> tuple[int, int]:
     """Width and height in pixels, without decoding any.
 
     Raises:
-        ContentError, ConfigError: As `read_picture`.
+        ContentError, ConfigError: As `read_image`.
     """
     if not isinstance(source, Path | bytes):
         return source.size
@@ -125,12 +125,12 @@ def thumbnail(source: "Path | bytes | PIL.Image.Image", max_pixels: int = 96 * 9
     """A small JPEG as a data URL, about 3 kB.
 
     Raises:
-        ContentError, ConfigError: As `read_picture`.
+        ContentError, ConfigError: As `read_image`.
     """
-    picture = read_picture(source, max_pixels)
+    picture = read_image(source, max_pixels)
     file = io.BytesIO()
     picture.decoded().save(file, "JPEG", quality=75)
-    small = Picture(file.getvalue(), "image/jpeg", picture.width, picture.height)
+    small = ImageFile(file.getvalue(), "image/jpeg", picture.width, picture.height)
     return small.data_url
 
 
@@ -226,9 +226,9 @@ def _upright(image: "PIL.Image.Image") -> "PIL.Image.Image":
         return image
 
 
-def _encoded(image: "PIL.Image.Image", kind: str) -> Picture:
+def _encoded(image: "PIL.Image.Image", kind: str) -> ImageFile:
     file = io.BytesIO()
     image.save(file, format=kind, **({"quality": 90} if kind == "JPEG" else {"compress_level": 1}))
     if file.tell() > MOST_BYTES:
         raise ContentError(f"is a picture that takes {file.tell():,} bytes as {kind}, {MOST_BYTES:,} are the most")
-    return Picture(file.getvalue(), _FORMATS[kind], *image.size)
+    return ImageFile(file.getvalue(), _FORMATS[kind], *image.size)

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageFile
 
 from rag_rerank.errors import ContentError
-from rag_rerank.pictures import BLANK, MOST_BYTES, MOST_PIXELS, read_picture
+from rag_rerank.inputs.images import BLANK, MOST_BYTES, MOST_PIXELS, read_image
 from tests import drawn
 
 ONE_OF_EACH = {
@@ -38,7 +38,7 @@ class TestKinds:
         data = ONE_OF_EACH[kind]
         (tmp_path / "page.txt").write_bytes(data)
         for source in (data, tmp_path / "page.txt"):
-            picture = read_picture(source)
+            picture = read_image(source)
             assert (picture.data, picture.media_type) == (data, f"image/{kind.lower()}")
             assert (picture.width, picture.height) == (30, 20)
             assert picture.data_url.startswith(f"data:image/{kind.lower()};base64,")
@@ -48,14 +48,14 @@ class TestKinds:
         """Pillow calls it MPO."""
         data = drawn.encoded(drawn.gradient((30, 20)), "MPO", save_all=True, append_images=[drawn.gradient((15, 10))])
         assert Image.open(io.BytesIO(data)).format == "MPO"
-        assert read_picture(data).media_type == "image/jpeg"
-        assert read_picture(data, max_pixels=100).media_type == "image/jpeg"
+        assert read_image(data).media_type == "image/jpeg"
+        assert read_image(data, max_pixels=100).media_type == "image/jpeg"
 
     def test_an_animation_is_its_first_picture(self):
         """As vLLM takes it."""
         frames = [Image.new("RGB", (5, 5), colour) for colour in (drawn.RED, drawn.BLUE)]
         data = drawn.encoded(frames[0], "GIF", save_all=True, append_images=frames[1:])
-        assert read_picture(data).decoded().getpixel((2, 2)) == drawn.RED
+        assert read_image(data).decoded().getpixel((2, 2)) == drawn.RED
 
     @pytest.mark.parametrize(
         "mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr", "HSV", "I;16", "I", "F", "LAB"]
@@ -64,7 +64,7 @@ class TestKinds:
         """And looks the same, but for what is transparent."""
         image = drawn.gradient((30, 20)).convert("L").convert("I").convert("I;16") if mode == "I;16" else None
         image = image or Image.new(mode, (30, 20))
-        picture = read_picture(image)
+        picture = read_image(image)
         assert (picture.media_type, picture.width, picture.height) == ("image/png", 30, 20)
         if mode in ("L", "RGB", "CMYK", "YCbCr"):
             assert picture.decoded().tobytes() == image.convert("RGB").tobytes()
@@ -72,7 +72,7 @@ class TestKinds:
     def test_an_image_in_memory_is_not_changed(self):
         """Nor does it matter that it was opened and not read yet."""
         image = Image.open(io.BytesIO(ONE_OF_EACH["JPEG"]))
-        assert read_picture(image).decoded().tobytes() == image.convert("RGB").tobytes()
+        assert read_image(image).decoded().tobytes() == image.convert("RGB").tobytes()
         assert image.format == "JPEG"
 
 
@@ -85,10 +85,10 @@ class TestLooks:
         exif[0x0112] = 6  # turn it clockwise
         data = drawn.encoded(drawn.gradient((30, 20)), "JPEG", exif=exif, quality=100)
         upright = drawn.gradient((30, 20)).transpose(Image.Transpose.ROTATE_270)
-        for picture in (read_picture(data), read_picture(Image.open(io.BytesIO(data)))):
+        for picture in (read_image(data), read_image(Image.open(io.BytesIO(data)))):
             assert picture.decoded().size == (20, 30)
             assert _difference(picture.decoded(), upright) < 3
-        scaled = read_picture(data, max_pixels=150).decoded()
+        scaled = read_image(data, max_pixels=150).decoded()
         assert scaled.size == (10, 15)
         assert _difference(scaled, upright.resize((10, 15))) < 6
 
@@ -102,14 +102,14 @@ class TestLooks:
             drawn.png((9, 9, 9, 0), mode="RGBA"),
             drawn.png((9, 0), mode="LA"),
         ):
-            assert read_picture(data).decoded().getpixel((1, 1)) == (255, 255, 255)
+            assert read_image(data).decoded().getpixel((1, 1)) == (255, 255, 255)
 
     @pytest.mark.parametrize("mode", ["1", "L", "CMYK", "P", "I;16"])
     def test_in_rgb(self, mode: str):
         """Whatever the file has."""
         kind = "JPEG" if mode == "CMYK" else "PNG"
         image = Image.new("I;16", (6, 6), 40_000) if mode == "I;16" else drawn.gradient((6, 6), mode)
-        assert read_picture(drawn.encoded(image, kind)).decoded().mode == "RGB"
+        assert read_image(drawn.encoded(image, kind)).decoded().mode == "RGB"
 
 
 class TestScaling:
@@ -118,7 +118,7 @@ class TestScaling:
     @given(st.integers(1, 300), st.integers(1, 300), st.integers(1, 5000))
     def test_no_more_pixels_than_that(self, width: int, height: int, most: int):
         """And never none; a strip may have to become wider than its shape."""
-        picture = read_picture(drawn.png(size=(width, height)), max_pixels=most)
+        picture = read_image(drawn.png(size=(width, height)), max_pixels=most)
         assert 1 <= picture.width * picture.height <= max(most, width, height)
         if width * height <= most:
             assert (picture.width, picture.height) == (width, height)
@@ -127,8 +127,8 @@ class TestScaling:
 
     def test_a_photograph_stays_a_jpeg(self):
         """As PNG it would be several times as large."""
-        assert read_picture(ONE_OF_EACH["JPEG"], max_pixels=100).media_type == "image/jpeg"
-        assert read_picture(ONE_OF_EACH["GIF"], max_pixels=100).media_type == "image/png"
+        assert read_image(ONE_OF_EACH["JPEG"], max_pixels=100).media_type == "image/jpeg"
+        assert read_image(ONE_OF_EACH["GIF"], max_pixels=100).media_type == "image/png"
 
 
 class TestRefusals:
@@ -161,11 +161,11 @@ class TestRefusals:
             warnings.simplefilter("ignore")
             began = time.monotonic()
             with pytest.raises(ContentError, match=message):
-                read_picture(data)
+                read_image(data)
             assert time.monotonic() - began < 2
             warnings.simplefilter("error")  # as some run Python; Pillow warns of pixels
             with pytest.raises(ContentError):
-                read_picture(data)
+                read_image(data)
 
     @given(st.sampled_from(sorted(ONE_OF_EACH)), st.data())
     def test_any_damage_is_a_content_error(self, kind: str, data: st.DataObject):
@@ -175,7 +175,7 @@ class TestRefusals:
             file[data.draw(st.integers(0, len(file) - 1))] = data.draw(st.integers(0, 255))
         del file[data.draw(st.integers(0, len(file))) or len(file) :]
         try:
-            picture = read_picture(bytes(file))
+            picture = read_image(bytes(file))
         except ContentError:
             return
         assert picture.decoded().mode == "RGB"
@@ -191,28 +191,28 @@ class TestRefusals:
             (tmp_path / ("x" * 300), "can't be read|is not there"),
         ):
             with pytest.raises(ContentError, match=message):
-                read_picture(path)
+                read_image(path)
 
     def test_an_endless_file_is_not_read_to_its_end(self, tmp_path: Path):
         """A sparse one of a terabyte."""
         with (tmp_path / "huge.png").open("wb") as file:
             file.truncate(1 << 40)
         with pytest.raises(ContentError, match="are the most"):
-            read_picture(tmp_path / "huge.png")
+            read_image(tmp_path / "huge.png")
 
     def test_an_image_in_memory_that_is_too_large_or_damaged(self):
         """An opened file is only read now."""
         with pytest.raises(ContentError, match="are the most"):
-            read_picture(Image.new("1", (10_000, 10_000)))
+            read_image(Image.new("1", (10_000, 10_000)))
         with pytest.raises(ContentError, match="can't be written"):
-            read_picture(Image.open(io.BytesIO(ONE_OF_EACH["JPEG"][:-40])))
+            read_image(Image.open(io.BytesIO(ONE_OF_EACH["JPEG"][:-40])))
         with pytest.raises(ContentError, match="0 x 0"):
-            read_picture(Image.new("RGB", (0, 0)))
+            read_image(Image.new("RGB", (0, 0)))
 
     def test_pillow_s_switch_for_cut_files_counts(self, monkeypatch: pytest.MonkeyPatch):
         """Who has set it wants them read."""
         monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)
-        assert read_picture(ONE_OF_EACH["JPEG"][:-40]).decoded().size == (30, 20)
+        assert read_image(ONE_OF_EACH["JPEG"][:-40]).decoded().size == (30, 20)
 
 
 class TestMemory:
@@ -234,10 +234,10 @@ class TestMemory:
             import json, resource, warnings
             from PIL import Image
             from rag_rerank.errors import ContentError
-            from rag_rerank.pictures import read_picture
+            from rag_rerank.inputs.images import read_image
             from tests import drawn
             warnings.simplefilter("ignore")
-            read_picture(drawn.png())
+            read_image(drawn.png())
             data = {source}
             open("/proc/self/clear_refs", "w").write("5")  # the highest point so far is forgotten
 
@@ -246,7 +246,7 @@ class TestMemory:
 
             before = peak()
             try:
-                read_picture(data)
+                read_image(data)
             except ContentError:
                 pass
             print(json.dumps((peak() - before) / 1024))
@@ -263,7 +263,7 @@ class TestMemory:
 
 def test_the_blank_picture_is_one():
     """What a server is asked with to see whether it takes pictures at all."""
-    picture = read_picture(BLANK.data)
+    picture = read_image(BLANK.data)
     assert picture == BLANK
     assert set(picture.decoded().tobytes()) == {255}
     assert MOST_PIXELS == 40_000_000

@@ -9,18 +9,16 @@ A file is read because the caller wraps its path in `Image`, never because a tex
 
 import base64
 import binascii
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Union
 
 from rag_rerank.errors import ConfigError, ContentError
-from rag_rerank.mixed import Link, Mixed, Prepared, host_of, is_data, shown
-from rag_rerank.pictures import MOST_BYTES, Picture, read_picture
+from rag_rerank.inputs.images import MOST_BYTES
+from rag_rerank.inputs.multimodal import host_of, shown
 
 if TYPE_CHECKING:
     import PIL.Image
-
-__all__ = ["Checked", "Content", "Image", "Input", "Link", "Mixed", "Prepared", "Video", "check", "prepare", "read"]
 
 
 class Image:
@@ -56,7 +54,7 @@ class Image:
             raise TypeError(
                 "an Image from a file needs a Path, from an address url=...; got a str, which could be either"
             )
-        if source is not None and not (isinstance(source, Path | bytes) or _is_pil(source)):
+        if source is not None and not (isinstance(source, Path | bytes) or is_pil(source)):
             raise TypeError(f"an Image's source must be a Path, bytes or a PIL image, got {type(source).__name__}")
         if url is not None:
             _check_url(url, ("https", "http", "data"))
@@ -125,66 +123,6 @@ Input = Union[str, Image, Video, Content, Mapping[str, Any]]  # noqa: UP007 - ev
 """A query or document. A mapping is vLLM's and OpenAI's form, ``{"content": [part, ...]}``, see `from_parts`."""
 
 
-Checked = str | Content | Mixed
-
-
-def check(value: Any, where: str, clean: Callable[[str], str]) -> Checked:
-    """A query or document, checked as far as that needs no reading; what is text only becomes text.
-
-    Args:
-        value: What the caller passed.
-        where: Its position, such as ``documents[3]``, for errors.
-        clean: What is done to all text.
-
-    Raises:
-        TypeError: It is neither text nor picture, video, `Content` nor a mapping with ``content``.
-        ValueError: A part of a mapping is malformed.
-    """
-    if isinstance(value, str):
-        return clean(value)
-    if isinstance(value, Mixed):  # from one scorer to another
-        return value
-    try:
-        if isinstance(value, Mapping) and "content" in value:
-            value = from_parts(parts_of(value))
-        if isinstance(value, Image | Video):
-            value = Content(value)
-        if not isinstance(value, Content):
-            hint = "; wrap it in Image(...)" if isinstance(value, Path | bytes) or _is_pil(value) else ""
-            raise TypeError(f"must be str, got {type(value).__name__}{hint}")  # noqa: TRY301 - joins the others
-    except (TypeError, ValueError) as error:
-        raise _placed(error, where) from error
-    parts = tuple(clean(part) if isinstance(part, str) else part for part in value.parts)
-    texts = [part for part in parts if isinstance(part, str)]
-    if len(texts) == len(parts):
-        return "\n".join(texts)  # as vLLM joins them
-    return value if parts == value.parts else Content(*parts)
-
-
-def read(value: Checked, where: str) -> Prepared:
-    """What was checked, as back ends get it: its pictures read, see `read_picture`.
-
-    Raises:
-        ContentError: A picture can't be read.
-        ConfigError: Pillow is not installed.
-    """
-    if not isinstance(value, Content):
-        return value
-    try:
-        return Mixed(tuple(_read(part) for part in value.parts))
-    except ConfigError as error:  # ContentError is one
-        raise _placed(error, where) from error
-
-
-def prepare(value: Any, where: str, clean: Callable[[str], str]) -> Prepared:
-    """`check` and `read` in one.
-
-    Raises:
-        TypeError, ValueError, ContentError, ConfigError: As these two.
-    """
-    return read(check(value, where, clean), where)
-
-
 def from_parts(parts: Iterable[Any]) -> Content:
     """Content from parts as LLM APIs write them.
 
@@ -201,7 +139,7 @@ def from_parts(parts: Iterable[Any]) -> Content:
         try:
             made.append(_part(part))
         except (TypeError, ValueError) as error:
-            raise _placed(error, f"content[{position}]:") from error
+            raise placed(error, f"content[{position}]:") from error
     return Content(*made)
 
 
@@ -228,27 +166,14 @@ def _part(part: Any) -> str | Image | Video:
             return Image(url=url) if kind == "image_url" else Video(url)
     if kind == "image":
         if isinstance(part.get("base64"), str):
-            return Image(decoded(part["base64"]))
+            return Image(decode_base64(part["base64"]))
         if isinstance(part.get("url"), str):
             return Image(url=part["url"])
     raise ValueError(f"{kind!r} is no type of part that is known, or it lacks what belongs to it")
 
 
-def _read(part: str | Image | Video) -> str | Picture | Link:
-    if isinstance(part, str):
-        return part
-    if isinstance(part, Video):
-        return Link("video_url", part.url)
-    if part.url is not None:
-        if not is_data(part.url):
-            return Link("image_url", part.url)
-        return read_picture(decoded(part.url.partition(",")[2]), part.max_pixels)
-    assert part.source is not None  # noqa: S101 - the constructor saw to it
-    return read_picture(part.source, part.max_pixels)
-
-
-def decoded(text: str) -> bytes:
-    """What base64 stands for, or a ContentError."""
+def decode_base64(text: str) -> bytes:
+    """Decode base64, or raise a ContentError."""
     if len(text) > MOST_BYTES * 4 // 3 + 4:
         raise ContentError(f"is a picture of about {len(text) * 3 // 4:,} bytes; {MOST_BYTES:,} are the most")
     try:
@@ -257,8 +182,8 @@ def decoded(text: str) -> bytes:
         raise ContentError(f"is a picture whose base64 is damaged: {error}") from error
 
 
-def _placed(error: Exception, where: str) -> Exception:
-    """The error with a position before its message; of a kind that is made from a message, as not all are."""
+def placed(error: Exception, where: str) -> Exception:
+    """Put a position before an error's message; the result is of a kind that is made from a message, as not all are."""
     kinds = (ContentError, ConfigError, TypeError, ValueError)
     return next(kind for kind in kinds if isinstance(error, kind))(f"{where} {error}")
 
@@ -275,6 +200,6 @@ def _check_url(url: str, schemes: tuple[str, ...]) -> None:
         raise ValueError("a url has characters that no URL can have")
 
 
-def _is_pil(value: object) -> bool:
-    """Whether it is a PIL image, without importing PIL: who has none has no image of it."""
+def is_pil(value: object) -> bool:
+    """Tell a PIL image without importing PIL: where PIL was never imported, nothing can be one."""
     return any(kind.__module__ == "PIL.Image" and kind.__name__ == "Image" for kind in type(value).__mro__)

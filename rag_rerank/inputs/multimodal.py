@@ -7,7 +7,7 @@ from functools import cached_property
 from typing import Any
 from urllib.parse import urlsplit
 
-from rag_rerank.pictures import Picture
+from rag_rerank.inputs.images import ImageFile
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -22,10 +22,10 @@ class Link:
 
 
 @dataclass(frozen=True)
-class Mixed:
+class Multimodal:
     """A query or document with more in it than text, checked and read: what back ends get beside ``str``."""
 
-    parts: tuple[str | Picture | Link, ...]
+    parts: tuple[str | ImageFile | Link, ...]
 
     @property
     def text(self) -> str:
@@ -33,9 +33,9 @@ class Mixed:
         return "\n".join(part for part in self.parts if isinstance(part, str))
 
     @property
-    def pictures(self) -> list[Picture]:
+    def pictures(self) -> list[ImageFile]:
         """Its pictures that were read here."""
-        return [part for part in self.parts if isinstance(part, Picture)]
+        return [part for part in self.parts if isinstance(part, ImageFile)]
 
     @cached_property
     def wire(self) -> dict[str, Any]:
@@ -45,17 +45,19 @@ class Mixed:
     @property
     def size(self) -> int:
         """About how many bytes `encoded` has, without encoding."""
-        return sum(len(part.data) * 4 // 3 + 100 if isinstance(part, Picture) else _length(part) for part in self.parts)
+        return sum(
+            len(part.data) * 4 // 3 + 100 if isinstance(part, ImageFile) else _length(part) for part in self.parts
+        )
 
     def encoded(self) -> bytes:
         """`wire` as JSON; made from the pictures' bytes and not kept, for it takes a third more than they."""
         return b'{"content": [' + b", ".join(_encoded(part) for part in self.parts) + b"]}"
 
 
-Prepared = str | Mixed
+Prepared = str | Multimodal
 
 
-def _wire(part: str | Picture | Link) -> dict[str, Any]:
+def _wire(part: str | ImageFile | Link) -> dict[str, Any]:
     if isinstance(part, str):
         return {"type": "text", "text": part}
     if isinstance(part, Link):
@@ -63,8 +65,8 @@ def _wire(part: str | Picture | Link) -> dict[str, Any]:
     return {"type": "image_url", "image_url": {"url": part.data_url}}
 
 
-def _encoded(part: str | Picture | Link) -> bytes:
-    if not isinstance(part, Picture):
+def _encoded(part: str | ImageFile | Link) -> bytes:
+    if not isinstance(part, ImageFile):
         return json.dumps(_wire(part), ensure_ascii=False).encode()
     url = f"data:{part.media_type};base64,".encode() + base64.b64encode(part.data)
     return b'{"type": "image_url", "image_url": {"url": "' + url + b'"}}'  # base64 has nothing that JSON would escape

@@ -1,0 +1,147 @@
+"""From what callers pass to what back ends get: types checked, text cleaned, images read, each with its position."""
+
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
+from pathlib import Path
+from typing import Any
+
+from rag_rerank.errors import ConfigError, ContentError, DeadlineExceeded
+from rag_rerank.inputs.cleaning import clean
+from rag_rerank.inputs.content import Content, Image, Input, Video, decode_base64, from_parts, is_pil, parts_of, placed
+from rag_rerank.inputs.images import ImageFile, read_image
+from rag_rerank.inputs.multimodal import Link, Multimodal, Prepared, is_data
+
+
+def prepare(value: Any, where: str) -> Prepared:
+    """Check, clean and read one query or document.
+
+    Args:
+        value: What the caller passed. What is prepared already stays as it is.
+        where: Its position, such as ``documents[3]``, for errors.
+
+    Returns:
+        The text; or, where there is more than text, its parts with the images read.
+
+    Raises:
+        TypeError: It is neither text nor image, video, `Content` nor a mapping with ``content``.
+        ValueError: A part of a mapping is malformed.
+        ContentError: An image can't be read.
+        ConfigError: Pillow is not installed.
+    """
+    if isinstance(value, str):
+        return clean(value)
+    if isinstance(value, Multimodal):
+        return value
+    try:
+        if isinstance(value, Mapping) and "content" in value:
+            value = from_parts(parts_of(value))
+        if isinstance(value, Image | Video):
+            value = Content(value)
+        if not isinstance(value, Content):
+            hint = "; wrap it in Image(...)" if isinstance(value, Path | bytes) or is_pil(value) else ""
+            raise TypeError(f"must be str, got {type(value).__name__}{hint}")  # noqa: TRY301 - joins the others
+        parts = tuple(clean(part) if isinstance(part, str) else _read(part) for part in value.parts)
+    except (TypeError, ValueError) as error:  # ConfigError is a ValueError
+        raise placed(error, where) from error
+    texts = [part for part in parts if isinstance(part, str)]
+    return "\n".join(texts) if len(texts) == len(parts) else Multimodal(parts)  # joined as vLLM joins them
+
+
+def prepare_all(
+    value: Input | Iterable[Input],
+    name: str,
+    until: float | None = None,
+    known: dict[int, tuple[Any, Prepared]] | None = None,
+) -> list[Prepared]:
+    """Prepare queries or documents; one alone becomes a list of one.
+
+    Args:
+        value: One, or an iterable of them. What is in it twice, the same object, is read once.
+        name: ``"queries"`` or ``"documents"``, for errors.
+        until: When to give up reading, on the clock of `time.monotonic`.
+        known: What was read already, by the id of what it was read from, kept with it so that the id stays its own.
+
+    Raises:
+        TypeError, ValueError, ContentError, ConfigError: As `prepare`; the message has the position.
+        DeadlineExceeded: Images were still to be read.
+    """
+    if is_one(value):
+        return [prepare(value, name)]
+    # Mappings iterate over keys, sets in no order, bytes as numbers: each would score something nobody meant.
+    if not isinstance(value, Iterable) or isinstance(value, Mapping | AbstractSet | bytes | bytearray | memoryview):
+        raise TypeError(f"{name} must be a string or a sequence of strings, got {type(value).__name__}")
+    began = time.monotonic()
+    prepared: list[Prepared] = []
+    known = {} if known is None else known
+    for position, each in enumerate(value):
+        if isinstance(each, str):
+            prepared.append(clean(each))
+            continue
+        if id(each) not in known:
+            where = f"{name}[{position}]"
+            if until is not None and time.monotonic() >= until:
+                elapsed = time.monotonic() - began
+                raise DeadlineExceeded(f"the deadline passed before {where} had been read", elapsed=elapsed)
+            known[id(each)] = each, prepare(each, where)
+        prepared.append(known[id(each)][1])
+    return prepared
+
+
+def pair_up(
+    queries: Input | Iterable[Input], documents: Input | Iterable[Input], until: float | None = None
+) -> tuple[list[Prepared], list[Prepared]]:
+    """Prepare both sides of a call.
+
+    Returns:
+        One query or N queries, and N documents.
+
+    Raises:
+        ValueError: Their numbers do not go together.
+        TypeError, ValueError, ContentError, ConfigError, DeadlineExceeded: As `prepare_all`.
+    """
+    prepared = prepare_all(queries, "queries", until), prepare_all(documents, "documents", until)
+    if len(prepared[0]) not in (1, len(prepared[1])):
+        raise ValueError(
+            f"got {len(prepared[0])} queries and {len(prepared[1])} documents; "
+            "pass one query for all documents (1:N) or as many queries as documents (N:N)"
+        )
+    return prepared
+
+
+def is_one(value: Any) -> bool:
+    """Tell one query or document from a sequence of them."""
+    return isinstance(value, str | Image | Video | Content | Multimodal) or (
+        isinstance(value, Mapping) and "content" in value
+    )
+
+
+def is_slow(value: Any) -> bool:
+    """Tell whether preparing takes longer than an event loop may stand: many texts (26 us each), or an image to read.
+
+    An image of a million pixels takes 10 ms. What is no list or tuple is not looked into.
+    """
+    if not isinstance(value, list | tuple):
+        return not isinstance(value, str)
+    return len(value) > 500 or not all(isinstance(each, str) for each in value)
+
+
+def text_only(model: str, queries: Sequence[Prepared], documents: Sequence[Prepared]) -> ContentError:
+    """Make the error for a model that reads text only, with the position of the first thing that is more."""
+    for name, inputs in (("queries", queries), ("documents", documents)):
+        for position, each in enumerate(inputs):
+            if isinstance(each, Multimodal):
+                return ContentError(f"{name}[{position}] holds an image or a video, but {model} reads text only")
+    return ContentError(f"{model} reads text only")
+
+
+def _read(part: Image | Video) -> ImageFile | Link:
+    if isinstance(part, Video):
+        return Link("video_url", part.url)
+    if part.url is not None:
+        if not is_data(part.url):
+            return Link("image_url", part.url)
+        return read_image(decode_base64(part.url.partition(",")[2]), part.max_pixels)
+    if part.source is None:
+        raise ConfigError("an Image needs a source or a url")
+    return read_image(part.source, part.max_pixels)

@@ -1,0 +1,198 @@
+"""Whose fault a failure is: found out by asking again with less, the same for every back end.
+
+A back end that knows which documents it refused says so (`DocumentRejected` with scores). Any other failure that one
+pair may have caused is narrowed down: first to queries, then to the documents of one. Whether it is the server or the
+model that fails is asked once, with a text that nothing refuses.
+"""
+
+import copy
+import math
+from collections.abc import Generator, Sequence
+from typing import TypeVar
+
+from rag_rerank.errors import (
+    AuthError,
+    BackendError,
+    BackendRejected,
+    BackendUnavailable,
+    BadReply,
+    ContentError,
+    DocumentRejected,
+    RerankError,
+)
+from rag_rerank.inputs.multimodal import Prepared
+
+E = TypeVar("E", bound=BackendError)
+
+NEUTRAL = "a"
+"""A text that no model or server refuses: what becomes of it is due to what stands around it."""
+
+Outcome = float | RerankError
+"""Of one pair: its finite score, or why it has none."""
+
+Pairs = tuple[Sequence[Prepared], Sequence[Prepared]]
+"""One query for all documents or one each, and the documents."""
+
+
+class Asking:
+    """A call that asks a back end until each of its pairs has an outcome: the loop around it decides how to wait.
+
+    Args:
+        queries: One for all documents, or one each.
+        documents: The documents.
+        listwise: The documents of one query are scored together, so they are never asked about apart.
+        located: Errors say for themselves what they concern; nothing is asked again.
+
+    Attributes:
+        pairs: What to ask next; None when there is nothing left to ask.
+        outcomes: One for each document, when there is nothing left to ask.
+    """
+
+    def __init__(
+        self, queries: Sequence[Prepared], documents: Sequence[Prepared], *, listwise: bool, located: bool
+    ) -> None:
+        self._count = len(documents)
+        self._steps = _isolate(queries, documents, listwise=listwise, located=located)
+        self.pairs: Pairs | None = next(self._steps) if documents else None
+        self.outcomes: list[Outcome] = []
+
+    def take(self, reply: Sequence[float] | RerankError) -> None:
+        """Take what came of `pairs`."""
+        try:
+            self.pairs = self._steps.send(reply)
+        except StopIteration as end:
+            self.pairs, self.outcomes = None, end.value
+
+    def fail(self, error: RerankError) -> None:
+        """Ask nothing: every pair has this error."""
+        self.pairs, self.outcomes = None, [error] * self._count
+
+
+def _isolate(
+    queries: Sequence[Prepared], documents: Sequence[Prepared], *, listwise: bool, located: bool
+) -> Generator[Pairs, Sequence[float] | RerankError, list[Outcome]]:
+    """Yield what to ask, take what came of it; one pair of n that fails costs about 2 log2(n) questions more."""
+    outcomes: list[Outcome] = [math.nan] * len(documents)
+    works = False  # whether a neutral pair is known to get a score
+    waiting: list[Sequence[int]] = [range(len(documents))]
+    while waiting:
+        positions = waiting.pop()
+        reply = yield _pairs(queries, documents, positions)
+        found = _outcomes(reply, len(positions))
+        if isinstance(found, RerankError):
+            parts = [] if located or not _may_be_one_pairs(found) else _by_query(queries, positions)
+            if len(parts) > 1:
+                works = works or not isinstance((yield [NEUTRAL], [NEUTRAL]), RerankError)
+                parts = parts if works else []
+            elif parts and len(positions) > 1 and not listwise and not isinstance(found, ContentError):
+                # Where the query fails with any document, it is to blame; or the back end is.
+                query = queries[0 if len(queries) == 1 else positions[0]]
+                middle = len(positions) // 2
+                blameless = not isinstance((yield [query], [NEUTRAL]), RerankError)
+                parts = [positions[:middle], positions[middle:]] if blameless else []
+            else:
+                parts = []
+            waiting.extend(reversed(parts))
+            found = [found] * len(positions)
+        for position, outcome in zip(positions, found, strict=True):
+            outcomes[position] = outcome
+    return outcomes
+
+
+def failure(outcomes: Sequence[Outcome]) -> RerankError | None:
+    """Join the errors among one query's outcomes to one error; None where each has a score.
+
+    Documents that failed while others did not become a `DocumentRejected`, or a `BadReply` for scores that are not
+    finite, with their `indices` and the `scores` of the others.
+    """
+    failed = {position: outcome for position, outcome in enumerate(outcomes) if isinstance(outcome, RerankError)}
+    if not failed:
+        return None
+    errors = list(dict.fromkeys(failed.values()))
+    first = errors[0]
+    whole = next((error for error in errors if not _may_be_one_pairs(error)), None)
+    if whole is not None:
+        return whole
+    if len(errors) == 1 and len(failed) == len(outcomes) and not getattr(first, "scores", ()):
+        return first
+    if not isinstance(first, BackendError):
+        return first
+    scores = [outcome if isinstance(outcome, float) else None for outcome in outcomes]
+    if len(errors) == 1 and first.scores == tuple(scores):
+        return first  # the back end's own, which says it already
+    places = f"documents[{next(iter(failed))}]" + (f" and {len(failed) - 1} more" if len(failed) > 1 else "")
+    if isinstance(first, BadReply):
+        message = f"{places} {first.reason or f'got no score: {first.message}'}"
+        joined: BackendError = _like(first, BadReply(message))
+    else:
+        joined = _like(first, DocumentRejected(f"{places} rejected: {first.reason or first.message}"))
+    joined.indices, joined.scores = tuple(failed), tuple(scores)
+    joined.__cause__ = first.__cause__ if first.scores else first
+    return joined
+
+
+def naming_query(error: RerankError, position: int) -> RerankError:
+    """Copy an error, with its query's position before the message and, for a `BackendError`, in `query`."""
+    if not isinstance(error, BackendError):
+        named: RerankError = type(error)(f"queries[{position}]: {error}")
+        named.__cause__ = error
+        return named
+    told = copy.copy(error)
+    told.message = f"queries[{position}]: {error.message}"
+    told.args = (told.message,)
+    told.query = position
+    told.__cause__ = error.__cause__
+    return told
+
+
+def _pairs(queries: Sequence[Prepared], documents: Sequence[Prepared], positions: Sequence[int]) -> Pairs:
+    whole = len(positions) == len(documents)
+    asked = queries if whole or len(queries) == 1 else [queries[position] for position in positions]
+    if not whole and len(asked) > 1 and all(query == asked[0] for query in asked):
+        asked = asked[:1]
+    return asked, documents if whole else [documents[position] for position in positions]
+
+
+def _outcomes(reply: Sequence[float] | RerankError, count: int) -> list[Outcome] | RerankError:
+    """The outcomes that a reply tells of, or an error that does not say whose fault it is."""
+    if not isinstance(reply, RerankError):
+        if len(reply) == count:
+            return [score if math.isfinite(score) else _not_finite(score) for score in map(float, reply)]
+        wrong = BadReply(f"the back end gave {len(reply)} scores for {count} documents")
+        return [wrong] * count  # its own fault whatever it is asked: not to be mended by asking for less
+    if isinstance(reply, BackendError) and reply.indices and len(reply.scores) == count:
+        return [reply if score is None else score for score in reply.scores]
+    return reply
+
+
+def _not_finite(score: float) -> BadReply:
+    remedy = 'Half precision may have overflowed: try dtype="float32".'
+    error = BadReply(f"a document got the score {score}", remedy=remedy)
+    error.reason = f"got the score {score}"
+    return error
+
+
+def _may_be_one_pairs(error: RerankError) -> bool:
+    """Tell what one query or document may have caused from what no other input would have changed."""
+    if isinstance(error, BackendUnavailable):
+        return error.status == 500
+    if isinstance(error, BackendRejected | BadReply):
+        return not isinstance(error, AuthError)
+    return type(error) is BackendError or isinstance(error, ContentError)
+
+
+def _by_query(queries: Sequence[Prepared], positions: Sequence[int]) -> list[Sequence[int]]:
+    """Halves of the positions with no query in both, where there are several; else all of them as one."""
+    asked = queries[:1] if len(queries) == 1 else [queries[position] for position in positions]
+    changes = [place for place in range(1, len(asked)) if asked[place] != asked[place - 1]]
+    if not changes:
+        return [positions]
+    middle = min(changes, key=lambda place: abs(place - len(asked) / 2))
+    return [positions[:middle], positions[middle:]]
+
+
+def _like(error: BackendError, joined: E) -> E:
+    for name in ("endpoint", "attempts", "elapsed", "remedy", "reason", "status"):
+        if hasattr(error, name):
+            setattr(joined, name, getattr(error, name))
+    return joined

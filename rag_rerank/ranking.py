@@ -1,0 +1,79 @@
+"""What is made of scores: threshold, stable order, cut; and what becomes of a query that failed."""
+
+import logging
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from rag_rerank.errors import RerankError
+from rag_rerank.isolation import Outcome, failure
+
+logger = logging.getLogger(__name__)
+
+OnError = Literal["raise", "passthrough"]
+OnBatchError = Literal["raise", "passthrough", "return"]
+
+
+@dataclass(frozen=True, slots=True)
+class Ranked:
+    """One document of a reranked list.
+
+    Attributes:
+        index: Its position in the documents that were passed.
+        score: Its relevance score, higher is better; None only after ``on_error="passthrough"``.
+    """
+
+    index: int
+    score: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Ranking:
+    """How to rank: the arguments of `Scorer.rerank` and `Scorer.rerank_batch`, checked.
+
+    Raises:
+        TypeError, ValueError: An argument is of the wrong type or out of range; the message names it.
+    """
+
+    top_n: int | None
+    score_threshold: float | None
+    on_error: str
+    may_return: bool = False
+
+    def __post_init__(self) -> None:
+        top_n, threshold = self.top_n, self.score_threshold
+        if top_n is not None and (isinstance(top_n, bool) or not isinstance(top_n, int)):
+            raise TypeError(f"top_n must be an int or None, got {type(top_n).__name__}")
+        if top_n is not None and top_n < 1:
+            raise ValueError(f"top_n must be at least 1, got {top_n}; None keeps all documents")
+        if threshold is not None and not isinstance(threshold, int | float):
+            raise TypeError(f"score_threshold must be a number or None, got {type(threshold).__name__}")
+        if threshold is not None and not math.isfinite(threshold):
+            raise ValueError(f"score_threshold must be finite, got {threshold}; None keeps all documents")
+        allowed = ("raise", "passthrough", "return") if self.may_return else ("raise", "passthrough")
+        if self.on_error not in allowed:
+            raise ValueError(f"on_error must be {' or '.join(map(repr, allowed))}, got {self.on_error!r}")
+
+    def rank(self, scores: Sequence[float | None]) -> list[Ranked]:
+        """Threshold, sort, cut. Documents without a score follow the scored ones, in retrieval order."""
+        threshold = -math.inf if self.score_threshold is None else self.score_threshold
+        scored = [(index, score) for index, score in enumerate(scores) if score is not None and score >= threshold]
+        scored.sort(key=lambda pair: -pair[1])  # sorted on the negative, not reversed: reversing would turn ties around
+        unscored = [Ranked(index, None) for index, score in enumerate(scores) if score is None]
+        return ([Ranked(index, score) for index, score in scored] + unscored)[: self.top_n]
+
+    def result(self, outcomes: Sequence[Outcome]) -> list[Ranked] | RerankError:
+        """Rank one query's documents; those without a score follow under ``"passthrough"``, else its error is given."""
+        error = None if self.on_error == "passthrough" else failure(outcomes)
+        return error or self.rank([None if isinstance(outcome, RerankError) else outcome for outcome in outcomes])
+
+
+def warn_of(outcomes: Sequence[Outcome]) -> None:
+    """Log one warning for a call that is passed through although something failed."""
+    error = failure(outcomes)
+    failed = sum(isinstance(outcome, RerankError) for outcome in outcomes)
+    if failed and failed == len(outcomes):
+        logger.warning("reranking failed, %d documents keep their retrieval order: %s", failed, error)
+    elif failed:
+        logger.warning("%d of %d documents could not be scored and are ranked last: %s", failed, len(outcomes), error)
