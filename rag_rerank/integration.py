@@ -15,9 +15,10 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterable
 from typing import Any, Literal, dataclass_transform
 
+from rag_rerank.closeable import Closeable
 from rag_rerank.local import LocalScorer
 from rag_rerank.local.scorer import DEFAULT_MODEL
-from rag_rerank.scorer import Closeable, Scorer
+from rag_rerank.scorer import Scorer
 
 # One lock for all: a scorer is built in microseconds, and a lock in each would have to be kept out of copies.
 _building = threading.Lock()

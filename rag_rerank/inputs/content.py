@@ -144,7 +144,7 @@ def from_parts(parts: Iterable[Any]) -> Content:
 
 
 def parts_of(value: Mapping[str, Any]) -> list[Any]:
-    """The parts of a mapping with ``content``, or a ValueError."""
+    """Take the parts out of a mapping with ``content``, or raise a ValueError."""
     content = value.get("content")
     if isinstance(content, str) or not isinstance(content, list | tuple):
         raise ValueError('as a mapping must be {"content": [part, ...]}')  # noqa: TRY004 - a wrong shape
