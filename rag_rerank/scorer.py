@@ -407,8 +407,8 @@ class Scorer(Closeable, ABC):
                 try:
                     self._check_images(asking.pairs)
                     asking.take(self._score(*asking.pairs, until, **options))
-                except RerankError as error:
-                    asking.take(error)
+                except Exception as error:  # noqa: BLE001 - raised there, unless it is of a query or of a probe
+                    asking.fail(error)
         return asking.outcomes
 
     async def _aoutcomes(
@@ -420,8 +420,8 @@ class Scorer(Closeable, ABC):
                 try:
                     self._check_images(asking.pairs)
                     asking.take(await self._ascore(*asking.pairs, until, **options))
-                except RerankError as error:
-                    asking.take(error)
+                except Exception as error:  # noqa: BLE001 - raised there, unless it is of a query or of a probe
+                    asking.fail(error)
         return asking.outcomes
 
     @contextlib.contextmanager
@@ -437,9 +437,9 @@ class Scorer(Closeable, ABC):
         most = self._max_waiting_calls
         if until is not None and time.monotonic() >= until:
             # Callers pass on what is left of their own budget: nothing left is a time-out, not a wrong argument.
-            asking.fail(DeadlineExceeded("the deadline had passed before the call began", elapsed=0.0))
+            asking.give_up(DeadlineExceeded("the deadline had passed before the call began", elapsed=0.0))
         elif most is not None and len(self._unfinished) >= most:
-            asking.fail(
+            asking.give_up(
                 BackendUnavailable(
                     f"{self.model_name} has {most} calls waiting already",
                     attempts=0,

@@ -212,7 +212,7 @@ class TestWork:
         return load(LocalScorer(folder, dtype="float32")._settings)
 
     def mixed(self, *parts: str | PillowImage.Image) -> Multimodal:
-        return prepare(content(parts), "documents", str)
+        return prepare(content(parts), "documents")
 
     def test_a_picture_goes_through_the_tower_once(self, model):
         """That of a query for all batches, and documents' that are equal."""
@@ -301,7 +301,7 @@ class TestCuts:
         whole = 0
         for limit in range(130, 220, 4):
             model = load(LocalScorer(folder, dtype="float32", max_length=limit)._settings)
-            document = prepare(content([A, self.LONG]), "documents", str)
+            document = prepare(content([A, self.LONG]), "documents")
             try:
                 [sequence] = model.inputs(["q"], [document]).sequences
             except ContentError:
@@ -318,7 +318,7 @@ class TestCuts:
     def test_the_score_is_that_of_the_beginning(self, scorer: LocalScorer, plain: PlainTransformers):
         """As much of it as fits."""
         model = load(scorer._settings)
-        [sequence] = model.inputs([QUERY], [prepare(content([A, self.LONG]), "documents", str)]).sequences
+        [sequence] = model.inputs([QUERY], [prepare(content([A, self.LONG]), "documents")]).sequences
         prompt = model.prompts.prompts.tokenizer.decode([token for token in sequence.ids if token >= 0])
         beginning = prompt.rpartition("<|vision_end|>")[2].partition("<|im_end|>")[0]
         assert self.LONG.startswith(beginning)

@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 import pytest
 
 from rag_rerank import VLLMScorer
-from rag_rerank.vllm.check import Finding, check
-from rag_rerank.vllm.check.texts import CANDIDATES, KNOWN, TWINS, known_pairs, over_long, passages
+from rag_rerank.check import Finding, check
+from rag_rerank.check.texts import CANDIDATES, KNOWN, TWINS, known_pairs, over_long, passages
 from tests.faulty_server import CLOSE, HANG, FaultyServer, Request, Steps, http, oracle, refusal
 from tests.vllm_server import VLLMServer
 

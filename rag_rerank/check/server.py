@@ -8,10 +8,10 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
+from rag_rerank.check.finding import Finding, Verdict, failure, sentence
+from rag_rerank.check.patient import Patient
+from rag_rerank.check.texts import known_pairs
 from rag_rerank.errors import AuthError, BackendRejected, BadReply, ConfigError, RerankError
-from rag_rerank.vllm.check.finding import Finding, Verdict, failure, sentence
-from rag_rerank.vllm.check.patient import Patient
-from rag_rerank.vllm.check.texts import known_pairs
 from rag_rerank.vllm.steps import Failure
 from rag_rerank.vllm.wire import SINCE, Card, Reply, Request, Version, error_text, read_models, read_version
 

@@ -54,7 +54,7 @@ class Patient:
         self.api: API = scorer._api
         self.options: Options = scorer._options
         self.has_key = scorer._transport.has_key
-        self.renders = scorer._halves is not None
+        self.renders = scorer._template is not None
         self.timeout = scorer._default_deadline or 30.0
         self._scorer = _variant(scorer, _nodes=Nodes([endpoint]))
 

@@ -4,11 +4,11 @@ import statistics
 import time
 from collections.abc import Iterator
 
+from rag_rerank.check.finding import Finding, failure
+from rag_rerank.check.patient import Patient
+from rag_rerank.check.server import ROUNDED, largest_difference
+from rag_rerank.check.texts import KNOWN, known_pairs, passages
 from rag_rerank.errors import BackendError, BadReply, DeadlineExceeded
-from rag_rerank.vllm.check.finding import Finding, failure
-from rag_rerank.vllm.check.patient import Patient
-from rag_rerank.vllm.check.server import ROUNDED, largest_difference
-from rag_rerank.vllm.check.texts import KNOWN, known_pairs, passages
 from rag_rerank.vllm.steps import Failure
 
 _ROUNDS = 3

@@ -7,11 +7,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
+from rag_rerank.check.finding import Finding, Verdict, failure
+from rag_rerank.check.patient import Patient
+from rag_rerank.check.server import ROUGHLY_ROUNDED, TEMPLATES_SINCE, largest_difference, serve
+from rag_rerank.check.texts import CANDIDATES, KNOWN, QUESTIONS, TWINS, known_pairs, over_long
 from rag_rerank.errors import BackendError, BackendRejected, ConfigError, DeadlineExceeded
-from rag_rerank.vllm.check.finding import Finding, Verdict, failure
-from rag_rerank.vllm.check.patient import Patient
-from rag_rerank.vllm.check.server import ROUGHLY_ROUNDED, TEMPLATES_SINCE, largest_difference, serve
-from rag_rerank.vllm.check.texts import CANDIDATES, KNOWN, QUESTIONS, TWINS, known_pairs, over_long
 from rag_rerank.vllm.policy import MOST_TOKENS_OF_A_PLAIN_PAIR
 
 Scale = Literal["cosine", "MaxSim", "sigmoid", "bounded", "raw"]

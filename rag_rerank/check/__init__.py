@@ -9,10 +9,10 @@ score), and what is looked at: `server` (what it is), `scores` (what its scores 
 
 from collections.abc import Iterator
 
+from rag_rerank.check import scores, server, service
+from rag_rerank.check.finding import Finding, Verdict, failure
+from rag_rerank.check.patient import Patient
 from rag_rerank.errors import RerankError
-from rag_rerank.vllm.check import scores, server, service
-from rag_rerank.vllm.check.finding import Finding, Verdict, failure
-from rag_rerank.vllm.check.patient import Patient
 from rag_rerank.vllm.scorer import VLLMScorer
 
 __all__ = ["Finding", "Verdict", "check"]
