@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from rag_rerank.errors import DocumentRejected as DocumentRejected
     from rag_rerank.errors import RerankError as RerankError
     from rag_rerank.fallback import FallbackScorer as FallbackScorer
+    from rag_rerank.identity import Identity as Identity
     from rag_rerank.inputs.content import Content as Content
     from rag_rerank.inputs.content import Image as Image
     from rag_rerank.inputs.content import Input as Input
@@ -62,6 +63,7 @@ _HOME = {
     "did_you_mean": "integration",
     "path_as_text": "integration",
     "LocalScorer": "local",
+    "Identity": "identity",
     "Closeable": "scorer",
     "Ranked": "ranking",
     "Scorer": "scorer",

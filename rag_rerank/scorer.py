@@ -407,8 +407,8 @@ class Scorer(Closeable, ABC):
                 try:
                     self._check_images(asking.pairs)
                     asking.take(self._score(*asking.pairs, until, **options))
-                except RerankError as error:
-                    asking.take(error)
+                except Exception as error:  # noqa: BLE001 - raised there, unless it is of a query or of a probe
+                    asking.fail(error)
         return asking.outcomes
 
     async def _aoutcomes(
@@ -420,8 +420,8 @@ class Scorer(Closeable, ABC):
                 try:
                     self._check_images(asking.pairs)
                     asking.take(await self._ascore(*asking.pairs, until, **options))
-                except RerankError as error:
-                    asking.take(error)
+                except Exception as error:  # noqa: BLE001 - raised there, unless it is of a query or of a probe
+                    asking.fail(error)
         return asking.outcomes
 
     @contextlib.contextmanager
@@ -437,9 +437,9 @@ class Scorer(Closeable, ABC):
         most = self._max_waiting_calls
         if until is not None and time.monotonic() >= until:
             # Callers pass on what is left of their own budget: nothing left is a time-out, not a wrong argument.
-            asking.fail(DeadlineExceeded("the deadline had passed before the call began", elapsed=0.0))
+            asking.give_up(DeadlineExceeded("the deadline had passed before the call began", elapsed=0.0))
         elif most is not None and len(self._unfinished) >= most:
-            asking.fail(
+            asking.give_up(
                 BackendUnavailable(
                     f"{self.model_name} has {most} calls waiting already",
                     attempts=0,
@@ -552,10 +552,9 @@ class _Batch:
                 asked = [prepare(query, names[0])]
                 prepared = prepare_all(documents, names[1], until, known)
             except (ContentError, BackendError) as error:
-                if isinstance(error, ContentError) and self._ranking.on_error != "return":
+                if not isinstance(error, self._ranking.kept):
                     raise
                 outcomes = [error] * len(documents)
-                prepared = []
             self._pairs.append((asked, prepared))
             self._outcomes.append(outcomes)
 
@@ -587,16 +586,16 @@ class _Batch:
             RerankError: What is never passed through nor returned; any failure where it is to be raised.
         """
         start = 0
-        errors = set()
+        errors: dict[int, RerankError | None] = {}
         for position in self._asked:
-            count = len(self._pairs[position][1])
-            self._outcomes[position] = outcomes[start : start + count]
-            start += count
-            errors.add(failure(self._outcomes[position]))
-        for position in self._asked:
-            error = failure(self._outcomes[position])
-            if error is not None and (self._ranking.on_error == "raise" or not isinstance(error, _PASSED_ON)):
-                raise error if self._alone or len(errors) == 1 else naming_query(error, position)
+            end = start + len(self._pairs[position][1])
+            self._outcomes[position] = outcomes[start:end]
+            errors[position] = failure(outcomes[start:end])
+            start = end
+        for position, error in errors.items():
+            if error is not None and not isinstance(error, self._ranking.kept):
+                common = all(each is error for each in errors.values())
+                raise error if self._alone or common else naming_query(error, position)
 
     def results(self) -> list[Any]:
         """Rank each query's documents, or put its error there where that is wanted."""
@@ -604,7 +603,3 @@ class _Batch:
         if self._ranking.on_error == "passthrough":
             warn_of([outcome for outcomes in self._outcomes for outcome in outcomes])
         return results
-
-
-_PASSED_ON = (BackendError, ContentError)
-"""What is of a query, its documents or the back end; all else is a mistake in the call or the settings."""

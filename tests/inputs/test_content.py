@@ -35,14 +35,12 @@ class Eyes(Scorer):
     """Keeps what it gets; scores by the number of images."""
 
     model_name = "eyes"
+    accepts_images = True
 
     def __init__(self) -> None:
         self.calls: list[tuple[list[Any], list[Any]]] = []
 
-    def _score(self, queries: list[str], documents: list[str], until: float | None) -> list[float]:
-        return [0.0] * len(documents)
-
-    def _score_mixed(self, queries: list[Any], documents: list[Any], until: float | None) -> list[float]:
+    def _score(self, queries: list[Any], documents: list[Any], until: float | None) -> list[float]:
         self.calls.append((queries, documents))
         return [float(len(each.images)) if isinstance(each, Multimodal) else 0.0 for each in documents]
 
@@ -186,7 +184,7 @@ class TestMappings:
         """Read as if it came in an Image; any mapping will do."""
         for value in ({"content": [part]}, {"content": (part,), "role": "user"}, MappingProxyType({"content": [part]})):
             assert isinstance(value, Mapping)
-            mixed = prepare(value, "documents[0]", str)
+            mixed = prepare(value, "documents[0]")
             assert isinstance(mixed, Multimodal)
             assert mixed.images[0].data == PNG
 
@@ -250,7 +248,7 @@ class TestScorers:
     def test_one_scorer_gives_it_to_another(self):
         """As it was read."""
         scorer = Eyes()
-        mixed = prepare(Image(PNG), "", str)
+        mixed = prepare(Image(PNG), "")
         assert scorer.score("q", [mixed]) == [1.0]  # type: ignore[list-item]
         assert scorer.calls[0][1][0] is mixed
 
