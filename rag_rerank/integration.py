@@ -18,10 +18,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Self, dataclass_transform
 
+from rag_rerank.closeable import Closeable
 from rag_rerank.errors import RerankError
 from rag_rerank.local import LocalScorer
 from rag_rerank.local.scorer import DEFAULT_MODEL
-from rag_rerank.scorer import Closeable, Scorer
+from rag_rerank.scorer import Scorer
 
 Build = Callable[..., Scorer]
 
