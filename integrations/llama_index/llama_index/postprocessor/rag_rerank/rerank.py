@@ -59,7 +59,7 @@ class ScorerReranker(Reranker):
 class _OwnScorer(Reranker):
     """A reranker that builds its scorer from its fields, and again when one of them has changed."""
 
-    _built: tuple[dict[str, Any], rag_rerank.Scorer] | None = PrivateAttr(default=None)
+    _built: Any = PrivateAttr(default=None)
 
     _paths = field_validator("*", mode="before")(rag_rerank.path_as_text)
 
