@@ -34,14 +34,14 @@ class PackedLinear(torch.nn.Module):
         self._activation = activation
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """What the layer, and the activation after it, make of `inputs`."""
+        """Apply the layer, and the activation after it."""
         outputs: Tensor = torch.ops.mkldnn._linear_pointwise(
             inputs, self.weight, self.bias, self._activation, [], "none"
         )
         return outputs
 
     def extra_repr(self) -> str:
-        """For print(model)."""
+        """Describe it for print(model)."""
         return f"in_features={self.in_features}, out_features={self.out_features}, activation={self._activation}"
 
 
@@ -82,7 +82,7 @@ def _is_exact_gelu(activation: object) -> bool:
 
 @functools.cache
 def _works(dtype: torch.dtype) -> bool:
-    """Whether the packed layer computes here what the plain one does."""
+    """Tell whether the packed layer computes here what the plain one does."""
     if dtype not in (torch.float32, torch.bfloat16):
         return False
     # A generator of its own: loading a model must not change the caller's random numbers.

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from rag_rerank import BackendError, BackendUnavailable, ConfigError, RerankError
 from rag_rerank.local.engine.calls import PART
 from rag_rerank.local.engine.engine import Engine
-from rag_rerank.local.models.model import Inputs, Pace, TokenSequence
+from rag_rerank.local.models.model import Inputs, Batching, TokenSequence
 from rag_rerank.local.transformer.batching import by_length as batches
 from rag_rerank.local.transformer.batching import by_tokens
 
@@ -24,7 +24,7 @@ class Lengths:
     """A model that scores a document by its length; keeps what it was asked to run."""
 
     def __init__(self, token_budget: int = 10) -> None:
-        self.pace = Pace(token_budget)
+        self.batching = Batching(token_budget)
         self.ran: list[list[int]] = []
         self.running, self.go_on = threading.Event(), threading.Event()
         self.go_on.set()

@@ -9,7 +9,7 @@ import torch
 
 from rag_rerank.local.engine.engine import Engine
 from rag_rerank.local.engine.workers import Workers, available, use_one_core
-from rag_rerank.local.models.model import Inputs, Pace, TokenSequence
+from rag_rerank.local.models.model import Inputs, Batching, TokenSequence
 from rag_rerank.local.transformer.batching import by_tokens
 
 needs_cores = pytest.mark.skipif(torch.get_num_threads() < 2, reason="one core is all there is")
@@ -71,7 +71,7 @@ class SideBySide:
     """Two batches at a time, which wait for each other; scores are lengths."""
 
     def __init__(self) -> None:
-        self.pace = Pace(10_000, at_a_time=2)
+        self.batching = Batching(10_000, parallel=2)
         self.threads: set[str] = set()
         self.together = 0
         self._lock, self._now = threading.Lock(), 0

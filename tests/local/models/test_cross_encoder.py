@@ -12,8 +12,8 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreT
 from rag_rerank import LocalScorer
 from rag_rerank.local.loading import load
 from rag_rerank.local.models.cross_encoder import CrossEncoder, Head, WholeCrossEncoder
-from rag_rerank.local.models.model import Pace, TokenSequence
-from rag_rerank.local.transformer.transformer import ENCODERS, Padded, Transformer, Unpadded, over
+from rag_rerank.local.models.model import Batching, TokenSequence
+from rag_rerank.local.transformer.transformer import ENCODERS, Padded, Transformer, Unpadded, make_transformer
 from tests.encoder_models import make_random_cross_encoder, random_encoder
 from tests.models import MAX_LENGTH
 from tests.pairs import largest_difference, pairs
@@ -79,7 +79,7 @@ class TestHead:
         batch = sequences(model)
         expected = whole(model, batch)
         own = copy.deepcopy(model)
-        transformer = over(own.base_model, own.config.pad_token_id, Pace(4096), unpadded=unpadded)
+        transformer = make_transformer(own.base_model, own.config.pad_token_id, Batching(4096), unpadded=unpadded)
         assert isinstance(transformer, Unpadded if unpadded else Padded)
         logits = self.logits(own, transformer, batch)
         assert difference(logits, expected) <= TOLERANCE
@@ -89,7 +89,7 @@ class TestHead:
         """It has its transformer and its logits, before and after."""
         batch = sequences(model)
         base, names, before = model.base_model, list(model.state_dict()), whole(model, batch)
-        self.logits(model, over(copy.deepcopy(base), 0, Pace(4096)), batch)
+        self.logits(model, make_transformer(copy.deepcopy(base), 0, Batching(4096)), batch)
         assert model.base_model is base
         assert list(model.state_dict()) == names
         assert torch.equal(whole(model, batch), before)
@@ -97,7 +97,7 @@ class TestHead:
     def test_states_are_not_kept(self, model: PreTrainedModel):
         """They may be large."""
         head = Head(model)
-        transformer = over(copy.deepcopy(model.base_model), 0, Pace(4096))
+        transformer = make_transformer(copy.deepcopy(model.base_model), 0, Batching(4096))
         with torch.inference_mode():
             head.logits(transformer.states(sequences(model)))
         assert head._given._thread.__dict__ == {}

@@ -15,7 +15,7 @@ from rag_rerank import BackendRejected, ConfigError, Content, ContentError, Dead
 from rag_rerank.inputs.multimodal import Multimodal
 from rag_rerank.inputs.preparing import prepare
 from rag_rerank.local.loading import load
-from rag_rerank.local.models.model import Pace
+from rag_rerank.local.models.model import Batching
 from rag_rerank.local.models.prompts import cut
 from rag_rerank.local.models.vision.transformer import VisionTransformer
 from tests.pairs import largest_difference
@@ -267,7 +267,7 @@ class TestWork:
         in_a_row = model.run(sequences)
         decoder.set_attn_implementation("sdpa")
         body = type("Body", (), {"visual": tower.model, "language_model": decoder})
-        padded = VisionTransformer.over(body, tower.processor, 0, Pace(4096), unpadded=False)
+        padded = VisionTransformer.of(body, tower.processor, 0, Batching(4096), unpadded=False)
         with torch.inference_mode():
             states = padded.states(sequences)
         assert largest_difference((states.last() @ model.row).tolist(), in_a_row[:, 0].tolist()) <= LOGITS

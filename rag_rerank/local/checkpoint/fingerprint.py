@@ -1,0 +1,102 @@
+"""What is in a checkpoint's folder, in a few letters: other weights or another tokenizer make another fingerprint.
+
+Hashing weights whole takes a second a gigabyte. So of each tensor only some bytes are read, at places that its size
+alone decides: training or quantising changes some of them in every tensor that it changes at all. One row of a large
+embedding may change unnoticed.
+"""
+
+import hashlib
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from rag_rerank.errors import ConfigError
+
+TOKENIZER_FILES = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json"),
+    *("merges.txt", "vocab.txt", "tokenizer.model", "spiece.model", "chat_template.jinja"),
+)
+"""Where tokenizers are kept."""
+
+_SETTINGS = frozenset((".json", ".txt", ".model", ".jinja", ".py", ".metadata", ".tiktoken"))
+_NO_SETTINGS = ("generation_config.json", "trainer_state.json", "README", "LICENSE", "requirements.txt", "results.json")
+# Of a large tensor, this many samples of so many bytes: of a gigabyte of MiniLM's, about 9 MB.
+_SAMPLES, _SAMPLE_BYTES = 8, 1024
+
+
+def fingerprint(folder: Path, base: Path | None = None) -> dict[str, str]:
+    """Hash what a checkpoint's folder holds, wherever it lies.
+
+    Args:
+        folder: Of the checkpoint; in the hub's cache, its snapshot.
+        base: Of the model that an adapter in `folder` adapts.
+
+    Returns:
+        ``weights``: of the safetensors files, of which samples of every tensor are read; ``checkpoint files``: of
+        configurations, tokenizer and code, read whole.
+
+    Raises:
+        ConfigError: A safetensors file is damaged.
+    """
+    weights, settings = hashlib.blake2b(digest_size=16), hashlib.blake2b(digest_size=16)
+    for origin, root in (("", folder), ("base", base)):
+        for path in _files(root) if root is not None else ():
+            own = hashlib.blake2b()
+            is_weights = path.suffix == ".safetensors"
+            for part in _samples(path) if is_weights else (path.read_bytes(),):
+                own.update(part)
+            entry = json.dumps([origin, path.relative_to(root or folder).as_posix(), own.hexdigest()])
+            (weights if is_weights else settings).update(entry.encode())
+    return {"weights": weights.hexdigest(), "checkpoint files": settings.hexdigest()}
+
+
+def _files(folder: Path) -> list[Path]:
+    """What may change a score: files beside ``config.json``, and all below the folders that ``modules.json`` names."""
+    found = set(folder.iterdir())
+    try:
+        modules: Any = json.loads((folder / "modules.json").read_bytes())
+        for module in modules:
+            if module.get("path"):
+                found.update((folder / str(module["path"])).rglob("*"))
+    except (OSError, ValueError, TypeError, AttributeError):
+        pass  # no sentence-transformers folder; what is wrong with its file, loading says
+    return sorted(
+        path
+        for path in found
+        if path.suffix in _SETTINGS | {".safetensors"}
+        and not path.name.startswith(".")
+        and not path.name.endswith(_NO_SETTINGS)
+        and not path.name.startswith(_NO_SETTINGS)
+        and path.is_file()
+    )
+
+
+def _samples(path: Path) -> Iterator[bytes]:
+    """Yield size and header of a safetensors file, small tensors whole, and samples of large ones."""
+    try:
+        with path.open("rb", buffering=0) as file:
+            yield str(path.stat().st_size).encode()
+            length = int.from_bytes(file.read(8), "little")
+            if not 2 <= length <= path.stat().st_size:
+                raise ValueError("its header has no length")  # noqa: TRY301 - joins the others
+            header = file.read(length)
+            yield header
+            tensors = json.loads(header)
+            tensors.pop("__metadata__", None)
+            for start, stop in sorted(tensor["data_offsets"] for tensor in tensors.values()):
+                yield from _of_tensor(file, 8 + length + start, stop - start)
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise ConfigError(f"{str(path)!r} can't be read as safetensors: {error}") from error
+
+
+def _of_tensor(file: BinaryIO | Any, start: int, size: int) -> Iterator[bytes]:
+    if size <= 2 * _SAMPLES * _SAMPLE_BYTES:
+        file.seek(start)
+        yield file.read(size)
+        return
+    step = (size - _SAMPLE_BYTES) / (_SAMPLES - 1)
+    for number in range(_SAMPLES):
+        file.seek(start + math.floor(number * step))
+        yield file.read(_SAMPLE_BYTES)
