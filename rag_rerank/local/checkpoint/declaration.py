@@ -20,7 +20,7 @@ Kind = Literal["cross-encoder", "bi-encoder", "late-interaction"]
 Side = Literal["query", "document"]
 Similarity = Literal["cosine", "dot", "euclidean", "manhattan", "maxsim", "meanmaxsim"]
 
-IDENTITY = "torch.nn.modules.linear.Identity"
+IDENTITY, SIGMOID = "torch.nn.modules.linear.Identity", "torch.nn.modules.activation.Sigmoid"
 POOLINGS = ("cls", "max", "mean", "mean_sqrt_len_tokens", "weightedmean", "lasttoken")
 
 _MODULES, _MODEL = "modules.json", "config_sentence_transformers.json"
@@ -99,8 +99,8 @@ class Chat:
     """Texts are rendered with the tokenizer's chat template.
 
     Attributes:
-        form: Whether the content of a message is a ``"structured"`` list of parts, or ``"flat"`` text; ``"auto"`` goes by
-            what the template reads.
+        form: Whether the content of a message is ``"structured"``, a list of parts, or ``"flat"`` text; ``"auto"`` goes
+            by what the template reads.
         variables: What the template is given besides.
     """
 
@@ -189,29 +189,42 @@ class Declaration:
     markers: tuple[str, ...] = ()
     adapter: bool = False
 
+    def as_vllm(self) -> "Declaration":
+        """Give what vLLM makes of a declaration of late interaction: only the projection and its length."""
+        query, document = (
+            Route(folder=route.folder, token_layers=route.token_layers, lower_case=route.lower_case)
+            for route in (self.query, self.document)
+        )
+        return Declaration(kind=self.kind, modular=self.modular, query=query, document=document, similarity="maxsim")
 
-def read_declaration(read: Callable[[str], Any], kind: Kind | None = None) -> Declaration:
+
+class _Refused(ConfigError):
+    pass
+
+
+def read_declaration(name: str, read: Callable[[str], Any], kind: Kind | None = None) -> Declaration:
     """Read what a checkpoint declares.
 
     Args:
+        name: The checkpoint's, for errors.
         read: Returns the content of a JSON file of the checkpoint by its path, or None where there is no such file.
         kind: What the caller says that it is; None believes the checkpoint.
 
     Raises:
         ConfigError: A file is malformed, or declares what can't be done.
     """
-    reader = _Reader(read)
-    kind = kind or reader.kind()
-    adapter = read("adapter_config.json") is not None
-    if reader.modules is not None:
-        declared = {"cross-encoder": reader.cross_encoder, "bi-encoder": reader.bi_encoder}.get(
-            kind, reader.multi_vector
-        )()
-    elif kind == "late-interaction":
-        declared = reader.stanford()
-    else:
-        declared = Declaration(kind=kind)
-    return replace(declared, adapter=adapter)
+    try:
+        reader = _Reader(read)
+        kind = kind or reader.kind()
+        if reader.modules is None:
+            declared = reader.stanford() if kind == "late-interaction" else reader.plain(kind)
+        elif kind == "cross-encoder":
+            declared = reader.cross_encoder()
+        else:
+            declared = reader.bi_encoder() if kind == "bi-encoder" else reader.multi_vector()
+        return replace(declared, adapter=read("adapter_config.json") is not None)
+    except _Refused as error:
+        raise ConfigError(f"{name!r}: {error}") from error
 
 
 @dataclass(frozen=True, slots=True)
@@ -225,12 +238,12 @@ class _File:
         """Return a field; None where it is missing or null."""
         value = self.content.get(name)
         if value is None or (isinstance(value, kind) and not (kind is int and isinstance(value, bool))):
-            return cast("_T | None", value)
-        raise ConfigError(f"{self.path}: {name} is {value!r}, which is no {kind.__name__}")
+            return value
+        raise _Refused(f"{self.path}: {name} is {value!r}, which is no {kind.__name__}")
 
     def refuse(self, name: str, why: str) -> NoReturn:
         """Raise ConfigError for a field."""
-        raise ConfigError(f"{self.path}: {name} {why}")
+        raise _Refused(f"{self.path}: {name} {why}")
 
 
 class _Reader:
@@ -239,14 +252,14 @@ class _Reader:
         self.model = self.file(_MODEL)
         listed = read(_MODULES)
         if listed is not None and not (isinstance(listed, list) and all(isinstance(each, dict) for each in listed)):
-            raise ConfigError(f"{_MODULES} is not a list of modules")
+            raise _Refused(f"{_MODULES} is not a list of modules")
         self.modules: list[Mapping[str, Any]] | None = listed
 
     def file(self, path: str) -> _File:
         """Read a JSON object; an empty one where there is no such file."""
         content = self._read(path)
         if not isinstance(content, Mapping | None):
-            raise ConfigError(f"{path} is no JSON object")
+            raise _Refused(f"{path} is no JSON object")
         return _File(path, content or {})
 
     def kind(self) -> Kind:
@@ -260,19 +273,22 @@ class _Reader:
         kinds = [kind for kind, _ in steps]
         folder = next((folder for kind, folder in steps if kind == "Transformer"), "")
         architectures = self.file(_path(folder, "config.json")).get("architectures", list) or [""]
-        # Before there was a model_type, PyLate wrote just these two.
-        if kinds == ["Transformer", "Dense"] and self._dense(steps[1][1]).get("module_output_name", str) != _SCORES:
-            return "late-interaction"
-        if architectures[0].startswith(("HF_ColBERT", "ColBERT")) or "MultiVectorMask" in kinds:
-            return "late-interaction"
-        if not kinds or "LogitScore" in kinds or architectures[0].endswith("ForSequenceClassification"):
-            return "cross-encoder"
-        scores = kinds[-1] == "Dense" and self._dense(steps[-1][1]).get("module_output_name", str) == _SCORES
-        return "cross-encoder" if scores else "bi-encoder"
+        scores = kinds[-1:] == ["Dense"] and self._config(steps[-1][1]).get("module_output_name", str) == _SCORES
+        if scores or not kinds or "LogitScore" in kinds or architectures[0].endswith("ForSequenceClassification"):
+            named_so = architectures[0].startswith(("HF_ColBERT", "ColBERT"))
+            return "late-interaction" if named_so and not scores else "cross-encoder"
+        # Before there was a model_type, PyLate wrote a Transformer and its projection.
+        return (
+            "late-interaction" if set(kinds) == {"Transformer", "Dense"} or "MultiVectorMask" in kinds else "bi-encoder"
+        )
 
     def steps(self, side: Side) -> list[tuple[str, str]]:
         """List what a text passes through: the kind and folder of each module."""
         return [step for module in self.modules or [] for step in self._parted(_step(module, _MODULES), side)]
+
+    def plain(self, kind: Kind) -> Declaration:
+        """Read what a checkpoint without modules declares: only how long its inputs may be."""
+        return Declaration(kind=kind, document=Route(max_length=self._max_length(self._texts(""), "document")))
 
     def cross_encoder(self) -> Declaration:
         name = self.model.get("default_prompt_name", str)
@@ -281,13 +297,13 @@ class _Reader:
             self.model.refuse("default_prompt_name", f"is {name!r}, which is not among its prompts")
         prompt = (prompts.get(name) or "") if name is not None else ""
         if self.steps("query") != self.steps("document"):
-            raise ConfigError(f"{_MODULES} has a Router, but a cross-encoder reads query and document together")
+            raise _Refused(f"{_MODULES} has a Router, but a cross-encoder reads query and document together")
         route, end = self._route("document", "", _SENTENCE)
         answers: tuple[int, ...] = ()
         if end == _LOGITS:
             answers = self._answers(self.steps("document"))
         elif end != _SCORES:
-            raise ConfigError(f"{_MODULES} ends with {end}; a cross-encoder's last module makes {_SCORES}")
+            raise _Refused(f"{_MODULES} ends with {end}; a cross-encoder's last module makes {_SCORES}")
         return Declaration(
             kind="cross-encoder",
             modular=True,
@@ -305,9 +321,7 @@ class _Reader:
             routes[side], end = self._route(side, prompt, _SENTENCE)
             if end != _SENTENCE or routes[side].chat:
                 what = "chat templates" if routes[side].chat else f"{end} at the end"
-                raise ConfigError(
-                    f"{_MODULES} declares {what}; a bi-encoder is supported from plain text to {_SENTENCE}"
-                )
+                raise _Refused(f"{_MODULES} declares {what}; a bi-encoder is supported from plain text to {_SENTENCE}")
         return Declaration(
             kind="bi-encoder",
             modular=True,
@@ -328,7 +342,7 @@ class _Reader:
             routes[side], end = self._route(side, prefix + prompt.removeprefix(prefix), _TOKENS)
             if end != _TOKENS or routes[side].chat:
                 what = "chat templates" if routes[side].chat else f"{end} at the end"
-                raise ConfigError(f"{_MODULES} declares {what}; late interaction is supported from text to {_TOKENS}")
+                raise _Refused(f"{_MODULES} declares {what}; late interaction is supported from text to {_TOKENS}")
             if not whole and not any(layer.kind == "Normalize" for layer in routes[side].token_layers):
                 layers = (*routes[side].token_layers, Layer("Normalize"))
                 routes[side] = replace(routes[side], token_layers=layers)
@@ -340,7 +354,7 @@ class _Reader:
         expansion = self._expansion()
         if expansion is not None:
             if whole and not masks:
-                raise ConfigError(
+                raise _Refused(
                     f"{_MODULES} has no MultiVectorMask, by which the tokens of query_expansion are compared"
                 )
             limit = routes["query"].max_length
@@ -410,7 +424,7 @@ class _Reader:
         """What a text passes through, and what comes out."""
         (kind, folder), *rest = self.steps(side) or [("nothing", "")]
         if kind != "Transformer":
-            raise ConfigError(f"{_MODULES} begins with {kind}; only a Transformer is supported there")
+            raise _Refused(f"{_MODULES} begins with {kind}; only a Transformer is supported there")
         texts = self._texts(folder)
         task = texts.get("transformer_task", str) or "feature-extraction"
         passed = texts.get("module_output_name", str) or _OUTPUTS.get(task)
@@ -420,7 +434,7 @@ class _Reader:
         layers: list[Layer] = []
         pooling = None
         for kind, place in rest:
-            config = self._dense(place)
+            config = self._config(place)
             reads = config.get("module_input_name", str)
             if kind == "Pooling":
                 pooling, reads, makes = _pooling(config), _TOKENS, _SENTENCE
@@ -445,9 +459,9 @@ class _Reader:
             elif kind in ("MultiVectorMask", "Dropout"):
                 continue
             else:
-                raise ConfigError(f"{_MODULES} has a {kind}, which is not supported")
+                raise _Refused(f"{_MODULES} has a {kind}, which is not supported")
             if reads != passed:
-                raise ConfigError(f"{config.path}: the {kind} reads {reads}, but the module before it makes {passed}")
+                raise _Refused(f"{config.path}: the {kind} reads {reads}, but the module before it makes {passed}")
             passed = makes
         route = Route(
             folder=folder,
@@ -464,10 +478,11 @@ class _Reader:
 
     def _texts(self, folder: str) -> _File:
         """How texts become tokens; the name of the file has changed over the versions."""
-        files = (self.file(_path(folder, name)) for name in _TEXTS)
+        names = _TEXTS if self.modules is not None else _TEXTS[:1]
+        files = (self.file(_path(folder, name)) for name in names)
         return next((file for file in files if file.content), _File(_path(folder, _TEXTS[0]), {}))
 
-    def _dense(self, folder: str) -> _File:
+    def _config(self, folder: str) -> _File:
         return self.file(_path(folder, "config.json"))
 
     def _max_length(self, texts: _File, side: Side) -> int | None:
@@ -483,7 +498,7 @@ class _Reader:
         return next((size for size in sizes if size), None)
 
     def _prompts(self) -> dict[Side, str]:
-        """What is put before queries and documents: by sentence-transformers' ``encode_query`` and ``encode_document``."""
+        """What sentence-transformers' ``encode_query`` and ``encode_document`` put before a text."""
         saved = self.model.get("prompts", dict) or {}
         name = self.model.get("default_prompt_name", str)
         prompts = {"query": None, "document": None} | saved
@@ -498,14 +513,14 @@ class _Reader:
             named = None  # what PyLate writes, without meaning it
         if named is not None and named not in allowed:
             self.model.refuse("similarity_fn_name", f"is {named!r}; supported are {', '.join(allowed)}")
-        return cast("Similarity", named or allowed[0])
+        return named or allowed[0]
 
     def _answers(self, steps: list[tuple[str, str]]) -> tuple[int, ...]:
         """The ids of LogitScore, as in `Declaration.answers`."""
         folders = [folder for kind, folder in steps if kind == "LogitScore"]
         if not folders:
-            raise ConfigError(f"{_MODULES} has no LogitScore: which tokens answer is not declared")
-        config = self._dense(folders[0])
+            raise _Refused(f"{_MODULES} has no LogitScore: which tokens answer is not declared")
+        config = self._config(folders[0])
         true, false = config.get("true_token_id", int), config.get("false_token_id", int)
         if true is None:
             config.refuse("true_token_id", "is missing: which token answers is not declared")
@@ -539,9 +554,9 @@ def _step(module: Mapping[str, Any], file: str) -> tuple[str, str]:
     """The kind of a module, whose full name changed over the versions, and its folder."""
     kind, folder = str(module.get("type")), str(module.get("path", ""))
     if kind.partition(".")[0] not in ("sentence_transformers", "pylate"):
-        raise ConfigError(f"{file}: the module {kind} is code of the checkpoint's own, which is not run")
+        raise _Refused(f"{file}: the module {kind} is code of the checkpoint's own, which is not run")
     if PurePosixPath(folder).is_absolute() or ".." in PurePosixPath(folder).parts:
-        raise ConfigError(f"{file}: the path {folder!r} leads out of the checkpoint")
+        raise _Refused(f"{file}: the path {folder!r} leads out of the checkpoint")
     return kind.rpartition(".")[2], folder
 
 

@@ -2,14 +2,18 @@
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from rag_rerank.errors import ConfigError
-from rag_rerank.local.checkpoint.declaration import Layer, Pooling
-from rag_rerank.local.transformer.transformer import States, most
+from rag_rerank.local.checkpoint.declaration import IDENTITY, SIGMOID, Layer, Pooling
+from rag_rerank.local.transformer.transformer import States, largest_of_each
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 Activation = Callable[[Tensor], Tensor]
 
@@ -33,7 +37,25 @@ def activation(name: str, where: str) -> Activation:
             return made
     except (TypeError, RuntimeError, ValueError, IndexError):
         pass
-    raise ConfigError(f"{where} asks for the activation {name!r}, which is none of torch.nn that works on each number alone")
+    raise ConfigError(
+        f"{where} asks for the activation {name!r}, which is none of torch.nn that works on each number alone"
+    )
+
+
+def config_activation(config: "PreTrainedConfig") -> str | None:
+    """Find the activation that a ``config.json`` names, as vLLM finds it; None where it names none.
+
+    In this order: ``problem_type``; the torch module that sentence-transformers wrote into the config (``Identity`` for
+    ms-marco models of old: then scores are logits, not within 0 and 1). (vLLM 0.32,
+    ``model_executor/layers/pooler/activations.py``.)
+    """
+    problem_type = getattr(config, "problem_type", None)
+    if problem_type == "regression":
+        return IDENTITY
+    if problem_type in ("single_label_classification", "multi_label_classification"):
+        return SIGMOID
+    named: str | None = (getattr(config, "sentence_transformers", None) or {}).get("activation_fn")
+    return named or getattr(config, "sbert_ce_default_activation_function", None)
 
 
 def read_layers(file: Callable[[str], str | Path | None], layers: Sequence[Layer]) -> nn.Sequential:
@@ -118,29 +140,26 @@ def _weights(name: str, path: str | Path | None) -> dict[str, Tensor]:
 _OWN = ("linear", "colbert_linear", "residual", "norm")
 
 
-def pool(states: States, pooling: Pooling, skips: Sequence[int] | None = None) -> Tensor:
+def pool(states: States, pooling: Pooling, skip: int = 0) -> Tensor:
     """Make one vector of the states of each sequence.
 
     Args:
         states: Of a batch.
         pooling: How.
-        skips: How many tokens at the beginning of each sequence don't count; None counts all.
+        skip: How many tokens at the beginning of each sequence don't count.
 
     Returns:
         float32 ``[sequences, modes * size]``.
     """
-    skipped = torch.tensor(skips, device=states.firsts.device) if skips and any(skips) else None
-    return torch.cat([_POOLINGS[mode](states, skipped) for mode in pooling.modes], dim=1)
+    return torch.cat([_POOLINGS[mode](states, skip) for mode in pooling.modes], dim=1)
 
 
-def _counted(states: States, skipped: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+def _counted(states: States, skip: int) -> tuple[Tensor, Tensor, Tensor]:
     """The states that count, float32, which sequence each is of, and its place in it, from 1."""
     tokens, owners = states.flat()
     counts = states.lasts - states.firsts + 1
     places = torch.arange(len(owners), device=owners.device) - (counts.cumsum(0) - counts)[owners] + 1
-    if skipped is None:
-        return tokens.float(), owners, places
-    kept = places > skipped[owners]
+    kept = places > skip
     return tokens[kept].float(), owners[kept], places[kept]
 
 
@@ -148,41 +167,39 @@ def _sums(values: Tensor, owners: Tensor, count: int) -> Tensor:
     return values.new_zeros(count, *values.shape[1:]).index_add_(0, owners, values)
 
 
-def _mean(states: States, skipped: Tensor | None, power: float = 1.0) -> Tensor:
-    tokens, owners, _ = _counted(states, skipped)
+def _mean(states: States, skip: int, power: float = 1.0) -> Tensor:
+    tokens, owners, _ = _counted(states, skip)
     count = len(states.lengths)
     counts = _sums(torch.ones_like(tokens[:, 0]), owners, count).clamp(min=1e-9)
     return _sums(tokens, owners, count) / (counts**power).unsqueeze(1)
 
 
-def _root_mean(states: States, skipped: Tensor | None) -> Tensor:
-    return _mean(states, skipped, 0.5)
+def _root_mean(states: States, skip: int) -> Tensor:
+    return _mean(states, skip, 0.5)
 
 
-def _weighted_mean(states: States, skipped: Tensor | None) -> Tensor:
-    tokens, owners, places = _counted(states, skipped)
+def _weighted_mean(states: States, skip: int) -> Tensor:
+    tokens, owners, places = _counted(states, skip)
     weights, count = places.float().unsqueeze(1), len(states.lengths)
     return _sums(tokens * weights, owners, count) / _sums(weights, owners, count).clamp(min=1e-9)
 
 
-def _max(states: States, skipped: Tensor | None) -> Tensor:
-    tokens, owners, _ = _counted(states, skipped)
-    return most(tokens, owners, len(states.lengths))
+def _max(states: States, skip: int) -> Tensor:
+    tokens, owners, _ = _counted(states, skip)
+    return largest_of_each(tokens, owners, len(states.lengths))
 
 
-def _first(states: States, skipped: Tensor | None) -> Tensor:
-    if skipped is None:
-        return states.first().float()
+def _first(states: States, skip: int) -> Tensor:
     # Where nothing but the prompt is left, sentence-transformers takes the first token of all.
-    places = torch.where(states.firsts + skipped > states.lasts, states.firsts, states.firsts + skipped)
+    places = torch.where(states.firsts + skip > states.lasts, states.firsts, states.firsts + skip)
     return states.tokens[places].float()
 
 
-def _last(states: States, skipped: Tensor | None) -> Tensor:
+def _last(states: States, skip: int) -> Tensor:
     return states.last().float()
 
 
-_POOLINGS: dict[str, Callable[[States, Tensor | None], Tensor]] = {
+_POOLINGS: dict[str, Callable[[States, int], Tensor]] = {
     "cls": _first,
     "max": _max,
     "mean": _mean,

@@ -170,9 +170,10 @@ class Padded:
             int64 ``[len(sequences), longest]`` each.
         """
         longest = max(len(sequence.ids) for sequence in sequences)
+        attended = [len(sequence.ids) - sequence.unattended for sequence in sequences]
         rows = {
             "input_ids": [sequence.ids + [self.pad_id] * (longest - len(sequence.ids)) for sequence in sequences],
-            "attention_mask": [[1] * len(sequence.ids) + [0] * (longest - len(sequence.ids)) for sequence in sequences],
+            "attention_mask": [[1] * count + [0] * (longest - count) for count in attended],
         }
         if sequences[0].types is not None:
             rows["token_type_ids"] = [
