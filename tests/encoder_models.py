@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from rag_rerank.local.models.late_interaction import LateInteraction, read_projection
-from rag_rerank.local.models.model import Batching
+from rag_rerank.local.transformer.batching import Batching
 from rag_rerank.local.transformer.transformer import make_transformer
 from tests.models import MAX_LENGTH, widen, word_piece_tokenizer
 

@@ -29,6 +29,7 @@ from rag_rerank.local.models.cross_encoder import (
     own_activation,
 )
 from rag_rerank.local.models.decoder import last_token_head, score_row, token_ids, token_row
+from rag_rerank.local.models.encoding import Truncation
 from rag_rerank.local.models.late_interaction import LateInteraction, is_late_interaction, read_projection
 from rag_rerank.local.models.model import Model, ScoreType
 from rag_rerank.local.models.prompts import Prompts
@@ -69,7 +70,9 @@ def load(settings: Settings) -> Model:
     kind = _kind(checkpoint, settings.score_type)
     score_type = kinds[kind]()
     template = loading.template
-    no_place = f"the template {template.name!r}" if template is not None else f"{checkpoint.name!r}, without a template,"
+    no_place = (
+        f"the template {template.name!r}" if template is not None else f"{checkpoint.name!r}, without a template,"
+    )
     return Model(
         score_type=score_type,
         tokenizer=checkpoint.tokenizer,
@@ -86,16 +89,19 @@ def load(settings: Settings) -> Model:
 
 
 def _facts(settings: Settings) -> dict[str, str]:
-    """What of the settings can change a score as it is written there. Versions of torch and transformers are none:
-    they change the last digits, as another processor does; what changes more is a fault that a test finds."""
-    names = ("query_prompt", "document_prompt", "max_tokens_per_query", "max_tokens_per_doc", "long_documents")
-    return {
-        **{name: json.dumps(getattr(settings, name)) for name in (*names, "trust_remote_code", "revision")},
-        **{
-            name: json.dumps({key: value for key, value in getattr(settings, name).items() if key not in _NO_FACTS}, sort_keys=True, default=repr)
-            for name in ("variables", "model_kwargs", "tokenizer_kwargs")
-        },
-    }
+    """Tell what of the settings can change a score as it is written there.
+
+    Versions of torch and transformers are no facts: they change the last digits, as another processor does, and a run
+    must survive an update. What changes more would be a fault, which the tests against transformers show.
+    """
+    variables = settings.variables
+    facts: dict[str, Any] = {"instruction": variables.pop("instruction"), "chat_template_kwargs": variables}
+    for name in ("query_prompt", "document_prompt", "max_tokens_per_query", "max_tokens_per_doc", "long_documents"):
+        facts[name] = getattr(settings, name)
+    for name in ("model_kwargs", "tokenizer_kwargs"):
+        facts[name] = {key: value for key, value in getattr(settings, name).items() if key not in _NO_FACTS}
+    facts |= {"revision": settings.revision, "trust_remote_code": settings.trust_remote_code}
+    return {name: json.dumps(value, sort_keys=True, default=repr) for name, value in facts.items()}
 
 
 def _kind(checkpoint: Checkpoint, asked: str) -> str:
@@ -161,7 +167,7 @@ class _Loading:
         return self._pair_model(model, last_token_head(token_row(model, ids)))
 
     def vision(self) -> ScoreType:
-        """Load a model that reads images, and answers with a word or has a head, for which transformers has no class."""
+        """Load a model that reads images, and answers with a word or has a head that transformers has no class for."""
         processor = ImageProcessor.of(self.checkpoint)
         if self.checkpoint.architectures[0].endswith("ForSequenceClassification"):
             self._choose_template(needed=True)
@@ -245,7 +251,7 @@ class _Loading:
         return limit
 
     def _prompts(self, model: PreTrainedModel) -> Prompts:
-        truncation = "longest_first" if self.settings.max_tokens_per_doc is None else "only_second"
+        truncation: Truncation = "longest_first" if self.settings.max_tokens_per_doc is None else "only_second"
         limit, variables = self._max_length(model), self.settings.variables
         return Prompts(self.checkpoint.tokenizer, limit, self.template, variables, truncation)
 

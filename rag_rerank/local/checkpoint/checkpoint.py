@@ -115,7 +115,9 @@ class Checkpoint:
         adapter = folder / "adapter_config.json"
         base = json.loads(adapter.read_bytes()).get("base_model_name_or_path") if adapter.is_file() else None
         if base is not None and not Path(base).is_dir():
-            base = Path(str(cached_file(base, "config.json", cache_dir=self._settings.cache_dir, local_files_only=True))).parent
+            base = Path(
+                str(cached_file(base, "config.json", cache_dir=self._settings.cache_dir, local_files_only=True))
+            ).parent
         return fingerprint(folder, base and Path(base))
 
     def _is_small(self) -> bool:
@@ -159,7 +161,7 @@ def module_kind(module: dict[str, Any]) -> str:
 
 
 def max_length(checkpoint: Checkpoint, model: PreTrainedModel, asked: int | None) -> int:
-    """Find the longest input in tokens: the least of what positions, tokenizer, sentence-transformers and the caller allow."""
+    """Find the longest input in tokens that positions, tokenizer, sentence-transformers and the caller all allow."""
     config = checkpoint.config.get_text_config()  # itself, where there is no tower beside it
     limits = [int(getattr(config, "max_position_embeddings", 0) or 0)]
     limits += [count for _, count in position_tables(model)]

@@ -7,10 +7,10 @@ embedding may change unnoticed.
 
 import hashlib
 import json
-import math
+import mmap
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from rag_rerank.errors import ConfigError
 
@@ -22,8 +22,8 @@ TOKENIZER_FILES = (
 
 _SETTINGS = frozenset((".json", ".txt", ".model", ".jinja", ".py", ".metadata", ".tiktoken"))
 _NO_SETTINGS = ("generation_config.json", "trainer_state.json", "README", "LICENSE", "requirements.txt", "results.json")
-# Of a large tensor, this many samples of so many bytes: of a gigabyte of MiniLM's, about 9 MB.
-_SAMPLES, _SAMPLE_BYTES = 8, 1024
+# Of a large tensor, this many samples of so many bytes: a gigabyte in 1,190 tensors takes 15 ms; with 1,024 bytes, 25.
+_SAMPLES, _SAMPLE_BYTES = 8, 256
 
 
 def fingerprint(folder: Path, base: Path | None = None) -> dict[str, str]:
@@ -40,20 +40,20 @@ def fingerprint(folder: Path, base: Path | None = None) -> dict[str, str]:
     Raises:
         ConfigError: A safetensors file is damaged.
     """
-    weights, settings = hashlib.blake2b(digest_size=16), hashlib.blake2b(digest_size=16)
+    weights, settings = hashlib.sha256(), hashlib.sha256()
     for origin, root in (("", folder), ("base", base)):
         for path in _files(root) if root is not None else ():
-            own = hashlib.blake2b()
+            own = hashlib.sha256()
             is_weights = path.suffix == ".safetensors"
             for part in _samples(path) if is_weights else (path.read_bytes(),):
                 own.update(part)
             entry = json.dumps([origin, path.relative_to(root or folder).as_posix(), own.hexdigest()])
             (weights if is_weights else settings).update(entry.encode())
-    return {"weights": weights.hexdigest(), "checkpoint files": settings.hexdigest()}
+    return {"weights": weights.hexdigest()[:32], "checkpoint files": settings.hexdigest()[:32]}
 
 
 def _files(folder: Path) -> list[Path]:
-    """What may change a score: files beside ``config.json``, and all below the folders that ``modules.json`` names."""
+    """List what may change a score: files in `folder`, and all in the folders that ``modules.json`` names."""
     found = set(folder.iterdir())
     try:
         modules: Any = json.loads((folder / "modules.json").read_bytes())
@@ -74,29 +74,22 @@ def _files(folder: Path) -> list[Path]:
 
 
 def _samples(path: Path) -> Iterator[bytes]:
-    """Yield size and header of a safetensors file, small tensors whole, and samples of large ones."""
+    """Yield the header of a safetensors file, small tensors whole, and samples of large ones."""
     try:
-        with path.open("rb", buffering=0) as file:
-            yield str(path.stat().st_size).encode()
-            length = int.from_bytes(file.read(8), "little")
-            if not 2 <= length <= path.stat().st_size:
-                raise ValueError("its header has no length")  # noqa: TRY301 - joins the others
-            header = file.read(length)
+        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            begin = 8 + int.from_bytes(data[:8], "little")
+            header = data[:begin]
             yield header
-            tensors = json.loads(header)
-            tensors.pop("__metadata__", None)
-            for start, stop in sorted(tensor["data_offsets"] for tensor in tensors.values()):
-                yield from _of_tensor(file, 8 + length + start, stop - start)
+            tensors = json.loads(header[8:])
+            for name in sorted(tensors.keys() - {"__metadata__"}):
+                start, stop = (begin + offset for offset in tensors[name]["data_offsets"])
+                if stop > len(data):
+                    raise ValueError(f"it ends before {name} does")  # noqa: TRY301 - joins the others
+                if stop - start <= 2 * _SAMPLES * _SAMPLE_BYTES:
+                    yield data[start:stop]
+                    continue
+                step = (stop - start - _SAMPLE_BYTES) // (_SAMPLES - 1)
+                starts = range(start, start + step * _SAMPLES, step)
+                yield b"".join([data[place : place + _SAMPLE_BYTES] for place in starts])
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise ConfigError(f"{str(path)!r} can't be read as safetensors: {error}") from error
-
-
-def _of_tensor(file: BinaryIO | Any, start: int, size: int) -> Iterator[bytes]:
-    if size <= 2 * _SAMPLES * _SAMPLE_BYTES:
-        file.seek(start)
-        yield file.read(size)
-        return
-    step = (size - _SAMPLE_BYTES) / (_SAMPLES - 1)
-    for number in range(_SAMPLES):
-        file.seek(start + math.floor(number * step))
-        yield file.read(_SAMPLE_BYTES)

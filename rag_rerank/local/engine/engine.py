@@ -1,10 +1,9 @@
 """One thread that owns a model: it loads it, and has what callers hand in scored in common batches.
 
 Why one thread: fast tokenizers answer "Already borrowed" when two threads share one, and one thread must decide what
-comes next. Callers get a future each. The thread takes some of the work that waits (`rag_rerank.local.engine.calls` says
-whose), cuts it into batches, and gives each call its scores as soon as its last sequence has run. On a CPU each
-batch is run by a worker on a core of its own; on a CUDA device the next batch is tokenised and sent off while the last
-one still runs.
+comes next. Callers get a future each. The thread takes some of the work that waits (see `calls`), cuts it into batches,
+and gives each call its scores as soon as its last sequence has run. On a CPU each batch is run by a worker on a core of
+its own; on a CUDA device the next batch is tokenised and sent off while the last one still runs.
 """
 
 import logging

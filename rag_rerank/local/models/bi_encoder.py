@@ -65,7 +65,7 @@ _POOLINGS: dict[str, Pooling] = {
 
 
 def pooling_of(config: Mapping[str, Any]) -> Pooling:
-    """Find the pooling that ``1_Pooling/config.json`` names, in its newer (``pooling_mode``) or older (one flag each) form.
+    """Find the pooling that ``1_Pooling/config.json`` names: in ``pooling_mode``, or in older files by one flag each.
 
     Raises:
         ConfigError: A mode other than mean, max, cls and lasttoken, or several at once.

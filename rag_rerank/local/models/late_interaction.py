@@ -138,7 +138,7 @@ def read_projection(
 
 
 def _linear(name: str, path: str | Path | None) -> torch.nn.Linear:
-    """The one linear layer that a file of weights holds under one of the names that vLLM looks for."""
+    """Read the one linear layer in a file of weights, under one of the names that vLLM looks for."""
     if path is None:
         raise ConfigError(f"the checkpoint has no {name}, where the projection to token vectors should be")
     with safe_open(path, framework="pt") as weights:

@@ -157,7 +157,7 @@ class Model:
         if isinstance(each, str):
             return truncate(self.tokenizer, each, limit)
         # vLLM counts an image's placeholder and would cut that, too, where there is nothing else to cut.
-        images = each.pictures
+        images = each.images
         if limit < _MIN_TOKENS_PER_IMAGE * len(images):
             return each
         return Multimodal((*images, truncate(self.tokenizer, each.text, limit - PLACEHOLDER_TOKENS * len(images))))

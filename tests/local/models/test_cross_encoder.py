@@ -11,8 +11,8 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreT
 
 from rag_rerank import LocalScorer
 from rag_rerank.local.loading import load
-from rag_rerank.local.models.cross_encoder import CrossEncoder, Head, WholeCrossEncoder
-from rag_rerank.local.models.model import Batching, TokenSequence
+from rag_rerank.local.models.cross_encoder import Whole, classification_head
+from rag_rerank.local.transformer.batching import Batching, TokenSequence
 from rag_rerank.local.transformer.transformer import ENCODERS, Padded, Transformer, Unpadded, make_transformer
 from tests.encoder_models import make_random_cross_encoder, random_encoder
 from tests.models import MAX_LENGTH
@@ -94,20 +94,12 @@ class TestHead:
         assert list(model.state_dict()) == names
         assert torch.equal(whole(model, batch), before)
 
-    def test_states_are_not_kept(self, model: PreTrainedModel):
-        """They may be large."""
-        head = Head(model)
-        transformer = make_transformer(copy.deepcopy(model.base_model), 0, Batching(4096))
-        with torch.inference_mode():
-            head.logits(transformer.states(sequences(model)))
-        assert head._given._thread.__dict__ == {}
-
     @torch.inference_mode()
     def logits(self, model: PreTrainedModel, transformer: Transformer, batch: Sequence[TokenSequence]) -> Tensor:
         """In two batches, of one head."""
-        head = Head(model)
+        head = classification_head(model)
         parts = (batch[:4], batch[4:])
-        return torch.cat([head.logits(transformer.states(part)) for part in parts])
+        return torch.cat([head(transformer.states(part)) for part in parts])
 
 
 class TestFromACheckpoint:
@@ -115,7 +107,7 @@ class TestFromACheckpoint:
 
     @pytest.mark.parametrize(
         ("kind", "expected"),
-        [("distilbert", CrossEncoder), ("albert", WholeCrossEncoder), ("deberta-v2", WholeCrossEncoder)],
+        [("distilbert", Unpadded), ("albert", Whole), ("deberta-v2", Whole)],
     )
     def test_scores_are_those_of_transformers(self, kind: str, expected: type, tmp_path: Path):
         """To 1e-5: an architecture of ours by its parts, an unknown one as a whole, in padded batches."""
@@ -129,6 +121,6 @@ class TestFromACheckpoint:
                 model(**tokenizer(*pair, **options)).logits.item() for pair in zip(queries, documents, strict=True)
             ]
         with LocalScorer(folder, dtype="float32", use_activation=False) as scorer:
-            assert type(load(scorer._settings)) is expected
+            assert type(load(scorer._settings).score_type.transformer) is expected
             assert largest_difference(scorer.score(queries, documents), logits) <= TOLERANCE
         assert max(logits) - min(logits) > 0.1

@@ -106,7 +106,7 @@ class ImagePrompts:
         if isinstance(value, str):
             return ()
         try:
-            return tuple(self.tower.share(image) for image in value.pictures)
+            return tuple(self.tower.share(image) for image in value.images)
         except ContentError as error:
             raise InputError(side, value, str(error)) from error
 
@@ -122,7 +122,7 @@ class ImagePrompts:
                 self._check_fit("documents", document, space - spare)
 
     def _check_fit(self, side: Side, value: Multimodal, space: int) -> None:
-        count, processor = len(value.pictures), self.tower.processor
+        count, processor = len(value.images), self.tower.processor
         around = PLACEHOLDER_TOKENS - 1
         needed = sum(image.tokens + around for image in self._images(side, value))
         if needed <= space:
@@ -143,8 +143,8 @@ class ImagePrompts:
 
 
 def _as_text(value: Prepared) -> str:
-    """A placeholder for each image, then what text there is, nothing between."""
-    return value if isinstance(value, str) else "".join(PLACEHOLDER) * len(value.pictures) + value.text
+    """Write a placeholder for each image, then what text there is, nothing between."""
+    return value if isinstance(value, str) else "".join(PLACEHOLDER) * len(value.images) + value.text
 
 
 def _extra_tokens(images: Sequence[SharedImage]) -> int:
