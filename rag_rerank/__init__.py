@@ -13,6 +13,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from rag_rerank.closeable import Closeable as Closeable
     from rag_rerank.errors import AuthError as AuthError
     from rag_rerank.errors import BackendError as BackendError
     from rag_rerank.errors import BackendRejected as BackendRejected
@@ -35,7 +36,6 @@ if TYPE_CHECKING:
     from rag_rerank.integration import path_as_text as path_as_text
     from rag_rerank.local import LocalScorer as LocalScorer
     from rag_rerank.ranking import Ranked as Ranked
-    from rag_rerank.scorer import Closeable as Closeable
     from rag_rerank.scorer import Scorer as Scorer
     from rag_rerank.template import Template as Template
     from rag_rerank.vllm import VLLMScorer as VLLMScorer
@@ -64,7 +64,7 @@ _HOME = {
     "path_as_text": "integration",
     "LocalScorer": "local",
     "Identity": "identity",
-    "Closeable": "scorer",
+    "Closeable": "closeable",
     "Ranked": "ranking",
     "Scorer": "scorer",
     "Template": "template",

@@ -208,7 +208,7 @@ class _Call:
         self._fallback._answered = member.scorer
 
     def error(self) -> BackendError | ContentError:
-        """What to raise after the last turn."""
+        """Make the error for a call whose last turn is over."""
         if self._blind is not None and not self._failed:
             return self._blind
         errors = [error for _, error in self._failed]
@@ -224,5 +224,5 @@ class _Call:
 
 
 def _name(scorer: Scorer) -> str:
-    """The class and the model: both scorers may run the same model."""
+    """Name a scorer by class and model: both scorers may run the same model."""
     return f"{type(scorer).__name__} ({scorer.model_name})"

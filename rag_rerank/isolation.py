@@ -164,7 +164,7 @@ def _pairs(queries: Sequence[Prepared], documents: Sequence[Prepared], positions
 
 
 def _outcomes(reply: Sequence[float] | RerankError, count: int) -> list[Outcome] | RerankError:
-    """The outcomes that a reply tells of, or an error that does not say whose fault it is."""
+    """Read the outcomes off a reply; or give an error back that does not say whose fault it is."""
     if not isinstance(reply, RerankError):
         if len(reply) == count:
             return [score if math.isfinite(score) else _not_finite(score) for score in map(float, reply)]

@@ -195,7 +195,7 @@ class Limited:
         if isinstance(each, str):
             return cut(self.tokenizer, each, limit)
         # vLLM counts a picture's placeholder and would cut that, too, where there is nothing else to cut.
-        if limit < LEAST_PER_PICTURE * len(each.pictures):
+        if limit < LEAST_PER_PICTURE * len(each.images):
             return each
-        text = cut(self.tokenizer, each.text, limit - PLACEHOLDER_TOKENS * len(each.pictures))
-        return Multimodal((*each.pictures, text))
+        text = cut(self.tokenizer, each.text, limit - PLACEHOLDER_TOKENS * len(each.images))
+        return Multimodal((*each.images, text))

@@ -122,7 +122,7 @@ class PicturePrompts:
         if isinstance(value, str):
             return ()
         try:
-            return tuple(self._seen(picture) for picture in value.pictures)
+            return tuple(self._seen(picture) for picture in value.images)
         except ContentError as error:
             raise Unreadable(side, value, str(error)) from error
 
@@ -150,7 +150,7 @@ class PicturePrompts:
                 self._check_fit("documents", document, room - spare)
 
     def _check_fit(self, side: Side, value: Multimodal, room: int) -> None:
-        count, processor = len(value.pictures), self.tower.processor
+        count, processor = len(value.images), self.tower.processor
         around = PLACEHOLDER_TOKENS - 1
         needed = sum(seen.tokens + around for seen in self._see(side, value))
         if needed <= room:
@@ -176,7 +176,7 @@ class PicturePrompts:
 
 def _flat(value: Prepared) -> str:
     """As text: a placeholder for each picture, then what text there is, nothing between."""
-    return value if isinstance(value, str) else "".join(PLACEHOLDER) * len(value.pictures) + value.text
+    return value if isinstance(value, str) else "".join(PLACEHOLDER) * len(value.images) + value.text
 
 
 def _beyond(seen: "Iterable[SeenPicture]") -> int:

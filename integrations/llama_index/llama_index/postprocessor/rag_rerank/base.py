@@ -149,8 +149,9 @@ class Reranker(BaseNodePostprocessor, rag_rerank.Closeable):
         empty = [position for position in range(len(nodes)) if position not in contents]
         dropped = self.on_empty_text == "drop" or self.score_threshold is not None
         if empty:
+            what = "no text and no image" if with_images else "no text"
             fate = "are dropped" if dropped else "are ranked last"
-            logger.debug("%d of %d nodes have nothing to score and %s", len(empty), len(nodes), fate)
+            logger.debug("%d of %d nodes have %s to score and %s", len(empty), len(nodes), what, fate)
         return contents, [] if dropped else empty
 
     # Pydantic's own would compare the scorers that were built, and the callbacks, which are equal only to themselves.

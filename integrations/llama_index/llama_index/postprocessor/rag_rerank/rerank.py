@@ -4,7 +4,7 @@ Settings, and the scorer that fits them, are `rag_rerank.LocalSettings` and `rag
 fields of the annotations of these plain classes.
 """
 
-from typing import Annotated, Any, cast
+from typing import Annotated, Any
 
 from llama_index.core.bridge.pydantic import Field, PrivateAttr, SecretStr, WithJsonSchema
 
@@ -81,19 +81,6 @@ class LocalReranker(rag_rerank.LocalSettings, _OwnScorer):
         pydantic.ValidationError, TypeError, ValueError, rag_rerank.RerankError: As `ScorerReranker`.
     """
 
-    @property
-    def scorer(self) -> "rag_rerank.LocalScorer":
-        """The scorer in use. It belongs to this reranker, which may replace or close it."""
-        return cast("rag_rerank.LocalScorer", super().scorer)
-
-    def warmup(self) -> None:
-        """Load the model now, so that the first query doesn't wait for it.
-
-        Raises:
-            rag_rerank.ConfigError: It can't be loaded as asked.
-        """
-        self.scorer.warmup()
-
 
 class VLLMReranker(rag_rerank.VLLMSettings, _OwnScorer):
     """Rerank with a model that a vLLM server (0.8 or newer) serves.
@@ -114,8 +101,3 @@ class VLLMReranker(rag_rerank.VLLMSettings, _OwnScorer):
     """
 
     api_key: SecretStr | None = Field(default=None, exclude=True, repr=False)
-
-    @property
-    def scorer(self) -> "rag_rerank.VLLMScorer":
-        """The scorer in use. It belongs to this reranker, which may replace or close it."""
-        return cast("rag_rerank.VLLMScorer", super().scorer)
