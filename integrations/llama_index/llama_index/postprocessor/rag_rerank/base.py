@@ -1,7 +1,4 @@
-"""What LlamaIndex sees of every reranker: fields, events, and the sync and the async hook.
-
-What pairs with what, the ranking and the errors are the scorer's.
-"""
+"""What LlamaIndex sees of every reranker: fields, events, and the sync and the async hook. All else is the scorer's."""
 
 import functools
 import logging
@@ -10,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Self
 
-from llama_index.core.bridge.pydantic import ConfigDict, Field, ValidationError, field_validator
+from llama_index.core.bridge.pydantic import ConfigDict, Field, PrivateAttr, ValidationError, field_validator
 from llama_index.core.callbacks import CBEventType, EventPayload
 from llama_index.core.instrumentation import get_dispatcher  # type: ignore[attr-defined]  # not in an __all__
 from llama_index.core.instrumentation.events.rerank import ReRankEndEvent, ReRankStartEvent
@@ -29,20 +26,17 @@ _NO_CALLBACKS = {"callback_manager": None}
 
 @dataclass
 class QueryWithInstruction(QueryBundle):
-    """A query with the task for a reranker whose prompt has a place for one.
+    """A query with an `instruction`, which takes the place of the reranker's own for this query.
 
     Query engines take it as any `QueryBundle`: ``engine.query(QueryWithInstruction("...", instruction="..."))``. What
     makes a query of its own, as chat engines and query transformations do, leaves the instruction behind.
-
-    Attributes:
-        instruction: The task for this query, in place of the reranker's own. None: the reranker's own.
     """
 
     instruction: str | None = field(default=None, kw_only=True)
 
 
 class Reranker(BaseNodePostprocessor, rag_rerank.Closeable):
-    """The behaviour that all rerankers share; each says which scorer it uses and what closing means."""
+    """What all rerankers share; each says which scorer it uses and what closing means."""
 
     # A typing error in a field name would otherwise be dropped in silence. What is wrong may be a key, so errors don't
     # show it. Fields called `model` and `model_kwargs` fall into pydantic's own namespace.
@@ -65,6 +59,7 @@ class Reranker(BaseNodePostprocessor, rag_rerank.Closeable):
     on_error: Literal["raise", "passthrough"] = "raise"
 
     _paths = field_validator("*", mode="before")(rag_rerank.path_as_text)
+    _built: Any = PrivateAttr(default=None)  # of `rag_rerank.LocalSettings` and `rag_rerank.VLLMSettings`
 
     # A field of one subclass, a property of the others. Not to be declared at run time: pydantic takes a field in the
     # place of an inherited property for a mistake, and LlamaIndex puts a span around what implements abstract methods.
@@ -80,6 +75,9 @@ class Reranker(BaseNodePostprocessor, rag_rerank.Closeable):
         if errors:
             raise ValidationError.from_exception_data(kind.__name__, errors, hide_input=True)
         super().__init__(**fields)
+        # So that a wrong setting is reported where it stands. Here rather than in a validator or `model_post_init`:
+        # pydantic turns a ValueError raised in those, and ConfigError is one, into its own ValidationError.
+        _ = self.scorer
 
     @classmethod
     def class_name(cls) -> str:

@@ -4,6 +4,7 @@ Nodes come out of stores that others may have filled. A path in one could name a
 server that this machine, or the vLLM server, can reach. So nothing is read or fetched only because a node names it.
 """
 
+import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,16 +29,10 @@ def contents_of(
     """Collect what is to be scored, by position in `nodes`: text, image, or both. Nodes with neither are left out.
 
     A node with metadata only has no text: otherwise images, and pages that were scanned, would be ranked by their file
-    names. Nor is a score text: one that a reranker before this one has kept is not read, whatever `mode` says.
-
-    Args:
-        nodes: The nodes.
-        mode: Which metadata goes with a text. An image without text has none.
-        sources: Where images may come from; None where none are to be scored.
+    names. A retrieval score that a reranker before this one has kept in the metadata is no text either.
 
     Raises:
-        TypeError: Something is no NodeWithScore; the message names the position.
-        ContentError: What a node holds as its image can't be one; the message names the position.
+        TypeError, ContentError: Something is no NodeWithScore, or holds what can't be an image; with the position.
     """
     contents: dict[int, rag_rerank.Input] = {}
     for position, item in enumerate(nodes):
@@ -46,7 +41,9 @@ def contents_of(
             raise TypeError(f"nodes[{position}] must be NodeWithScore, got {got}; wrap it: NodeWithScore(node=...)")
         text = ""
         if item.get_content(metadata_mode=MetadataMode.NONE).strip():
-            text = _without_retrieval_score(item).get_content(metadata_mode=mode)
+            metadata = {key: value for key, value in item.metadata.items() if key != RETRIEVAL_SCORE}
+            read = _with_node(item, metadata=metadata) if RETRIEVAL_SCORE in item.metadata else item
+            text = read.get_content(metadata_mode=mode)
         try:
             image = None if sources is None else _image_of(item.node, sources)
         except ValueError as error:
@@ -61,8 +58,8 @@ def contents_of(
 def result_of(item: NodeWithScore, score: float | None, *, keep_retrieval_score: bool) -> NodeWithScore:
     """Copy a node with its new score; the copy is of the same subclass.
 
-    It shares the node, unless the score that it came with is kept: then the node is a copy that has it in its metadata,
-    where neither an embedding nor a language model gets to read it.
+    It shares the node, unless the score that it came with is kept: in the metadata of a copy of the node, where neither
+    an embedding nor a language model reads it.
     """
     if keep_retrieval_score:
         node = item.node
@@ -73,12 +70,6 @@ def result_of(item: NodeWithScore, score: float | None, *, keep_retrieval_score:
             excluded_llm_metadata_keys=[*node.excluded_llm_metadata_keys, RETRIEVAL_SCORE],
         )
     return item.model_copy(update={"score": score})
-
-
-def _without_retrieval_score(item: NodeWithScore) -> NodeWithScore:
-    if RETRIEVAL_SCORE not in item.metadata:
-        return item
-    return _with_node(item, metadata={key: value for key, value in item.metadata.items() if key != RETRIEVAL_SCORE})
 
 
 def _with_node(item: NodeWithScore, **changes: Any) -> NodeWithScore:
@@ -110,12 +101,10 @@ def _decoded(encoded: str) -> "rag_rerank.Image":
 
 def _within(folder: str, path: str) -> Path | None:
     """Find a file that really lies in the folder; a relative path may count from there or from here."""
-    try:
+    with contextlib.suppress(OSError, ValueError, RuntimeError):  # no such folder, a null byte, links in a circle
         root = Path(folder).resolve(strict=True)
         for candidate in (root / path, Path(path)):
             file = candidate.resolve()
             if file.is_relative_to(root) and file.is_file():
                 return file
-    except (OSError, ValueError, RuntimeError):  # no such folder, a null byte, links in a circle
-        pass
     return None

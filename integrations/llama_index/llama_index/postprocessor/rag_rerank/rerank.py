@@ -1,12 +1,11 @@
-"""The rerankers: LlamaIndex's contract (`base`) around a `rag_rerank.Scorer`; they differ in where that comes from.
+"""The rerankers, around a `rag_rerank.Scorer`; they differ in where it comes from.
 
-Settings, and the scorer that fits them, are `rag_rerank.LocalSettings` and `rag_rerank.VLLMSettings`: pydantic makes
-fields of the annotations of these plain classes.
+Pydantic makes fields of the annotations of `rag_rerank.LocalSettings` and `rag_rerank.VLLMSettings`, plain classes.
 """
 
-from typing import Annotated, Any
+from typing import Annotated
 
-from llama_index.core.bridge.pydantic import Field, PrivateAttr, SecretStr, WithJsonSchema
+from llama_index.core.bridge.pydantic import Field, SecretStr, WithJsonSchema
 
 import rag_rerank  # names are touched where they are needed: the package loads them, and what they import, lazily
 from llama_index.postprocessor.rag_rerank.base import Reranker
@@ -16,35 +15,34 @@ class ScorerReranker(Reranker):
     """Rerank with a `rag_rerank.Scorer` that you made.
 
     Args:
-        scorer: What scores. It stays yours: `close` does not close it, and copies, deep ones too, share it. It is not
-            in `to_dict`: pass it again, ``ScorerReranker.from_dict(data, scorer=scorer)``. A pickle has it.
+        scorer: Yours: `close` leaves it open, and copies, deep ones too, share it. It is in pickles but not in
+            `to_dict`: pass it again, ``ScorerReranker.from_dict(data, scorer=scorer)``.
         top_n: How many nodes to return at most, at least 1. None returns all.
         score_threshold: Return only nodes with this score or a higher one; applied before `top_n`, so the result may be
             empty. On the scale of the scorer's scores.
         metadata_mode: Which metadata is scored together with a node's text: ``"embed"`` (what embeddings see),
             ``"llm"``, ``"all"`` or ``"none"``.
-        keep_retrieval_score: Whether results keep the score that they came with: in ``metadata["retrieval_score"]`` of
-            a copy of the node, where neither embeddings nor language models nor a later one of these rerankers read it.
+        keep_retrieval_score: Keep the score that a node came with, in ``metadata["retrieval_score"]`` of a copy of the
+            node, where neither embeddings nor language models nor a later one of these rerankers read it.
         read_images: Score the images that nodes hold (base64 in an `ImageNode`, `ImageDocument` or a `Node`'s
-            ``image_resource``), alone or together with their text; for models that read images, needs
-            ``pip install 'rag-rerank[images]'``. A model that reads text only then raises `rag_rerank.ContentError`.
-            False, as by default, leaves images out: only their nodes' text is scored.
+            ``image_resource``), alone or with their text; needs ``pip install 'rag-rerank[images]'``. A model that
+            reads text only then raises `rag_rerank.ContentError`. Without it, only the nodes' text is scored.
         image_folder: Read also the files that nodes name (``image_path``), if they really lie in this folder, links
             followed; a relative path counts from the folder, or from where the process runs. Implies `read_images`.
         send_image_urls: Pass on the http and https addresses of images (``image_url``) for the vLLM server to fetch.
             Implies `read_images`. Who fills the store then decides what the server asks for: see vLLM's
             ``--allowed-media-domains``.
-        on_empty_text: What becomes of nodes without text, such as images that are not read and blank pages, which are
-            not sent, whatever metadata they have: ``"last"`` puts them after the scored ones, in retrieval order, with
-            score None; ``"drop"`` leaves them out, as `score_threshold` always does.
+        on_empty_text: Nodes without text, such as blank pages and images that are not read, are not scored, whatever
+            metadata they have: ``"last"`` puts them after the scored ones, in retrieval order, with score None;
+            ``"drop"`` leaves them out, as `score_threshold` always does.
         on_error: ``"raise"``; or ``"passthrough"``, which turns a `rag_rerank.BackendError` into one logged warning and
             the first `top_n` nodes in retrieval order with their retrieval scores. Where only some nodes were rejected,
             the others are ranked and the rejected follow with score None.
         callback_manager: LlamaIndex's callbacks; query engines set it.
 
     Raises:
-        pydantic.ValidationError: At construction, an unknown field (the message says which one may be meant) or a value
-            of the wrong type or out of range. It shows no values: one may be a key.
+        pydantic.ValidationError: At construction, an unknown field (the message says which one may be meant) or a wrong
+            value. It shows no values: one may be a key.
         TypeError, ValueError: From ``postprocess_nodes``, something that is no NodeWithScore; no query, or a blank one;
             an image that can't be read (`rag_rerank.ContentError`).
         rag_rerank.RerankError: From ``postprocess_nodes``, what the scorer raises.
@@ -53,19 +51,7 @@ class ScorerReranker(Reranker):
     scorer: Annotated[rag_rerank.Scorer, WithJsonSchema({"type": "object"})] = Field(exclude=True)
 
 
-class _OwnScorer(Reranker):
-    """A reranker that builds its scorer from its fields, and again when one of them has changed."""
-
-    _built: Any = PrivateAttr(default=None)
-
-    # Here rather than in a validator or `model_post_init`: pydantic turns a ValueError raised in those, and ConfigError
-    # is one, into its own ValidationError.
-    def __init__(self, /, **fields: Any) -> None:
-        super().__init__(**fields)
-        _ = self.scorer  # so that a wrong setting is reported where it stands
-
-
-class LocalReranker(rag_rerank.LocalSettings, _OwnScorer):
+class LocalReranker(rag_rerank.LocalSettings, Reranker):
     """Rerank with a model that runs in this process; needs ``pip install 'rag-rerank[local]'``.
 
     The first call loads the model, unless `warmup` has. Setting one of its fields loads another with the next call.
@@ -82,7 +68,7 @@ class LocalReranker(rag_rerank.LocalSettings, _OwnScorer):
     """
 
 
-class VLLMReranker(rag_rerank.VLLMSettings, _OwnScorer):
+class VLLMReranker(rag_rerank.VLLMSettings, Reranker):
     """Rerank with a model that a vLLM server (0.8 or newer) serves.
 
     Nothing is sent at construction. Async calls take no thread, on connections of the loop that they run in. Rerankers
