@@ -32,7 +32,7 @@ MAKERS: dict[str, tuple[Callable[[Path], Path], dict[str, Any]]] = {
         lambda folder: make_decoder_classifier(folder, "qwen3"),
         {"template": "qwen3-reranker", "long_documents": "max-passage", "max_tokens_per_query": 50},
     ),
-    "cross-encoder": (make_bert_cross_encoder, {"template": "qwen3-reranker"}),
+    "cross-encoder": (make_bert_cross_encoder, {"template": '{{ instruction | default("Judge.") }}' + NO_PLACE}),
 }
 LOGITS = {"dtype": "float32", "use_activation": False}
 

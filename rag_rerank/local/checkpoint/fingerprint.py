@@ -78,13 +78,14 @@ def _samples(path: Path) -> Iterator[bytes]:
     try:
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             begin = 8 + int.from_bytes(data[:8], "little")
-            header = data[:begin]
-            yield header
-            tensors = json.loads(header[8:])
+            if begin > len(data):
+                raise ValueError("the file ends before its header does")  # noqa: TRY301
+            tensors = json.loads(data[8:begin])
+            yield data[:begin]
             for name in sorted(tensors.keys() - {"__metadata__"}):
                 start, stop = (begin + offset for offset in tensors[name]["data_offsets"])
                 if stop > len(data):
-                    raise ValueError(f"it ends before {name} does")  # noqa: TRY301 - joins the others
+                    raise ValueError(f"the file ends before {name} does")  # noqa: TRY301 - joins the others
                 if stop - start <= 2 * _SAMPLES * _SAMPLE_BYTES:
                     yield data[start:stop]
                     continue
