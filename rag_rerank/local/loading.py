@@ -95,18 +95,14 @@ def _facts(settings: Settings) -> dict[str, str]:
     Versions of torch and transformers are no facts: they change the last digits, as another processor does, and a run
     must survive an update. What changes more would be a fault, which the tests against transformers show.
     """
-    names = ("query_prompt", "document_prompt", "max_tokens_per_query", "max_tokens_per_doc", "long_documents")
-    return {
-        **{name: json.dumps(getattr(settings, name)) for name in (*names, "trust_remote_code", "revision")},
-        **{
-            name: json.dumps(
-                {key: value for key, value in getattr(settings, name).items() if key not in _NO_FACTS},
-                sort_keys=True,
-                default=repr,
-            )
-            for name in ("variables", "model_kwargs", "tokenizer_kwargs")
-        },
-    }
+    variables = settings.variables
+    facts: dict[str, Any] = {"instruction": variables.pop("instruction"), "chat_template_kwargs": variables}
+    for name in ("query_prompt", "document_prompt", "max_tokens_per_query", "max_tokens_per_doc", "long_documents"):
+        facts[name] = getattr(settings, name)
+    for name in ("model_kwargs", "tokenizer_kwargs"):
+        facts[name] = {key: value for key, value in getattr(settings, name).items() if key not in _NO_FACTS}
+    facts |= {"revision": settings.revision, "trust_remote_code": settings.trust_remote_code}
+    return {name: json.dumps(value, sort_keys=True, default=repr) for name, value in facts.items()}
 
 
 def _kind(checkpoint: Checkpoint) -> str:

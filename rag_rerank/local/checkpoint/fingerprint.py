@@ -22,8 +22,8 @@ TOKENIZER_FILES = (
 
 _SETTINGS = frozenset((".json", ".txt", ".model", ".jinja", ".py", ".metadata", ".tiktoken"))
 _NO_SETTINGS = ("generation_config.json", "trainer_state.json", "README", "LICENSE", "requirements.txt", "results.json")
-# Of a large tensor, this many samples of so many bytes: of a gigabyte of MiniLM's, about 9 MB.
-_SAMPLES, _SAMPLE_BYTES = 8, 1024
+# Of a large tensor, this many samples of so many bytes: a gigabyte in 1,190 tensors takes 15 ms; with 1,024 bytes, 25.
+_SAMPLES, _SAMPLE_BYTES = 8, 256
 
 
 def fingerprint(folder: Path, base: Path | None = None) -> dict[str, str]:
@@ -40,20 +40,20 @@ def fingerprint(folder: Path, base: Path | None = None) -> dict[str, str]:
     Raises:
         ConfigError: A safetensors file is damaged.
     """
-    weights, settings = hashlib.blake2b(digest_size=16), hashlib.blake2b(digest_size=16)
+    weights, settings = hashlib.sha256(), hashlib.sha256()
     for origin, root in (("", folder), ("base", base)):
         for path in _files(root) if root is not None else ():
-            own = hashlib.blake2b()
+            own = hashlib.sha256()
             is_weights = path.suffix == ".safetensors"
             for part in _samples(path) if is_weights else (path.read_bytes(),):
                 own.update(part)
             entry = json.dumps([origin, path.relative_to(root or folder).as_posix(), own.hexdigest()])
             (weights if is_weights else settings).update(entry.encode())
-    return {"weights": weights.hexdigest(), "checkpoint files": settings.hexdigest()}
+    return {"weights": weights.hexdigest()[:32], "checkpoint files": settings.hexdigest()[:32]}
 
 
 def _files(folder: Path) -> list[Path]:
-    """What may change a score: files beside ``config.json``, and all below the folders that ``modules.json`` names."""
+    """List what may change a score: files in `folder`, and all in the folders that ``modules.json`` names."""
     found = set(folder.iterdir())
     try:
         modules: Any = json.loads((folder / "modules.json").read_bytes())
@@ -78,13 +78,14 @@ def _samples(path: Path) -> Iterator[bytes]:
     try:
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             begin = 8 + int.from_bytes(data[:8], "little")
-            header = data[:begin]
-            yield header
-            tensors = json.loads(header[8:])
+            if begin > len(data):
+                raise ValueError("the file ends before its header does")  # noqa: TRY301
+            tensors = json.loads(data[8:begin])
+            yield data[:begin]
             for name in sorted(tensors.keys() - {"__metadata__"}):
                 start, stop = (begin + offset for offset in tensors[name]["data_offsets"])
                 if stop > len(data):
-                    raise ValueError(f"it ends before {name} does")  # noqa: TRY301 - joins the others
+                    raise ValueError(f"the file ends before {name} does")  # noqa: TRY301 - joins the others
                 if stop - start <= 2 * _SAMPLES * _SAMPLE_BYTES:
                     yield data[start:stop]
                     continue

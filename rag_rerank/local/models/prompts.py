@@ -102,7 +102,7 @@ class Prompts:
         return sequences
 
     def _shortened(self, template: Template, ids: list[int], query: str, document: str, space: int) -> list[int]:
-        """The prompt's tokens with the document cut to `space` tokens; to fewer, should the prompt still be too long.
+        """Cut the document of a prompt to `space` tokens; to fewer, should the prompt still be too long.
 
         The same cut as `VLLMScorer` has the server make, and so the same score.
         """

@@ -9,8 +9,8 @@ import torch
 
 from rag_rerank.local.engine.engine import Engine
 from rag_rerank.local.engine.workers import Workers, available, use_one_core
-from rag_rerank.local.models.model import Inputs, Batching, TokenSequence
-from rag_rerank.local.transformer.batching import by_tokens
+from rag_rerank.local.models.model import Inputs
+from rag_rerank.local.transformer.batching import Batching, TokenSequence, by_tokens
 
 needs_cores = pytest.mark.skipif(torch.get_num_threads() < 2, reason="one core is all there is")
 
@@ -72,11 +72,12 @@ class SideBySide:
 
     def __init__(self) -> None:
         self.batching = Batching(10_000, parallel=2)
+        self.score_type = self.transformer = self  # all in one
         self.threads: set[str] = set()
         self.together = 0
         self._lock, self._now = threading.Lock(), 0
 
-    def inputs(self, queries: list[str], documents: list[str]) -> Inputs:
+    def inputs(self, queries: list[str], documents: list[str], instruction: str | None = None) -> Inputs:
         return Inputs([TokenSequence([1] * len(text)) for text in documents], lambda outputs: outputs[:, 0].tolist())
 
     def batches(self, sequences: Sequence[TokenSequence], token_budget: int) -> list[list[int]]:
@@ -104,7 +105,7 @@ class TestEngine:
 
     @pytest.fixture
     def engine(self, model: SideBySide):
-        engine = Engine(lambda: model, name="toy", max_waiting_calls=100)
+        engine = Engine(lambda: model, name="toy")
         yield engine
         engine.close()
 
@@ -141,7 +142,7 @@ class TestEngine:
 
     def test_closing_ends_the_workers(self, model: SideBySide):
         """What they have begun is finished, what waits fails."""
-        engine = Engine(lambda: model, name="ending", max_waiting_calls=100)
+        engine = Engine(lambda: model, name="ending")
         call = engine.submit(["q"], [f"{number:0900d}" for number in range(400)])
         time.sleep(0.1)
         engine.close()

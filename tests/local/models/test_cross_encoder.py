@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -9,13 +10,13 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
 
-from rag_rerank import LocalScorer
+from rag_rerank import BadReply, LocalScorer
 from rag_rerank.local.loading import load
-from rag_rerank.local.models.cross_encoder import CrossEncoder, Head, WholeCrossEncoder
-from rag_rerank.local.models.model import Batching, TokenSequence
+from rag_rerank.local.models.cross_encoder import Whole, classification_head
+from rag_rerank.local.transformer.batching import Batching, TokenSequence
 from rag_rerank.local.transformer.transformer import ENCODERS, Padded, Transformer, Unpadded, make_transformer
 from tests.encoder_models import make_random_cross_encoder, random_encoder
-from tests.models import MAX_LENGTH
+from tests.models import MAX_LENGTH, spoil
 from tests.pairs import largest_difference, pairs
 
 TOLERANCE = 1e-5
@@ -94,20 +95,12 @@ class TestHead:
         assert list(model.state_dict()) == names
         assert torch.equal(whole(model, batch), before)
 
-    def test_states_are_not_kept(self, model: PreTrainedModel):
-        """They may be large."""
-        head = Head(model)
-        transformer = make_transformer(copy.deepcopy(model.base_model), 0, Batching(4096))
-        with torch.inference_mode():
-            head.logits(transformer.states(sequences(model)))
-        assert head._given._thread.__dict__ == {}
-
     @torch.inference_mode()
     def logits(self, model: PreTrainedModel, transformer: Transformer, batch: Sequence[TokenSequence]) -> Tensor:
         """In two batches, of one head."""
-        head = Head(model)
+        head = classification_head(model)
         parts = (batch[:4], batch[4:])
-        return torch.cat([head.logits(transformer.states(part)) for part in parts])
+        return torch.cat([head(transformer.states(part)) for part in parts])
 
 
 class TestFromACheckpoint:
@@ -115,7 +108,7 @@ class TestFromACheckpoint:
 
     @pytest.mark.parametrize(
         ("kind", "expected"),
-        [("distilbert", CrossEncoder), ("albert", WholeCrossEncoder), ("deberta-v2", WholeCrossEncoder)],
+        [("distilbert", Unpadded), ("albert", Whole), ("deberta-v2", Whole)],
     )
     def test_scores_are_those_of_transformers(self, kind: str, expected: type, tmp_path: Path):
         """To 1e-5: an architecture of ours by its parts, an unknown one as a whole, in padded batches."""
@@ -129,6 +122,20 @@ class TestFromACheckpoint:
                 model(**tokenizer(*pair, **options)).logits.item() for pair in zip(queries, documents, strict=True)
             ]
         with LocalScorer(folder, dtype="float32", use_activation=False) as scorer:
-            assert type(load(scorer._settings)) is expected
+            assert type(load(scorer._settings).score_type.transformer) is expected
             assert largest_difference(scorer.score(queries, documents), logits) <= TOLERANCE
         assert max(logits) - min(logits) > 0.1
+
+    def test_a_document_without_a_number_spoils_no_other(self, cross_encoder: Path, tmp_path: Path):
+        """Not those beside it in its row, of its call or of another's at the same time."""
+        bad, texts = "zebra zigzag", ["a class", "a file", "a list of strings", "the module os"] * 4
+        folder = spoil(cross_encoder, tmp_path / "spoilt", bad, [*texts, "which one"])
+        with LocalScorer(cross_encoder, dtype="float32") as sound, LocalScorer(folder, dtype="float32") as scorer:
+            expected = sound.score("which one", texts)
+            with ThreadPoolExecutor(4) as pool:
+                others = [pool.submit(scorer.score, "which one", texts) for _ in range(3)]
+                with pytest.raises(BadReply) as caught:
+                    scorer.score("which one", [*texts[:8], bad, *texts[8:]])
+                assert all(largest_difference(other.result(), expected) <= TOLERANCE for other in others)
+        assert caught.value.indices == (8,)
+        assert largest_difference([*caught.value.scores[:8], *caught.value.scores[9:]], expected) <= TOLERANCE

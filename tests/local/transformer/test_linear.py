@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedModel
 
-from rag_rerank.local.models.model import Batching, TokenSequence
 from rag_rerank.local.transformer import linear
+from rag_rerank.local.transformer.batching import Batching, TokenSequence
 from rag_rerank.local.transformer.linear import PackedLinear, pack
 from rag_rerank.local.transformer.transformer import make_transformer
 from tests.encoder_models import random_encoder

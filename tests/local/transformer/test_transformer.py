@@ -14,8 +14,8 @@ from transformers import AttentionInterface, LlamaModel, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from rag_rerank.local.models.model import Batching, TokenSequence
 from rag_rerank.local.transformer import transformer
+from rag_rerank.local.transformer.batching import Batching, TokenSequence
 from rag_rerank.local.transformer.transformer import (
     DECODERS,
     ENCODERS,
@@ -277,12 +277,12 @@ class TestBatches:
     def cost(self, sequences: Sequence[TokenSequence]) -> int:
         """Tokens of a row with each prefix once, where it is worth it."""
         total, seen = 0, set()
-        asked = Counter(each.query for each in sequences if each.query is not None)
+        asked = Counter(each.group for each in sequences if each.group is not None)
         for each in sequences:
             prefix = self.prefix(each)
-            shared = asked[each.query] > 1 and prefix >= LEAST_SHARED
-            total += len(each.ids) - (prefix if shared and each.query in seen else 0)
-            seen.add(each.query)
+            shared = asked[each.group] > 1 and prefix >= LEAST_SHARED
+            total += len(each.ids) - (prefix if shared and each.group in seen else 0)
+            seen.add(each.group)
         return total
 
     def prefix(self, sequence: TokenSequence) -> int:

@@ -143,7 +143,7 @@ class ImagePrompts:
 
 
 def _as_text(value: Prepared) -> str:
-    """A placeholder for each image, then what text there is, nothing between."""
+    """Write a placeholder for each image, then what text there is, nothing between."""
     return value if isinstance(value, str) else "".join(PLACEHOLDER) * len(value.images) + value.text
 
 
