@@ -24,7 +24,7 @@ from transformers.modeling_layers import GenericForSequenceClassification
 
 from rag_rerank.errors import ConfigError
 from rag_rerank.local.checkpoint.checkpoint import check_exists
-from rag_rerank.local.models.decoder import token_ids
+from rag_rerank.local.models.decoder import LOGIT_OPTIONS, token_ids
 
 Method = Literal["two-token", "single-token"]
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -36,8 +36,6 @@ _TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json"),
     *("merges.txt", "vocab.txt", "tokenizer.model", "spiece.model", "chat_template.jinja"),
 )
-# What a language model's config may do to its logits after the output matrix: a classifier would not.
-_LOGIT_OPTIONS = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
 _DROPPED_ENTRIES = {
     # of generation
     *("do_sample", "temperature", "top_k", "top_p", "typical_p", "max_length", "min_length", "max_new_tokens"),
@@ -230,7 +228,7 @@ def _classifier(name: str, config: PreTrainedConfig) -> str:
     known: Any = CLASSIFIERS.get(type(config), None)
     if getattr(known, "__name__", None) != wanted or not issubclass(known, GenericForSequenceClassification):
         raise ConfigError(f"{name!r} is a {architecture}, for which transformers has no {wanted} that can score alike")
-    for option in _LOGIT_OPTIONS:
+    for option in LOGIT_OPTIONS:
         if getattr(config, option, None) not in {None, 1}:
             raise ConfigError(f"{name!r} has {option} in its config: its logits are more than the output matrix gives")
     if getattr(config, "quantization_config", None) is not None:

@@ -25,7 +25,7 @@ from rag_rerank.local.checkpoint.declaration import IDENTITY, SIGMOID, Declarati
 from rag_rerank.local.hardware import choose_batching, choose_device
 from rag_rerank.local.models.bi_encoder import BiEncoder, Embedder
 from rag_rerank.local.models.cross_encoder import Head, PairModel, Whole, classification_head
-from rag_rerank.local.models.decoder import last_token_head, score_row, token_ids, token_row
+from rag_rerank.local.models.decoder import answer_head, check_answer_head, last_token_head, score_row, token_ids
 from rag_rerank.local.models.encoding import Truncation
 from rag_rerank.local.models.late_interaction import LateInteraction, TokenEmbedder
 from rag_rerank.local.models.layers import Activation, activation, config_activation, pool, read_layers
@@ -167,7 +167,9 @@ class _Loading:
         """Load a model that answers with a word."""
         ids = self._answers()
         model = self._model(AutoModelForCausalLM)
-        return self._pair_model(model, last_token_head(token_row(model, ids)))
+        head = answer_head(model, ids)
+        check_answer_head(model, head, ids, self.checkpoint.name)
+        return self._pair_model(model, head)
 
     def modular(self) -> ScoreType:
         """Load a transformer with a head of modules."""
@@ -187,16 +189,16 @@ class _Loading:
         processor = ImageProcessor.of(self.checkpoint)
         if self.checkpoint.architectures[0].endswith("ForSequenceClassification"):
             self._choose_template(needed=True)
-            row = score_row(self.checkpoint).to(self.device)
+            head = last_token_head(score_row(self.checkpoint).to(self.device))
             model = self._model(AutoModel)
         else:
             ids = self._answers()
             model = self._model(AutoModelForImageTextToText)
-            row = token_row(model, ids)
+            head = answer_head(model, ids)
         pad_id = self.checkpoint.tokenizer.pad_token_id
         transformer = VisionTransformer.of(_body(model), processor, pad_id, choose_batching(self.device))
         prompts = ImagePrompts(self._prompts(model), transformer.tower)
-        return PairModel(prompts, self._activation(), transformer, last_token_head(row))
+        return PairModel(prompts, self._activation(), transformer, head)
 
     def _model(self, auto: Any, checkpoint: Checkpoint | None = None) -> PreTrainedModel:
         model = (checkpoint or self.checkpoint).model(auto, self.device)

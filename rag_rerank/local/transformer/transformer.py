@@ -134,9 +134,17 @@ def known(model: "PreTrainedModel") -> bool:
     return model.config.model_type in ENCODERS | DECODERS and type(model).__module__.startswith("transformers.")
 
 
+def is_causal(model: "PreTrainedModel") -> bool:
+    """Tell whether a decoder's tokens attend only to those before them, which its config may turn off."""
+    config = model.config
+    return getattr(config, "is_causal", None) is not False and not getattr(config, "use_bidirectional_attention", None)
+
+
 def _can_unpad(model: "PreTrainedModel") -> bool:
     if model.config._attn_implementation not in ("sdpa", "eager", NAME):
         return False  # the caller asked for another
+    if model.config.model_type in DECODERS and not is_causal(model):
+        return False  # its tokens attend to those behind them: nothing can be shared, and transformers knows how
     if model.device.type == "cuda" and _soft_capped(model):
         return False  # the varlen kernel has no soft cap
     return available(model.device, model.dtype)

@@ -16,7 +16,13 @@ from sentence_transformers.base.modules import Dense, Normalize, Router, Transfo
 from sentence_transformers.cross_encoder.modules import LogitScore
 from sentence_transformers.multi_vector_encoder.modules import HierarchicalTokenPooling, MultiVectorMask
 from sentence_transformers.sentence_transformer.modules import LayerNorm, Pooling
-from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import (
+    CONFIG_MAPPING,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+)
 
 from rag_rerank import LocalScorer
 from rag_rerank.errors import ConfigError
@@ -209,6 +215,38 @@ class TestAnswers:
         model.max_seq_length = 150
         logits = model.predict(list(zip(*texts, strict=True)), batch_size=1, activation_fn=torch.nn.Identity())
         assert_alike(ours(folder, texts, max_length=150, use_activation=False), logits)
+
+    @pytest.mark.parametrize(
+        ("kind", "options"),
+        [
+            ("granite", {"logits_scaling": 8.0}),
+            ("cohere", {"logit_scale": 0.3}),
+            ("gemma2", {"final_logit_softcapping": 5.0, "head_dim": 32}),
+            ("phi", {}),  # has a bias
+            ("llama", {"is_causal": False}),
+            ("gemma3_text", {"use_bidirectional_attention": True, "head_dim": 32}),
+        ],
+    )
+    @pytest.mark.parametrize("false", [True, False])
+    def test_what_a_config_does_to_logits_or_attention(
+        self, kind: str, options: dict[str, Any], false: bool, folder: str, tmp_path: Path, texts
+    ):
+        """Scaled, capped and shifted logits; tokens that attend to those behind them, so that no prefix is shared."""
+        source = tmp_path / "source"
+        tokenizer = byte_level_tokenizer("qwen3")
+        sizes = {"vocab_size": len(tokenizer), "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+        sizes |= {"num_key_value_heads": 1, "intermediate_size": 128, "max_position_embeddings": 512}
+        tokens = {f"{name}_token_id": tokenizer.pad_token_id for name in ("pad", "bos", "eos")}
+        torch.manual_seed(5)
+        model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[kind](**sizes, **tokens, **options))
+        with torch.no_grad():
+            for name, weight in model.named_parameters():
+                weight.mul_(4) if weight.dim() > 1 else weight.add_(0.1 if "bias" in name else 0)
+        model.save_pretrained(source)
+        tokenizer.save_pretrained(source)
+        self.make(folder, source, false=false, activation_fn=torch.nn.Identity())
+        one_query = [texts[0][0]] * 12, texts[1]
+        assert_alike(ours(folder, one_query, use_activation=False), predicted(folder, one_query))
 
     def test_as_it_is_on_the_hub(self, tmp_path: Path, texts, caplog: pytest.LogCaptureFixture):
         """Qwen3-Reranker's own name and layout, a default prompt, and the identity, for which vLLM has the sigmoid."""
