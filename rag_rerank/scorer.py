@@ -457,6 +457,9 @@ class Scorer(Closeable, ABC):
     def __deepcopy__(self, memo: dict[int, object]) -> Self:
         return self
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name not in ("_process", "_unfinished")}
+
 
 def _scores(outcomes: list[Outcome]) -> list[float]:
     error = failure(outcomes)
