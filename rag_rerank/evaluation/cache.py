@@ -1,6 +1,6 @@
-"""The score cache: one sqlite file for each scorer, keyed by the texts of query and document.
+"""The score cache: one sqlite file, keyed by the scorer and the texts of query and document.
 
-Several processes may use one file at once, and a process that is killed leaves it whole, with all in it that it had
+Several processes may use it at once, and a process that is killed leaves it whole, with all in it that it had
 scored.
 """
 
@@ -8,25 +8,22 @@ import hashlib
 import json
 import logging
 import os
-import re
 import sqlite3
 from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager
-from itertools import count
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Self
 
 from rag_rerank.errors import ConfigError
 from rag_rerank.identity import Identity
 
-_FORMAT = 2
 _LOCK_TIMEOUT = 60.0  # seconds to wait for another process that is writing
 _KEYS_PER_QUERY = 500  # sqlite before 3.32 takes 999
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS scores (pair BLOB PRIMARY KEY, score REAL NOT NULL) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS times (call BLOB PRIMARY KEY, seconds REAL NOT NULL) WITHOUT ROWID;
-CREATE TABLE IF NOT EXISTS about (name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS scorers (number INTEGER PRIMARY KEY, model TEXT NOT NULL, identity TEXT NOT NULL);
 """
 
 logger = logging.getLogger(__name__)
@@ -40,8 +37,8 @@ def default_folder() -> Path:
 class ScoreCache:
     """The scores of one scorer, and how long its calls took.
 
-    Scorers that differ in anything that `Identity` compares have files of their own. Where a file is new, one logged
-    warning says in what the scorer differs from the last one of the same name.
+    Scorers that differ in anything that `Identity` compares never see scores of each other. Where a scorer is new, one
+    logged warning says in what it differs from the last one with the model's name.
 
     Args:
         folder: Where the file is, or is to be made.
@@ -52,49 +49,52 @@ class ScoreCache:
     """
 
     def __init__(self, folder: str | Path, identity: Identity) -> None:
-        model = identity.facts.get("model", "")
-        slug = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(model).name)[:60] or "scorer"
-        facts = json.dumps([_FORMAT, dict(identity.facts)], sort_keys=True)
-        name = f"{slug}-{hashlib.sha256(facts.encode()).hexdigest()[:16]}"
+        self.path = Path(folder) / "scores.sqlite"
         self._place = identity.place
-        # The name tells the facts, but probes are compared within rounding: the file says whose it is.
-        for number in count():
-            self.path = Path(folder) / f"{name}{f'-{number}' if number else ''}.sqlite"
-            is_new, owner = self._open(identity)
-            if not identity.differences(owner):
-                break
-            self.close()
-        others = self.path.parent.glob(f"{slug}-{'[0-9a-f]' * 16}*.sqlite") if is_new else ()
-        for other in sorted(others, key=_modified, reverse=True):
-            before = None if other == self.path else _owner(other)
-            if before is not None:
-                changes = "; ".join(identity.differences(before))
-                logger.warning("%s is not the scorer whose scores are cached; scored anew: %s", model, changes)
-                break
-
-    def _open(self, identity: Identity) -> tuple[bool, Identity]:
-        """Open the file at `path`, made where there is none, and tell whether it is new and whose it is."""
         with self._explained():
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._database = sqlite3.connect(self.path, timeout=_LOCK_TIMEOUT, isolation_level=None)
             try:
                 self._database.executescript(_SCHEMA)
-                text = json.dumps(identity.to_dict())
-                made = self._database.execute("INSERT OR IGNORE INTO about VALUES ('identity', ?)", (text,))
-                return made.rowcount == 1, _read_owner(self._database)
+                with self._transaction():
+                    self._check_size()
+                    self._salt = self._register(identity)
             except BaseException:
                 self._database.close()
                 raise
 
+    def _check_size(self) -> None:
+        """Refuse a file that was cut within a page: sqlite reads zeros for what is missing, a score among them."""
+        (page_size,) = self._database.execute("PRAGMA page_size").fetchone()
+        if self.path.stat().st_size % page_size:
+            raise sqlite3.DatabaseError("it was cut off")
+
+    def _register(self, identity: Identity) -> bytes:
+        """Find the scorer among those that have scores here, or add it; its keys are hashed with what this returns.
+
+        So they are lost with its entry, where a damaged file has lost that, and are never taken for another's.
+        """
+        model, text = identity.facts.get("model", ""), json.dumps(identity.to_dict())
+        entries = self._database.execute("SELECT identity FROM scorers WHERE model = ? ORDER BY number", (model,))
+        known = {entry: Identity.from_dict(json.loads(entry)) for (entry,) in entries}
+        # Probes are compared within rounding, so that no hash of the identity finds the entry.
+        same = next((entry for entry, other in known.items() if not identity.differences(other)), None)
+        if same is None:
+            self._database.execute("INSERT INTO scorers (model, identity) VALUES (?, ?)", (model, text))
+            for other in list(known.values())[-1:]:
+                changes = "; ".join(identity.differences(other))
+                logger.warning("%s is not the scorer whose scores are cached; scored anew: %s", model, changes)
+        return hashlib.sha256((same or text).encode()).digest()
+
     def scores(self, query: str, documents: Sequence[str]) -> list[float | None]:
         """Look up the score of each document, None where it is not known."""
-        keys = [_key(query, document) for document in documents]
+        keys = [_key(self._salt, query, document) for document in documents]
         known = self._look_up("SELECT pair, score FROM scores WHERE pair IN ({})", keys)
         return [known.get(key) for key in keys]
 
     def seconds(self, query: str, calls: Sequence[Sequence[str]]) -> list[float | None]:
         """Look up how long a call with each of these lists of documents took in this place, None if there was none."""
-        keys = [_key(self._place, query, *documents) for documents in calls]
+        keys = [_key(self._salt, self._place, query, *documents) for documents in calls]
         known = self._look_up("SELECT call, seconds FROM times WHERE call IN ({})", keys)
         return [known.get(key) for key in keys]
 
@@ -113,11 +113,15 @@ class ScoreCache:
 
         At once, in a transaction of its own, so that a kill loses one call: 1.7 ms for 100 scores.
         """
-        new = [(_key(query, text), score) for text, score in zip(documents, scores, strict=True) if score is not None]
+        new = [
+            (_key(self._salt, query, text), score)
+            for text, score in zip(documents, scores, strict=True)
+            if score is not None
+        ]
         with self._explained(), self._transaction():
             self._database.executemany("INSERT OR REPLACE INTO scores VALUES (?, ?)", new)
             if seconds is not None:
-                call = _key(self._place, query, *documents)
+                call = _key(self._salt, self._place, query, *documents)
                 self._database.execute("INSERT OR REPLACE INTO times VALUES (?, ?)", (call, seconds))
 
     def close(self) -> None:
@@ -151,33 +155,9 @@ class ScoreCache:
             ) from error
 
 
-def _read_owner(database: sqlite3.Connection) -> Identity:
-    try:
-        (text,) = database.execute("SELECT value FROM about WHERE name = 'identity'").fetchone()
-        return Identity.from_dict(json.loads(text))
-    except (KeyError, TypeError, ValueError) as error:
-        raise sqlite3.DataError("it does not say whose scores it has") from error
-
-
-def _owner(path: Path) -> Identity | None:
-    """Whose scores a file has; None where it does not say."""
-    try:
-        with closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", timeout=0, uri=True)) as database:
-            return _read_owner(database)
-    except sqlite3.Error:  # damaged, busy, or of an older version
-        return None
-
-
-def _modified(path: Path) -> float:
-    try:
-        return path.stat().st_mtime
-    except OSError:  # deleted meanwhile
-        return 0.0
-
-
-def _key(*texts: str) -> bytes:
+def _key(salt: bytes, *texts: str) -> bytes:
     """16 bytes that no other sequence of texts has."""
-    digest = hashlib.blake2b(digest_size=16)
+    digest = hashlib.blake2b(digest_size=16, key=salt)
     for text in texts:
         data = text.encode("utf-8", "surrogatepass")
         digest.update(b"%d " % len(data) + data)

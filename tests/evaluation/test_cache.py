@@ -1,5 +1,6 @@
 """Scores that are kept: by content, by several processes at once, through kills."""
 
+import os
 import signal
 import sqlite3
 import subprocess
@@ -19,7 +20,7 @@ ME = Identity({"model": "me/my model", "dtype": "float32"}, (0.5, 20.0), place="
 
 
 class TestScoreCache:
-    """One file for each scorer."""
+    """Each scorer's own, in one file."""
 
     def test_what_was_kept_is_there_when_it_is_opened_again(self, tmp_path: Path):
         """To the last bit; what the scorer refused is not."""
@@ -51,13 +52,12 @@ class TestScoreCache:
             (replace(ME, probes=(0.53, 20.0)), "scores of the probe: 0.53, 20, before 0.5, 20"),
         ],
     )
-    def test_another_scorer_has_another_file(
+    def test_another_scorer_has_scores_of_its_own(
         self, tmp_path: Path, other: Identity, words: str, caplog: pytest.LogCaptureFixture
     ):
-        """With a name that tells whose it is; in what it differs is said when the file is new, and never again."""
+        """In what it differs is said when it is new, and never again."""
         with ScoreCache(tmp_path, ME) as cache:
             cache.keep("q", ["a"], [1.0], seconds=1.0)
-            assert cache.path.name.startswith("my-model-")
         assert caplog.text == ""
         with ScoreCache(tmp_path, other) as cache:
             assert words in caplog.text
@@ -76,6 +76,15 @@ class TestScoreCache:
         with ScoreCache(tmp_path, replace(ME, probes=(0.505, 19.9))) as cache:
             assert cache.scores("q", ["a"]) == [1.0]
 
+    def test_a_scorer_s_scores_are_lost_with_its_entry(self, tmp_path: Path):
+        """And are no other one's: a damaged file may have lost just that."""
+        with ScoreCache(tmp_path, ME) as cache:
+            cache.keep("q", ["a"], [1.0])
+        with closing(sqlite3.connect(cache.path, isolation_level=None)) as database:
+            database.execute("DELETE FROM scorers")
+        with ScoreCache(tmp_path, replace(ME, probes=(0.9, 1.0))) as cache:
+            assert cache.scores("q", ["a"]) == [None]
+
     def test_two_scorers_with_equal_facts_may_write_at_once(self, tmp_path: Path):
         """Neither gets a score of the other."""
         other = replace(ME, probes=(0.9, 1.0))
@@ -93,6 +102,16 @@ class TestScoreCache:
         with ScoreCache(tmp_path, replace(ME, place="elsewhere")) as cache:
             assert cache.scores("q", ["a", "b"]) == [1.0, 2.0]
             assert cache.seconds("q", [["a", "b"]]) == [None]
+
+    @pytest.mark.parametrize("missing", [1, 100, 4096, 5000])
+    def test_a_file_that_was_cut_off_gives_no_wrong_score(self, tmp_path: Path, missing: int):
+        """It is named, or the scores are not known."""
+        texts = [str(number) for number in range(2000)]
+        with ScoreCache(tmp_path, ME) as cache:
+            cache.keep("q", texts, [1.5] * 2000)
+        os.truncate(cache.path, cache.path.stat().st_size - missing)
+        with pytest.raises(ConfigError, match="can't be used: .*Delete the file"), ScoreCache(tmp_path, ME) as cache:
+            assert set(cache.scores("q", texts)) <= {1.5, None}
 
     @pytest.mark.parametrize("content", [b"this is no database, but long enough to be taken for one" * 20])
     def test_a_damaged_file_is_named(self, tmp_path: Path, content: bytes):
