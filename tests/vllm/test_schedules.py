@@ -411,7 +411,7 @@ class TestVirtualTime:
         def steps(outcome: tuple[float, Outcome], timeout: float | None) -> tuple[Outcome, float]:
             world = World(lambda send, now: outcome)
             send = Send(
-                world.each_node[0].endpoint,
+                world.each_server[0].endpoint,
                 Request("GET", "/version"),
                 timeout,
                 min(2.0, timeout or 2.0),

@@ -16,7 +16,7 @@ from rag_rerank import (
     RerankError,
     VLLMScorer,
 )
-from rag_rerank.vllm.pieces import MOST_BYTES
+from rag_rerank.vllm.call import MAX_BYTES
 from tests.faulty_server import (
     on_scores,
     oracle,
@@ -64,7 +64,7 @@ class TestInput:
         server = serve()
         assert score(connect(server), documents) == [oracle(QUERY, document) for document in documents]
         requests = [request for request in server.score_requests if request.documents != ["a"]]  # that one measures
-        large = sum(len(document) > MOST_BYTES for document in documents)
+        large = sum(len(document) > MAX_BYTES for document in documents)
         assert len(requests) == -(-(len(documents) - large) // 32) + large
 
     def test_a_query_for_each_document(self, serve: Serve, connect: Connect, score: Score):

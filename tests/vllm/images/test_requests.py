@@ -25,7 +25,7 @@ from rag_rerank import (
 )
 from rag_rerank.inputs.images import read_image
 from rag_rerank.inputs.multimodal import Multimodal
-from rag_rerank.vllm import pieces, wire
+from rag_rerank.vllm import call, wire
 from tests import drawn
 from tests.faulty_server import FaultyServer, Request, Steps, http, oracle, refusal, spelled
 from tests.vllm.images.common import BEYOND, BLUE, GREEN, RED, exact, image_part, sent, text
@@ -166,7 +166,7 @@ class TestSizes:
 
     def test_a_request_has_no_more_than_so_many_bytes(self, server: FaultyServer, monkeypatch: pytest.MonkeyPatch):
         """But one document, however large. Nothing is lost between them."""
-        monkeypatch.setattr(pieces, "MOST_BYTES", 5000)
+        monkeypatch.setattr(call, "MAX_BYTES", 5000)
         pages = [drawn.encoded(drawn.gradient((10 + n, 20)).effect_spread(n), "PNG") for n in range(20)]
         large = drawn.encoded(drawn.gradient((60, 60)).effect_spread(30), "PNG", compress_level=0)
         pages.insert(7, large)
@@ -207,7 +207,7 @@ class TestSizes:
 
     def test_what_has_its_score_is_let_go(self, server: FaultyServer, monkeypatch: pytest.MonkeyPatch):
         """Only those on their way are held encoded: here four requests of four at once, of 100."""
-        monkeypatch.setattr(pieces, "MOST_BYTES", 4 * Multimodal((read_image(RED),)).size + 50)
+        monkeypatch.setattr(call, "MAX_BYTES", 4 * Multimodal((read_image(RED),)).size + 50)
         held: list[int] = []
         encode = wire.Encoded.of
 
