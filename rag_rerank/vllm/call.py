@@ -138,9 +138,8 @@ class Call:
             error.args = (error.message,)
             if self._is_multimodal(chunk[0]):
                 self._explain(error)
-            if not isinstance(error, BackendRejected) or not (
-                yield from self._blames_documents(error, queries, documents)
-            ):
+            blamed = yield from self._blames_documents(error, queries, documents)
+            if not blamed or isinstance(error, BackendUnavailable):
                 raise
             if len(chunk) == 1:
                 self._refusals[chunk[0]] = error
@@ -170,23 +169,40 @@ class Call:
             error.remedy = "Can the server reach its url, and does the model take in images of that shape?"
 
     def _blames_documents(
-        self, refusal: BackendRejected, queries: Sequence[Prepared], documents: Sequence[Prepared]
+        self,
+        error: BackendRejected | BackendUnavailable,
+        queries: Sequence[Prepared],
+        documents: Sequence[Prepared],
     ) -> Steps[bool]:
-        """Find out whether it may be due to single documents of a request that it was refused, not to all of it."""
-        if refusal.status not in (400, 413, 422):
-            return False
+        """Find out whether a request may have been refused for single documents, not for all of it.
+
+        A server that fails (500) at any image, also at a blank one, fails as a whole.
+        """
         with_image = _has_image(documents) or (len(self.queries) > 1 and _has_image(queries))
-        if refusal.status == 413 or with_image in self._accepted:
-            return True
-        query = self.queries[0] if len(self.queries) == 1 else NEUTRAL
-        document = NEUTRAL_IMAGE if with_image else NEUTRAL
-        untouched = with_image or isinstance(query, Multimodal)
-        options = self._untruncated(query, document) if untouched else self.options
-        try:
-            yield from self._ask([query], [document], options, takes_turn=False)
-        except BackendRejected:
-            return with_image in self._accepted  # another branch may know better by now
-        self._accepted.add(with_image)
+        if isinstance(error, BackendRejected):
+            if error.status not in (400, 413, 422):
+                return False
+            return error.status == 413 or (yield from self._accepts_harmless(with_image))
+        if error.status == 500 and with_image:
+            try:
+                error.whole = not (yield from self._accepts_harmless(with_image))
+            except BackendUnavailable:
+                error.whole = True
+        return False
+
+    def _accepts_harmless(self, with_image: bool) -> Steps[bool]:
+        """Find out whether the server takes a request like ours with a document that can't be to blame."""
+        if with_image not in self._accepted:
+            query = self.queries[0] if len(self.queries) == 1 else NEUTRAL
+            document = NEUTRAL_IMAGE if with_image else NEUTRAL
+            options = self.options
+            if with_image or isinstance(query, Multimodal):
+                options = self._untruncated(query, document)
+            try:
+                yield from self._ask([query], [document], options, takes_turn=False)
+            except BackendRejected:
+                return with_image in self._accepted  # another branch may know better by now
+            self._accepted.add(with_image)
         return True
 
     def _rejected(self) -> DocumentRejected:

@@ -17,8 +17,8 @@ from rag_rerank.vllm.wire import (
     ServerFacts,
     error_text,
     is_model_missing,
-    read_models,
     read_answer,
+    read_models,
     read_version,
     scoring_request,
 )
