@@ -224,10 +224,6 @@ class VLLMScorer(Scorer):
     async def _aclose(self) -> None:
         await self.client.transport.aclose()
 
-    def __getstate__(self) -> dict[str, Any]:
-        # What is under way stays here; connections, the key and what is known of servers stay by themselves.
-        return {name: value for name, value in vars(self).items() if name not in {"_unfinished", "_process"}}
-
     def __repr__(self) -> str:
         roots = self._roots
         model = "" if self.client.model is None else f", model={self.client.model!r}"

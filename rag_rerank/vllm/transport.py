@@ -302,12 +302,12 @@ def _close_in(loop: asyncio.AbstractEventLoop, client: httpx.AsyncClient) -> Non
 
 
 async def _forget_location(response: httpx.Response) -> None:
-    """A redirect's request is prepared by httpx even if it is not to be sent, and may fail where its address is odd."""
+    """Drop a redirect's address: httpx prepares that request even if it is not to be sent, and fails at odd ones."""
     response.headers.pop("location", None)
 
 
 class _Bearer(httpx.Auth):
-    """Sends the key. Among the headers it would be a local variable of many frames, which some tracebacks show."""
+    """The key, sent with each request. Among the headers it would be a local variable of many frames, which some tracebacks show."""
 
     def __init__(self, key: str) -> None:
         self._key = key
@@ -317,12 +317,12 @@ class _Bearer(httpx.Auth):
         yield request
 
     def taken_out_of(self, reply: Reply) -> Reply:
-        """The reply without the key: some gateways repeat the key that they refuse."""
+        """Make the reply without the key: some gateways repeat the key that they refuse."""
         return replace(reply, body=reply.body.replace(self._key.encode(), b"[key]"))
 
 
 async def _read(response: httpx.Response, limit: int) -> Reply:
-    """An answer, raw and within bounds."""
+    """Read an answer, raw and within bounds."""
     headers = {name.lower(): value for name, value in response.headers.items()}
     good = response.status_code == 200
     encoding = headers.get("content-encoding", "identity")
@@ -372,7 +372,7 @@ def _failure(error: Exception) -> Failure:
 
 
 def _is_certificate(error: BaseException | None) -> bool:
-    """Whether a certificate is behind it: what it was raised from, all the way down."""
+    """Tell whether a certificate is behind it: what it was raised from, all the way down."""
     while error is not None:
         if isinstance(error, ssl.SSLCertVerificationError):
             return True
