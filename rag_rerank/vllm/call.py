@@ -311,7 +311,7 @@ class Call:
         return answer
 
     def _sent(self, value: Prepared) -> Sent:
-        """As it is sent; encoded once, and kept until it has its score."""
+        """Encode what is more than text, once; it is kept until it has its score."""
         if isinstance(value, str):
             return value
         if id(value) not in self._encoded:
@@ -319,7 +319,7 @@ class Call:
         return self._encoded[id(value)]
 
     def _untruncated(self, query: Prepared, document: Prepared) -> Options:
-        """The options for a pair with an image in it."""
+        """Make the options for a pair with an image in it."""
         of_query, of_document = self._text_limits(query, document)
         return replace(
             self.options,
@@ -329,7 +329,7 @@ class Call:
         )
 
     def _text_limits(self, query: Prepared, document: Prepared) -> tuple[int | None, int | None]:
-        """At how many tokens to cut the text of each side of a pair with an image in it."""
+        """Find at how many tokens to cut the text of each side of a pair with an image in it."""
 
         def safe(limit: int | None, value: Prepared) -> int | None:
             images = 0 if isinstance(value, str) else sum(not isinstance(part, str) for part in value.parts)
@@ -345,12 +345,12 @@ class Call:
 
 
 def _size(value: Prepared) -> int:
-    """About how many bytes it takes in a request."""
+    """Estimate how many bytes it takes in a request."""
     return len(value) if isinstance(value, str) else value.size
 
 
 def _links(inputs: Sequence[Prepared]) -> list[Link]:
-    """What the server has to fetch."""
+    """List what the server has to fetch."""
     return [part for each in inputs if isinstance(each, Multimodal) for part in each.parts if isinstance(part, Link)]
 
 

@@ -202,7 +202,7 @@ class Exchange:
                 yield Sleep(pause)
 
     def _pause(self, failure: _MayPass, tried: list[Server]) -> float:
-        """Seconds until the next try; infinite if there must be none."""
+        """Find the seconds until the next try; infinite if there must be none."""
         if self.servers.others_answer(tried):
             return 0.0
         if failure.after is not None:
@@ -251,7 +251,7 @@ class Exchange:
         raise _MayPass(error)
 
     def _failed(self, server: Server, failure: Failure) -> Exception:
-        """The error for no answer."""
+        """Make the error for no answer."""
         if self._left() < 0.001:  # the caller's time was up, which says nothing about the server
             message = "the server had not answered when the deadline passed"
             remedy = "Allow more time (deadline= or timeout=) or pass fewer documents."
@@ -278,7 +278,7 @@ class Exchange:
         return _MayPass(error, again)
 
     def _refused(self, server: Server, reply: Reply, request: Request) -> Exception:
-        """The error for a status that is no success."""
+        """Make the error for a status that is no success."""
         status, said = reply.status, error_text(reply.body)
         message = f"the server answered {status}" + (f": {said}" if said else "")
         if status >= 500 or status in (408, 429):
@@ -371,7 +371,7 @@ class Exchange:
         return error
 
     def _left(self) -> float:
-        """Seconds left for the call."""
+        """Tell the seconds that are left for the call."""
         return self._until - self._clock()
 
 
@@ -387,7 +387,7 @@ def _names(cards: list[Card]) -> str:
 
 
 def _retry_after(value: str, now: float) -> float | None:
-    """Seconds that a Retry-After header (RFC 9110, 10.2.3) asks for; None where it makes no sense."""
+    """Read the seconds that a Retry-After header (RFC 9110, 10.2.3) asks for; None where it makes no sense."""
     try:
         seconds = float(value)
     except ValueError:

@@ -191,10 +191,11 @@ class VLLMScorer(Scorer):
         return await self.client.transport.arun(self.client.call(queries, documents, until, instruction))
 
     def identity(self, *, deadline: float | None = None) -> Identity:
-        """Say who the servers' model is, see `Scorer.identity`; `Identity.place` has their addresses.
+        """Ask the servers anew who they are, see `Scorer.identity`; `Identity.place` has their addresses.
 
         The version of vLLM is not in it: what it changes in a score, the probes show.
         """
+        self.client.servers.forget()
         return replace(super().identity(deadline=deadline), place=", ".join(self._roots))
 
     def _facts(self, until: float | None) -> dict[str, str]:
@@ -248,7 +249,7 @@ def _without_secrets(value: Any) -> Any:
 
 
 def _endpoints(base_url: str | Sequence[str] | None) -> list[Endpoint]:
-    """The servers' addresses, each once."""
+    """Read the servers' addresses, each once."""
     if base_url is None:
         base_url = (os.environ.get("VLLM_BASE_URL") or DEFAULT_BASE_URL).split(",")
     several = base_url if isinstance(base_url, list | tuple) else [base_url]
@@ -259,7 +260,7 @@ def _endpoints(base_url: str | Sequence[str] | None) -> list[Endpoint]:
 
 
 def _check(options: Options, rules: Rules, timeout: float, endpoint: str) -> None:
-    """ConfigError for what is out of range."""
+    """Raise ConfigError for what is out of range."""
     seconds = {"timeout": timeout, "connect_timeout": rules.connect_timeout, "attempt_timeout": rules.attempt_timeout}
     for name, value in seconds.items():
         if value is None and name == "attempt_timeout":

@@ -81,6 +81,11 @@ class Servers:
         """Tell whether there is another server that is not resting."""
         return any(server not in tried and not server.back_off.resting for server in self._servers)
 
+    def forget(self) -> None:
+        """Have all servers asked again who they are."""
+        for server in self._servers:
+            server.facts = None
+
     def remember(self, *, has_template: bool) -> None:
         """Note of every server that is known whether it puts pairs into a template: they are started alike."""
         for server in self._servers:

@@ -307,7 +307,7 @@ async def _forget_location(response: httpx.Response) -> None:
 
 
 class _Bearer(httpx.Auth):
-    """The key, sent with each request. Among the headers it would be a local variable of many frames, which some tracebacks show."""
+    """Sends the key. Among the headers it would be a local variable of many frames, which some tracebacks show."""
 
     def __init__(self, key: str) -> None:
         self._key = key
