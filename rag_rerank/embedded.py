@@ -11,7 +11,7 @@ MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9d
 
 
 def collection_folder() -> Path:
-    """Locate the Python FAQ collection: 647 documents, 170 questions, one right answer each (PSF License, see its folder)."""
+    """Locate the Python FAQ collection: 647 documents, 170 questions, one right answer each (PSF License)."""
     return Path(__file__).parent / "data" / "python_faq"
 
 

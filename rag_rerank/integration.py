@@ -16,7 +16,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Self, dataclass_transform
+from typing import Any, Literal, Self, cast, dataclass_transform
 
 from rag_rerank.closeable import Closeable
 from rag_rerank.errors import RerankError
@@ -159,6 +159,14 @@ class LocalSettings(ScorerSettings):
     cache_dir: str | None = None
     model_kwargs: dict[str, Any] | None = None
     tokenizer_kwargs: dict[str, Any] | None = None
+
+    def warmup(self) -> None:
+        """Load the model now, so that the first call doesn't wait for it.
+
+        Raises:
+            ConfigError: It can't be loaded as asked.
+        """
+        cast("LocalScorer", self.scorer).warmup()
 
     def _scorer_class(self) -> Build:
         return LocalScorer

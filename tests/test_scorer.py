@@ -383,7 +383,7 @@ def test_a_pickle_begins_anew():
     """What is under way, and in which process, stays here: another process may have the same number."""
     scorer = WordOverlap()
     scorer.score("q", "d")
-    again = pickle.loads(pickle.dumps(scorer))
+    again = pickle.loads(pickle.dumps(scorer))  # noqa: S301
     assert again._process == 0
     assert again.score("q", "q") == [1.0]
 

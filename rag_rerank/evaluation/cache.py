@@ -148,7 +148,7 @@ class ScoreCache:
     def _explained(self) -> Iterator[None]:
         try:
             yield
-        except (sqlite3.Error, OSError) as error:
+        except (sqlite3.Error, OSError, ValueError, KeyError) as error:  # the latter two: of an entry that is damaged
             raise ConfigError(
                 f"the cache {self.path} can't be used: {error}. Delete the file if no other process uses it, name "
                 "another folder, or do without."

@@ -5,6 +5,7 @@ import inspect
 import logging
 import os
 import pickle
+import re
 import subprocess
 import sys
 import threading
@@ -16,7 +17,7 @@ from llama_index.core.schema import MetadataMode
 from pydantic import ValidationError
 
 from llama_index.postprocessor.rag_rerank import LocalReranker, ScorerReranker, VLLMReranker
-from rag_rerank import BackendUnavailable, ConfigError, LocalScorer, Scorer, VLLMScorer
+from rag_rerank import BackendUnavailable, ConfigError, LocalScorer, RerankError, Scorer, VLLMScorer
 from tests.integrations.llamaindex.support import (
     NOBODY,
     QUERY,
@@ -52,11 +53,15 @@ class TestFields:
         for name in fields:
             assert kind.model_fields[name].get_default(call_default_factory=True) == arguments[name]
 
-    @pytest.mark.parametrize("kind", [ScorerReranker, LocalReranker, VLLMReranker])
-    def test_every_field_is_described(self, kind: type) -> None:
-        """In the class's docstring, which `help` shows along with a signature."""
+    @pytest.mark.parametrize(
+        ("kind", "backend"), [(ScorerReranker, None), (LocalReranker, LocalScorer), (VLLMReranker, VLLMScorer)]
+    )
+    def test_every_field_is_described(self, kind: type, backend: type[Scorer] | None) -> None:
+        """In the docstring of the class, or in that of ScorerReranker or of the scorer, both of which it names."""
+        places = [kind] if backend is None else [kind, ScorerReranker, backend]
+        assert all(f"`{place.__name__}`" in kind.__doc__.replace("`rag_rerank.", "`") for place in places[1:])
         for name in kind.model_fields:
-            assert f"{name}:" in kind.__doc__ or f"{name}," in kind.__doc__, name
+            assert any(re.search(rf"^ {{8}}(\w+, )*{name}[:,]", place.__doc__, re.MULTILINE) for place in places), name
         assert inspect.signature(kind).parameters.keys() == kind.model_fields.keys()
 
     @pytest.mark.parametrize(
@@ -175,6 +180,30 @@ class TestCopies:
         for reranker in (LocalReranker(), VLLMReranker(api_key=SECRET), ScorerReranker(scorer=local)):
             assert copy.copy(reranker).scorer is reranker.scorer
             assert copy.deepcopy(reranker).scorer is reranker.scorer
+
+    def test_equal_settings_share_the_scorer(self) -> None:
+        """However they came about, and whatever is made of the scores; a key is a setting, too."""
+        local, served = LocalReranker(max_length=64), VLLMReranker(base_url=NOBODY, api_key=SECRET)
+        pickled = pickle.loads(pickle.dumps(local))  # noqa: S301 - our own
+        equals = [pickled, LocalReranker.from_dict(local.to_dict()), LocalReranker(max_length=64, top_n=1)]
+        assert {equal.scorer for equal in equals} == {local.scorer}
+        assert VLLMReranker.from_dict(served.to_dict(), api_key=SECRET, top_n=1).scorer is served.scorer
+        assert VLLMReranker.from_dict(served.to_dict()).scorer is not served.scorer
+        assert LocalReranker(max_length=65).scorer is not local.scorer
+        local.max_length = 65
+        assert local.scorer is not equals[0].scorer
+
+    def test_closing_one_leaves_the_others(self, cross_encoder: Path) -> None:
+        """The model is given up with the last of them."""
+        first, second = (LocalReranker(model=cross_encoder, top_n=n) for n in (1, 2))
+        first.close()
+        assert len(second.postprocess_nodes(found(), query_str=QUERY)) == 2
+        with pytest.raises(RerankError, match="This LocalReranker is closed"):
+            first.postprocess_nodes(found(), query_str=QUERY)
+        scorer = second.scorer
+        second.close()
+        with pytest.raises(RerankError, match="closed"):
+            scorer.score(QUERY, "text")
 
     def test_a_copy_with_changes_leaves_the_original_alone(self, scorer: KeywordScorer) -> None:
         """One reranker for each use, one scorer for all."""
