@@ -186,8 +186,9 @@ class Partial:
 
     def _begin(self) -> None:
         self._state.unlink(missing_ok=True)
-        self._ranked.truncate(0)
-        self._rejects.truncate(0)
+        for file in (self._ranked, self._rejects):
+            file.seek(0)  # truncating leaves the position, from which `tell` counts, where it was
+            file.truncate()
 
     def _read_state(self) -> dict[str, Any]:
         try:

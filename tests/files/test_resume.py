@@ -233,4 +233,4 @@ class Runs(RuleBasedStateMachine):
 
 
 class TestRuns(Runs.TestCase):
-    settings = settings(max_examples=30, stateful_step_count=20)
+    settings = settings(max_examples=60, stateful_step_count=20)
