@@ -1,7 +1,9 @@
-# make demo | make test | make check | make bench | make load | make soak: each sets up what it needs, nothing by hand.
+# make demo | test | check | docs | bench | load | soak | newest: each sets up what it needs, nothing by hand.
 #
 #   .venv        this project, its adapters, and everything that demo, tests and checks use
 #   .venv-lowest the lowest versions that the adapters allow, for their tests
+#   .venv-newest the newest versions of everything, whatever constraints.txt says
+#   .venv-docs   what builds docs/, which reads the sources and imports nothing
 #   .venv-vllm   a real vLLM server for the CPU (Linux x86-64), which the tests start
 #   .venv-peers, .venv-peers-onnx, .venv-peers-infinity   what `make bench` compares with (Linux x86-64)
 
@@ -19,7 +21,7 @@ ifeq ($(shell id -u)$(shell command -v apt-get >/dev/null && echo apt),0apt)
 export RAG_RERANK_REQUIRE_BROWSER := 1
 endif
 
-.PHONY: demo test check bench load soak vllm clean
+.PHONY: demo test check docs bench load soak newest vllm clean
 .DELETE_ON_ERROR:
 
 demo: .venv/.installed
@@ -35,6 +37,9 @@ check: .venv/.installed-dev
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+docs: .venv-docs/.installed
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --quiet --config-file docs/mkdocs.yml
+
 bench: .venv/.installed-bench $(VLLM) $(PEERS)
 	$(BIN)/python -m benchmarks.rerank
 	$(BIN)/python -m benchmarks.growth
@@ -49,10 +54,19 @@ load: .venv/.installed-bench $(VLLM)
 soak: .venv/.installed-dev $(VLLM)
 	$(BIN)/python -m tests.soak
 
+# What was newest yesterday may not be today, so it is installed each time. pip takes a torch for CPUs only where its index
+# has the newest as one (PyPI has none for Linux); else that brings gigabytes for GPUs, here and nowhere else.
+newest:
+	$(PYTHON) -m venv .venv-newest
+	.venv-newest/bin/python -m pip install --quiet --disable-pip-version-check --upgrade pip
+	.venv-newest/bin/pip install --quiet --upgrade --upgrade-strategy eager --group test --group check \
+		--editable '.[demo]' --editable integrations/langchain --editable integrations/llama_index langchain-classic
+	.venv-newest/bin/pytest --without-server --ignore tests/test_browser.py --ignore tests/test_notebooks.py
+
 vllm: .venv-vllm/.installed .venv-vllm/vision/.installed
 
 clean:
-	rm -rf .venv .venv-lowest .venv-vllm .venv-peers .venv-peers-onnx .venv-peers-infinity
+	rm -rf .venv .venv-lowest .venv-newest .venv-docs .venv-vllm .venv-peers .venv-peers-onnx .venv-peers-infinity
 
 .venv/.installed: $(PROJECTS) constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "rag_rerank needs Python 3.11 or newer")'
@@ -94,6 +108,12 @@ clean:
 # Where only servers of models that see find it: PyPI's is built for another torch, see tests/vision_server. 24 MB.
 .venv-vllm/vision/.installed: .venv-vllm/.installed
 	.venv-vllm/bin/pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(@D) torchvision==0.28.0
+	touch $@
+
+.venv-docs/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt pip
+	$(@D)/bin/pip install --quiet --constraint constraints.txt --group docs
 	touch $@
 
 .venv/.installed-bench: .venv/.installed-dev

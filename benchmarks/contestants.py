@@ -186,10 +186,10 @@ def rag_rerank(options: Options, stack: contextlib.ExitStack) -> Loaded:
     from rag_rerank import LocalScorer
 
     if os.environ.get("RAG_RERANK_BENCH_NO_SHARING"):
-        from rag_rerank.local import transformer
+        from rag_rerank.local.transformer import transformer
 
         if not hasattr(transformer, "LEAST_SHARED"):
-            raise RuntimeError("LEAST_SHARED is gone from rag_rerank.local.transformer: how is sharing turned off now?")
+            raise RuntimeError("LEAST_SHARED is gone: how is sharing turned off now?")
         transformer.LEAST_SHARED = sys.maxsize  # tokens that prompts must have in common
     scorer = stack.enter_context(LocalScorer(options["folder"], dtype=options["dtype"], **options.get("arguments", {})))
     scorer.warmup()

@@ -22,11 +22,11 @@ from benchmarks.models import folder as folder_of
 from benchmarks.report import kendall
 from benchmarks.texts import Load, Texts
 from rag_rerank import LocalScorer
-from rag_rerank.local import linear
-from rag_rerank.local.cross_encoder import CrossEncoder
 from rag_rerank.local.loading import load
-from rag_rerank.local.model import Pace, TokenSequence
-from rag_rerank.local.transformer import Padded
+from rag_rerank.local.models.cross_encoder import CrossEncoder
+from rag_rerank.local.models.model import Pace, TokenSequence
+from rag_rerank.local.transformer import linear
+from rag_rerank.local.transformer.transformer import Padded
 
 Run = Callable[[list[TokenSequence]], Tensor]
 

@@ -13,6 +13,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from rag_rerank.closeable import Closeable as Closeable
     from rag_rerank.errors import AuthError as AuthError
     from rag_rerank.errors import BackendError as BackendError
     from rag_rerank.errors import BackendRejected as BackendRejected
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from rag_rerank.errors import DocumentRejected as DocumentRejected
     from rag_rerank.errors import RerankError as RerankError
     from rag_rerank.fallback import FallbackScorer as FallbackScorer
+    from rag_rerank.identity import Identity as Identity
     from rag_rerank.inputs.content import Content as Content
     from rag_rerank.inputs.content import Image as Image
     from rag_rerank.inputs.content import Input as Input
@@ -34,7 +36,6 @@ if TYPE_CHECKING:
     from rag_rerank.integration import path_as_text as path_as_text
     from rag_rerank.local import LocalScorer as LocalScorer
     from rag_rerank.ranking import Ranked as Ranked
-    from rag_rerank.scorer import Closeable as Closeable
     from rag_rerank.scorer import Scorer as Scorer
     from rag_rerank.template import Template as Template
     from rag_rerank.vllm import VLLMScorer as VLLMScorer
@@ -62,7 +63,8 @@ _HOME = {
     "did_you_mean": "integration",
     "path_as_text": "integration",
     "LocalScorer": "local",
-    "Closeable": "scorer",
+    "Identity": "identity",
+    "Closeable": "closeable",
     "Ranked": "ranking",
     "Scorer": "scorer",
     "Template": "template",

@@ -23,8 +23,8 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrained
 from transformers.modeling_layers import GenericForSequenceClassification
 
 from rag_rerank.errors import ConfigError
-from rag_rerank.local.checkpoint import check_exists
-from rag_rerank.local.decoder import token_ids
+from rag_rerank.local.checkpoint.checkpoint import check_exists
+from rag_rerank.local.models.decoder import token_ids
 
 Method = Literal["two-token", "single-token"]
 Dtype = Literal["float32", "bfloat16", "float16"]

@@ -1,5 +1,6 @@
 """FallbackScorer: where one scorer fails, the next one takes over the whole call."""
 
+import copy
 import logging
 import time
 from collections.abc import Iterator
@@ -38,9 +39,9 @@ class FallbackScorer(Scorer):
     """Asks the first of several scorers that works, such as a vLLM server and then a model in this process.
 
     A call that ends in `BackendUnavailable`, `DeadlineExceeded` or `BadReply` moves as a whole to the next scorer, with
-    one logged warning: scores of two scorers are never mixed. Whatever else goes wrong is raised at once: a refused
-    request or document (`BackendRejected`), a wrong setting or argument. Where a query or document holds an image,
-    scorers whose models read text only are passed over.
+    one logged warning: scores of two scorers are never mixed. So does one that a server refused with a status of 500 or
+    more. Whatever else goes wrong is raised at once: a refused request or document (`BackendRejected`), a wrong setting
+    or argument. Where a query or document holds an image, scorers whose models read text only are passed over.
 
     A scorer that failed rests for 1, 2, 4 ... 30 s (`BackOff`): meanwhile calls pass it over and try it only where all
     the others fail or rest, too. Running out of time counts as its failure only if it had had at least 1 s, or the time
@@ -190,9 +191,11 @@ class _Call:
             in_a_hurry = deadline is not None and deadline < FAIR_TIME
             if not (in_a_hurry and isinstance(error, DeadlineExceeded)):
                 member.back_off.failed()
-        except BackendRejected:
+        except BackendRejected as error:
             self._answered(member)
-            raise
+            if (error.status or 0) < 500:
+                raise
+            self._failed.append((member.scorer, error))  # a server that fails over a document has refused nothing
         except ContentError as error:
             # Pictures were read before the first turn: it is the model that has no eyes for them.
             self._blind = self._blind or error
@@ -205,7 +208,7 @@ class _Call:
         self._fallback._answered = member.scorer
 
     def error(self) -> BackendError | ContentError:
-        """What to raise after the last turn."""
+        """Make the error for a call whose last turn is over."""
         if self._blind is not None and not self._failed:
             return self._blind
         errors = [error for _, error in self._failed]
@@ -214,13 +217,12 @@ class _Call:
             return last
         tried = f"{len(errors)} of {len(self._fallback._members)} scorers were tried and failed"
         message = f"{tried}, the last of them {_name(scorer)}: {last.message}"
-        # A new one with the last one's facts: that one's own cause, what the connection or the model said, stays its.
-        error = next(kind for kind in _MOVING if isinstance(last, kind))(message)
-        vars(error).update(vars(last), message=message, elapsed=time.monotonic() - self._began)
+        error = copy.copy(last)  # its cause, what the connection or the model said, stays the last one's own
+        error.message, error.args, error.elapsed = message, (message,), time.monotonic() - self._began
         error.__cause__ = ExceptionGroup(tried, errors)
         return error
 
 
 def _name(scorer: Scorer) -> str:
-    """The class and the model: both scorers may run the same model."""
+    """Name a scorer by class and model: both scorers may run the same model."""
     return f"{type(scorer).__name__} ({scorer.model_name})"

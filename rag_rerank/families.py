@@ -330,7 +330,7 @@ _BY_NAME = {family.name: family for family in FAMILIES}
 
 
 def find_family(model_name: str, architectures: Sequence[str] = ()) -> Family | None:
-    """The family of a model, by its name.
+    """Find the family of a model by its name.
 
     Args:
         model_name: A hub id, or a folder that is called as the model is (a folder of the hub's cache, too).
@@ -353,7 +353,7 @@ def find_family(model_name: str, architectures: Sequence[str] = ()) -> Family | 
 
 
 def family(name: str) -> Family:
-    """The family of that name.
+    """Get a family by its own name.
 
     Raises:
         ConfigError: There is none.
@@ -366,7 +366,7 @@ def family(name: str) -> Family:
 
 
 def _own_name(model_name: str) -> str:
-    """What a model is called without its owner or the folders above it, in lower case."""
+    """Strip a model's name of its owner and the folders above it, in lower case."""
     parts = [part for part in re.split(r"[/\\]", model_name) if part]
     for part in parts:
         if part.startswith("models--"):  # the hub's cache: models--OWNER--NAME/snapshots/REVISION

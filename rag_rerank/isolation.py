@@ -26,6 +26,7 @@ E = TypeVar("E", bound=BackendError)
 
 NEUTRAL = "a"
 """A text that no model or server refuses: what becomes of it is due to what stands around it."""
+_PROBE = [NEUTRAL]
 
 Outcome = float | RerankError
 """Of one pair: its finite score, or why it has none."""
@@ -63,7 +64,16 @@ class Asking:
         except StopIteration as end:
             self.pairs, self.outcomes = None, end.value
 
-    def fail(self, error: RerankError) -> None:
+    def fail(self, error: Exception) -> None:
+        """Take an error; raise what is none of ours, but that a probe fails only says that nothing works."""
+        if isinstance(error, RerankError):
+            self.take(error)
+        elif self.pairs is not None and self.pairs[1] is _PROBE:
+            self.take(BackendError(str(error)))
+        else:
+            raise error
+
+    def give_up(self, error: RerankError) -> None:
         """Ask nothing: every pair has this error."""
         self.pairs, self.outcomes = None, [error] * self._count
 
@@ -82,13 +92,13 @@ def _isolate(
         if isinstance(found, RerankError):
             parts = [] if located or not _may_be_one_pairs(found) else _by_query(queries, positions)
             if len(parts) > 1:
-                works = works or not isinstance((yield [NEUTRAL], [NEUTRAL]), RerankError)
+                works = works or not isinstance((yield _PROBE, _PROBE), RerankError)
                 parts = parts if works else []
             elif parts and len(positions) > 1 and not listwise and not isinstance(found, ContentError):
                 # Where the query fails with any document, it is to blame; or the back end is.
                 query = queries[0 if len(queries) == 1 else positions[0]]
                 middle = len(positions) // 2
-                blameless = not isinstance((yield [query], [NEUTRAL]), RerankError)
+                blameless = not isinstance((yield [query], _PROBE), RerankError)
                 parts = [positions[:middle], positions[middle:]] if blameless else []
             else:
                 parts = []
@@ -154,7 +164,7 @@ def _pairs(queries: Sequence[Prepared], documents: Sequence[Prepared], positions
 
 
 def _outcomes(reply: Sequence[float] | RerankError, count: int) -> list[Outcome] | RerankError:
-    """The outcomes that a reply tells of, or an error that does not say whose fault it is."""
+    """Read the outcomes off a reply; or give an error back that does not say whose fault it is."""
     if not isinstance(reply, RerankError):
         if len(reply) == count:
             return [score if math.isfinite(score) else _not_finite(score) for score in map(float, reply)]

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from rag_rerank.errors import RerankError
+from rag_rerank.errors import BackendError, ContentError, RerankError
 from rag_rerank.isolation import Outcome, failure
 
 logger = logging.getLogger(__name__)
@@ -54,6 +54,11 @@ class Ranking:
         allowed = ("raise", "passthrough", "return") if self.may_return else ("raise", "passthrough")
         if self.on_error not in allowed:
             raise ValueError(f"on_error must be {' or '.join(map(repr, allowed))}, got {self.on_error!r}")
+
+    @property
+    def kept(self) -> tuple[type[RerankError], ...]:
+        """The errors that `on_error` keeps from being raised; others are mistakes in the call or the settings."""
+        return {"raise": (), "passthrough": (BackendError,)}.get(self.on_error, (BackendError, ContentError))
 
     def rank(self, scores: Sequence[float | None]) -> list[Ranked]:
         """Threshold, sort, cut. Documents without a score follow the scored ones, in retrieval order."""

@@ -12,59 +12,22 @@ import os
 import threading
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Generator, Iterator, Sequence
-from types import TracebackType
+from collections.abc import Iterator, Sequence
 from typing import Any, Self, overload
 
-from rag_rerank.errors import (
-    BackendError,
-    BackendUnavailable,
-    ConfigError,
-    ContentError,
-    DeadlineExceeded,
-    RerankError,
-)
+from rag_rerank.batch import Batch
+from rag_rerank.closeable import Closeable
+from rag_rerank.errors import BackendUnavailable, ConfigError, DeadlineExceeded, RerankError
 from rag_rerank.identity import PROBES, SCORING_VERSION, Identity
 from rag_rerank.inputs.content import Input
 from rag_rerank.inputs.multimodal import Multimodal, Prepared
-from rag_rerank.inputs.preparing import is_one, is_slow, pair_up, prepare, prepare_all, text_only
-from rag_rerank.isolation import Asking, Outcome, Pairs, failure, naming_query
-from rag_rerank.ranking import OnBatchError, OnError, Ranked, Ranking, warn_of
-
-MOST_DOCUMENTS = 1024
-"""Of one call to the back end for a batch of queries: enough to keep any of them busy, few enough that ten thousand
-queries need not be answered in the time that one call may take."""
+from rag_rerank.inputs.preparing import is_slow, pair_up, text_only
+from rag_rerank.isolation import Asking, Outcome, Pairs, failure
+from rag_rerank.ranking import OnBatchError, OnError, Ranked, Ranking
 
 _forking = threading.Lock()
 if hasattr(os, "register_at_fork"):  # so that a child finds the lock open
     os.register_at_fork(before=_forking.acquire, after_in_parent=_forking.release, after_in_child=_forking.release)
-
-
-class Closeable:
-    """Something to be closed after use: by `close` or `aclose`, or by leaving a ``with`` or ``async with``."""
-
-    def close(self) -> None:
-        """Give back what is held. Closing twice is harmless."""
-
-    async def aclose(self) -> None:
-        """Close from an event loop; see `close`."""
-        self.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        await self.aclose()
 
 
 class Scorer(Closeable, ABC):
@@ -253,7 +216,7 @@ class Scorer(Closeable, ABC):
         Raises:
             TypeError, ValueError, ConfigError, BackendError: As `score`; a wrong argument is never passed through.
         """
-        batch = _Batch([query], [documents], Ranking(top_n, score_threshold, on_error), alone=True)
+        batch = Batch([query], [documents], Ranking(top_n, score_threshold, on_error), alone=True)
         self._run(batch, deadline, instruction)
         ranked: list[Ranked] = batch.results()[0]
         return ranked
@@ -270,7 +233,7 @@ class Scorer(Closeable, ABC):
         deadline: float | None = None,
     ) -> list[Ranked]:
         """Rerank without blocking the event loop; see `rerank`."""
-        batch = _Batch([query], [documents], Ranking(top_n, score_threshold, on_error), alone=True)
+        batch = Batch([query], [documents], Ranking(top_n, score_threshold, on_error), alone=True)
         await self._arun(batch, deadline, instruction)
         ranked: list[Ranked] = batch.results()[0]
         return ranked
@@ -335,7 +298,7 @@ class Scorer(Closeable, ABC):
             TypeError, ValueError, ConfigError, BackendError: As `rerank`. A wrong argument is never passed through nor
                 returned.
         """
-        batch = _Batch(queries, documents, Ranking(top_n, score_threshold, on_error, may_return=True))
+        batch = Batch(queries, documents, Ranking(top_n, score_threshold, on_error, may_return=True))
         self._run(batch, deadline, instruction)
         return batch.results()
 
@@ -377,18 +340,18 @@ class Scorer(Closeable, ABC):
         deadline: float | None = None,
     ) -> Any:
         """Rerank several queries without blocking the event loop; see `rerank_batch`."""
-        batch = _Batch(queries, documents, Ranking(top_n, score_threshold, on_error, may_return=True))
+        batch = Batch(queries, documents, Ranking(top_n, score_threshold, on_error, may_return=True))
         await self._arun(batch, deadline, instruction)
         return batch.results()
 
-    def _run(self, batch: "_Batch", deadline: float | None, instruction: str | None) -> None:
+    def _run(self, batch: Batch, deadline: float | None, instruction: str | None) -> None:
         until = self._begin(deadline, instruction)
         batch.prepare(until)
         for queries, documents in batch.calls():
             until = self._begin(None, instruction) if deadline is None else until
             batch.take(self._outcomes(queries, documents, until, instruction))
 
-    async def _arun(self, batch: "_Batch", deadline: float | None, instruction: str | None) -> None:
+    async def _arun(self, batch: Batch, deadline: float | None, instruction: str | None) -> None:
         until = self._begin(deadline, instruction)
         if batch.is_slow:
             await asyncio.to_thread(batch.prepare, until)
@@ -407,8 +370,8 @@ class Scorer(Closeable, ABC):
                 try:
                     self._check_images(asking.pairs)
                     asking.take(self._score(*asking.pairs, until, **options))
-                except RerankError as error:
-                    asking.take(error)
+                except Exception as error:  # noqa: BLE001 - raised there, unless it is of a query or of a probe
+                    asking.fail(error)
         return asking.outcomes
 
     async def _aoutcomes(
@@ -420,26 +383,20 @@ class Scorer(Closeable, ABC):
                 try:
                     self._check_images(asking.pairs)
                     asking.take(await self._ascore(*asking.pairs, until, **options))
-                except RerankError as error:
-                    asking.take(error)
+                except Exception as error:  # noqa: BLE001 - raised there, unless it is of a query or of a probe
+                    asking.fail(error)
         return asking.outcomes
 
     @contextlib.contextmanager
     def _call(self, queries: list[Prepared], documents: list[Prepared], until: float | None) -> Iterator[Asking]:
         """Begin a call, unless its time is up or too many wait; it counts as unfinished meanwhile."""
-        if self._process != os.getpid():
-            with _forking:
-                if self._process != os.getpid():
-                    self._unfinished = set()
-                    self._start()
-                    self._process = os.getpid()
         asking, call = Asking(queries, documents, listwise=self.listwise, located=self._locates_failures), object()
         most = self._max_waiting_calls
         if until is not None and time.monotonic() >= until:
             # Callers pass on what is left of their own budget: nothing left is a time-out, not a wrong argument.
-            asking.fail(DeadlineExceeded("the deadline had passed before the call began", elapsed=0.0))
+            asking.give_up(DeadlineExceeded("the deadline had passed before the call began", elapsed=0.0))
         elif most is not None and len(self._unfinished) >= most:
-            asking.fail(
+            asking.give_up(
                 BackendUnavailable(
                     f"{self.model_name} has {most} calls waiting already",
                     attempts=0,
@@ -457,9 +414,15 @@ class Scorer(Closeable, ABC):
             raise text_only(self.model_name, *pairs)
 
     def _begin(self, deadline: float | None, instruction: str | None) -> float | None:
-        """Refuse what no call can do, and turn seconds from now into a moment on the monotonic clock."""
+        """Refuse what no call can do, start, and turn seconds from now into a moment on the monotonic clock."""
         if self._closed:
             raise RerankError(f"This {type(self).__name__} is closed. Create a new one to go on scoring.")
+        if self._process != os.getpid():
+            with _forking:
+                if self._process != os.getpid():
+                    self._unfinished = set()
+                    self._start()
+                    self._process = os.getpid()
         if instruction is not None and not isinstance(instruction, str):
             raise TypeError(f"instruction must be str or None, got {type(instruction).__name__}")
         if instruction is not None and not self.accepts_instruction:
@@ -494,117 +457,12 @@ class Scorer(Closeable, ABC):
     def __deepcopy__(self, memo: dict[int, object]) -> Self:
         return self
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name not in ("_process", "_unfinished")}
+
 
 def _scores(outcomes: list[Outcome]) -> list[float]:
     error = failure(outcomes)
     if error is not None:
         raise error
     return [outcome for outcome in outcomes if isinstance(outcome, float)]
-
-
-class _Batch:
-    """The queries of a call, each with its documents, and what came of them.
-
-    Args:
-        queries: The queries.
-        documents: For each query its documents.
-        ranking: How to rank each.
-        alone: Whether it is the one query of `Scorer.rerank`, whose errors name no query.
-
-    Raises:
-        TypeError, ValueError: The arguments are no such sequences, or not of the same length.
-    """
-
-    def __init__(self, queries: Any, documents: Any, ranking: Ranking, *, alone: bool = False) -> None:
-        if not alone:
-            if is_one(queries) or is_one(documents):
-                raise TypeError("queries and documents must be sequences, the latter of sequences; for one use rerank")
-            queries, documents = list(queries), list(documents)
-            if len(queries) != len(documents):
-                raise ValueError(f"got {len(queries)} queries and documents for {len(documents)}: one list for each")
-        for each in documents:
-            if is_one(each):
-                kind = type(each).__name__
-                raise TypeError(f"documents must be a sequence of strings, got one {kind}; pass [document]")
-        self._given = [
-            (query, list(each) if isinstance(each, Generator) else each)
-            for query, each in zip(queries, documents, strict=True)
-        ]
-        self._ranking, self._alone = ranking, alone
-        self._pairs: list[tuple[list[Prepared], list[Prepared]]] = []
-        self._outcomes: list[list[Outcome]] = []
-        self._asked: list[int] = []
-
-    @property
-    def is_slow(self) -> bool:
-        """Whether `prepare` takes longer than an event loop may stand."""
-        return len(self._given) > 100 or any(is_slow(query) or is_slow(each) for query, each in self._given)
-
-    def prepare(self, until: float | None) -> None:
-        """Check and read all inputs; those of a query that can't be read are its own failure where that is returned."""
-        known: dict[int, tuple[Any, Prepared]] = {}
-        for position, (query, documents) in enumerate(self._given):
-            names = ("query", "documents") if self._alone else (f"queries[{position}]", f"documents[{position}]")
-            outcomes: list[Outcome] = []
-            prepared: list[Prepared] = []
-            asked: list[Prepared] = []
-            try:
-                asked = [prepare(query, names[0])]
-                prepared = prepare_all(documents, names[1], until, known)
-            except (ContentError, BackendError) as error:
-                if isinstance(error, ContentError) and self._ranking.on_error != "return":
-                    raise
-                outcomes = [error] * len(documents)
-                prepared = []
-            self._pairs.append((asked, prepared))
-            self._outcomes.append(outcomes)
-
-    def calls(self) -> Iterator[tuple[list[Prepared], list[Prepared]]]:
-        """Yield queries and documents to ask about, whole queries at a time; `take` gets what came of them."""
-        self._asked, count = [], 0
-        for position, (_, documents) in enumerate(self._pairs):
-            if not documents:
-                continue
-            if self._asked and count + len(documents) > MOST_DOCUMENTS:
-                yield self._together()
-                self._asked, count = [], 0
-            self._asked.append(position)
-            count += len(documents)
-        if self._asked:
-            yield self._together()
-
-    def _together(self) -> tuple[list[Prepared], list[Prepared]]:
-        pairs = [self._pairs[position] for position in self._asked]
-        documents = [document for _, documents in pairs for document in documents]
-        if len(pairs) == 1:
-            return pairs[0][0], documents
-        return [query for asked, documents in pairs for query in asked * len(documents)], documents
-
-    def take(self, outcomes: list[Outcome]) -> None:
-        """Take the outcomes of one of the `calls`.
-
-        Raises:
-            RerankError: What is never passed through nor returned; any failure where it is to be raised.
-        """
-        start = 0
-        errors = set()
-        for position in self._asked:
-            count = len(self._pairs[position][1])
-            self._outcomes[position] = outcomes[start : start + count]
-            start += count
-            errors.add(failure(self._outcomes[position]))
-        for position in self._asked:
-            error = failure(self._outcomes[position])
-            if error is not None and (self._ranking.on_error == "raise" or not isinstance(error, _PASSED_ON)):
-                raise error if self._alone or len(errors) == 1 else naming_query(error, position)
-
-    def results(self) -> list[Any]:
-        """Rank each query's documents, or put its error there where that is wanted."""
-        results = [self._ranking.result(outcomes) for outcomes in self._outcomes]
-        if self._ranking.on_error == "passthrough":
-            warn_of([outcome for outcomes in self._outcomes for outcome in outcomes])
-        return results
-
-
-_PASSED_ON = (BackendError, ContentError)
-"""What is of a query, its documents or the back end; all else is a mistake in the call or the settings."""

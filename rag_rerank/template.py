@@ -83,11 +83,11 @@ class Template:
 
     @staticmethod
     def shipped() -> list[str]:
-        """The names of the templates that come with the package."""
+        """List the names of the templates that come with the package."""
         return sorted(path.stem for path in SHIPPED.glob("*.jinja"))
 
     def render(self, query: str, document: str, variables: Mapping[str, Any] | None = None) -> str:
-        """The prompt for one pair.
+        """Render the prompt for one pair.
 
         Args:
             query: The query.
@@ -115,7 +115,7 @@ class Template:
         return self.render("q", "d", {variable: _QUERY}) != self.render("q", "d", {variable: _DOCUMENT})
 
     def split(self, variables: Mapping[str, Any] | None = None) -> "Halves":
-        """The prompt in two halves, for servers that have no template and join query and document themselves.
+        """Split the prompt in two halves, for servers that have no template and join query and document themselves.
 
         Raises:
             ConfigError: It can't be split: the document stands before the query, a text occurs more than once, or is
@@ -148,7 +148,7 @@ class Halves:
     after_document: str
 
     def of(self, query: str, document: str) -> tuple[str, str]:
-        """The two halves for a pair; joined, they are the prompt."""
+        """Make the two halves for a pair; joined, they are the prompt."""
         return (
             f"{self.before_query}{query}{self.after_query}",
             f"{self.before_document}{document}{self.after_document}",

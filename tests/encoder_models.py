@@ -19,9 +19,9 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from rag_rerank.local.late_interaction import LateInteraction, read_projection
-from rag_rerank.local.model import Pace
-from rag_rerank.local.transformer import over
+from rag_rerank.local.models.late_interaction import LateInteraction, read_projection
+from rag_rerank.local.models.model import Pace
+from rag_rerank.local.transformer.transformer import over
 from tests.models import MAX_LENGTH, widen, word_piece_tokenizer
 
 VECTOR_SIZE = 48

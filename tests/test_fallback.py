@@ -32,6 +32,7 @@ from rag_rerank import (
     scorer,
 )
 from rag_rerank.backoff import BackOff
+from rag_rerank.isolation import NEUTRAL
 from tests.scorers import WordOverlap
 
 MOVING = [BackendUnavailable("nobody home"), BadReply("no JSON"), DeadlineExceeded("too slow")]
@@ -90,6 +91,8 @@ class Member(Scorer):
         return f"model-{self.number}"
 
     def _work(self, documents: list[str], until: float | None) -> list[float]:
+        if documents == [NEUTRAL]:  # the core asks whether it works at all: no
+            raise BackendRejected("no")
         self.given.append(None if until is None else until - self.clock.now)
         does = next(self.script, None)
         match does:

@@ -14,7 +14,8 @@ READMES = [
     "README.md",
     "integrations/langchain/README.md",
     "integrations/llama_index/README.md",
-    "benchmarks/scaling.md",
+    "docs/pages/index.md",
+    "docs/pages/scaling.md",
 ]
 EXAMPLE = re.compile(r"```python\n(.*?)```(?:\n\n```text\n(.*?)```)?", re.DOTALL)
 

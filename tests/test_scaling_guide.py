@@ -1,4 +1,4 @@
-"""The Kubernetes sketch of benchmarks/scaling.md holds together: names, ports, probes and the key's way."""
+"""The Kubernetes sketch of docs/pages/scaling.md holds together: names, ports, probes and the key's way."""
 
 import os
 import re
@@ -11,7 +11,7 @@ import yaml
 
 from rag_rerank import VLLMScorer
 
-GUIDE = Path(__file__).resolve().parent.parent / "benchmarks" / "scaling.md"
+GUIDE = Path(__file__).resolve().parent.parent / "docs" / "pages" / "scaling.md"
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""What a query or document may be beside text: pictures, videos, or several parts together.
+"""What a query or document may be beside text: images, videos, or several parts together.
 
     from rag_rerank import Content, Image
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 class Image:
-    """A picture.
+    """An image.
 
     Args:
         source: A `Path`, which is read when it is scored; the bytes of a PNG, JPEG, WebP, GIF, BMP or TIFF file; or a
@@ -95,7 +95,7 @@ class Video:
 class Content:
     """A query or document of several parts.
 
-    vLLM puts the pictures before the text, whatever their order here, and so does `LocalScorer`.
+    vLLM puts the images before the text, whatever their order here, and so does `LocalScorer`.
 
     Args:
         *parts: Texts, images and videos.
@@ -144,7 +144,7 @@ def from_parts(parts: Iterable[Any]) -> Content:
 
 
 def parts_of(value: Mapping[str, Any]) -> list[Any]:
-    """The parts of a mapping with ``content``, or a ValueError."""
+    """Take the parts out of a mapping with ``content``, or raise a ValueError."""
     content = value.get("content")
     if isinstance(content, str) or not isinstance(content, list | tuple):
         raise ValueError('as a mapping must be {"content": [part, ...]}')  # noqa: TRY004 - a wrong shape
@@ -175,11 +175,11 @@ def _part(part: Any) -> str | Image | Video:
 def decode_base64(text: str) -> bytes:
     """Decode base64, or raise a ContentError."""
     if len(text) > MOST_BYTES * 4 // 3 + 4:
-        raise ContentError(f"is a picture of about {len(text) * 3 // 4:,} bytes; {MOST_BYTES:,} are the most")
+        raise ContentError(f"is an image of about {len(text) * 3 // 4:,} bytes; {MOST_BYTES:,} are the most")
     try:
         return base64.b64decode(text, validate=True)
     except (binascii.Error, ValueError) as error:
-        raise ContentError(f"is a picture whose base64 is damaged: {error}") from error
+        raise ContentError(f"is an image whose base64 is damaged: {error}") from error
 
 
 def placed(error: Exception, where: str) -> Exception:

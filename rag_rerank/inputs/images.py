@@ -1,4 +1,4 @@
-"""Pictures, read within bounds: what is broken, too large, or no picture is refused before anything is sent."""
+"""Images, read within bounds: what is broken, too large, or no image is refused before anything is sent."""
 
 import base64
 import io
@@ -20,7 +20,7 @@ MOST_PIXELS = 40_000_000
 _FORMATS = {
     "PNG": "image/png",
     "JPEG": "image/jpeg",
-    "MPO": "image/jpeg",  # what Pillow calls a JPEG file with a second picture in it, as telephones write
+    "MPO": "image/jpeg",  # what Pillow calls a JPEG file with a second image in it, as telephones write
     "WEBP": "image/webp",
     "GIF": "image/gif",
     "BMP": "image/bmp",
@@ -30,7 +30,7 @@ _FORMATS = {
 
 @dataclass(frozen=True, repr=False)
 class ImageFile:
-    """A picture file that can be decoded.
+    """An image file that can be decoded.
 
     Attributes:
         data: The file.
@@ -70,7 +70,7 @@ BLANK = ImageFile(
 
 
 def read_image(source: "Path | bytes | PIL.Image.Image", max_pixels: int | None = None) -> ImageFile:
-    """Read, check and, where asked, scale down a picture.
+    """Read, check and, where asked, scale down an image.
 
     It is decoded once to see that it is whole: about 10 ms for a million pixels.
 
@@ -79,7 +79,7 @@ def read_image(source: "Path | bytes | PIL.Image.Image", max_pixels: int | None 
         max_pixels: Most width times height; None leaves it as it is.
 
     Raises:
-        ContentError: It can't be read, is no picture of a known format, is damaged, or has more than 20 MiB or 40
+        ContentError: It can't be read, is no image of a known format, is damaged, or has more than 20 MiB or 40
             million pixels.
         ConfigError: Pillow is not installed.
     """
@@ -87,7 +87,7 @@ def read_image(source: "Path | bytes | PIL.Image.Image", max_pixels: int | None 
     if isinstance(source, Path | bytes):
         data = source if isinstance(source, bytes) else _file(source)
         if len(data) > MOST_BYTES:
-            raise ContentError(f"is a picture of {len(data):,} bytes; {MOST_BYTES:,} are the most")
+            raise ContentError(f"is an image of {len(data):,} bytes; {MOST_BYTES:,} are the most")
         with _opened(data) as image:
             _check_size(image)
             kind = str(image.format)
@@ -96,7 +96,7 @@ def read_image(source: "Path | bytes | PIL.Image.Image", max_pixels: int | None 
                 image.load()
                 scaled = _scaled(image, max_pixels)
             except Exception as error:
-                raise ContentError(f"is a damaged picture: {error}") from error
+                raise ContentError(f"is a damaged image: {error}") from error
             if scaled is None:
                 return ImageFile(data, _FORMATS[kind], *image.size)
             return _encoded(scaled, "JPEG" if kind in ("JPEG", "MPO") else "PNG")
@@ -106,7 +106,7 @@ def read_image(source: "Path | bytes | PIL.Image.Image", max_pixels: int | None 
     except ContentError:
         raise
     except (OSError, SyntaxError, ValueError, IndexError, pil.DecompressionBombError) as error:  # it may not be loaded
-        raise ContentError(f"is a picture that can't be written as PNG: {error}") from error
+        raise ContentError(f"is an image that can't be written as PNG: {error}") from error
 
 
 def size_of(source: "Path | bytes | PIL.Image.Image") -> tuple[int, int]:
@@ -127,18 +127,18 @@ def thumbnail(source: "Path | bytes | PIL.Image.Image", max_pixels: int = 96 * 9
     Raises:
         ContentError, ConfigError: As `read_image`.
     """
-    picture = read_image(source, max_pixels)
+    image = read_image(source, max_pixels)
     file = io.BytesIO()
-    picture.decoded().save(file, "JPEG", quality=75)
-    small = ImageFile(file.getvalue(), "image/jpeg", picture.width, picture.height)
+    image.decoded().save(file, "JPEG", quality=75)
+    small = ImageFile(file.getvalue(), "image/jpeg", image.width, image.height)
     return small.data_url
 
 
 def _pillow() -> Any:
     try:
-        import PIL.Image  # noqa: PLC0415 - only who scores pictures needs it
+        import PIL.Image  # noqa: PLC0415 - only who scores images needs it
     except ImportError as error:
-        raise ConfigError("pictures need Pillow: pip install 'rag-rerank[images]'") from error
+        raise ConfigError("images need Pillow: pip install 'rag-rerank[images]'") from error
     return PIL.Image
 
 
@@ -169,20 +169,18 @@ def _opened(data: bytes | Path) -> "PIL.Image.Image":
     try:
         image: PIL.Image.Image = pil.open(source, formats=[name for name in _FORMATS if name != "MPO"])
     except (pil.DecompressionBombError, pil.DecompressionBombWarning) as error:  # the latter where warnings are errors
-        raise ContentError(f"is a picture with too many pixels: {error}") from error
+        raise ContentError(f"is an image with too many pixels: {error}") from error
     except Exception as error:  # as for what is damaged
-        raise ContentError("is no PNG, JPEG, WebP, GIF, BMP or TIFF picture") from error
+        raise ContentError("is no PNG, JPEG, WebP, GIF, BMP or TIFF image") from error
     return image
 
 
 def _check_size(image: "PIL.Image.Image") -> None:
     width, height = image.size
     if width * height > MOST_PIXELS:
-        raise ContentError(
-            f"is a picture of {width:,} x {height:,} pixels; {MOST_PIXELS:,} are the most: scale it down"
-        )
+        raise ContentError(f"is an image of {width:,} x {height:,} pixels; {MOST_PIXELS:,} are the most: scale it down")
     if width < 1 or height < 1:
-        raise ContentError(f"is a picture of {width} x {height} pixels")
+        raise ContentError(f"is an image of {width} x {height} pixels")
 
 
 def _scaled(image: "PIL.Image.Image", max_pixels: int | None) -> "PIL.Image.Image | None":
@@ -230,5 +228,5 @@ def _encoded(image: "PIL.Image.Image", kind: str) -> ImageFile:
     file = io.BytesIO()
     image.save(file, format=kind, **({"quality": 90} if kind == "JPEG" else {"compress_level": 1}))
     if file.tell() > MOST_BYTES:
-        raise ContentError(f"is a picture that takes {file.tell():,} bytes as {kind}, {MOST_BYTES:,} are the most")
+        raise ContentError(f"is an image that takes {file.tell():,} bytes as {kind}, {MOST_BYTES:,} are the most")
     return ImageFile(file.getvalue(), _FORMATS[kind], *image.size)

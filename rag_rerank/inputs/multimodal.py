@@ -1,4 +1,4 @@
-"""A query or document with pictures in it, read and checked: what back ends get beside text, and how it is sent."""
+"""A query or document with images in it, read and checked: what back ends get beside text, and how it is sent."""
 
 import base64
 import json
@@ -33,13 +33,13 @@ class Multimodal:
         return "\n".join(part for part in self.parts if isinstance(part, str))
 
     @property
-    def pictures(self) -> list[ImageFile]:
-        """Its pictures that were read here."""
+    def images(self) -> list[ImageFile]:
+        """Its images that were read here."""
         return [part for part in self.parts if isinstance(part, ImageFile)]
 
     @cached_property
     def wire(self) -> dict[str, Any]:
-        """As vLLM's score API takes it (``ScoreMultiModalParam``); pictures as data URLs, encoded once."""
+        """As vLLM's score API takes it (``ScoreMultiModalParam``); images as data URLs, encoded once."""
         return {"content": [_wire(part) for part in self.parts]}
 
     @property
@@ -50,7 +50,7 @@ class Multimodal:
         )
 
     def encoded(self) -> bytes:
-        """`wire` as JSON; made from the pictures' bytes and not kept, for it takes a third more than they."""
+        """`wire` as JSON; made from the images' bytes and not kept, for it takes a third more than they."""
         return b'{"content": [' + b", ".join(_encoded(part) for part in self.parts) + b"]}"
 
 

@@ -3,8 +3,8 @@
 import torch
 
 from rag_rerank.errors import ConfigError
-from rag_rerank.local import workers
-from rag_rerank.local.model import Pace
+from rag_rerank.local.engine import workers
+from rag_rerank.local.models.model import Pace
 
 # A core's matrix kernels run at half speed below about 500 rows, and measured alike from 1,000 to 4,000. Beyond 32 MB a
 # buffer is mapped anew for each batch (282,000 page faults a call, 1.7 times slower).

@@ -15,20 +15,20 @@ from transformers import (
 
 from rag_rerank.errors import ConfigError
 from rag_rerank.families import Family, find_family
-from rag_rerank.local.bi_encoder import BiEncoder, pooling_of
-from rag_rerank.local.checkpoint import Checkpoint, max_length, module_kind
-from rag_rerank.local.cross_encoder import Activation, CrossEncoder, Head, WholeCrossEncoder, own_activation
-from rag_rerank.local.decoder import Decoder, score_row, token_ids, token_row
+from rag_rerank.local.checkpoint.checkpoint import Checkpoint, max_length, module_kind
 from rag_rerank.local.hardware import choose_device, pace
-from rag_rerank.local.image_processor import ImageProcessor
-from rag_rerank.local.late_interaction import LateInteraction, is_late_interaction, read_projection
-from rag_rerank.local.model import Model
-from rag_rerank.local.passages import MaxPassage
-from rag_rerank.local.picture_prompts import PicturePrompts
-from rag_rerank.local.prompting import Limited, Prompts
+from rag_rerank.local.models.bi_encoder import BiEncoder, pooling_of
+from rag_rerank.local.models.cross_encoder import Activation, CrossEncoder, Head, WholeCrossEncoder, own_activation
+from rag_rerank.local.models.decoder import Decoder, score_row, token_ids, token_row
+from rag_rerank.local.models.late_interaction import LateInteraction, is_late_interaction, read_projection
+from rag_rerank.local.models.model import Model
+from rag_rerank.local.models.passages import MaxPassage
+from rag_rerank.local.models.prompts import Limited, Prompts
+from rag_rerank.local.models.vision.processor import ImageProcessor
+from rag_rerank.local.models.vision.prompts import PicturePrompts
+from rag_rerank.local.models.vision.transformer import MODEL_TYPES, VisionTransformer
 from rag_rerank.local.settings import Settings
-from rag_rerank.local.transformer import Padded, Transformer, known, over
-from rag_rerank.local.vision import MODEL_TYPES, VisionTransformer
+from rag_rerank.local.transformer.transformer import Padded, Transformer, known, over
 from rag_rerank.template import Template
 
 

@@ -14,8 +14,8 @@ from typing import Any
 from rag_rerank.errors import ContentError, DeadlineExceeded
 from rag_rerank.inputs.multimodal import Link, Prepared
 from rag_rerank.inputs.preparing import text_only
-from rag_rerank.local.engine import Engine
-from rag_rerank.local.model import Model, Side, TextOnly, Unreadable
+from rag_rerank.local.engine.engine import Engine
+from rag_rerank.local.models.model import Model, Side, TextOnly, Unreadable
 from rag_rerank.local.settings import Dtype, LongDocuments, ScoreType, Settings
 from rag_rerank.scorer import Scorer
 from rag_rerank.template import Template

@@ -73,7 +73,7 @@ class VLLMScorer(Scorer):
         max_concurrency: Most requests of one call at once. Neither changes a score.
         max_waiting_calls: How many calls may be unfinished at a time in this process; one more is refused at once with
             `BackendUnavailable`. None: any number, of which a server that is asked for more than it can do answers
-            none in time, for each waits behind all others (see benchmarks/scaling.md).
+            none in time, for each waits behind all others (see docs/pages/scaling.md).
         connect_timeout: Seconds in which there must be a connection.
         attempt_timeout: Seconds in which a request must be answered before it is repeated. None: an equal share of the
             call's time for each try where there are several servers; with one, all of it.

@@ -32,23 +32,21 @@ URL = f"data:image/png;base64,{base64.b64encode(PNG).decode()}"
 
 
 class Eyes(Scorer):
-    """Keeps what it gets; scores by the number of pictures."""
+    """Keeps what it gets; scores by the number of images."""
 
     model_name = "eyes"
+    accepts_images = True
 
     def __init__(self) -> None:
         self.calls: list[tuple[list[Any], list[Any]]] = []
 
-    def _score(self, queries: list[str], documents: list[str], until: float | None) -> list[float]:
-        return [0.0] * len(documents)
-
-    def _score_mixed(self, queries: list[Any], documents: list[Any], until: float | None) -> list[float]:
+    def _score(self, queries: list[Any], documents: list[Any], until: float | None) -> list[float]:
         self.calls.append((queries, documents))
-        return [float(len(each.pictures)) if isinstance(each, Multimodal) else 0.0 for each in documents]
+        return [float(len(each.images)) if isinstance(each, Multimodal) else 0.0 for each in documents]
 
 
 class TestImage:
-    """A picture from a path, bytes, PIL image or URL, and from nothing else."""
+    """An image from a path, bytes, PIL image or URL, and from nothing else."""
 
     @pytest.mark.parametrize("source", ["page.png", "https://a.example/x.png", "file:///etc/passwd", URL])
     def test_a_string_is_neither_a_path_nor_an_address(self, source: str):
@@ -130,7 +128,7 @@ class TestContent:
             Content("a", PNG)  # type: ignore[arg-type]
 
     def test_what_a_back_end_gets(self, tmp_path: Path):
-        """Texts, pictures read, and links; the order kept; texts joined as vLLM joins them."""
+        """Texts, images read, and links; the order kept; texts joined as vLLM joins them."""
         (tmp_path / "a.png").write_bytes(PNG)
         scorer = Eyes()
         document = Content("one", Image(tmp_path / "a.png"), "two", Image(url=URL), Video("https://a.example/v.mp4"))
@@ -139,7 +137,7 @@ class TestContent:
         assert (queries, plain) == (["q"], "plain")
         assert mixed.text == "one\ntwo"
         assert [type(part) for part in mixed.parts] == [str, ImageFile, str, ImageFile, Link]
-        assert all(picture.data == PNG for picture in mixed.pictures)
+        assert all(image.data == PNG for image in mixed.images)
         assert json.loads(mixed.encoded()) == mixed.wire
         assert abs(mixed.size - len(mixed.encoded())) < 300
 
@@ -186,9 +184,9 @@ class TestMappings:
         """Read as if it came in an Image; any mapping will do."""
         for value in ({"content": [part]}, {"content": (part,), "role": "user"}, MappingProxyType({"content": [part]})):
             assert isinstance(value, Mapping)
-            mixed = prepare(value, "documents[0]", str)
+            mixed = prepare(value, "documents[0]")
             assert isinstance(mixed, Multimodal)
-            assert mixed.pictures[0].data == PNG
+            assert mixed.images[0].data == PNG
 
     @pytest.mark.parametrize(
         ("value", "error", "message"),
@@ -240,7 +238,7 @@ class TestScorers:
         ranked = asyncio.run(Eyes().arerank_batch(["q", Image(PNG)], [documents, [Image(PNG)]]))
         assert [[item.index for item in each] for each in ranked] == [[2, 1, 3, 0], [0]]
 
-    def test_a_batch_reads_a_query_s_picture_once(self):
+    def test_a_batch_reads_a_query_s_image_once(self):
         """Not once for each of its documents."""
         scorer = Eyes()
         scorer.rerank_batch([Image(PNG), "q"], [["a", "b", "c"], ["d"]])
@@ -250,7 +248,7 @@ class TestScorers:
     def test_one_scorer_gives_it_to_another(self):
         """As it was read."""
         scorer = Eyes()
-        mixed = prepare(Image(PNG), "", str)
+        mixed = prepare(Image(PNG), "")
         assert scorer.score("q", [mixed]) == [1.0]  # type: ignore[list-item]
         assert scorer.calls[0][1][0] is mixed
 
@@ -289,5 +287,5 @@ except ConfigError as error:
     print(error)
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    assert done.stdout == "documents[0] pictures need Pillow: pip install 'rag-rerank[images]'\n"
+    assert done.stdout == "documents[0] images need Pillow: pip install 'rag-rerank[images]'\n"
     assert issubclass(ContentError, ConfigError)

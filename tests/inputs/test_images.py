@@ -1,4 +1,4 @@
-"""Pictures are read within bounds: what is broken, too large or none is refused; the rest looks as it does to vLLM."""
+"""Images are read within bounds: what is broken, too large or none is refused; the rest looks as it does to vLLM."""
 
 import io
 import json
@@ -38,20 +38,20 @@ class TestKinds:
         data = ONE_OF_EACH[kind]
         (tmp_path / "page.txt").write_bytes(data)
         for source in (data, tmp_path / "page.txt"):
-            picture = read_image(source)
-            assert (picture.data, picture.media_type) == (data, f"image/{kind.lower()}")
-            assert (picture.width, picture.height) == (30, 20)
-            assert picture.data_url.startswith(f"data:image/{kind.lower()};base64,")
-            assert picture.decoded().size == (30, 20)
+            image_file = read_image(source)
+            assert (image_file.data, image_file.media_type) == (data, f"image/{kind.lower()}")
+            assert (image_file.width, image_file.height) == (30, 20)
+            assert image_file.data_url.startswith(f"data:image/{kind.lower()};base64,")
+            assert image_file.decoded().size == (30, 20)
 
-    def test_a_telephone_s_jpeg_with_two_pictures_is_a_jpeg(self):
+    def test_a_telephone_s_jpeg_with_two_images_is_a_jpeg(self):
         """Pillow calls it MPO."""
         data = drawn.encoded(drawn.gradient((30, 20)), "MPO", save_all=True, append_images=[drawn.gradient((15, 10))])
         assert Image.open(io.BytesIO(data)).format == "MPO"
         assert read_image(data).media_type == "image/jpeg"
         assert read_image(data, max_pixels=100).media_type == "image/jpeg"
 
-    def test_an_animation_is_its_first_picture(self):
+    def test_an_animation_is_its_first_image(self):
         """As vLLM takes it."""
         frames = [Image.new("RGB", (5, 5), colour) for colour in (drawn.RED, drawn.BLUE)]
         data = drawn.encoded(frames[0], "GIF", save_all=True, append_images=frames[1:])
@@ -64,10 +64,10 @@ class TestKinds:
         """And looks the same, but for what is transparent."""
         image = drawn.gradient((30, 20)).convert("L").convert("I").convert("I;16") if mode == "I;16" else None
         image = image or Image.new(mode, (30, 20))
-        picture = read_image(image)
-        assert (picture.media_type, picture.width, picture.height) == ("image/png", 30, 20)
+        image_file = read_image(image)
+        assert (image_file.media_type, image_file.width, image_file.height) == ("image/png", 30, 20)
         if mode in ("L", "RGB", "CMYK", "YCbCr"):
-            assert picture.decoded().tobytes() == image.convert("RGB").tobytes()
+            assert image_file.decoded().tobytes() == image.convert("RGB").tobytes()
 
     def test_an_image_in_memory_is_not_changed(self):
         """Nor does it matter that it was opened and not read yet."""
@@ -85,9 +85,9 @@ class TestLooks:
         exif[0x0112] = 6  # turn it clockwise
         data = drawn.encoded(drawn.gradient((30, 20)), "JPEG", exif=exif, quality=100)
         upright = drawn.gradient((30, 20)).transpose(Image.Transpose.ROTATE_270)
-        for picture in (read_image(data), read_image(Image.open(io.BytesIO(data)))):
-            assert picture.decoded().size == (20, 30)
-            assert _difference(picture.decoded(), upright) < 3
+        for image_file in (read_image(data), read_image(Image.open(io.BytesIO(data)))):
+            assert image_file.decoded().size == (20, 30)
+            assert _difference(image_file.decoded(), upright) < 3
         scaled = read_image(data, max_pixels=150).decoded()
         assert scaled.size == (10, 15)
         assert _difference(scaled, upright.resize((10, 15))) < 6
@@ -118,12 +118,12 @@ class TestScaling:
     @given(st.integers(1, 300), st.integers(1, 300), st.integers(1, 5000))
     def test_no_more_pixels_than_that(self, width: int, height: int, most: int):
         """And never none; a strip may have to become wider than its shape."""
-        picture = read_image(drawn.png(size=(width, height)), max_pixels=most)
-        assert 1 <= picture.width * picture.height <= max(most, width, height)
+        image_file = read_image(drawn.png(size=(width, height)), max_pixels=most)
+        assert 1 <= image_file.width * image_file.height <= max(most, width, height)
         if width * height <= most:
-            assert (picture.width, picture.height) == (width, height)
-        elif min(picture.width, picture.height) > 8:
-            assert picture.width / picture.height == pytest.approx(width / height, rel=0.15)
+            assert (image_file.width, image_file.height) == (width, height)
+        elif min(image_file.width, image_file.height) > 8:
+            assert image_file.width / image_file.height == pytest.approx(width / height, rel=0.15)
 
     def test_a_photograph_stays_a_jpeg(self):
         """As PNG it would be several times as large."""
@@ -175,10 +175,10 @@ class TestRefusals:
             file[data.draw(st.integers(0, len(file) - 1))] = data.draw(st.integers(0, 255))
         del file[data.draw(st.integers(0, len(file))) or len(file) :]
         try:
-            picture = read_image(bytes(file))
+            image_file = read_image(bytes(file))
         except ContentError:
             return
-        assert picture.decoded().mode == "RGB"
+        assert image_file.decoded().mode == "RGB"
 
     def test_what_is_no_file(self, tmp_path: Path):
         """A folder, nothing, a pipe (which would never end), a file that must not be read."""
@@ -228,7 +228,7 @@ class TestMemory:
             ("drawn.encoded(Image.new('RGB', (6_000, 6_000)), 'PNG')", 200),  # allowed: its 108 MB, once
         ],
     )
-    def test_reading_takes_no_more_than_the_picture_may(self, source: str, megabytes: int):
+    def test_reading_takes_no_more_than_the_image_may(self, source: str, megabytes: int):
         """A bomb takes nothing: its size is read from the header."""
         program = f"""
             import json, resource, warnings
@@ -261,11 +261,11 @@ class TestMemory:
         assert json.loads(done.stdout) < megabytes
 
 
-def test_the_blank_picture_is_one():
-    """What a server is asked with to see whether it takes pictures at all."""
-    picture = read_image(BLANK.data)
-    assert picture == BLANK
-    assert set(picture.decoded().tobytes()) == {255}
+def test_the_blank_image_is_one():
+    """What a server is asked with to see whether it takes images at all."""
+    image_file = read_image(BLANK.data)
+    assert image_file == BLANK
+    assert set(image_file.decoded().tobytes()) == {255}
     assert MOST_PIXELS == 40_000_000
 
 

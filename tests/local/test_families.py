@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer
 
 from rag_rerank import ConfigError, LocalScorer
-from rag_rerank.local.late_interaction import is_late_interaction, read_projection
+from rag_rerank.local.models.late_interaction import is_late_interaction, read_projection
 from tests.encoder_models import (
     KINDS,
     VECTOR_SIZE,

@@ -100,8 +100,8 @@ def test_vllm_reads_what_we_send():
         Image(PILImage.open(io.BytesIO(files["turned"]))),
         Image(files["PNG"], max_pixels=100),
         Content("before", Image(red), "after", Image(page)),
-        Image(url="https://pictures.example/a.png"),
-        Video("https://pictures.example/a.mp4"),
+        Image(url="https://images.example/a.png"),
+        Video("https://images.example/a.mp4"),
     ]
     bodies: list[tuple[str, str]] = []
 
@@ -131,8 +131,8 @@ def test_vllm_reads_what_we_send():
         [looks(files["turned"])],
         [looks(read_image(files["PNG"], 100).data)],
         ["before", looks(red), "after", looks(page)],
-        ["https://pictures.example/a.png"],
-        ["https://pictures.example/a.mp4"],
+        ["https://images.example/a.png"],
+        ["https://images.example/a.mp4"],
     ]
     for kind in ("ScoreTextRequest", "RerankRequest"):
         parts = [result for result in results if result["class"] == kind]

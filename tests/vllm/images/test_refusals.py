@@ -60,11 +60,11 @@ class TestRefusals:
         self, shared: FaultyServer, kinds: list[tuple[bool, bool]], status: int, chunk_size: int
     ):
         """Images and texts, in any order and number; texts at 400, for to 500 nobody blames a text."""
-        assume(status != 500 or all(pictured for pictured, bad in kinds if bad))
+        assume(status != 500 or all(has_image for has_image, bad in kinds if bad))
         documents: list[Input] = []
-        for number, (pictured, bad) in enumerate(kinds):
+        for number, (has_image, bad) in enumerate(kinds):
             words = f"{'bad' if bad else 'good'} {number}"
-            documents.append(Content(words, Image(RED)) if pictured else words)
+            documents.append(Content(words, Image(RED)) if has_image else words)
 
         def refuse(request: Request) -> Steps | None:
             bad = request.wants_scores and any("bad" in spelled(each) for each in request.documents)
@@ -80,7 +80,7 @@ class TestRefusals:
         finally:
             shared.behave = lambda request: None
         assert caught.value.indices == tuple(n for n, (_, bad) in enumerate(kinds) if bad)
-        wanted = [sent(f"good {n}", RED) if pictured else f"good {n}" for n, (pictured, _) in enumerate(kinds)]
+        wanted = [sent(f"good {n}", RED) if has_image else f"good {n}" for n, (has_image, _) in enumerate(kinds)]
         right = [None if bad else exact("q", each)[0] for each, (_, bad) in zip(wanted, kinds, strict=True)]
         assert list(caught.value.scores) == right
 
@@ -101,7 +101,7 @@ class TestRefusals:
     def test_an_address_with_a_signature_is_not_told(self, server: FaultyServer):
         """vLLM quotes the address in its refusals, whole or from its path on, and error texts are cut somewhere."""
         secret = "signature=" + "h7" * 200
-        signed = f"https://me:hunter2@pictures.example/a.png?{secret}"
+        signed = f"https://me:hunter2@images.example/a.png?{secret}"
         quotes = [f"HTTP 404 (value={signed})", f"Max retries exceeded with url: /a.png?{secret} (Caused by"]
         for quote, status in itertools.product(quotes, (422, 500)):
             server.behave = on_scores(

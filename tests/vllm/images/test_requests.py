@@ -28,7 +28,7 @@ from rag_rerank.inputs.multimodal import Multimodal
 from rag_rerank.vllm import pieces, wire
 from tests import drawn
 from tests.faulty_server import FaultyServer, Request, Steps, http, oracle, refusal, spelled
-from tests.vllm.images.common import BEYOND, BLUE, GREEN, RED, exact, picture, sent, text
+from tests.vllm.images.common import BEYOND, BLUE, GREEN, RED, exact, image_part, sent, text
 
 
 class TestRequests:
@@ -37,7 +37,7 @@ class TestRequests:
     def test_every_way_to_pass_one(self, server: FaultyServer, score: Callable[..., list[float]], tmp_path: Path):
         """A file's bytes go as they are; a PIL image as PNG."""
         (tmp_path / "page.png").write_bytes(GREEN)
-        url = picture(BLUE)["image_url"]["url"]
+        url = image_part(BLUE)["image_url"]["url"]
         documents: dict[str, tuple[Input, Any]] = {
             "text": ("plain text", "plain text"),
             "bytes": (Image(RED), sent(RED)),

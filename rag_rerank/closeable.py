@@ -1,0 +1,31 @@
+"""The base of all that is to be closed after use."""
+
+from types import TracebackType
+from typing import Self
+
+
+class Closeable:
+    """Something to be closed after use: by `close` or `aclose`, or by leaving a ``with`` or ``async with``."""
+
+    def close(self) -> None:
+        """Give back what is held. Closing twice is harmless."""
+
+    async def aclose(self) -> None:
+        """Close from an event loop; see `close`."""
+        self.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.aclose()

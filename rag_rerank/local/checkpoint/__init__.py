@@ -1,0 +1,1 @@
+"""What a checkpoint's files declare, and how they are read."""

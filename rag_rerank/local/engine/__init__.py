@@ -1,0 +1,1 @@
+"""One thread for each loaded model, which callers share."""

@@ -1,0 +1,184 @@
+"""Calls that share a model: what each still wants to have run, and whose turn it is.
+
+A call of 100,000 documents must not keep one of ten waiting, nor hold all its tokens in memory. So calls are tokenised
+a part at a time, and work is taken from all of them in rounds of about one batch: a quarter of each round belongs to
+the call that has waited longest, the rest to those that are nearest to their end.
+"""
+
+import contextlib
+from collections import deque
+from collections.abc import Sequence
+from concurrent.futures import Future, InvalidStateError
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from rag_rerank.inputs.multimodal import Multimodal, Prepared
+from rag_rerank.local.models.model import Inputs, Model, TextOnly, TokenSequence
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+# Documents that are tokenised at a time: enough to be sorted by length to some effect, few enough that their tokens
+# (about 36 bytes each as Python numbers) and the tokenizer's own notes on them stay within a few megabytes.
+PART = 256
+
+
+class Call:
+    """One call that waits, or of which a part has been run. Pairs that occur twice are scored once.
+
+    Args:
+        queries: One for all documents, or one each.
+        documents: The documents, at least one.
+        instruction: The task, for a template with a place for it.
+    """
+
+    def __init__(
+        self, queries: Sequence[Prepared], documents: Sequence[Prepared], instruction: str | None = None
+    ) -> None:
+        self.future: Future[list[float]] = Future()
+        self._places: list[int] | None = None  # of each document among the different ones
+        queries, documents = list(queries), list(documents)
+        # Pictures are hashed by their bytes, which Python does once for each bytes object.
+        pairs = list(zip(queries * len(documents) if len(queries) == 1 else queries, documents, strict=True))
+        places = {pair: place for place, pair in enumerate(dict.fromkeys(pairs))}
+        if len(places) < len(pairs):
+            self._places = [places[pair] for pair in pairs]
+            documents = [document for _, document in places]
+            queries = queries if len(queries) == 1 else [query for query, _ in places]
+        self._queries, self._documents, self._instruction = queries, documents, instruction
+        self._mixed = any(isinstance(each, Multimodal) for each in (*queries, *documents))
+        self._begun = 0  # documents that have been tokenised
+        self._scored = 0
+        self._scores = [0.0] * len(documents)
+        self._ready: deque[Item] = deque()
+        self._ready_tokens = 0
+        self.cut = 0  # texts that were longer than what the model reads
+
+    @property
+    def unscored(self) -> int:
+        """How many different pairs have no score yet."""
+        return len(self._documents) - self._scored
+
+    @property
+    def waits(self) -> bool:
+        """Whether it still has something to run that nobody has taken."""
+        return bool(self._ready) or self._begun < len(self._documents)
+
+    def tokens_left(self, model: Model) -> int | None:
+        """How many tokens it still wants to have run; None where they have not all been counted."""
+        if not self._ready and self._begun < len(self._documents):
+            self._tokenise(model)
+        return None if self._begun < len(self._documents) else self._ready_tokens
+
+    def take(self, model: Model, tokens: int) -> list["Item"]:
+        """The next sequences to run: at least one if there is any, then no more than `tokens` hold."""
+        taken: list[Item] = []
+        while self.waits:
+            if not self._ready:
+                self._tokenise(model)
+                continue
+            length = len(self._ready[0].sequence.ids)
+            if taken and length > tokens:
+                break
+            taken.append(self._ready.popleft())
+            self._ready_tokens -= length
+            tokens -= max(1, length)
+        return taken
+
+    def _tokenise(self, model: Model) -> None:
+        if self._mixed and not model.sees:
+            raise TextOnly
+        part = slice(self._begun, self._begun + PART)
+        queries = self._queries if len(self._queries) == 1 else self._queries[part]
+        own = () if self._instruction is None else (self._instruction,)
+        inputs = model.inputs(queries, self._documents[part], *own)
+        lot = _Part(self, self._begun, inputs, len(inputs.sequences))
+        self._begun = min(part.stop, len(self._documents))
+        # Longest first, so that the batch that needs most memory comes first, and if it fits, so do the others.
+        order = sorted(range(len(inputs.sequences)), key=lambda position: -len(inputs.sequences[position].ids))
+        self._ready.extend(Item(lot, position) for position in order)
+        self._ready_tokens += sum(len(sequence.ids) for sequence in inputs.sequences)
+        self.cut += sum(sequence.cut for sequence in inputs.sequences)
+
+    def take_scores(self, start: int, scores: Sequence[float]) -> None:
+        """Keep the scores of one part; with the last one, the call is finished."""
+        self._scores[start : start + len(scores)] = scores
+        self._scored += len(scores)
+        if self.unscored == 0:
+            places = self._places
+            self.succeed(self._scores if places is None else [self._scores[place] for place in places])
+
+    def succeed(self, scores: list[float]) -> None:
+        """Give the caller its scores."""
+        with contextlib.suppress(InvalidStateError):  # the caller has cancelled it meanwhile
+            self.future.set_result(scores)
+
+    def fail(self, error: Exception) -> None:
+        """Give the caller an error."""
+        with contextlib.suppress(InvalidStateError):
+            self.future.set_exception(error)
+
+
+@dataclass(slots=True, eq=False)
+class _Part:
+    """Documents of one call that were tokenised together."""
+
+    call: Call
+    start: int
+    inputs: Inputs
+    missing: int
+    outputs: "Tensor | None" = None
+
+    def take(self, position: int, output: "Tensor") -> None:
+        if self.outputs is None:
+            self.outputs = output.new_empty((len(self.inputs.sequences), len(output)))
+        self.outputs[position] = output
+        self.missing -= 1
+        if self.missing == 0:
+            self.call.take_scores(self.start, self.inputs.scores(self.outputs))
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """One sequence to run, and where its output belongs."""
+
+    part: _Part
+    position: int
+
+    @property
+    def call(self) -> Call:
+        """Whose it is."""
+        return self.part.call
+
+    @property
+    def sequence(self) -> TokenSequence:
+        """What to run."""
+        return self.part.inputs.sequences[self.position]
+
+    def take(self, output: "Tensor") -> None:
+        """Keep its output, ``[size]`` on the CPU."""
+        self.part.take(self.position, output)
+
+
+def next_round(calls: Sequence[Call], model: Model, room: int) -> list[tuple[Call, list[Item] | Exception]]:
+    """What is to be run next, for some of the calls: items, or why there are none.
+
+    Args:
+        calls: In the order in which they came.
+        model: Tokenises.
+        room: About how many tokens to take.
+    """
+    taken: list[tuple[Call, list[Item] | Exception]] = []
+    shares = [(call, room // 4) for call in calls[:1]] if len(calls) > 1 else []
+    shares += [(call, room) for call in sorted(calls, key=lambda call: call.unscored)]  # stable: else first come
+    for call, share in shares:
+        if room <= 0:
+            break
+        try:
+            items = call.take(model, min(share, room))
+        except Exception as error:  # noqa: BLE001 - whatever a tokenizer raises belongs to this one caller
+            taken.append((call, error))
+            continue
+        room -= sum(len(item.sequence.ids) for item in items)
+        taken.append((call, items))
+    return taken

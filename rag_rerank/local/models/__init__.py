@@ -1,0 +1,1 @@
+"""The score types: from queries and documents to token sequences, and from their outputs to scores."""

@@ -1,0 +1,131 @@
+"""From a picture to the patches that a Qwen vision tower reads: scaled, normalized, cut up.
+
+The same numbers as transformers' ``Qwen2VLImageProcessor`` over torchvision makes, which is what a vLLM server runs;
+but torchvision is not needed, for its scaling is torch's own. (transformers without torchvision scales with Pillow,
+whose rounding differs: up to one number in a hundred by one or two of 255 steps.)
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from rag_rerank.errors import ConfigError, ContentError
+
+if TYPE_CHECKING:
+    from rag_rerank.inputs.images import ImageFile
+    from rag_rerank.local.checkpoint.checkpoint import Checkpoint
+
+_BICUBIC = 3  # Pillow's number for it
+_MOST_OBLONG = 200  # transformers and vLLM refuse what is longer for its width
+
+
+@dataclass(frozen=True, slots=True)
+class ImageProcessor:
+    """What the checkpoint says about its pictures.
+
+    Attributes:
+        least_pixels, most_pixels: Pictures are scaled up or down to be within, width times height.
+        patch: Side of a patch, in pixels.
+        frames: How often each picture is repeated: the tower was made for videos.
+        merge: This many patches, squared, become one token.
+        mean, std: Of red, green and blue, from 0 to 1.
+        scale: What makes 0 to 1 of the numbers in a picture.
+    """
+
+    least_pixels: int
+    most_pixels: int
+    patch: int
+    frames: int
+    merge: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    scale: float
+
+    @classmethod
+    def of(cls, checkpoint: "Checkpoint") -> "ImageProcessor":
+        """Read it from ``processor_config.json`` or ``preprocessor_config.json``.
+
+        Raises:
+            ConfigError: It is in neither, or asks for steps that are not known here.
+        """
+        options: Mapping[str, Any] | None = (checkpoint.json("processor_config.json") or {}).get("image_processor")
+        options = options or checkpoint.json("preprocessor_config.json")
+        if options is None:
+            raise ConfigError(
+                f"{checkpoint.name!r} has no preprocessor_config.json, which says how pictures are to be scaled"
+            )
+        usual = {"do_resize": True, "do_rescale": True, "do_normalize": True, "resample": _BICUBIC}
+        for name, value in usual.items():
+            if options.get(name, value) != value:
+                raise ConfigError(f"{checkpoint.name!r} asks for {name}={options[name]!r}; only {value!r} is supported")
+        size = options.get("size") or {}
+        # What isn't said is as in transformers' class.
+        return cls(
+            options.get("min_pixels") or size.get("shortest_edge") or 56 * 56,
+            options.get("max_pixels") or size.get("longest_edge") or 28 * 28 * 1280,
+            options.get("patch_size") or 14,
+            options.get("temporal_patch_size") or 2,
+            options.get("merge_size") or 2,
+            tuple(options.get("image_mean") or (0.48145466, 0.4578275, 0.40821073)),
+            tuple(options.get("image_std") or (0.26862954, 0.26130258, 0.27577711)),
+            options.get("rescale_factor") or 1 / 255,
+        )
+
+    @property
+    def side(self) -> int:
+        """Width and height of what one token stands for, in pixels."""
+        return self.patch * self.merge
+
+    def size(self, width: int, height: int) -> tuple[int, int]:
+        """Width and height that a picture is scaled to: whole tokens, about its own shape.
+
+        So do transformers and vLLM (``smart_resize``).
+
+        Raises:
+            ContentError: It is more than 200 times as long as wide.
+        """
+        if max(width, height) > _MOST_OBLONG * min(width, height):
+            raise ContentError(
+                f"holds a picture of {width} x {height} pixels; the model reads none that is more than "
+                f"{_MOST_OBLONG} times as long as it is wide"
+            )
+        side = self.side
+        wide, high = (round(length / side) * side for length in (width, height))
+        if wide * high > self.most_pixels:
+            shrink = math.sqrt(width * height / self.most_pixels)
+            wide, high = (max(side, math.floor(length / shrink / side) * side) for length in (width, height))
+        elif wide * high < self.least_pixels:
+            grow = math.sqrt(self.least_pixels / (width * height))
+            wide, high = (math.ceil(length * grow / side) * side for length in (width, height))
+        return wide, high
+
+    def tokens(self, width: int, height: int) -> int:
+        """How many tokens a picture becomes. Turning it, as EXIF data may say, makes no difference."""
+        wide, high = self.size(width, height)
+        return wide * high // self.side**2
+
+    def patches(self, picture: "ImageFile") -> tuple[Tensor, tuple[int, int]]:
+        """Decode a picture and cut it up; about 30 ms for a million pixels.
+
+        Returns:
+            float32 ``[patches, numbers]``, and how many patches it has from top to bottom and from left to right.
+        """
+        image = picture.decoded()
+        numbers = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
+        pixels = numbers.view(1, image.height, image.width, 3).permute(0, 3, 1, 2)
+        wide, high = self.size(image.width, image.height)
+        if (high, wide) != pixels.shape[2:]:
+            pixels = torch.nn.functional.interpolate(
+                pixels, size=(high, wide), mode="bicubic", align_corners=False, antialias=True
+            )
+        mean, std = (torch.tensor(three).view(1, 3, 1, 1) * (1 / self.scale) for three in (self.mean, self.std))
+        pixels = pixels.float().sub(mean).div_(std)
+        rows, columns, merge = high // self.patch, wide // self.patch, self.merge
+        cut = pixels.reshape(3, rows // merge, merge, self.patch, columns // merge, merge, self.patch)
+        # Tokens in reading order; within a token its patches; within a patch color, frame, row, column.
+        cut = cut.permute(1, 4, 2, 5, 0, 3, 6).unsqueeze(5).expand(-1, -1, -1, -1, -1, self.frames, -1, -1)
+        return cut.reshape(rows * columns, -1), (rows, columns)

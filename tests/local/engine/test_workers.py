@@ -1,0 +1,149 @@
+"""Threads of one core each, and an engine that uses them."""
+
+import threading
+import time
+from collections.abc import Sequence
+
+import pytest
+import torch
+
+from rag_rerank.local.engine.engine import Engine
+from rag_rerank.local.engine.workers import Workers, available, use_one_core
+from rag_rerank.local.models.model import Inputs, Pace, TokenSequence
+from rag_rerank.local.transformer.batching import by_tokens
+
+needs_cores = pytest.mark.skipif(torch.get_num_threads() < 2, reason="one core is all there is")
+
+
+def in_a_thread(work):
+    result = []
+    thread = threading.Thread(target=lambda: result.append(work()))
+    thread.start()
+    thread.join()
+    return result[0]
+
+
+def cores_used() -> float:
+    """By a matrix product, of the processor's time against the clock's."""
+    matrix = torch.ones(1500, 1500)
+    matrix @ matrix
+    clock, processor = time.perf_counter(), time.process_time()
+    for _ in range(10):
+        matrix @ matrix
+    return (time.process_time() - processor) / (time.perf_counter() - clock)
+
+
+class TestOneCore:
+    """It is the calling thread's business alone."""
+
+    @needs_cores
+    def test_other_threads_keep_theirs(self):
+        """Those that there are, and those that are started later."""
+        before = torch.get_num_threads()
+        assert in_a_thread(lambda: (use_one_core(), torch.get_num_threads())) == (True, 1)
+        assert torch.get_num_threads() == before
+        assert in_a_thread(torch.get_num_threads) == before
+
+    def test_mkl_keeps_to_it(self):
+        """It has a setting of its own, which torch.set_num_threads makes for all threads."""
+        assert in_a_thread(lambda: (use_one_core(), cores_used())[1]) < 1.3
+
+    @needs_cores
+    def test_it_works_on_linux(self):
+        """Where it doesn't, batches are run one after the other, by all cores."""
+        assert available()
+
+
+class TestWorkers:
+    """A pool that ends in order."""
+
+    def test_tasks_run_side_by_side_and_to_the_end(self):
+        """Two wait for each other; closing waits for all."""
+        workers, meeting, done = Workers(2, "test"), threading.Barrier(2), []
+        for number in range(2):
+            workers.submit(lambda number=number: (meeting.wait(10), done.append(number)))
+        workers.submit(lambda: (time.sleep(0.05), done.append("last")))
+        workers.close()
+        assert set(done) == {0, 1, "last"}
+
+
+class SideBySide:
+    """Two batches at a time, which wait for each other; scores are lengths."""
+
+    def __init__(self) -> None:
+        self.pace = Pace(10_000, at_a_time=2)
+        self.threads: set[str] = set()
+        self.together = 0
+        self._lock, self._now = threading.Lock(), 0
+
+    def inputs(self, queries: list[str], documents: list[str]) -> Inputs:
+        return Inputs([TokenSequence([1] * len(text)) for text in documents], lambda outputs: outputs[:, 0].tolist())
+
+    def batches(self, sequences: Sequence[TokenSequence], token_budget: int) -> list[list[int]]:
+        return by_tokens([len(sequence.ids) for sequence in sequences], token_budget)
+
+    def run(self, sequences: Sequence[TokenSequence]) -> torch.Tensor:
+        with self._lock:
+            self._now += 1
+            self.together = max(self.together, self._now)
+            self.threads.add(threading.current_thread().name)
+        time.sleep(0.02)
+        with self._lock:
+            self._now -= 1
+        if any(len(sequence.ids) == 13 for sequence in sequences):
+            raise RuntimeError("unlucky")
+        return torch.tensor([[float(len(sequence.ids))] for sequence in sequences])
+
+
+class TestEngine:
+    """Batches side by side."""
+
+    @pytest.fixture
+    def model(self) -> SideBySide:
+        return SideBySide()
+
+    @pytest.fixture
+    def engine(self, model: SideBySide):
+        engine = Engine(lambda: model, name="toy", max_waiting_calls=100)
+        yield engine
+        engine.close()
+
+    def test_one_call_is_split_between_the_cores(self, engine: Engine, model: SideBySide):
+        """Though one batch would hold it: 40 documents of 100 tokens."""
+        documents = [f"{number:0100d}" for number in range(40)]
+        assert engine.submit(["q"], documents).result(10) == [100.0] * 40
+        assert model.threads == {"rag_rerank toy 0", "rag_rerank toy 1"}
+        assert model.together == 2
+
+    def test_a_small_call_is_split_too(self, engine: Engine, model: SideBySide):
+        """10 documents of 30 tokens: cores that share one batch would wait for each other at every operation."""
+        assert engine.submit(["q"], [f"{number:030d}" for number in range(10)]).result(10) == [30.0] * 10
+        assert model.threads == {"rag_rerank toy 0", "rag_rerank toy 1"}
+        assert model.together == 2
+
+    def test_a_large_lone_batch_is_run_by_all_cores(self, engine: Engine, model: SideBySide):
+        """In the engine's own thread, where torch has them all."""
+        assert engine.submit(["q"], ["a" * 257]).result(10) == [257.0]
+        assert model.threads == {"rag_rerank toy"}
+
+    def test_a_small_lone_batch_is_run_by_one_core(self, engine: Engine, model: SideBySide):
+        """It would hardly gain from more, and beside other processes lose."""
+        assert engine.submit(["q"], ["a" * 256]).result(10) == [256.0]
+        assert model.threads <= {"rag_rerank toy 0", "rag_rerank toy 1"}
+        assert model.together == 1
+
+    def test_an_error_costs_only_its_caller(self, engine: Engine):
+        """Whoever shared its batch is run again."""
+        calls = [engine.submit(["q"], [f"{number:0{length}d}" for number in range(20)]) for length in (300, 13, 299)]
+        assert calls[0].result(10) == [300.0] * 20
+        assert "unlucky" in str(calls[1].exception(10))
+        assert calls[2].result(10) == [299.0] * 20
+
+    def test_closing_ends_the_workers(self, model: SideBySide):
+        """What they have begun is finished, what waits fails."""
+        engine = Engine(lambda: model, name="ending", max_waiting_calls=100)
+        call = engine.submit(["q"], [f"{number:0900d}" for number in range(400)])
+        time.sleep(0.1)
+        engine.close()
+        assert "closed" in str(call.exception(10))
+        assert not [thread for thread in threading.enumerate() if "ending" in thread.name]
