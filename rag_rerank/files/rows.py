@@ -228,10 +228,10 @@ def likely_cause(reject: bytes) -> str:
     """Guess from its first reject why a whole file was rejected, and say what to do."""
     found = json.loads(reject)
     raw = found["raw"].lstrip("\ufeff \t")
-    if "\0" in raw or raw.startswith(("\udcff\udcfe", "\udcfe\udcff")):
-        return "the file looks like UTF-16; convert it with: iconv -f UTF-16 -t UTF-8"
     if raw.startswith("\x1f\udc8b"):
         return "the file is compressed; its name must end in .jsonl.gz"
+    if "\0" in raw or raw.startswith(("\udcff\udcfe", "\udcfe\udcff")):
+        return "the file looks like UTF-16; convert it with: iconv -f UTF-16 -t UTF-8"
     if raw.startswith("["):
         return "the file looks like one JSON array; make it one object a line with: jq -c '.[]'"
     if raw.strip() == "{":
