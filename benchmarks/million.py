@@ -127,7 +127,9 @@ class Watch:
             self.killed = finished
 
 
-def with_ray(model: Path, folder: Path, target: Path, actors: int, shard_lines: int, shards: int) -> tuple[float, Watch]:
+def with_ray(
+    model: Path, folder: Path, target: Path, actors: int, shard_lines: int, shards: int
+) -> tuple[float, Watch]:
     """The command line's seconds, and what was seen of it."""
     command = [sys.executable, "-m", "rag_rerank.cli", "rerank", "--engine", "ray", "--num-actors", str(actors)]
     command += ["--model", str(model), "--dtype", "float32", "--shard-lines", str(shard_lines)]
