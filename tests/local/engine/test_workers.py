@@ -75,7 +75,7 @@ class SideBySide:
         self.score_type = self.transformer = self  # all in one
         self.threads: set[str] = set()
         self.together = 0
-        self._lock, self._now = threading.Lock(), 0
+        self._changed, self._now = threading.Condition(), 0
 
     def inputs(self, queries: list[str], documents: list[str], instruction: str | None = None) -> Inputs:
         return Inputs([TokenSequence([1] * len(text)) for text in documents], lambda outputs: outputs[:, 0].tolist())
@@ -84,12 +84,12 @@ class SideBySide:
         return by_tokens([len(sequence.ids) for sequence in sequences], token_budget)
 
     def run(self, sequences: Sequence[TokenSequence]) -> torch.Tensor:
-        with self._lock:
+        with self._changed:
             self._now += 1
             self.together = max(self.together, self._now)
             self.threads.add(threading.current_thread().name)
-        time.sleep(0.02)
-        with self._lock:
+            self._changed.notify_all()
+            self._changed.wait_for(lambda: self.together > 1, timeout=1)
             self._now -= 1
         if any(len(sequence.ids) == 13 for sequence in sequences):
             raise RuntimeError("unlucky")
