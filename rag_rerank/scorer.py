@@ -124,9 +124,12 @@ class Scorer(Closeable, ABC):
         Raises:
             ConfigError, BackendError: As `score`.
         """
-        queries, documents = zip(*PROBES, strict=True)
-        probes = [] if self._facts_suffice else self.score(queries, documents, deadline=deadline)
-        return Identity(self._common_facts() | self._facts(self._begin(deadline, None)), probes)
+        until = self._begin(deadline, None)
+        probes: list[float] = []
+        if not self._facts_suffice:
+            queries, documents = zip(*PROBES, strict=True)
+            probes = self.score(queries, documents, deadline=math.inf if until is None else until - time.monotonic())
+        return Identity(self._common_facts() | self._facts(until), probes)
 
     def _common_facts(self) -> dict[str, str]:
         kind = type(self)

@@ -41,9 +41,10 @@ from rag_rerank.template import Template
 logger = logging.getLogger(__name__)
 
 # Arguments of from_pretrained that say where files come from and where weights go, not what they are.
-_NO_FACTS = frozenset(
-    ("cache_dir", "device_map", "force_download", "local_files_only", "low_cpu_mem_usage", "max_memory")
-) | frozenset(("offload_buffers", "offload_folder", "offload_state_dict", "proxies", "resume_download", "subfolder"))
+_NO_FACTS = (
+    *("cache_dir", "device_map", "force_download", "local_files_only", "low_cpu_mem_usage", "max_memory"),
+    *("offload_buffers", "offload_folder", "offload_state_dict", "proxies", "resume_download"),
+)
 
 
 def load(settings: Settings) -> Model:
@@ -60,28 +61,17 @@ def load(settings: Settings) -> Model:
         flags = family.vllm_flags.replace("{template}", f"{family.template}")
         raise ConfigError(f"{checkpoint.name!r} runs on vLLM only: vllm serve {checkpoint.name} {flags}")
     loading = _Loading(checkpoint, settings, family, device)
-    kinds = {
-        "causal": loading.causal,
-        "vision": loading.vision,
-        "bi-encoder": loading.bi_encoder,
-        "late-interaction": loading.late_interaction,
-        "classifier": loading.classifier,
-        "modular": loading.modular,
-    }
     kind = _kind(checkpoint)
-    score_type = kinds[kind]()
+    score_type: ScoreType = getattr(loading, kind.replace("-", "_"))()
     template = loading.template
-    no_place = (
-        f"the template {template.name!r}" if template is not None else f"{checkpoint.name!r}, without a template,"
-    )
+    asked = f"{checkpoint.name!r}, without a template," if template is None else f"the template {template.name!r}"
+    takes_instruction = template is not None and template.takes("instruction")
     return Model(
         score_type=score_type,
         tokenizer=checkpoint.tokenizer,
         facts={"score type": kind, **loading.facts, **_facts(settings), **checkpoint.fingerprint()},
         text_only=None if kind == "vision" else f"holds an image or a video, but {checkpoint.name} reads text only",
-        no_instruction=None
-        if template is not None and template.takes("instruction")
-        else f"{no_place} has no place for an instruction",
+        no_instruction=None if takes_instruction else f"{asked} has no place for an instruction",
         max_tokens_per_query=settings.max_tokens_per_query,
         max_tokens_per_doc=settings.max_tokens_per_doc,
         passages=settings.long_documents == "max-passage",

@@ -169,12 +169,9 @@ class Item:
 def next_round(
     calls: Sequence[WaitingCall], model: Model, tokens: int
 ) -> list[tuple[WaitingCall, list[Item] | Exception]]:
-    """Take what is to be run next from some of the calls: items, or why there are none.
+    """Take about so many tokens from some of the calls, which are in the order in which they came.
 
-    Args:
-        calls: In the order in which they came.
-        model: Tokenises.
-        tokens: About how many to take.
+    Each call comes with its items, or with the error for its caller.
     """
     taken: list[tuple[WaitingCall, list[Item] | Exception]] = []
     shares = [(call, tokens // 4) for call in calls[:1]] if len(calls) > 1 else []

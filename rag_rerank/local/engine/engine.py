@@ -63,13 +63,7 @@ class Engine:
     def submit(
         self, queries: Sequence[Prepared], documents: Sequence[Prepared], instruction: str | None = None
     ) -> "Future[list[float]]":
-        """Hand in one call; no documents only loads the model. Cancelling the future takes it back, even half done.
-
-        Args:
-            queries: One for all documents, or one each.
-            documents: The documents.
-            instruction: The call's own, for a model with a place for it.
-        """
+        """Hand in one call; see `WaitingCall`. Cancelling the future takes it back, even half done."""
         call = WaitingCall(queries, documents, instruction)
         error: RerankError | None = None
         with self._lock:  # nothing may come behind the None that ends the thread: nobody would ever answer it

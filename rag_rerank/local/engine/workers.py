@@ -16,12 +16,7 @@ import torch
 
 
 class Workers:
-    """Some threads that run tasks, in which torch uses one core.
-
-    Args:
-        count: How many.
-        name: For the threads' names.
-    """
+    """`count` threads that run tasks, in which torch uses one core."""
 
     def __init__(self, count: int, name: str) -> None:
         self.count = count

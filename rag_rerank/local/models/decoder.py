@@ -40,12 +40,7 @@ def last_token_head(row: Tensor) -> Head:
 
 
 def token_ids(tokenizer: "PreTrainedTokenizerBase", tokens: Sequence[str], name: str) -> list[int]:
-    """Find the vocabulary entries that a causal model answers with.
-
-    Args:
-        tokenizer: The model's.
-        tokens: ``(true,)`` or ``(false, true)``, each as it is written in the vocabulary (``Ġyes``, too).
-        name: The model's, for errors.
+    """Find the vocabulary entries of ``(true,)`` or ``(false, true)``, each as it is written there (``Ġyes``, too).
 
     Raises:
         ConfigError: A token is not one entry (vLLM would take the unknown token for it without a word), or half a

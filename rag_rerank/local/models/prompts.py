@@ -47,11 +47,7 @@ class Prompts:
         return self if instruction is None else replace(self, variables={**self.variables, "instruction": instruction})
 
     def sequences(self, queries: Sequence[str], documents: Sequence[str]) -> list[TokenSequence]:
-        """Make one sequence per pair.
-
-        Args:
-            queries: One for all documents, or one each.
-            documents: The documents.
+        """Make one sequence per pair, of one query for all documents or one each.
 
         Raises:
             BackendRejected: A query leaves no space for any document.

@@ -40,15 +40,9 @@ class Batching:
 
 
 def by_length(lengths: Sequence[int], token_budget: int) -> list[list[int]]:
-    """Group sequences of like length so that little is padded.
+    """Group positions of sequences of like length, longest first, so that few tokens are padding.
 
-    Args:
-        lengths: Length of each sequence, in tokens.
-        token_budget: Most tokens in a batch after padding to its longest. A longer sequence gets a batch of its own.
-
-    Returns:
-        Positions in `lengths`, each exactly once, longest first: the batch that needs most memory comes first, and if
-        it fits, so does the rest.
+    After padding to its longest a batch has at most `token_budget` tokens; a longer sequence gets one of its own.
     """
     grouped: list[list[int]] = []
     left = 0
@@ -62,15 +56,7 @@ def by_length(lengths: Sequence[int], token_budget: int) -> list[list[int]]:
 
 
 def by_tokens(costs: Sequence[int], token_budget: int) -> list[list[int]]:
-    """Group sequences that are not padded: in their order, as many as the budget holds.
-
-    Args:
-        costs: What each adds to a batch, in tokens.
-        token_budget: Most tokens in a batch. A longer sequence gets a batch of its own.
-
-    Returns:
-        Positions in `costs`, each exactly once, in order.
-    """
+    """Group positions in order, as many as the budget holds; a longer sequence gets a batch of its own."""
     grouped: list[list[int]] = []
     left = 0
     for position, cost in enumerate(costs):

@@ -17,12 +17,9 @@ _SMALLEST = 64  # a head of one row gains nothing
 
 
 class PackedLinear(torch.nn.Module):
-    """An ``nn.Linear`` for the CPU, for inference only.
+    """A copy of an ``nn.Linear`` for inference on the CPU, best with calls of so many rows.
 
-    Args:
-        layer: Its weights are copied, not shared.
-        rows: How many tokens a call will mostly have.
-        activation: ``"gelu"``, applied to each output while it is still in the processor, or ``"none"``.
+    The activation, ``"gelu"`` or ``"none"``, is applied to each output while it is still in the processor.
     """
 
     def __init__(self, layer: torch.nn.Linear, rows: int, activation: str = "none") -> None:
@@ -46,12 +43,7 @@ class PackedLinear(torch.nn.Module):
 
 
 def pack(model: torch.nn.Module, rows: int) -> None:
-    """Replace the linear layers of a model on the CPU, and the activation behind them where it is a plain GELU.
-
-    Args:
-        model: Left as it is where this torch, its dtype or its device can't.
-        rows: Tokens in a usual call.
-    """
+    """Replace a model's linear layers, and activations behind them that are plain GELU, where this torch can."""
     first = next(model.parameters())
     if first.device.type == "cpu" and _works(first.dtype):
         with torch.inference_mode():

@@ -77,16 +77,7 @@ class States:
 
 
 def largest_of_each(values: Tensor, owners: Tensor, count: int) -> Tensor:
-    """Find the largest values of each owner.
-
-    Args:
-        values: ``[rows, size]``.
-        owners: int64 ``[rows]``, each less than `count`: the owner of each row.
-        count: How many owners there are, each with one row or more.
-
-    Returns:
-        ``[count, size]``.
-    """
+    """Find the largest values ``[count, size]`` of each owner, of ``[rows, size]``; each owns a row at least."""
     largest = values.new_full((count, values.shape[1]), -torch.inf)
     return largest.scatter_reduce_(0, owners.unsqueeze(1).expand_as(values), values, "amax")
 
@@ -172,11 +163,7 @@ class Padded:
         return by_length([len(sequence.ids) for sequence in sequences], token_budget)
 
     def inputs(self, sequences: Sequence[TokenSequence]) -> dict[str, Tensor]:
-        """Make what the model takes: ``input_ids``, ``attention_mask`` and, where there are any, ``token_type_ids``.
-
-        Returns:
-            int64 ``[len(sequences), longest]`` each.
-        """
+        """Make what the model takes, int64 ``[len(sequences), longest]`` each."""
         longest = max(len(sequence.ids) for sequence in sequences)
         attended = [len(sequence.ids) - sequence.unattended for sequence in sequences]
         rows = {

@@ -49,11 +49,7 @@ class ImagePrompts:
         return self if instruction is None else replace(self, prompts=self.prompts.instructed(instruction))
 
     def sequences(self, queries: Sequence[Prepared], documents: Sequence[Prepared]) -> list[TokenSequence]:
-        """Make one sequence per pair.
-
-        Args:
-            queries: One for all documents, or one each.
-            documents: The documents.
+        """Make one sequence per pair, of one query for all documents or one each.
 
         Raises:
             InputError: An image can't be read, or takes more tokens than there are.

@@ -263,7 +263,7 @@ class TestWork:
 
     def test_padded_batches_score_the_same(self, model):
         """Which are for devices without attention over rows."""
-        documents = [self.mixed(*parts) for name, parts in DOCUMENTS.items() if any(p is A or p is C for p in parts)]
+        documents = [self.mixed(*parts) for parts in DOCUMENTS.values() if any(p is A or p is C for p in parts)]
         sequences = model.inputs([self.mixed(B, "q")], [*documents, "text"]).sequences
         tower, decoder = model.score_type.transformer.tower, model.score_type.transformer.decoder
         in_a_row = model.score_type.run(sequences)
@@ -272,7 +272,7 @@ class TestWork:
         padded = VisionTransformer.of(body, tower.processor, 0, Batching(4096), unpadded=False)
         with torch.inference_mode():
             states = padded.states(sequences)
-        assert largest_difference((states.last() @ model.row).tolist(), in_a_row[:, 0].tolist()) <= LOGITS
+        assert largest_difference(model.score_type.head(states)[:, 0].tolist(), in_a_row[:, 0].tolist()) <= LOGITS
 
     def test_a_deadline_and_a_cancelled_task_end_it(self, folder: Path):
         """And those that come after are scored."""
@@ -312,7 +312,7 @@ class TestCuts:
             whole += 1
             assert len(sequence.ids) <= limit
             assert len(sequence.ids) >= limit - 1
-            assert sequence.cut
+            assert sequence.truncated
             assert sum(token < 0 for token in sequence.ids) == A.width * A.height // SIDE**2
             assert model.score_type.prompts.prompts.tokenizer.decode(sequence.ids[-8:]).endswith(
                 "<|im_start|>assistant\n"
