@@ -110,7 +110,7 @@ class Template:
             raise ConfigError(f"the template {self.name!r} fails: {error}") from error
 
     def _given(self, query: str, document: str, variables: dict[str, Any]) -> dict[str, Any]:
-        """What the template reads: the two messages beside the variables."""
+        """Make what the template reads: the two messages beside the variables."""
         messages = [{"role": "query", "content": query}, {"role": "document", "content": document}]
         return {**variables, "messages": messages}
 
