@@ -38,7 +38,7 @@ def make_scorer(
     logits: bool,
     send_key_over_http: bool = False,
 ) -> Scorer:
-    """The scorer that the options ask for: remote as soon as one of them says where."""
+    """Make the scorer that the options ask for: remote as soon as one of them says where."""
     use_activation = False if logits else None
     if base_url and (host is not None or port is not None):
         raise ConfigError("pass either --base-url or --host and --port")

@@ -43,7 +43,7 @@ class VLLMScorer(Scorer):
     Args:
         base_url: The server's address, with or without ``/v1`` or ``/score`` at its end; or several, which are asked
             in turn. One that does not answer is left alone for 1, 2, 4 ... 30 s, and its requests go to another. None
-            reads ``VLLM_BASE_URL`` from the environment (several are parted by commas), and is
+            reads ``VLLM_BASE_URL`` from the environment (several are separated by commas), and is
             ``http://localhost:8000`` where that is not set.
         model: The name that the servers serve the model under. None takes the only one.
         api_key: Sent as bearer token. None reads ``VLLM_API_KEY`` from the environment, never another service's
@@ -73,8 +73,8 @@ class VLLMScorer(Scorer):
             statuses 408, 429 and 5xx, or an invalid reply. At once with another server or after a connection broke;
             else with full jitter over 0.5 s, doubling, or when the server says (Retry-After). After a request that
             failed in all its tries, requests get one each, until one is answered.
-        chunk_size: Most documents in one request.
-        max_concurrency: Most requests of one call at once. Neither changes a score.
+        chunk_size: How many documents a request may have.
+        max_concurrency: How many requests of one call may be under way at once. Neither changes a score.
         max_waiting_calls: How many calls may be unfinished at a time in this process; one more is refused at once with
             `BackendUnavailable`. None: any number, of which a server that is asked for more than it can do answers
             none in time, for each waits behind all others (see docs/pages/scaling.md).
@@ -261,10 +261,10 @@ def _endpoints(base_url: str | Sequence[str] | None) -> list[Endpoint]:
 
 def _check(options: Options, rules: Rules, timeout: float, endpoint: str) -> None:
     """Raise ConfigError for what is out of range."""
-    seconds = {"timeout": timeout, "connect_timeout": rules.connect_timeout, "attempt_timeout": rules.attempt_timeout}
+    seconds = {"timeout": timeout, "connect_timeout": rules.connect_timeout}
+    if rules.attempt_timeout is not None:
+        seconds["attempt_timeout"] = rules.attempt_timeout
     for name, value in seconds.items():
-        if value is None and name == "attempt_timeout":
-            continue
         if isinstance(value, bool) or not (isinstance(value, int | float) and 0 < value < math.inf):
             raise ConfigError(f"{name} must be a positive number of seconds, got {value!r}")
     for name, least in {"max_retries": 0, "chunk_size": 1, "max_concurrency": 1}.items():
@@ -280,8 +280,6 @@ def _check(options: Options, rules: Rules, timeout: float, endpoint: str) -> Non
         limit = getattr(options, name)
         if limit is not None and limit < 1:
             raise ConfigError(f"{name} must be 1 or more, or None; got {limit}")
-    if (
-        taken := {"model", "text_1", "text_2", "query", "documents", "request_id"}
-        & dict(options.extra_body or {}).keys()
-    ):
+    ours = {"model", "text_1", "text_2", "query", "documents", "request_id"}
+    if taken := ours & dict(options.extra_body or {}).keys():
         raise ConfigError(f"extra_body must not hold {', '.join(sorted(taken))}")
