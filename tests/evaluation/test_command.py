@@ -19,7 +19,7 @@ from rag_rerank import VLLMScorer
 from rag_rerank.cli import evaluating
 from rag_rerank.evaluation import DEFAULT_MEASURES, Collection, evaluate, read_run
 from rag_rerank.identity import PROBES
-from rag_rerank.isolation import NEUTRAL
+from rag_rerank.inputs import NEUTRAL
 from tests.evaluation.collections import JUDGMENTS, QUERIES, write_small
 from tests.faulty_server import FaultyServer, Request, Steps, http, on_scores, right, scores
 from tests.vllm_server import VLLMServer
