@@ -26,6 +26,7 @@ from transformers import (
 
 from rag_rerank import LocalScorer
 from rag_rerank.errors import ConfigError
+from rag_rerank.local.checkpoint.fingerprint import fingerprint
 from tests.causal_models import byte_level_tokenizer, make_causal_lm, make_decoder_classifier, random_decoder
 from tests.encoder_models import make_colbert, make_pylate_colbert, random_encoder
 from tests.models import BERT_SPECIALS, MAX_LENGTH, word_piece_tokenizer
@@ -386,6 +387,9 @@ class TestBiEncoders:
         ]
         SentenceTransformer(modules=[Router.for_query_document(*sides), Normalize()]).save_pretrained(folder)
         assert_alike(ours(folder, texts), compared(folder, texts))
+        before = fingerprint(Path(folder))
+        edit(folder, "query_0_Transformer/config.json", layer_norm_eps=0.1)
+        assert fingerprint(Path(folder)) != before
 
     def test_a_router_behind_the_transformer(self, base, folder: str, texts):
         """Only the projections differ."""
