@@ -403,7 +403,7 @@ def _body(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def _known_ids(tokenizer: PreTrainedTokenizerBase, words: Sequence[str]) -> frozenset[int]:
-    """The ids of those words that are tokens: the unknown token is not skipped for a word that is none."""
+    """Find the ids of those words that are tokens: the unknown token is not skipped for a word that is none."""
     ids = {word: cast("int | None", tokenizer.convert_tokens_to_ids(word)) for word in words}
     return frozenset(
         id_

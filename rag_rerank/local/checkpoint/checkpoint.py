@@ -56,7 +56,7 @@ class Checkpoint:
         kind = None if settings.score_type == "auto" else settings.score_type
         self.declaration = read_declaration(name, self.json, kind)
         self.transformer = self.declaration.document.folder  # within the checkpoint
-        self._tokenizer_options = self.declaration.document.tokenizer_options
+        self.tokenizer_options = self.declaration.document.tokenizer_options
         self.config: PreTrainedConfig = self._read(AutoConfig.from_pretrained, subfolder=self.transformer, **self._code)
         self.architectures: tuple[str, ...] = tuple(self.config.architectures or ())
 
@@ -66,7 +66,7 @@ class Checkpoint:
             return self
         other = copy.copy(self)
         other.__dict__.pop("tokenizer", None)
-        other.transformer, other._tokenizer_options = route.folder, route.tokenizer_options
+        other.transformer, other.tokenizer_options = route.folder, route.tokenizer_options
         other.config = self._read(AutoConfig.from_pretrained, subfolder=route.folder, **self._code)
         return other
 
@@ -117,7 +117,7 @@ class Checkpoint:
             AutoTokenizer.from_pretrained,
             subfolder=self.transformer,
             **self._code,
-            **{**self._tokenizer_options, **self._settings.tokenizer_kwargs},
+            **{**self.tokenizer_options, **self._settings.tokenizer_kwargs},
         )
         return tokenizer
 

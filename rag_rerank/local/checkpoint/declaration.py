@@ -399,7 +399,7 @@ class _Reader:
         )
 
     def _parted(self, step: tuple[str, str], side: Side) -> list[tuple[str, str]]:
-        """The modules that a Router sends queries or documents through; any other module as it is."""
+        """List the modules that a Router sends queries or documents through; give any other module as it is."""
         kind, folder = step
         if kind not in ("Router", "Asym"):
             return [step]
@@ -421,7 +421,7 @@ class _Reader:
         return [_step(module, router.path) for module in modules]
 
     def _route(self, side: Side, prompt: str, dense_input: str) -> tuple[Route, str]:
-        """What a text passes through, and what comes out."""
+        """Read what a text passes through, and what comes out."""
         (kind, folder), *rest = self.steps(side) or [("nothing", "")]
         if kind != "Transformer":
             raise _Refused(f"{_MODULES} begins with {kind}; only a Transformer is supported there")
@@ -498,7 +498,7 @@ class _Reader:
         return next((size for size in sizes if size), None)
 
     def _prompts(self) -> dict[Side, str]:
-        """What sentence-transformers' ``encode_query`` and ``encode_document`` put before a text."""
+        """Find what sentence-transformers' ``encode_query`` and ``encode_document`` put before a text."""
         saved = self.model.get("prompts", dict) or {}
         name = self.model.get("default_prompt_name", str)
         prompts = {"query": None, "document": None} | saved
@@ -516,7 +516,7 @@ class _Reader:
         return named or allowed[0]
 
     def _answers(self, steps: list[tuple[str, str]]) -> tuple[int, ...]:
-        """The ids of LogitScore, as in `Declaration.answers`."""
+        """Read the ids of LogitScore, as in `Declaration.answers`."""
         folders = [folder for kind, folder in steps if kind == "LogitScore"]
         if not folders:
             raise _Refused(f"{_MODULES} has no LogitScore: which tokens answer is not declared")
@@ -551,7 +551,7 @@ def _path(folder: str, name: str) -> str:
 
 
 def _step(module: Mapping[str, Any], file: str) -> tuple[str, str]:
-    """The kind of a module, whose full name changed over the versions, and its folder."""
+    """Read the kind of a module, whose full name changed over the versions, and its folder."""
     kind, folder = str(module.get("type")), str(module.get("path", ""))
     if kind.partition(".")[0] not in ("sentence_transformers", "pylate"):
         raise _Refused(f"{file}: the module {kind} is code of the checkpoint's own, which is not run")

@@ -155,7 +155,7 @@ def pool(states: States, pooling: Pooling, skip: int = 0) -> Tensor:
 
 
 def _counted(states: States, skip: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The states that count, float32, which sequence each is of, and its place in it, from 1."""
+    """Select the states that count, float32, with the sequence that each is of and its place in it, from 1."""
     tokens, owners = states.flat()
     counts = states.lasts - states.firsts + 1
     places = torch.arange(len(owners), device=owners.device) - (counts.cumsum(0) - counts)[owners] + 1
