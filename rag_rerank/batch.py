@@ -1,6 +1,6 @@
 """Several queries in as few calls to the back end as are good for it, and what comes of each."""
 
-from collections.abc import Generator, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 from rag_rerank.errors import BackendError, ContentError, RerankError
@@ -39,7 +39,7 @@ class Batch:
                 kind = type(each).__name__
                 raise TypeError(f"documents must be a sequence of strings, got one {kind}; pass [document]")
         self._given = [
-            (query, list(each) if isinstance(each, Generator) else each)
+            (query, list(each) if isinstance(each, Iterator) else each)
             for query, each in zip(queries, documents, strict=True)
         ]
         self._ranking, self._alone = ranking, alone

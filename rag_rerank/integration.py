@@ -1,75 +1,137 @@
-"""What the integrations in frameworks share: the scorers' settings as fields, and the scorer that fits them now.
+"""What the integrations in frameworks share: the scorers' settings as fields, and one scorer for equal settings.
 
 Both LangChain and LlamaIndex describe their components as pydantic models. The core knows neither, but pydantic makes
 fields of the annotations that it finds in plain base classes. So each setting is declared here once, and an adapter is
 ``class LocalReranker(LocalSettings, ...)``.
 """
 
-import copy
+import contextlib
 import difflib
 import functools
 import inspect
 import os
 import threading
+import weakref
 from abc import abstractmethod
-from collections.abc import Callable, Iterable
-from typing import Any, Literal, dataclass_transform
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Self, cast, dataclass_transform
 
 from rag_rerank.closeable import Closeable
+from rag_rerank.errors import RerankError
 from rag_rerank.local import LocalScorer
 from rag_rerank.local.scorer import DEFAULT_MODEL
 from rag_rerank.scorer import Scorer
 
-# One lock for all: a scorer is built in microseconds, and a lock in each would have to be kept out of copies.
-_building = threading.Lock()
-
 Build = Callable[..., Scorer]
+
+
+@dataclass(eq=False)
+class _Shared:
+    """A scorer, what it was made of, and the components that use it."""
+
+    made_of: tuple[Build, dict[str, Any], Any]
+    scorer: Scorer
+    # By id, for pydantic's models have no hash.
+    users: "weakref.WeakValueDictionary[int, ScorerSettings]" = field(default_factory=weakref.WeakValueDictionary)
+    ended: bool = False
+
+    def __deepcopy__(self, memo: dict[int, object]) -> Self:
+        return self
+
+
+_all_shared: "weakref.WeakSet[_Shared]" = weakref.WeakSet()  # components hold them: the last one takes its scorer along
+# Held for comparisons only, never while a scorer is built or closed. Reentrant: meanwhile the garbage collector may run
+# a user's __del__, which may close a component.
+_sharing = threading.RLock()
+if hasattr(os, "register_at_fork"):  # so that a child finds the lock open
+    os.register_at_fork(before=_sharing.acquire, after_in_parent=_sharing.release, after_in_child=_sharing.release)
 
 
 # So that type checkers, which know of fields in pydantic's own classes only, know these as arguments.
 @dataclass_transform(kw_only_default=True)
 class ScorerSettings(Closeable):
-    """A component with the settings of a scorer as its attributes, which keeps the scorer that fits them.
+    """A component with the settings of a scorer as its attributes, which uses the scorer that fits them.
 
-    The framework's class declares the private attribute ``_built`` with the value None, and leaves it out of pickles:
-    another process builds its own.
+    Components with equal settings share one scorer, and so one loaded model or one pool of connections, in a process:
+    whatever made them (constructors, copies, pickles) and whichever framework they belong to. They do not where the
+    environment variables that it reads, or the files of its model or template, have changed in between.
+
+    The framework's class declares the private attribute ``_built`` with the value None, and leaves it out of pickles.
     """
 
-    _built: tuple[dict[str, Any], Scorer] | None
+    _built: _Shared | Literal["closed"] | None
 
     @abstractmethod
     def _scorer_class(self) -> Build:
-        """What is built; its parameters are the settings."""
+        """Give what builds the scorer; its parameters are the settings."""
+
+    def _surroundings(self) -> Any:
+        """Give what the scorer reads beside its settings, to be compared; nothing secret."""
+        return None
 
     @property
     def scorer(self) -> Scorer:
-        """The scorer in use, built again where settings have changed since the last call. It belongs to this component.
+        """The scorer in use; another one once settings have changed. Close the component rather than its scorer.
 
         Raises:
-            ConfigError: They were changed to something that can't work.
+            ConfigError: Settings were changed to something that can't work.
+            RerankError: The component is closed.
         """
         # Compared rather than reset by assignments, because pydantic's model_copy(update=...) changes fields without
-        # telling. What was built before is not closed: a copy or a call may be using it, and the last one to drop it
-        # closes it.
+        # telling. A scorer that is left is not closed: a call may be using it, and the last one to drop it closes it.
         build = self._scorer_class()
-        settings = {name: copy.copy(getattr(self, name)) for name in _parameters(build)}
-        with _building:
-            if self._built is None or self._built[0] != settings:
-                self._built = settings, build(**{name: _plain(value) for name, value in settings.items()})
-            return self._built[1]
+        settings = {name: _comparable(getattr(self, name)) for name in _parameters(build)}
+        used = self._built
+        if isinstance(used, _Shared) and used.made_of[1] == settings and id(self) in used.users:
+            return used.scorer
+        made_of = build, settings, self._surroundings()
+        scorer: Scorer | None = self._share(made_of)
+        return scorer or self._share(made_of, build(**{name: _plain(getattr(self, name)) for name in settings}))
+
+    def _share(self, made_of: tuple[Build, dict[str, Any], Any], made: Scorer | None = None) -> Any:
+        """Use the scorer that equal components use; where there is none, the one that was made, if any."""
+        with _sharing:
+            if self._built == "closed":
+                raise RerankError(f"This {type(self).__name__} is closed. Create a new one to go on scoring.")
+            equal = (each for each in _all_shared if each.made_of == made_of)
+            shared = next((each for each in equal if not (each.ended or each.scorer._closed)), None)
+            if shared is None:
+                if made is None:
+                    return None
+                _all_shared.add(shared := _Shared(made_of, made))
+            if self._built is not None:
+                self._built.users.pop(id(self), None)
+            shared.users[id(self)] = self
+            self._built = shared
+            return shared.scorer
 
     def close(self) -> None:
-        """Give back the model or the connections, for copies of this component too: they share them.
+        """Give back the model or the connections, unless another component that shares them has used them.
 
-        Closing twice is harmless; using it afterwards raises `RerankError`.
+        They are given back when the last component that has used them is closed or collected. Closing twice is
+        harmless; using the component afterwards raises `RerankError`. A copy that was never used is not counted: it
+        still works, but has to load the model again.
         """
-        if self._built is not None:
-            self._built[1].close()
+        if (scorer := self._leave()) is not None:
+            scorer.close()
 
     async def aclose(self) -> None:
-        """As `close`, from an event loop; this also closes the connections that the running loop has."""
-        if self._built is not None:
-            await self._built[1].aclose()
+        """Close from an event loop; see `close`. The last one also closes the connections that the loop has."""
+        if (scorer := self._leave()) is not None:
+            await scorer.aclose()
+
+    def _leave(self) -> Scorer | None:
+        """Stop using the scorer; give it to be closed if nobody else uses it."""
+        with _sharing:
+            shared = self._built
+            if not isinstance(shared, _Shared):  # closed, or never used
+                return None
+            self._built = "closed"
+            shared.users.pop(id(self), None)
+            shared.ended = not shared.users
+            return shared.scorer if shared.ended else None
 
 
 class LocalSettings(ScorerSettings):
@@ -98,8 +160,19 @@ class LocalSettings(ScorerSettings):
     model_kwargs: dict[str, Any] | None = None
     tokenizer_kwargs: dict[str, Any] | None = None
 
+    def warmup(self) -> None:
+        """Load the model now, so that the first call doesn't wait for it.
+
+        Raises:
+            ConfigError: It can't be loaded as asked.
+        """
+        cast("LocalScorer", self.scorer).warmup()
+
     def _scorer_class(self) -> Build:
         return LocalScorer
+
+    def _surroundings(self) -> Any:
+        return _last_written(self.model), _last_written(self.template)
 
 
 class VLLMSettings(ScorerSettings):
@@ -136,41 +209,41 @@ class VLLMSettings(ScorerSettings):
 
         return VLLMScorer
 
+    def _surroundings(self) -> Any:
+        # A hash, for one of them is a key; Python's differs in each process.
+        return hash((os.environ.get("VLLM_BASE_URL"), os.environ.get("VLLM_API_KEY"))), _last_written(self.template)
+
 
 def path_as_text(value: Any) -> Any:
-    """A path as its text, anything else as it is: settings are dumped to JSON."""
+    """Turn a path into its text, which JSON can hold; leave anything else as it is."""
     return os.fspath(value) if isinstance(value, os.PathLike) else value
 
 
 # What other rerankers of both frameworks call these settings.
 _ALIASES = {
-    "top_k": "top_n",
-    "topn": "top_n",
-    "k": "top_n",
-    "n": "top_n",
-    "model_name": "model",
-    "model_id": "model",
-    "url": "base_url",
-    "api_base": "base_url",
-    "endpoint_url": "base_url",
-    "token": "api_key",
-    "auth_token": "api_key",
-    "cross_encoder_kwargs": "model_kwargs",
-    "truncate_text": "truncate_prompt_tokens",
-    "request_timeout": "timeout",
-    "threshold": "score_threshold",
-    "similarity_cutoff": "score_threshold",
-    "normalize": "use_activation",
-    "batch_size": "chunk_size",
-    "cache_folder": "cache_dir",
-    "use_fp16": "dtype",
-    "max_tokens": "max_length",
-    "query_instruction": "instruction",
+    alias: name
+    for name, aliases in {
+        "top_n": "top_k topn k n",
+        "model": "model_name model_id",
+        "base_url": "url api_base endpoint_url",
+        "api_key": "token auth_token",
+        "model_kwargs": "cross_encoder_kwargs",
+        "truncate_prompt_tokens": "truncate_text",
+        "timeout": "request_timeout",
+        "score_threshold": "threshold similarity_cutoff",
+        "use_activation": "normalize",
+        "chunk_size": "batch_size",
+        "cache_dir": "cache_folder",
+        "dtype": "use_fp16",
+        "max_length": "max_tokens",
+        "instruction": "query_instruction",
+    }.items()
+    for alias in aliases.split()
 }
 
 
 def did_you_mean(wrong: str, known: Iterable[str]) -> str:
-    """A hint at the setting that was meant, such as ``did you mean top_n?``; empty where none is alike.
+    """Hint at the setting that was meant, such as ``did you mean top_n?``; empty where none is alike.
 
     Args:
         wrong: The name that was given. Never its value: it may be a key.
@@ -189,3 +262,21 @@ def _parameters(build: Build) -> tuple[str, ...]:
 
 def _plain(value: Any) -> Any:
     return value.get_secret_value() if hasattr(value, "get_secret_value") else value
+
+
+def _comparable(value: Any) -> Any:
+    """Keep a setting as it is now, whatever becomes of a dict or list in it, with 1 and True told apart."""
+    if isinstance(value, Mapping):
+        return {key: _comparable(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_comparable(each) for each in value]
+    return type(value), value
+
+
+def _last_written(path: str | None) -> Any:
+    """Tell a file or a folder from what may take its place; None for a model's name or a template's text."""
+    with contextlib.suppress(OSError, ValueError):
+        root = Path(path or "\0")
+        files = [root, *sorted(root.glob("*")), *sorted(root.glob("*/*"))]
+        return [(file.name, status.st_mtime_ns, status.st_size) for file in files for status in [file.stat()]]
+    return None

@@ -390,12 +390,6 @@ class Scorer(Closeable, ABC):
     @contextlib.contextmanager
     def _call(self, queries: list[Prepared], documents: list[Prepared], until: float | None) -> Iterator[Asking]:
         """Begin a call, unless its time is up or too many wait; it counts as unfinished meanwhile."""
-        if self._process != os.getpid():
-            with _forking:
-                if self._process != os.getpid():
-                    self._unfinished = set()
-                    self._start()
-                    self._process = os.getpid()
         asking, call = Asking(queries, documents, listwise=self.listwise, located=self._locates_failures), object()
         most = self._max_waiting_calls
         if until is not None and time.monotonic() >= until:
@@ -420,9 +414,15 @@ class Scorer(Closeable, ABC):
             raise text_only(self.model_name, *pairs)
 
     def _begin(self, deadline: float | None, instruction: str | None) -> float | None:
-        """Refuse what no call can do, and turn seconds from now into a moment on the monotonic clock."""
+        """Refuse what no call can do, start, and turn seconds from now into a moment on the monotonic clock."""
         if self._closed:
             raise RerankError(f"This {type(self).__name__} is closed. Create a new one to go on scoring.")
+        if self._process != os.getpid():
+            with _forking:
+                if self._process != os.getpid():
+                    self._unfinished = set()
+                    self._start()
+                    self._process = os.getpid()
         if instruction is not None and not isinstance(instruction, str):
             raise TypeError(f"instruction must be str or None, got {type(instruction).__name__}")
         if instruction is not None and not self.accepts_instruction:
@@ -456,6 +456,9 @@ class Scorer(Closeable, ABC):
 
     def __deepcopy__(self, memo: dict[int, object]) -> Self:
         return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name not in ("_process", "_unfinished")}
 
 
 def _scores(outcomes: list[Outcome]) -> list[float]:

@@ -12,7 +12,13 @@ from types import MappingProxyType
 
 import torch
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
-from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BertConfig,
+    BertForSequenceClassification,
+    PreTrainedTokenizerFast,
+)
 
 import rag_rerank
 
@@ -93,6 +99,18 @@ def make_bert_cross_encoder(folder: Path, *, num_labels: int = 1, safe: bool = T
         torch.save(model.state_dict(), folder / "pytorch_model.bin")
         weights.unlink()
     return folder
+
+
+def spoil(folder: Path, target: Path, text: str, others: list[str]) -> Path:
+    """Copy a cross-encoder into `target`, which then has NaN for the tokens that a text has and others have not."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForSequenceClassification.from_pretrained(folder)
+    kept = {token for other in others for token in tokenizer(other)["input_ids"]}
+    with torch.no_grad():
+        model.get_input_embeddings().weight[list(set(tokenizer(text)["input_ids"]) - kept)] = torch.nan
+    model.save_pretrained(target)
+    tokenizer.save_pretrained(target)
+    return target
 
 
 def widen(model: torch.nn.Module, factor: float) -> None:

@@ -2,14 +2,20 @@
 
 import asyncio
 import copy
+import gc
 import inspect
+import os
 import pathlib
+import signal
 import threading
+import weakref
 from collections.abc import Callable
+from typing import Any
 
 import pytest
+from pydantic import SecretStr
 
-from rag_rerank import ConfigError, LocalScorer, LocalSettings, RerankError, VLLMScorer, VLLMSettings
+from rag_rerank import ConfigError, LocalScorer, LocalSettings, RerankError, VLLMScorer, VLLMSettings, integration
 from rag_rerank.integration import did_you_mean, path_as_text
 
 
@@ -98,6 +104,212 @@ class TestSettings:
         close(remote)
         with pytest.raises(RerankError, match="closed"):
             scorer.score("a", "b")
+        with pytest.raises(RerankError, match="This Remote is closed"):
+            _ = remote.scorer
+
+
+class OtherRemote(Remote):
+    """Of another framework."""
+
+
+def remote(kind: type[Remote] = Remote, **settings: Any) -> Remote:
+    made = kind()
+    made.extra_body = {"owner": "TestSharing"}  # so that nothing is shared with other tests
+    for name, value in settings.items():
+        setattr(made, name, value)
+    return made
+
+
+def is_open(scorer: Any) -> bool:
+    try:
+        return scorer.score("a", []) == []
+    except RerankError:
+        return False
+
+
+class TestSharing:
+    """Components with equal settings share a scorer until the last of them is closed or collected."""
+
+    def test_equal_settings_share_one_scorer(self):
+        """Whatever their class; others have their own."""
+        first, second, other = remote(), remote(OtherRemote), remote(model="other")
+        assert first.scorer is second.scorer
+        assert first.scorer is not other.scorer
+
+    def test_threads_get_one_scorer(self):
+        """Where all of them make a component at once."""
+        start, seen = threading.Barrier(16), []
+
+        def make() -> None:
+            start.wait()
+            made = remote(model="threads")
+            seen.append((made.scorer, made))
+
+        threads = [threading.Thread(target=make) for _ in range(16)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert len({id(scorer) for scorer, _ in seen}) == 1
+
+    @pytest.mark.parametrize("close", [Remote.close, lambda remote: asyncio.run(remote.aclose())])
+    def test_the_last_to_be_closed_closes_the_scorer(self, close: Callable[[Remote], None]):
+        """One that is closed is so for itself; a new one gets a new scorer after that."""
+        first, second = remote(), remote()
+        scorer = first.scorer
+        assert second.scorer is scorer
+        close(first)
+        close(first)
+        with pytest.raises(RerankError, match="closed"):
+            _ = first.scorer
+        assert is_open(second.scorer)
+        close(second)
+        assert not is_open(scorer)
+        assert is_open(remote().scorer)
+
+    def test_one_that_was_collected_does_not_count(self):
+        """Nobody will close it."""
+        first, second = remote(), remote()
+        scorer = first.scorer
+        assert second.scorer is scorer
+        del first
+        second.close()
+        assert not is_open(scorer)
+
+    def test_the_last_to_be_collected_takes_the_scorer_along(self):
+        """Also in a cycle. What is closed holds no scorer."""
+        first, second, closed = remote(), remote(), remote()
+        first.partner, second.partner = second, first
+        scorer = weakref.ref(first.scorer)
+        assert scorer() is second.scorer is closed.scorer
+        closed.close()
+        del first, second
+        gc.collect()
+        assert scorer() is None
+
+    def test_a_setting_that_changes_moves_to_another_scorer(self):
+        """Which may be there already; the one that is left stays open for others."""
+        first, second, third = remote(), remote(), remote(model="other")
+        left = first.scorer
+        assert second.scorer is left is not third.scorer
+        first.model = "other"
+        assert first.scorer is third.scorer
+        second.close()
+        assert not is_open(left)
+        assert is_open(first.scorer)
+
+    def test_a_copy_stands_for_itself(self):
+        """Closing it leaves the original open, and closing the original leaves it usable, used before or not."""
+        original = remote()
+        scorer = original.scorer
+        used, unused = copy.deepcopy(original), copy.copy(original)
+        assert used.scorer is scorer
+        copy.copy(original).close()
+        original.close()
+        assert is_open(used.scorer)
+        assert used.scorer is scorer
+        used.close()
+        assert is_open(unused.scorer)
+
+    def test_a_copy_outlives_its_original(self):
+        """The loaded model is still there for it."""
+        original = remote()
+        scorer = original.scorer
+        unused = copy.copy(original)
+        del original
+        assert unused.scorer is scorer
+
+    def test_a_scorer_that_was_closed_is_not_shared(self):
+        """Not by us."""
+        first = remote()
+        first.scorer.close()
+        assert is_open(remote().scorer)
+
+    def test_settings_alike_are_not_equal(self):
+        """A server tells 1 from true; and what a dict held when the scorer was made is what counts."""
+        first = remote(extra_body={"n": 1, "in": {"a": [1]}})
+        assert first.scorer is not remote(extra_body={"n": True, "in": {"a": [1]}}).scorer
+        left = first.scorer
+        first.extra_body["in"]["a"].append(2)
+        assert remote(extra_body={"n": 1, "in": {"a": [1, 2]}}).scorer is not left
+        assert first.scorer is not left
+
+    def test_the_environment_counts(self, monkeypatch: pytest.MonkeyPatch):
+        """As it was when the component was made."""
+        monkeypatch.setenv("VLLM_BASE_URL", "http://one")
+        first = remote()
+        scorer = first.scorer
+        assert remote().scorer is scorer
+        monkeypatch.setenv("VLLM_BASE_URL", "http://two")
+        assert remote().scorer is not scorer is first.scorer
+
+    def test_keys_are_compared_and_shown_nowhere(self, monkeypatch: pytest.MonkeyPatch):
+        """Another key is another scorer."""
+        key, other = SecretStr("canary-k3y"), SecretStr("canary-k3y-2")
+        monkeypatch.setenv("VLLM_API_KEY", "canary-k3y-3")
+        components = [remote(api_key=key), remote(api_key=SecretStr("canary-k3y")), remote(api_key=other), remote()]
+        scorers = [component.scorer for component in components]
+        assert scorers[0] is scorers[1]
+        assert len(set(scorers)) == 3
+        assert "canary" not in repr(vars(integration)) + repr(list(integration._all_shared))
+
+    def test_files_that_were_replaced_are_another_model(self, tmp_path: pathlib.Path):
+        """A model that is trained and saved again under the same name; the same goes for a template."""
+        weights = tmp_path / "model.safetensors"
+        weights.write_bytes(b"one")
+        template = tmp_path / "t.jinja"
+        template.write_text("{{ messages[0]['content'] }} {{ messages[1]['content'] }}")
+        local, vllm = Local(), remote(template=str(template), truncate_prompt_tokens=None)
+        local.model = str(tmp_path)
+        before, rendered = local.scorer, vllm.scorer
+        same = Local()
+        same.model = str(tmp_path)
+        assert same.scorer is before
+        weights.write_bytes(b"other")
+        template.write_text("{{ messages[0]['content'] }}: {{ messages[1]['content'] }}")
+        again = Local()
+        again.model = str(tmp_path)
+        assert again.scorer is not before is local.scorer
+        assert remote(template=str(template), truncate_prompt_tokens=None).scorer is not rendered
+
+    def test_a_finaliser_may_close_a_component_meanwhile(self):
+        """The garbage collector runs where it likes, also while settings are compared."""
+        first = remote()
+        assert first.scorer
+
+        class Closes:
+            def __eq__(self, other: object) -> bool:
+                first.close()
+                return True
+
+            __hash__ = None
+
+        one = remote(extra_body={"x": Closes()})
+        assert one.scorer is remote(extra_body={"x": Closes()}).scorer
+        with pytest.raises(RerankError, match="closed"):
+            _ = first.scorer
+
+    @pytest.mark.skipif(not hasattr(os, "fork"), reason="nothing forks")
+    def test_a_forked_child_goes_on(self):
+        """Even where another thread was making components when it forked."""
+        stop = threading.Event()
+
+        def make() -> None:
+            while not stop.is_set():
+                assert remote(model="forked").scorer
+
+        thread = threading.Thread(target=make)
+        thread.start()
+        try:
+            for _ in range(20):
+                child = os.fork()
+                if child == 0:
+                    signal.alarm(30)
+                    os._exit(0 if is_open(remote().scorer) else 1)
+                assert os.waitpid(child, 0)[1] == 0
+        finally:
+            stop.set()
+            thread.join()
 
 
 class TestHints:

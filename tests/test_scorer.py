@@ -4,6 +4,7 @@ import asyncio
 import copy
 import logging
 import math
+import pickle
 from collections.abc import Callable
 
 import pytest
@@ -376,6 +377,15 @@ def test_copies_are_the_scorer_itself():
     scorer = WordOverlap()
     assert copy.copy(scorer) is scorer
     assert copy.deepcopy({"scorer": scorer})["scorer"] is scorer
+
+
+def test_a_pickle_begins_anew():
+    """What is under way, and in which process, stays here: another process may have the same number."""
+    scorer = WordOverlap()
+    scorer.score("q", "d")
+    again = pickle.loads(pickle.dumps(scorer))  # noqa: S301
+    assert again._process == 0
+    assert again.score("q", "q") == [1.0]
 
 
 class TestClosing:

@@ -4,7 +4,7 @@ from llama_index.core.schema import NodeWithScore
 
 import langchain_rag_rerank as langchain
 import llama_index.postprocessor.rag_rerank as llama_index
-from rag_rerank import FallbackScorer, LocalScorer, Ranked, Scorer, VLLMScorer
+from rag_rerank import FallbackScorer, Identity, LocalScorer, Ranked, RerankError, Scorer, VLLMScorer
 
 
 def scorers() -> Scorer:
@@ -20,6 +20,15 @@ async def ranked(scorer: Scorer) -> list[list[Ranked]]:
     async with scorer:
         one = await scorer.arerank("q", ["a"], top_n=1, score_threshold=0.5, on_error="passthrough")
         return [one, *scorer.rerank_batch(["q"], [["a", "b"]])]
+
+
+async def outcomes(scorer: Scorer) -> list[list[Ranked] | RerankError]:
+    again = await scorer.arerank_batch(["q"], [["a"]], instruction="Find it.", on_error="return")
+    return scorer.rerank_batch(["q"], [["a", "b"]], on_error="return") + again
+
+
+def same(scorer: Scorer, before: Identity) -> bool:
+    return not scorer.identity(deadline=5).differences(before)
 
 
 def settings() -> tuple[str, list[str] | str | None]:

@@ -99,7 +99,7 @@ class Exchange:
         model: str | None = None,
         clock: Callable[[], float] = time.monotonic,
         now: Callable[[], float] = time.time,
-        jitter: Callable[[], float] = random.random,
+        jitter: Callable[[], float] = random.random,  # noqa: S311 - spreads retries, guards nothing
         new_id: Callable[[], str] = lambda: ID_PREFIX + uuid.uuid4().hex,
     ) -> None:
         self.rules = rules

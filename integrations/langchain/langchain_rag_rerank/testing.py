@@ -98,11 +98,11 @@ class RerankerUnitTests:
         return self.make(**{self.top_n_arg_name: len(self.texts)})
 
     def make(self, **params: Any) -> BaseDocumentCompressor:
-        """A reranker with these arguments beside its usual ones."""
+        """Make a reranker with these arguments beside its usual ones."""
         return self.reranker_class(**{**self.reranker_params, **params})
 
     def documents(self) -> list[Document]:
-        """The texts with ids and metadata, in a class of their own."""
+        """Make documents of the texts, with ids and metadata, in a class of their own."""
         return [Passage(page_content=text, id=f"d{n}", page=n, metadata={"n": n}) for n, text in enumerate(self.texts)]
 
     def test_init(self) -> None:
@@ -256,5 +256,5 @@ class RerankerUnitTests:
 
     @staticmethod
     def order(documents: Iterable[Document]) -> list[str]:
-        """The texts in order. Not the documents: servers may score equal texts a rounding error apart."""
+        """Give the texts in order. Not the documents: servers may score equal texts a rounding error apart."""
         return [document.page_content for document in documents]

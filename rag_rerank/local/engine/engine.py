@@ -229,7 +229,13 @@ class _Loop:
         except Exception as error:  # noqa: BLE001 - on CUDA errors show when outputs are read
             self._after_error(error, ran.items)
             return
-        for item, output in zip(ran.items, outputs, strict=True):
+        # A masked key weighs 0, but 0 times NaN is NaN: one sequence may have spoilt others of its row, so each
+        # that has no number is run alone.
+        again = outputs.isnan().any(1).tolist() if len(ran.items) > 1 else [False]
+        for item, output, alone in zip(ran.items, outputs, again, strict=True):
+            if alone:
+                self._backlog.append([item])
+                continue
             try:
                 item.take(output)
             except Exception as error:  # noqa: BLE001 - a score that can't be made of its output

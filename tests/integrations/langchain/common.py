@@ -38,6 +38,20 @@ class KeywordScorer(Scorer):
         return [float(len(set(query.split()) & set(document.split()))) for query, document in pairs]
 
 
+class Instructed(KeywordScorer):
+    """Notes the instruction of each call."""
+
+    accepts_instruction = True
+
+    def __init__(self):
+        super().__init__()
+        self.instructions: list[str | None] = []
+
+    def _score(self, queries, documents, until, instruction=None):
+        self.instructions.append(instruction)
+        return super()._score(queries, documents, until)
+
+
 class NativeScorer(KeywordScorer):
     """A scorer whose async way is its own; the sync one must not be used behind its back."""
 

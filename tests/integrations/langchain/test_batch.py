@@ -8,15 +8,25 @@ import pytest
 from langchain_core.documents import Document
 from langchain_core.runnables import RunnablePassthrough
 
-from langchain_rag_rerank import ScorerReranker
-from langchain_rag_rerank.batch import MOST_DOCUMENTS
-from rag_rerank import BackendUnavailable, BadReply, DocumentRejected, LocalScorer
+from langchain_rag_rerank import ScorerReranker, VLLMReranker
+from rag_rerank import (
+    BackendUnavailable,
+    BadReply,
+    ConfigError,
+    ContentError,
+    DocumentRejected,
+    Image,
+    LocalScorer,
+)
+from rag_rerank.batch import MOST_DOCUMENTS
+from tests.faulty_server import FaultyServer, Request, on_scores, refusal
 from tests.integrations.langchain.common import (
     BEST_FIRST,
     QUERY,
     TEXTS,
     BrokenScorer,
     Finds,
+    Instructed,
     KeywordScorer,
     NativeScorer,
     Runs,
@@ -114,6 +124,14 @@ class TestTogether:
         assert [len(result) for result in batch(keywords(), INPUTS, top_n=1)] == [1, 1, 1, 1]
         assert [len(result) for result in batch(keywords().bind(top_n=2, score_threshold=2), INPUTS)] == [0, 2, 1, 0]
 
+    def test_an_instruction_is_for_all(self, batch):
+        """In place of the scorer's own; a scorer with no place for one says so."""
+        scorer = Instructed()
+        batch(ScorerReranker(scorer=scorer), INPUTS, instruction="find recipes")
+        assert scorer.instructions == ["find recipes"]
+        with pytest.raises(ConfigError, match="no place for an instruction"):
+            batch(keywords(), INPUTS, instruction="find recipes")
+
     def test_chains_and_maps_use_it(self):
         """Each step of a chain is given all inputs at once."""
         scorer = KeywordScorer()
@@ -171,7 +189,7 @@ class TestErrors:
         """With return_exceptions the others are ranked, in one call; without, nothing is asked."""
         scorer, runs = KeywordScorer(), Runs()
         reranker = ScorerReranker(scorer=scorer)
-        with pytest.raises(TypeError, match="query must be str, got int"):
+        with pytest.raises(TypeError, match=r"query must be str, got int\nThis is about inputs\[4\]"):
             batch(reranker, [*INPUTS, OTHER])
         assert scorer.calls == 0
         first, second, third = batch(
@@ -190,17 +208,19 @@ class TestErrors:
         assert [type(result) for result in results] == [ValueError] * 4
 
     def test_a_rejected_document_concerns_only_its_query(self, batch):
-        """That query is asked once more alone, so that the error names positions in its own list; so are the others."""
+        """The error names positions in its own list, and nothing is asked again."""
         scorer, runs = Refuses(), Runs()
         results = batch(ScorerReranker(scorer=scorer), poisoned(2), {"callbacks": [runs]}, return_exceptions=True)
         assert isinstance(results[2], DocumentRejected)
         assert results[2].indices == (2,)
         assert [numbers(results[n]) for n in (0, 1, 3)] == [[0, 1, 2], [1, 3, 2], [4, 0, 1]]
-        assert sorted(scorer.sizes) == [5, 15, 20]
+        assert scorer.sizes == [20]
         assert runs.errors == [results[2]]
         assert len(runs.outputs) == 3
-        with pytest.raises(DocumentRejected):
-            batch(ScorerReranker(scorer=scorer), poisoned(2))
+        with pytest.raises(DocumentRejected) as caught:
+            batch(ScorerReranker(scorer=scorer), [{"query": "x", "documents": []}, *poisoned(2)])
+        assert caught.value.query == 3
+        assert caught.value.__notes__ == ["This is about inputs[3]."]
 
     def test_a_rejected_document_that_is_passed_through_is_last(self, batch):
         """In its own query's list; the others are not asked again."""
@@ -211,9 +231,65 @@ class TestErrors:
         assert scorer.sizes == [20]
 
     def test_a_score_that_is_no_number_concerns_only_its_query(self, batch):
-        """All are asked alone, for nobody says which of them it is."""
-        results = batch(ScorerReranker(scorer=Garbles()), poisoned(0), return_exceptions=True)
-        assert [type(result) for result in results] == [BadReply, list, list, list]
+        """Nine of ten are ranked as if the tenth were not there; also where failures are passed through."""
+        inputs = [{"query": f"how to {verb}", "documents": found()} for verb in [*TEXTS, *QUERIES, "dig"]]
+        expected = batch(ScorerReranker(scorer=KeywordScorer()), inputs)
+        inputs[4]["documents"][2] = Document("how to poison", metadata={"n": 2})
+        results = batch(ScorerReranker(scorer=Garbles()), inputs, return_exceptions=True)
+        assert isinstance(results[4], BadReply)
+        assert results[4].indices == (2,)
+        assert results[:4] + results[5:] == expected[:4] + expected[5:]
+        passed = batch(ScorerReranker(scorer=Garbles(), on_error="passthrough", top_n=5), inputs)
+        assert numbers(passed[4])[-1] == 2
+        assert [result[:3] for result in passed[:4] + passed[5:]] == expected[:4] + expected[5:]
+
+    def test_a_server_that_fails_at_one_document(self, batch):
+        """It says 500 to each request that holds it; nine of ten queries are ranked all the same."""
+
+        def fail(request: Request) -> Any:
+            return refusal(500) if any("poison" in document for document in request.documents) else None
+
+        inputs = [{"query": f"q{n}", "documents": found()} for n in range(10)]
+        with FaultyServer(on_scores(fail)) as server:
+            settings = {"base_url": server.base_url, "max_retries": 0}
+            expected = batch(VLLMReranker(**settings), inputs)
+            inputs[7]["documents"][2] = Document("poison", metadata={"n": 2})
+            results = batch(VLLMReranker(**settings), inputs, return_exceptions=True)
+            assert isinstance(results[7], DocumentRejected)
+            assert results[7].indices == (2,)
+            assert results[:7] + results[8:] == expected[:7] + expected[8:]
+            passed = batch(VLLMReranker(**settings, on_error="passthrough", top_n=None), inputs)
+            assert numbers(passed[7])[-1] == 2
+            assert [result[:3] for result in passed[:7] + passed[8:]] == expected[:7] + expected[8:]
+            with pytest.raises(DocumentRejected) as caught:
+                batch(VLLMReranker(**settings), inputs)
+            assert caught.value.query == 7
+
+    def test_an_image_that_cannot_be_read_concerns_only_its_query(self, batch):
+        """Also under passthrough, where it is raised rather than passed through."""
+
+        def formatter(document: Document) -> Any:
+            return Image(b"broken") if "poison" in document.page_content else document.page_content
+
+        for on_error in ("raise", "passthrough"):
+            reranker = keywords(document_formatter=formatter, on_error=on_error)
+            results = batch(reranker, poisoned(2), return_exceptions=True)
+            assert [type(result) for result in results] == [list, list, ContentError, list]
+            with pytest.raises(ContentError, match=r"inputs\[2\]"):
+                batch(reranker, poisoned(2))
+
+    def test_a_setting_that_cannot_work_is_tried_once(self, batch):
+        """It fails for any query: a model's folder is looked for once, not for each."""
+
+        class Misconfigured(KeywordScorer):
+            def _score(self, queries, documents, until):
+                self.calls += 1
+                raise ConfigError("no such model")
+
+        scorer = Misconfigured()
+        results = batch(ScorerReranker(scorer=scorer, on_error="passthrough"), INPUTS, return_exceptions=True)
+        assert [type(result) for result in results] == [ConfigError] * 4
+        assert scorer.calls == 1
 
     def test_a_server_that_is_down_is_asked_once(self, batch):
         """Not once for each query: each would wait until its time is over."""

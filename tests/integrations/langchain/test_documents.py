@@ -9,12 +9,14 @@ import pytest
 from langchain_core.documents import Document
 
 from langchain_rag_rerank import ScorerReranker, VLLMReranker
-from rag_rerank import BackendUnavailable, BadReply
+from rag_rerank import BackendUnavailable, BadReply, ConfigError
 from tests.integrations.langchain.common import (
     BEST_FIRST,
     QUERY,
     TEXTS,
     BrokenScorer,
+    Finds,
+    Instructed,
     KeywordScorer,
     Runs,
     compressing,
@@ -108,6 +110,27 @@ class TestDocuments:
         second = keywords(score_key="second").compress_documents([document], QUERY)
         assert second[0].metadata == {"relevance_score": 99.0, "second": 1.0}
 
+    def test_without_a_key_the_score_is_left_out(self):
+        """What finds duplicates by their metadata would take a document with another score for another one."""
+        documents = [Document("bears", metadata={"relevance_score": 0.5}), Document("bread")]
+        results = keywords(score_key=None).compress_documents(documents, "bread")
+        assert [result.metadata for result in results] == [{}, {"relevance_score": 0.5}]
+        assert results == [documents[1], documents[0]]
+
+    def test_a_call_has_its_own_instruction(self):
+        """In place of the scorer's own, for this call; a scorer with no place for one says so."""
+        scorer = Instructed()
+        reranker, given = ScorerReranker(scorer=scorer), {"query": QUERY, "documents": found()}
+        reranker.invoke(given, instruction="a")
+        asyncio.run(reranker.ainvoke(given, instruction="b"))
+        reranker.rerank(TEXTS, QUERY, instruction="c")
+        asyncio.run(reranker.arerank(TEXTS, QUERY, instruction="d"))
+        reranker.as_retriever(Finds(documents=found())).invoke(QUERY, instruction="e")
+        reranker.invoke(given)
+        assert scorer.instructions == ["a", "b", "c", "d", "e", None]
+        with pytest.raises(ConfigError, match="no place for an instruction"):
+            keywords().invoke(given, instruction="a")
+
     def test_a_formatter_chooses_the_text_that_is_scored(self):
         """document_formatter sees the document, so that a title in metadata can count; it must return text."""
         documents = [Document("x", metadata={"n": 0, "title": "y"}), Document("x", metadata={"n": 1, "title": "bears"})]
@@ -142,6 +165,12 @@ class TestPositions:
         reranker = keywords(document_formatter=lambda d: f"{d.metadata.get('title', '')} {d.page_content}")
         results = reranker.rerank([{"text": "x", "title": "bears"}, "x", {"text": "x", "title": "bears sleep"}], QUERY)
         assert [result["index"] for result in results] == [2, 0, 1]
+
+    def test_a_formatter_sees_a_mapping_without_text(self):
+        """As Cohere's `rank_fields` chose what to score: all of the mapping is metadata."""
+        reranker = keywords(document_formatter=lambda d: f"{d.metadata['title']} {d.metadata['body']}")
+        results = reranker.rerank([{"title": "x", "body": "bears"}, {"title": "bears", "body": "sleep"}], QUERY)
+        assert [result["index"] for result in results] == [1, 0]
 
     def test_a_call_has_its_own_limits(self):
         """They take the place of the fields, None included; other names are refused, with a hint."""

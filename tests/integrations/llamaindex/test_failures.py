@@ -2,15 +2,20 @@
 
 import asyncio
 import logging
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from llama_index.core.schema import QueryBundle, TextNode
+from llama_index.core.schema import NodeWithScore, QueryBundle, TextNode
 
 from llama_index.postprocessor.rag_rerank import LocalReranker, ScorerReranker, VLLMReranker
-from rag_rerank import BackendUnavailable, ConfigError
+from rag_rerank import BackendError, BackendUnavailable, ConfigError
+from tests.faulty_server import FaultyServer, Request, Steps, refusal
 from tests.integrations.llamaindex.support import (
     NOBODY,
+    TEXTS,
+    AnyReranker,
     EventLog,
     KeywordScorer,
     PickyScorer,
@@ -18,6 +23,7 @@ from tests.integrations.llamaindex.support import (
     ids,
     scores,
 )
+from tests.models import spoil
 
 
 def test_a_query_is_needed(scorer: KeywordScorer) -> None:
@@ -87,3 +93,69 @@ def test_configuration_errors_are_never_passed_through(tmp_path: Path, rerank) -
     reranker = LocalReranker(model=tmp_path / "none", local_files_only=True, on_error="passthrough")
     with reranker, pytest.raises(ConfigError):
         rerank(reranker, found())
+
+
+class TestTenQueriesAtOnce:
+    """One has a node that can't be scored: nine are ranked as if it were not there."""
+
+    @pytest.fixture(params=["NaN", "500"])
+    def reranker(self, request, cross_encoder: Path, tmp_path: Path) -> Iterator[AnyReranker]:
+        """A model that has NaN for some words about bread, and a server that answers 500 to them."""
+        if request.param == "NaN":
+            others = [*TEXTS[:3], TEXTS[4], "panda 0 1 2 3 4 5 6 7 8 9"]
+            folder = spoil(cross_encoder, tmp_path / "model", TEXTS[3], others)
+            with LocalReranker(model=folder, dtype="float32") as reranker:
+                yield reranker
+        else:
+
+            def behave(http_request: Request) -> Steps | None:
+                wants = http_request.wants_scores and any("Bread" in text for text in http_request.documents)
+                return refusal(500) if wants else None
+
+            with FaultyServer(behave) as server, VLLMReranker(base_url=server.base_url, max_retries=0) as reranker:
+                yield reranker
+
+    @pytest.fixture(params=["threads", "tasks"])
+    def at_once(self, request):
+        """Ten calls, the fourth with all nodes, the others without the bad one; what became of each."""
+
+        def nodes(number: int) -> list[NodeWithScore]:
+            return found([f"{text} {number}" for text in (TEXTS if number == 3 else TEXTS[:3])])
+
+        async def ask(reranker: AnyReranker) -> list:
+            calls = (reranker.apostprocess_nodes(nodes(number), query_str=f"panda {number}") for number in range(10))
+            return await asyncio.gather(*calls, return_exceptions=True)
+
+        def ask_one(reranker: AnyReranker, number: int) -> object:
+            try:
+                return reranker.postprocess_nodes(nodes(number), query_str=f"panda {number}")
+            except BackendError as error:
+                return error
+
+        def call(reranker: AnyReranker) -> tuple[list, list]:
+            """The ten at once, and the nine that are well one by one."""
+            if request.param == "tasks":
+                results = asyncio.run(ask(reranker))
+            else:
+                with ThreadPoolExecutor(10) as pool:
+                    results = list(pool.map(lambda number: ask_one(reranker, number), range(10)))
+            return results, [ask_one(reranker, number) for number in range(10) if number != 3]
+
+        return call
+
+    @pytest.mark.parametrize("on_error", ["raise", "passthrough"])
+    def test_nine_are_ranked_as_if_it_were_not_there(self, reranker: AnyReranker, at_once, on_error: str) -> None:
+        """The tenth raises, or its other nodes are ranked and that one follows."""
+        reranker.on_error = on_error
+        results, expected = at_once(reranker)
+        tenth = results.pop(3)
+        assert [ids(result) for result in results] == [ids(result) for result in expected]
+        for result, alone in zip(results, expected, strict=True):
+            assert scores(result) == pytest.approx(scores(alone), abs=1e-5)
+        if on_error == "raise":
+            assert isinstance(tenth, BackendError)
+            assert (tenth.indices, tenth.scores[3]) == ((3,), None)
+        else:
+            assert sorted(ids(tenth)) == [f"n{number}" for number in range(5)]
+            assert (ids(tenth)[-1], scores(tenth)[-1]) == ("n3", None)
+            assert None not in scores(tenth)[:-1]

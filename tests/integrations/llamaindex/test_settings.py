@@ -5,6 +5,7 @@ import inspect
 import logging
 import os
 import pickle
+import re
 import subprocess
 import sys
 import threading
@@ -52,11 +53,15 @@ class TestFields:
         for name in fields:
             assert kind.model_fields[name].get_default(call_default_factory=True) == arguments[name]
 
-    @pytest.mark.parametrize("kind", [ScorerReranker, LocalReranker, VLLMReranker])
-    def test_every_field_is_described(self, kind: type) -> None:
-        """In the class's docstring, which `help` shows along with a signature."""
+    @pytest.mark.parametrize(
+        ("kind", "backend"), [(ScorerReranker, None), (LocalReranker, LocalScorer), (VLLMReranker, VLLMScorer)]
+    )
+    def test_every_field_is_described(self, kind: type, backend: type[Scorer] | None) -> None:
+        """In the docstring of the class, or in that of ScorerReranker or of the scorer, both of which it names."""
+        places = [kind] if backend is None else [kind, ScorerReranker, backend]
+        assert all(f"`{place.__name__}`" in kind.__doc__.replace("`rag_rerank.", "`") for place in places[1:])
         for name in kind.model_fields:
-            assert f"{name}:" in kind.__doc__ or f"{name}," in kind.__doc__, name
+            assert any(re.search(rf"^ {{8}}(\w+, )*{name}[:,]", place.__doc__, re.MULTILINE) for place in places), name
         assert inspect.signature(kind).parameters.keys() == kind.model_fields.keys()
 
     @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -9,13 +10,13 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
 
-from rag_rerank import LocalScorer
+from rag_rerank import BadReply, LocalScorer
 from rag_rerank.local.loading import load
 from rag_rerank.local.models.cross_encoder import CrossEncoder, Head, WholeCrossEncoder
 from rag_rerank.local.models.model import Pace, TokenSequence
 from rag_rerank.local.transformer.transformer import ENCODERS, Padded, Transformer, Unpadded, over
 from tests.encoder_models import make_random_cross_encoder, random_encoder
-from tests.models import MAX_LENGTH
+from tests.models import MAX_LENGTH, spoil
 from tests.pairs import largest_difference, pairs
 
 TOLERANCE = 1e-5
@@ -132,3 +133,17 @@ class TestFromACheckpoint:
             assert type(load(scorer._settings)) is expected
             assert largest_difference(scorer.score(queries, documents), logits) <= TOLERANCE
         assert max(logits) - min(logits) > 0.1
+
+    def test_a_document_without_a_number_spoils_no_other(self, cross_encoder: Path, tmp_path: Path):
+        """Not those beside it in its row, of its call or of another's at the same time."""
+        bad, texts = "zebra zigzag", ["a class", "a file", "a list of strings", "the module os"] * 4
+        folder = spoil(cross_encoder, tmp_path / "spoilt", bad, [*texts, "which one"])
+        with LocalScorer(cross_encoder, dtype="float32") as sound, LocalScorer(folder, dtype="float32") as scorer:
+            expected = sound.score("which one", texts)
+            with ThreadPoolExecutor(4) as pool:
+                others = [pool.submit(scorer.score, "which one", texts) for _ in range(3)]
+                with pytest.raises(BadReply) as caught:
+                    scorer.score("which one", [*texts[:8], bad, *texts[8:]])
+                assert all(largest_difference(other.result(), expected) <= TOLERANCE for other in others)
+        assert caught.value.indices == (8,)
+        assert largest_difference([*caught.value.scores[:8], *caught.value.scores[9:]], expected) <= TOLERANCE

@@ -261,7 +261,7 @@ class TestWork:
 
     def test_padded_batches_score_the_same(self, model):
         """Which are for devices without attention over rows."""
-        documents = [self.mixed(*parts) for name, parts in DOCUMENTS.items() if any(p is A or p is C for p in parts)]
+        documents = [self.mixed(*parts) for parts in DOCUMENTS.values() if any(p is A or p is C for p in parts)]
         sequences = model.inputs([self.mixed(B, "q")], [*documents, "text"]).sequences
         tower, decoder = model.transformer.tower, model.transformer.decoder
         in_a_row = model.run(sequences)

@@ -7,6 +7,7 @@
 Importing this package loads neither torch nor httpx; what a reranker needs comes when one is made or first used.
 """
 
+from llama_index.postprocessor.rag_rerank.base import QueryWithInstruction
 from llama_index.postprocessor.rag_rerank.rerank import LocalReranker, ScorerReranker, VLLMReranker
 
-__all__ = ["VLLMReranker", "LocalReranker", "ScorerReranker"]
+__all__ = ["VLLMReranker", "LocalReranker", "ScorerReranker", "QueryWithInstruction"]
