@@ -48,12 +48,14 @@ class BackendError(RerankError):
         scores: With `indices`: one entry per document in the caller's order, its score or None.
         query: In a batch, the position of the query that failed.
         reason: With `indices`: why, without the positions that are in the message.
+        whole: Whether the back end knows that no single query or document is to blame; then none is looked for.
     """
 
     indices: tuple[int, ...] = ()
     scores: tuple[float | None, ...] = ()
     query: int | None = None
     reason: str | None = None
+    whole: bool = False
 
     # All but the message have defaults so that errors survive pickling (multiprocessing, Ray): unpickling calls
     # the class with `args` alone and then restores `__dict__`.

@@ -76,31 +76,16 @@ class FallbackScorer(Scorer):
                 )
         self._members = tuple(_Member(scorer, BackOff()) for scorer in scorers)
         self._answered = scorers[0]
+        self.accepts_images = any(scorer.accepts_images for scorer in scorers)  # those that don't are passed over
+        # One that has no place for an instruction would score something else.
+        self.accepts_instruction = all(scorer.accepts_instruction for scorer in scorers)
+        self.listwise = any(scorer.listwise for scorer in scorers)
+        self.remote = all(scorer.remote for scorer in scorers)
 
     @property
     def model_name(self) -> str:
         """The model of the scorer that answered last, in whichever thread; the first one's before any has."""
         return self._answered.model_name
-
-    @property
-    def accepts_images(self) -> bool:  # type: ignore[override]  # of a class that is asked, not told
-        """Whether any of the scorers may take images: those that don't are passed over."""
-        return any(member.scorer.accepts_images for member in self._members)
-
-    @property
-    def accepts_instruction(self) -> bool:  # type: ignore[override]
-        """Whether all of the scorers do: one that has no place for it would score something else."""
-        return all(member.scorer.accepts_instruction for member in self._members)
-
-    @property
-    def listwise(self) -> bool:  # type: ignore[override]
-        """Whether any of the scorers is."""
-        return any(member.scorer.listwise for member in self._members)
-
-    @property
-    def remote(self) -> bool:  # type: ignore[override]
-        """Whether all of the scorers are."""
-        return all(member.scorer.remote for member in self._members)
 
     def identity(self, *, deadline: float | None = None) -> Identity:
         """Say who all of the scorers are; not steady, for any of them may answer."""
@@ -112,13 +97,7 @@ class FallbackScorer(Scorer):
         return Identity(facts, probes, steady=False, place=" or ".join(dict.fromkeys(part.place for part in parts)))
 
     # Any: a scorer takes from another what was prepared for it.
-    def _score(
-        self,
-        queries: Any,
-        documents: Any,
-        until: float | None,
-        instruction: str | None = None,
-    ) -> list[float]:
+    def _score(self, queries: Any, documents: Any, until: float | None, instruction: str | None = None) -> list[float]:
         call = _Call(self, until)
         for member, deadline in call.turns():
             with call.turn(member, deadline):
@@ -126,11 +105,7 @@ class FallbackScorer(Scorer):
         raise call.error()
 
     async def _ascore(
-        self,
-        queries: Any,
-        documents: Any,
-        until: float | None,
-        instruction: str | None = None,
+        self, queries: Any, documents: Any, until: float | None, instruction: str | None = None
     ) -> list[float]:
         call = _Call(self, until)
         for member, deadline in call.turns():
@@ -161,7 +136,7 @@ class _Call:
         self._until = until
         self._began = time.monotonic()
         self._failed: list[tuple[Scorer, BackendError]] = []
-        self._blind: ContentError | None = None  # of the first that can't score what this call holds
+        self._text_only: ContentError | None = None  # of the first that can't score what this call holds
 
     def turns(self) -> Iterator[tuple[_Member, float | None]]:
         """Each scorer to be tried, and its seconds, for as long as the one before failed and there is time."""
@@ -197,8 +172,8 @@ class _Call:
                 raise
             self._failed.append((member.scorer, error))  # a server that fails over a document has refused nothing
         except ContentError as error:
-            # Pictures were read before the first turn: it is the model that has no eyes for them.
-            self._blind = self._blind or error
+            # Images were read before the first turn: it is this model that reads text only.
+            self._text_only = self._text_only or error
             member.back_off.worked()
         else:
             self._answered(member)
@@ -209,8 +184,8 @@ class _Call:
 
     def error(self) -> BackendError | ContentError:
         """Make the error for a call whose last turn is over."""
-        if self._blind is not None and not self._failed:
-            return self._blind
+        if self._text_only is not None and not self._failed:
+            return self._text_only
         errors = [error for _, error in self._failed]
         scorer, last = self._failed[-1]
         if len(errors) == 1:

@@ -184,6 +184,8 @@ def _not_finite(score: float) -> BadReply:
 
 def _may_be_one_pairs(error: RerankError) -> bool:
     """Tell what one query or document may have caused from what no other input would have changed."""
+    if isinstance(error, BackendError) and error.whole:
+        return False
     if isinstance(error, BackendUnavailable):
         return error.status == 500
     if isinstance(error, BackendRejected | BadReply):

@@ -124,8 +124,9 @@ class Scorer(Closeable, ABC):
             ConfigError, BackendError: As `score`.
         """
         queries, documents = zip(*PROBES, strict=True)
-        probes = self.score(queries, documents, deadline=deadline)
-        return Identity(self._common_facts() | self._facts(self._begin(deadline, None)), probes)
+        until = self._begin(deadline, None)
+        probes = self.score(queries, documents, deadline=math.inf if until is None else until - time.monotonic())
+        return Identity(self._common_facts() | self._facts(until), probes)
 
     def _common_facts(self) -> dict[str, str]:
         kind = type(self)

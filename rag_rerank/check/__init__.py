@@ -1,19 +1,20 @@
-"""Examines a vLLM server, or several, as a doctor does: ``rag-rerank check``.
+"""Examines a vLLM server, or several: ``rag-rerank check``.
 
     for finding in check(VLLMScorer("http://localhost:8000")):
         print(finding.verdict, finding.says, finding.remedy)
 
-The modules: `finding` (what is found), `patient` (one server, and the ways to ask it), `texts` (what it is asked to
-score), and what is looked at: `server` (what it is), `scores` (what its scores mean) and `service` (how it serves).
+The modules: `finding` (what is found), `checked_server` (one server, and the ways to ask it), `texts` (what it is asked
+to score), and what is looked at: `access` (whether there are scores), `scores` (what they mean) and `service` (how it
+serves).
 """
 
 from collections.abc import Iterator
 
-from rag_rerank.check import scores, server, service
+from rag_rerank.check import access, scores, service
+from rag_rerank.check.checked_server import CheckedServer
 from rag_rerank.check.finding import Finding, Verdict, failure
-from rag_rerank.check.patient import Patient
 from rag_rerank.errors import RerankError
-from rag_rerank.vllm.scorer import VLLMScorer
+from rag_rerank.vllm import VLLMScorer
 
 __all__ = ["Finding", "Verdict", "check"]
 
@@ -31,11 +32,11 @@ def check(scorer: VLLMScorer) -> Iterator[Finding]:
         What was found. Nothing is raised for what is wrong with a server.
     """
     answering = []
-    for endpoint in scorer._endpoints:
-        patient = Patient(scorer, endpoint)
-        finding = server.reach(patient)
+    for position in range(len(scorer.client.servers)):
+        server = CheckedServer(scorer.client, position)
+        finding = access.reach(server)
         if finding.verdict == "good":
-            answering.append(patient)
+            answering.append(server)
         yield finding
     if answering:
         try:
@@ -44,22 +45,22 @@ def check(scorer: VLLMScorer) -> Iterator[Finding]:
             yield failure("Answers", error)
 
 
-def _examine(patient: Patient, others: list[Patient]) -> Iterator[Finding]:
-    """All about one server that answers, and whether others are like it."""
-    for look in (server.version, server.model, server.api):
-        for finding in look(patient):
-            yield finding
-            if finding.verdict == "problem":
-                return  # there are no scores
-    yield from server.key(patient)
-    sample = scores.sample(patient)
-    causes = [*scores.scale(patient, sample), *scores.template(patient, sample)]
+def _examine(server: CheckedServer, others: list[CheckedServer]) -> Iterator[Finding]:
+    """Look at all about one server that answers, and whether others are like it."""
+    for look in (access.version, access.model, access.api):
+        finding = look(server)
+        yield finding
+        if finding.verdict == "problem":
+            return  # there are no scores
+    yield access.key(server)
+    sample = scores.sample(server)
+    causes = [scores.scale(server, sample), *scores.template(server, sample)]
     yield from causes
-    yield from scores.ranking(sample, explained=any(cause.remedy and cause.verdict != "note" for cause in causes))
-    yield from scores.window(patient)
-    yield from scores.long_documents(patient, sample)
-    yield from service.batches(patient)
+    yield scores.ranking(sample, explained=any(cause.remedy and cause.verdict != "note" for cause in causes))
+    yield scores.window(server)
+    yield scores.long_documents(server, sample)
+    yield service.batches(server)
     if others:
-        yield from server.alike(patient, others)
-    yield from service.request_ids(patient)
-    yield from service.speed(patient)
+        yield from access.alike(server, others)
+    yield service.request_ids(server)
+    yield service.speed(server)

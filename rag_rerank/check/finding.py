@@ -16,7 +16,7 @@ class Finding:
         title: What, in a word or two.
         verdict: ``note``: good to know; ``warning``: it works, but not as well or as safely as it should; ``problem``:
             scores fail, or are not what they should be.
-        says: What was seen, in one sentence.
+        says: What was found, in one sentence.
         remedy: What to do about it.
     """
 
@@ -27,12 +27,12 @@ class Finding:
 
 
 def failure(title: str, error: Exception) -> Finding:
-    """The finding that something failed with `error`."""
+    """Make the finding that something failed with `error`."""
     if isinstance(error, BackendError):
         return Finding(title, "problem", sentence(error.message), error.remedy)
     return Finding(title, "problem", sentence(str(error)))
 
 
 def sentence(text: str) -> str:
-    """`text` with a capital letter and a full stop."""
+    """Give a text a capital letter and a full stop."""
     return text[:1].upper() + text[1:].rstrip(".") + "."

@@ -7,12 +7,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
+from rag_rerank.check.access import ROUGHLY_ROUNDED, TEMPLATES_SINCE, largest_difference, serve
+from rag_rerank.check.checked_server import CheckedServer
 from rag_rerank.check.finding import Finding, Verdict, failure
-from rag_rerank.check.patient import Patient
-from rag_rerank.check.server import ROUGHLY_ROUNDED, TEMPLATES_SINCE, largest_difference, serve
 from rag_rerank.check.texts import CANDIDATES, KNOWN, QUESTIONS, TWINS, known_pairs, over_long
 from rag_rerank.errors import BackendError, BackendRejected, ConfigError, DeadlineExceeded
-from rag_rerank.vllm.policy import MOST_TOKENS_OF_A_PLAIN_PAIR
+from rag_rerank.vllm.client import PLAIN_PAIR_TOKENS
 
 Scale = Literal["cosine", "MaxSim", "sigmoid", "bounded", "raw"]
 
@@ -20,7 +20,7 @@ ENOUGH = QUESTIONS - 1
 """Right answers on top of a model that ranks: one question may be too hard, or in a language that it never saw."""
 CHANCE = 5
 """Right answers on top that guessing reaches: more come by chance in 5 of 100 cases (binomial, 12 times 1 in 4)."""
-_MOST_TOKENS_OF_A_BARE_PAIR = 4  # "a" and "a" with a causal model's tokenizer: Qwen 2, Llama and Gemma up to 4; BERT 5
+_BARE_PAIR_TOKENS = 4  # "a" and "a" with a causal model's tokenizer: Qwen 2, Llama and Gemma up to 4; BERT 5
 _SCALES: dict[Scale, tuple[str, Verdict, str | None]] = {
     "cosine": ("Cosines of embeddings, -1 to 1, and so is a score_threshold", "good", None),
     "sigmoid": ("A cross-encoder's, 0 to 1 by its activation, and so is a score_threshold", "good", None),
@@ -33,7 +33,7 @@ _SCALES: dict[Scale, tuple[str, Verdict, str | None]] = {
     ),
 }
 _POSITIONS_TOO_MANY = {514: 512, 8194: 8192}  # RoBERTa's and XLM-RoBERTa's window as vLLM may see it: as it is
-_LONGEST_WINDOW = 40_960  # tokens (Qwen3's); to fill a longer one takes minutes
+_MAX_WINDOW = 40_960  # tokens (Qwen3's); to fill a longer one takes minutes
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,58 +100,63 @@ class Sample:
         )
 
 
-def sample(patient: Patient) -> Sample:
+def sample(server: CheckedServer) -> Sample:
     """Score what a sample needs.
 
     Raises:
         BackendError, ConfigError: As `VLLMScorer.score`.
     """
     queries, documents = known_pairs()
-    scores = patient.score(queries, documents)
-    twins = patient.score(TWINS, TWINS)
-    if patient.server.version is None and patient.api == "rerank":
+    scores = server.score(queries, documents)
+    twins = server.score(TWINS, TWINS)
+    if server.facts.version is None and server.client.api == "rerank":
         return Sample(scores, None, twins)  # another make of server, which ignores what it does not know
     try:
-        return Sample(scores, patient.score(queries, documents, logits=True), twins)
+        return Sample(scores, server.score(queries, documents, logits=True), twins)
     except (ConfigError, BackendRejected):
         return Sample(scores, None, twins)
 
 
-def scale(patient: Patient, sample: Sample) -> Iterator[Finding]:
-    """What kind of scores it gives, and what that means for a threshold."""
-    kind, family = sample.scale, patient.family
+def scale(server: CheckedServer, sample: Sample) -> Finding:
+    """Say what kind of scores it gives, and what that means for a threshold."""
+    kind, family = sample.scale, server.family
     if kind == "cosine" and family is not None and family.method not in {"bi-encoder", "late-interaction"}:
         said = f"The scores are cosines of embeddings, but {family.name} is a reranker: its head is not in use."
-        yield Finding("Scores", "problem", said, serve(patient))
-        return
+        return Finding("Scores", "problem", said, serve(server))
     said, verdict, remedy = _SCALES[kind]
-    yield Finding("Scores", verdict, f"{said}: {sample.ranges}.", remedy)
+    return Finding("Scores", verdict, f"{said}: {sample.ranges}.", remedy)
 
 
-def template(patient: Patient, sample: Sample) -> Iterator[Finding]:
-    """Whether pairs are prompted as the model was trained; it shows in the tokens of a pair of one letter each."""
-    tokens, family = patient.ask("a", "a").prompt_tokens, patient.family
+def template(server: CheckedServer, sample: Sample) -> Iterator[Finding]:
+    """See whether pairs are prompted as the model was trained: in the tokens of a pair of one letter each."""
+    tokens, family = server.ask("a", "a").prompt_tokens, server.family
     if tokens is None:
         said = "It does not count tokens, so nobody can tell whether it uses a score template."
         yield Finding("Template", "note", said)
         return
-    templated = tokens > MOST_TOKENS_OF_A_PLAIN_PAIR
-    if patient.renders:
-        yield _rendered_here(templated)
+    on_server = tokens > PLAIN_PAIR_TOKENS
+    if server.client.template is not None and on_server:
+        said = "Each pair is put into two score templates, one here and one on the server."
+        remedy = "Leave out template=, or start the server without --chat-template."
+        yield Finding("Template", "problem", said, remedy)
+    elif server.client.template is not None:
+        yield Finding("Template", "good", "It is rendered here (template=), and the server has none.")
     elif sample.scale in {"cosine", "MaxSim"}:
         if family is None or family.template is None:
             yield Finding("Template", "good", "None, and embeddings need none.")  # else `scale` has said more
-    elif templated and (family is None or family.template):
+    elif on_server and (family is None or family.template):
         which = "" if family is None else f", as {family.name} needs it"
         yield Finding("Template", "good", f"It uses a score template{which} ({tokens} tokens for two of one letter).")
-    elif templated:
+    elif on_server:
         said = f"It uses a score template, and {family.name if family else ''} was trained without one."
         yield Finding("Template", "note", said, "Start it without --chat-template, unless you trained it further so.")
     elif family is not None and family.template:
-        yield Finding(
-            "Template", "problem", f"{family.name} ranks at random without its score template.", _how(patient)
-        )
-    elif family is None and tokens <= _MOST_TOKENS_OF_A_BARE_PAIR:
+        version = server.facts.version
+        older = version is not None and version < TEMPLATES_SINCE
+        upgrade = f"Upgrade vLLM to {'.'.join(map(str, TEMPLATES_SINCE))} or newer. " if older else ""
+        said = f"{family.name} ranks at random without its score template."
+        yield Finding("Template", "problem", said, upgrade + serve(server))
+    elif family is None and tokens <= _BARE_PAIR_TOKENS:
         said = "It uses no score template, and looks as if it needed one: no special token parts query and document."
         remedy = (
             "Start it with the prompt of its card: --chat-template FILE; `rag-rerank template list` shows examples."
@@ -161,81 +166,61 @@ def template(patient: Patient, sample: Sample) -> Iterator[Finding]:
         yield Finding("Template", "good", "None, and it looks as if it needed none.")
 
 
-def _rendered_here(templated: bool) -> Finding:
-    if templated:
-        said = "Each pair is put into two score templates, one here and one on the server."
-        return Finding("Template", "problem", said, "Leave out template=, or start the server without --chat-template.")
-    return Finding("Template", "good", "It is rendered here (template=), and the server has none.")
-
-
-def _how(patient: Patient) -> str:
-    """How a patient gets the template that it needs."""
-    known = patient.server.version
-    if known is not None and known < TEMPLATES_SINCE:
-        return f"Upgrade vLLM to {'.'.join(map(str, TEMPLATES_SINCE))} or newer. {serve(patient)}"
-    return serve(patient)
-
-
-def ranking(sample: Sample, *, explained: bool) -> Iterator[Finding]:
-    """Whether right answers outscore wrong ones; `explained`: whether an earlier finding says why not."""
+def ranking(sample: Sample, *, explained: bool) -> Finding:
+    """See whether right answers outscore wrong ones; `explained`: whether an earlier finding says why not."""
     said = f"{sample.won} of {QUESTIONS} known answers outscored three wrong ones"
     if sample.won >= ENOUGH:
-        yield Finding("Ranking", "good", said + ".")
-    elif sample.won > CHANCE:
+        return Finding("Ranking", "good", said + ".")
+    if sample.won > CHANCE:
         remedy = (
             "Compare with other models on your own documents and languages; rag-rerank demo shows how much it gains."
         )
         missed = " and ".join(f'"{question}"' for question in sample.missed[:2])
         more = f" and {len(sample.missed) - 2} more" if len(sample.missed) > 2 else ""
-        yield Finding("Ranking", "warning", f"{said}, but not those to {missed}{more}.", remedy)
-    elif sample.lost > CHANCE:
+        return Finding("Ranking", "warning", f"{said}, but not those to {missed}{more}.", remedy)
+    if sample.lost > CHANCE:
         remedy = "Are its answers swapped? classifier_from_token names the false one first."
-        yield Finding("Ranking", "problem", f"{said}, and {sample.lost} scored lowest of all.", remedy)
-    else:
-        remedy = (
-            "Mend what is said above, then check again."
-            if explained
-            else "Try rag-rerank rerank with --model CHECKPOINT, without a server: if that ranks rightly, the server's "
-            "flags or template are wrong; if not, the model is no reranker, or was never trained."
-        )
-        yield Finding("Ranking", "problem", f"{said}, no better than chance.", remedy)
+        return Finding("Ranking", "problem", f"{said}, and {sample.lost} scored lowest of all.", remedy)
+    remedy = (
+        "Mend what is said above, then check again."
+        if explained
+        else "Try rag-rerank rerank with --model CHECKPOINT, without a server: if that ranks rightly, the server's "
+        "flags or template are wrong; if not, the model is no reranker, or was never trained."
+    )
+    return Finding("Ranking", "problem", f"{said}, no better than chance.", remedy)
 
 
-def window(patient: Patient) -> Iterator[Finding]:
-    """How many tokens it reads; seen on vLLM 0.32: two more than a RoBERTa has positions for."""
-    tokens = patient.server.window
+def window(server: CheckedServer) -> Finding:
+    """Say how many tokens it reads; seen on vLLM 0.32: two more than a RoBERTa has positions for."""
+    tokens = server.facts.window
     if tokens is None:
-        yield Finding("Window", "note", "It does not tell how many tokens it reads.")
-    elif tokens in _POSITIONS_TOO_MANY:
+        return Finding("Window", "note", "It does not tell how many tokens it reads.")
+    if tokens in _POSITIONS_TOO_MANY:
         right = _POSITIONS_TOO_MANY[tokens]
         said = f"It takes {tokens} tokens, two more than a RoBERTa has positions for, and scores long pairs wrongly."
-        yield Finding("Window", "problem", said, f"Start it with --max-model-len {right}.")
-    else:
-        yield Finding("Window", "good", f"It reads {tokens} tokens.")
+        return Finding("Window", "problem", said, f"Start it with --max-model-len {right}.")
+    return Finding("Window", "good", f"It reads {tokens} tokens.")
 
 
-def long_documents(patient: Patient, sample: Sample) -> Iterator[Finding]:
-    """Whether a document that is longer than the window gets a score, and one that means something."""
-    tokens = patient.server.window
-    if tokens is None or tokens > _LONGEST_WINDOW:
-        yield Finding("Long documents", "note", "Not tried: the window is too long to be filled, or not known.")
-        return
+def long_documents(server: CheckedServer, sample: Sample) -> Finding:
+    """See whether a document that is longer than the window gets a score, and one that means something."""
+    tokens = server.facts.window
+    if tokens is None or tokens > _MAX_WINDOW:
+        return Finding("Long documents", "note", "Not tried: the window is too long to be filled, or not known.")
     try:
-        long, other = patient.score(*over_long(tokens))
+        long, other = server.score(*over_long(tokens))
     except DeadlineExceeded:
-        said = f"A document that fills the window of {tokens} tokens takes longer than {patient.timeout:g} s."
-        yield Finding("Long documents", "warning", said, "Cut documents (max_tokens_per_doc=512), or raise timeout=.")
+        said = f"A document that fills the window of {tokens} tokens takes longer than {server.client.timeout:g} s."
+        return Finding("Long documents", "warning", said, "Cut documents (max_tokens_per_doc=512), or raise timeout=.")
     except BackendError as error:
-        yield failure("Long documents", error)
-    else:
-        if sample.won <= CHANCE:
-            yield Finding("Long documents", "good", f"More than {tokens} tokens are cut and scored.")
-        elif long > other:
-            said = f"A right answer before {tokens} tokens of something else outscores a wrong one."
-            yield Finding("Long documents", "good", said)
-        else:
-            said = f"A right answer before {tokens} tokens of something else gets {long:.3g}, a wrong one {other:.3g}."
-            remedy = "Split documents into passages before they are scored."
-            if (patient.told or patient.server).templated:
-                remedy = "Set max_tokens_per_doc (vLLM 0.20), so that the end of the prompt is not cut."
-            yield Finding("Long documents", "problem", said, remedy)
+        return failure("Long documents", error)
+    if sample.won <= CHANCE:
+        return Finding("Long documents", "good", f"More than {tokens} tokens are cut and scored.")
+    if long > other:
+        said = f"A right answer before {tokens} tokens of something else outscores a wrong one."
+        return Finding("Long documents", "good", said)
+    said = f"A right answer before {tokens} tokens of something else gets {long:.3g}, a wrong one {other:.3g}."
+    remedy = "Split documents into passages before they are scored."
+    if server.told.has_template:
+        remedy = "Set max_tokens_per_doc (vLLM 0.20), so that the end of the prompt is not cut."
+    return Finding("Long documents", "problem", said, remedy)

@@ -44,7 +44,7 @@ def check(
 
 
 def _show_finding(finding: Finding) -> None:
-    """Mark, title and sentence, and below it the remedy."""
+    """Show mark, title and sentence, and below it the remedy."""
     mark, colour = _MARKS[finding.verdict]
     row = Table.grid(padding=(0, 1))
     row.add_column(width=1)
@@ -62,7 +62,7 @@ def _printable(text: str) -> str:
 
 
 def _show_verdict(verdicts: Counter[str]) -> None:
-    """The last line: how bad it is, all in all."""
+    """Show the last line: how bad it is, all in all."""
     counted = [
         f"{verdicts[verdict]} {verdict}{'' if verdicts[verdict] == 1 else 's'}"
         for verdict in ("problem", "warning", "note")

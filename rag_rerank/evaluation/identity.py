@@ -67,7 +67,7 @@ def identify(scorer: Scorer) -> Identity | None:
         if known is None:
             return None
         facts |= known
-        place = ", ".join(sorted(endpoint.root for endpoint in scorer._endpoints))
+        place = ", ".join(sorted(endpoint.root for endpoint in scorer.client.servers.endpoints))
     try:
         json.dumps(facts)
     except TypeError:  # a setting that can't be written down, such as an object among the model_kwargs
@@ -95,17 +95,19 @@ def _local(scorer: LocalScorer) -> dict[str, Any]:
 
 
 def _remote(scorer: VLLMScorer) -> dict[str, Any] | None:
-    known = scorer._nodes.known
+    client = scorer.client
+    known = client.servers.facts
     if known is None:
         return None
-    options = dataclasses.asdict(scorer._options)
+    options = dataclasses.asdict(client.options)
+    halves = client.halves()
     return {
         "options": {name: value for name, value in options.items() if name not in _REMOTE_BESIDE_THE_POINT},
-        "template": None if scorer._template is None else scorer._halves().of("{query}", "{document}"),
-        "prompts": [scorer._query_prompt, scorer._document_prompt],
-        "truncates": scorer._truncate_automatically,
-        "api": scorer._api,
-        "checkpoint": known.checkpoint or scorer._endpoints[0].root,
+        "template": None if halves is None else halves.of("{query}", "{document}"),
+        "prompts": client.prompts,
+        "truncates": client.fit,
+        "api": client.api,
+        "checkpoint": known.checkpoint or client.servers.endpoints[0].root,
         "window": known.window,
         "version": str(known.version),
     }

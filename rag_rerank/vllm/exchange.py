@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC
 from email.utils import parsedate_to_datetime
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 from rag_rerank.errors import (
     AuthError,
@@ -22,14 +22,14 @@ from rag_rerank.errors import (
     ConfigError,
     DeadlineExceeded,
 )
-from rag_rerank.vllm.nodes import Node, Nodes
+from rag_rerank.vllm.servers import Server, Servers
 from rag_rerank.vllm.steps import Failure, Send, Sleep, Steps
 from rag_rerank.vllm.wire import (
     Answer,
     Card,
     Reply,
     Request,
-    Server,
+    ServerFacts,
     error_text,
     is_model_missing,
     printable,
@@ -65,14 +65,17 @@ class _MayPass(Exception):
         error: What the caller gets if there is no other try.
         again: ``soon``: at once, on a new connection; ``later``: after a pause; ``elsewhere``: not with this server.
         after: Seconds that the server wants to be left alone.
+        answer: What the caller gets instead of the error: a well-formed answer with a score that is not finite.
     """
 
     def __init__(
-        self, error: BackendError, again: Literal["soon", "later", "elsewhere"] = "later", after: float | None = None
+        self,
+        error: BackendError,
+        again: Literal["soon", "later", "elsewhere"] = "later",
+        after: float | None = None,
+        answer: Any = None,
     ) -> None:
-        self.error = error
-        self.again = again
-        self.after = after
+        self.error, self.again, self.after, self.answer = error, again, after, answer
 
 
 class _ModelMissing(BackendRejected):
@@ -83,7 +86,7 @@ class Exchange:
     """The requests of one call.
 
     Args:
-        nodes: The servers.
+        servers: The servers.
         rules: How requests go.
         until: When the call must be over, on `clock`; None for no limit.
         model: The name to ask for; None takes the only one that is served.
@@ -92,7 +95,7 @@ class Exchange:
 
     def __init__(
         self,
-        nodes: Nodes,
+        servers: Servers,
         rules: Rules,
         *,
         until: float | None,
@@ -103,7 +106,7 @@ class Exchange:
         new_id: Callable[[], str] = lambda: ID_PREFIX + uuid.uuid4().hex,
     ) -> None:
         self.rules = rules
-        self.nodes = nodes
+        self.servers = servers
         self._model = model
         self._clock, self._now, self._jitter, self._new_id = clock, now, jitter, new_id
         self._began = clock()
@@ -111,87 +114,96 @@ class Exchange:
         self._attempts = 0
         self._answered_by: str | None = None
         self._attempt_timeout = rules.attempt_timeout or math.inf
-        if rules.attempt_timeout is None and len(nodes) > 1:
+        if rules.attempt_timeout is None and len(servers) > 1:
             # A server that hangs (vLLM does after SIGTERM) must leave time for the next one.
             self._attempt_timeout = max(0.001, self._left() / (1 + rules.max_retries))
 
     @property
     def model_name(self) -> str:
         """What is asked, as far as that is known."""
-        known = self.nodes.known
-        return self._model or ("the model" if known is None else known.model)
+        facts = self.servers.facts
+        return self._model or ("the model" if facts is None else facts.model)
 
-    def describe(self) -> Steps[Server]:
-        """What one of the servers tells about itself; asked once."""
-        return self.nodes.known or (yield from self._try(self._described))
+    def describe(self) -> Steps[ServerFacts]:
+        """Learn what one of the servers tells about itself; asked once."""
+        return self.servers.facts or (yield from self._try(self._described))
 
     def ask(
-        self, make: Callable[[Server, str], Request], read: Callable[[bytes], Answer], *, aside: bool = False
+        self, make: Callable[[ServerFacts, str], Request], read: Callable[[bytes], Answer], *, takes_turn: bool = True
     ) -> Steps[Answer]:
         """Get a request answered.
 
         Args:
             make: The request to a server, with this id.
             read: The answer in a body; raises BadReply.
-            aside: Whether it is a small one, which takes no server's turn.
+            takes_turn: As in `Servers.choose`.
+
+        Returns:
+            The answer. It has scores that are not finite only if it had in the last try.
         """
 
-        def attempt(node: Node) -> Steps[Answer]:
-            server = yield from self._described(node)
+        def attempt(server: Server) -> Steps[Answer]:
+            facts = yield from self._described(server)
             sent_id = self._new_id()
-            request = make(server, sent_id)
+            request = make(facts, sent_id)
             try:
-                return (yield from self._once(node, request, lambda body: self._own(node, read(body), sent_id)))
+                answer = yield from self._once(server, request, lambda body: self._own(server, read(body), sent_id))
             except _ModelMissing:
-                pass
-            node.server = None  # it was started again with another model
-            missing = yield from self._missing(node, server.model)
-            raise missing if self._model is not None else _MayPass(missing, "soon")
+                server.facts = None  # it was started again with another model
+                missing = yield from self._missing(server, facts.model)
+                raise missing if self._model is not None else _MayPass(missing, "soon") from None
+            if not all(map(math.isfinite, answer.scores)):
+                raise _MayPass(self._error(server, BadReply, "a score is not finite"), answer=answer)
+            return answer
 
-        return (yield from self._try(attempt, aside=aside))
+        return (yield from self._try(attempt, takes_turn=takes_turn))
 
     def error(self, kind: type[E], message: str, remedy: str | None = None) -> E:
-        """An error that concerns the whole call, with where, how many attempts and how long."""
+        """Make an error that concerns the whole call, with where, how many attempts and how long."""
         elapsed = self._clock() - self._began
-        return kind(message, endpoint=self.nodes.label, attempts=self._attempts, elapsed=elapsed, remedy=remedy)
+        return kind(message, endpoint=self.servers.label, attempts=self._attempts, elapsed=elapsed, remedy=remedy)
 
-    def _missing(self, node: Node, model: str) -> Steps[BackendRejected]:
-        """The error for a model that is not served, with those that are."""
+    def _missing(self, server: Server, model: str) -> Steps[BackendRejected]:
+        """Make the error for a model that is not served, with those that are."""
         remedy = "Pass the name that it serves as model=."
         try:
-            cards = yield from self._once(node, Request("GET", "/v1/models"), read_models)
+            cards = yield from self._once(server, Request("GET", "/v1/models"), read_models)
             remedy = f"It serves: {_names(cards)}. Pass one of them as model=."
         except BackendRejected:  # a gateway that lists none
             pass
-        error = self._error(node, BackendRejected, f"the server does not serve the model {model!r}", remedy)
-        error.status = 404
+        error = self._error(server, BackendRejected, f"the server does not serve the model {model!r}", remedy)
+        error.status, error.whole = 404, True
         return error
 
-    def _try(self, attempt: Callable[[Node], Steps[T]], *, aside: bool = False) -> Steps[T]:
+    def _try(self, attempt: Callable[[Server], Steps[T]], *, takes_turn: bool = True) -> Steps[T]:
         """Attempt until it works or finally fails, or no try or no time is left."""
         tries = 1 + self.rules.max_retries
-        if self.nodes.down:
-            tries = min(tries, len(self.nodes))
-        tried: list[Node] = []
-        left_alone: dict[Node, float] = {}  # until when
+        if self.servers.down:
+            tries = min(tries, len(self.servers))
+        tried: list[Server] = []
+        paused: dict[Server, float] = {}  # until when
         while True:
             now = self._clock()
-            busy = [node for node, until in left_alone.items() if until > now]
-            node = self.nodes.choose(tried, busy, aside=aside)
-            tried.append(node)
+            busy = [server for server, until in paused.items() if until > now]
+            server = self.servers.choose(tried, busy, takes_turn=takes_turn)
+            tried.append(server)
             try:
-                return (yield from attempt(node))
+                return (yield from attempt(server))
             except _MayPass as failure:
                 pause = self._pause(failure, tried)
                 if len(tried) >= tries or pause >= self._left():
+                    if failure.answer is not None:
+                        answer: T = failure.answer
+                        return answer
+                    self.servers.down = len(tried) >= tries
                     raise failure.error from failure.error.__cause__
-                left_alone[node] = self._clock() + (failure.after or 0.0)
+                paused[server] = self._clock() + (failure.after or 0.0)
             if pause > 0:
                 yield Sleep(pause)
 
-    def _pause(self, failure: _MayPass, tried: list[Node]) -> float:
-        """Seconds until the next try; infinite if there must be none."""
-        if self.nodes.others_answer(tried):
+    def _pause(self, failure: _MayPass, tried: list[Server]) -> float:
+        """Find the seconds until the next try; infinite if there must be none."""
+        if self.servers.others_answer(tried):
             return 0.0
         if failure.after is not None:
             return failure.after if failure.after <= LONGEST_RETRY_AFTER else math.inf
@@ -202,11 +214,11 @@ class Exchange:
         bound: float = min(LONGEST_PAUSE, FIRST_PAUSE * 2 ** (len(tried) - 1))
         return self._jitter() * bound  # full jitter: callers that failed together do not come back together
 
-    def _once(self, node: Node, request: Request, read: Callable[[bytes], T]) -> Steps[T]:
+    def _once(self, server: Server, request: Request, read: Callable[[bytes], T]) -> Steps[T]:
         """Send a request and read its answer, or raise."""
         left = self._left()
         if left <= 0:
-            raise self._error(node, DeadlineExceeded, "the deadline passed")
+            raise self._error(server, DeadlineExceeded, "the deadline passed")
         timeout = min(left, self._attempt_timeout)
         results: list[T] = []
         faults: list[BadReply] = []
@@ -220,7 +232,7 @@ class Exchange:
             return not faults
 
         outcome: Reply | Failure = yield Send(
-            node.endpoint,
+            server.endpoint,
             request,
             None if timeout == math.inf else timeout,
             min(self.rules.connect_timeout, timeout),
@@ -228,27 +240,29 @@ class Exchange:
         )
         self._attempts += 1
         if isinstance(outcome, Failure):
-            raise self._failed(node, outcome)
+            raise self._failed(server, outcome)
         if not 200 <= outcome.status < 300:
-            raise self._refused(node, outcome, request)
-        node.back_off.worked()
+            raise self._refused(server, outcome, request)
+        self._answered(server)
         if results:
             return results[0]
-        error = self._error(node, BadReply, faults[0].message, "Is it a vLLM server?")
-        error.__cause__ = faults[0]
+        error = self._error(server, BadReply, faults[0].message, "Is it a vLLM server?")
+        error.__cause__, error.whole = faults[0], faults[0].whole
         raise _MayPass(error)
 
-    def _failed(self, node: Node, failure: Failure) -> Exception:
-        """The error for no answer."""
+    def _failed(self, server: Server, failure: Failure) -> Exception:
+        """Make the error for no answer."""
         if self._left() < 0.001:  # the caller's time was up, which says nothing about the server
             message = "the server had not answered when the deadline passed"
             remedy = "Allow more time (deadline= or timeout=) or pass fewer documents."
-            error: BackendError = self._error(node, DeadlineExceeded, message, remedy)
+            error: BackendError = self._error(server, DeadlineExceeded, message, remedy)
             error.__cause__ = failure.cause
             return error
         if failure.kind == "unread":
-            return _MayPass(self._error(node, BadReply, failure.text))
-        node.failed(gone=failure.kind == "connect")
+            error = self._error(server, BadReply, failure.text)
+            error.whole = True
+            return _MayPass(error)
+        server.failed(gone=failure.kind == "connect")
         again: Literal["soon", "later", "elsewhere"] = "later"
         remedy = "Is the vLLM server running there, and has it finished loading?"
         text = failure.text
@@ -259,22 +273,22 @@ class Exchange:
             remedy = "The certificate must be valid for that name; SSL_CERT_FILE names more authorities to trust."
         elif failure.kind == "timeout":
             text, remedy = f"no answer within {self._attempt_timeout:.3g} s", "Is it overloaded? See attempt_timeout=."
-        error = self._error(node, BackendUnavailable, text, remedy)
+        error = self._error(server, BackendUnavailable, text, remedy)
         error.__cause__ = failure.cause
         return _MayPass(error, again)
 
-    def _refused(self, node: Node, reply: Reply, request: Request) -> Exception:
-        """The error for a status that is no success."""
+    def _refused(self, server: Server, reply: Reply, request: Request) -> Exception:
+        """Make the error for a status that is no success."""
         status, said = reply.status, error_text(reply.body)
         message = f"the server answered {status}" + (f": {said}" if said else "")
         if status >= 500 or status in (408, 429):
             if status in (502, 503, 504):
-                node.failed(gone=False)
+                server.failed(gone=False)
             after = _retry_after(reply.headers.get("retry-after", ""), self._now())
-            unavailable = self._error(node, BackendUnavailable, message)
+            unavailable = self._error(server, BackendUnavailable, message)
             unavailable.retry_after, unavailable.status = after, status
             return _MayPass(unavailable, after=after)
-        node.back_off.worked()
+        self._answered(server)
         kind: type[BackendRejected] = BackendRejected
         remedy = None
         if status in (401, 403):
@@ -291,30 +305,30 @@ class Exchange:
             )
         elif "maximum context length" in said:
             remedy = "Set truncate_prompt_tokens=-1 to have over-long documents cut."
-        error = self._error(node, kind, message, remedy)
+        error = self._error(server, kind, message, remedy)
         error.status = status
+        error.whole = True  # `rag_rerank.vllm.call` has looked for a document that is to blame
         return error
 
-    def _described(self, node: Node) -> Steps[Server]:
-        """What a server tells about itself, asked if it is not known."""
-        known = node.server
-        if known is not None:
-            return known
+    def _described(self, server: Server) -> Steps[ServerFacts]:
+        """Learn what a server tells about itself, asked if it is not known."""
+        if server.facts is not None:
+            return server.facts
         try:
-            version = yield from self._once(node, Request("GET", "/version"), read_version)
+            version = yield from self._once(server, Request("GET", "/version"), read_version)
         except BackendRejected:  # a gateway that forwards only /v1
             version = None
         try:
-            cards = yield from self._once(node, Request("GET", "/v1/models"), self._cards)
+            cards = yield from self._once(server, Request("GET", "/v1/models"), self._cards)
         except BackendRejected:
             if self._model is None:
                 raise
             cards = []
-        node.server = self._server(node, version, cards)
-        return node.server
+        server.facts = self._facts(server, version, cards)
+        return server.facts
 
     def _cards(self, body: bytes) -> list[Card]:
-        """The models that are served; where one is named, a server need not tell."""
+        """Read the models that are served; where one is named, a server need not tell."""
         try:
             return read_models(body)
         except BadReply:
@@ -322,39 +336,50 @@ class Exchange:
                 raise
             return []
 
-    def _server(self, node: Node, version: tuple[int, int] | None, cards: list[Card]) -> Server:
-        label = node.endpoint.label
+    def _facts(self, server: Server, version: tuple[int, int] | None, cards: list[Card]) -> ServerFacts:
+        label = server.endpoint.label
         if self._model is not None:
-            card = next((card for card in cards if card.name == self._model), None)
-            return Server(version, self._model) if card is None else Server(version, card.name, card.root, card.window)
+            cards = [card for card in cards if card.name == self._model]
+            return ServerFacts(version, self._model, *((cards[0].root, cards[0].window) if cards else ()))
         if len({card.root for card in cards}) != 1:
             raise ConfigError(f"{label} serves {len(cards)} models; pass model=. It serves: {_names(cards)}.")
-        known = self.nodes.known
+        known = self.servers.facts
         if known is not None and known.model != cards[0].name:
             raise ConfigError(f"{label} serves {cards[0].name!r}, another one {known.model!r}; pass model=.")
-        return Server(version, cards[0].name, cards[0].root, cards[0].window)
+        return ServerFacts(version, cards[0].name, cards[0].root, cards[0].window)
 
-    def _own(self, node: Node, answer: Answer, sent_id: str) -> Answer:
-        """The answer, if it is the one to this request, by the model that gave the call's other answers."""
+    def _own(self, server: Server, answer: Answer, sent_id: str) -> Answer:
+        """Check that it is the answer to this request, by the model that gave the call's other answers."""
         if answer.id is not None and answer.id.endswith(sent_id):
-            node.echoes_ids = True
-        elif node.echoes_ids or ID_PREFIX in (answer.id or ""):
-            raise BadReply(f"the answer is for the request {printable(answer.id or '')!r}, not for {sent_id!r}")
+            server.echoes_ids = True
+        elif server.echoes_ids or ID_PREFIX in (answer.id or ""):
+            raise _not_ours(f"the answer is for the request {printable(answer.id or '')!r}, not for {sent_id!r}")
         if self._answered_by is None:
             self._answered_by = answer.model
         elif answer.model != self._answered_by:
             first, other = printable(self._answered_by), printable(str(answer.model))
-            raise BadReply(f"parts of one call were answered by {first!r} and by {other!r}")
+            raise _not_ours(f"parts of one call were answered by {first!r} and by {other!r}")
         return answer
 
-    def _error(self, node: Node, kind: type[E], message: str, remedy: str | None = None) -> E:
+    def _answered(self, server: Server) -> None:
+        server.back_off.worked()
+        self.servers.down = False
+
+    def _error(self, server: Server, kind: type[E], message: str, remedy: str | None = None) -> E:
         error = self.error(kind, message, remedy)
-        error.endpoint = node.endpoint.label
+        error.endpoint = server.endpoint.label
         return error
 
     def _left(self) -> float:
-        """Seconds left for the call."""
+        """Tell the seconds that are left for the call."""
         return self._until - self._clock()
+
+
+def _not_ours(message: str) -> BadReply:
+    """Make the error for an answer that must not be used: asked for in parts, the scores of two would be mixed."""
+    error = BadReply(message)
+    error.whole = True
+    return error
 
 
 def _names(cards: list[Card]) -> str:
@@ -362,7 +387,7 @@ def _names(cards: list[Card]) -> str:
 
 
 def _retry_after(value: str, now: float) -> float | None:
-    """Seconds that a Retry-After header (RFC 9110, 10.2.3) asks for; None where it makes no sense."""
+    """Read the seconds that a Retry-After header (RFC 9110, 10.2.3) asks for; None where it makes no sense."""
     try:
         seconds = float(value)
     except ValueError:

@@ -1,24 +1,28 @@
-"""VLLMScorer: settings, and what is remembered about the server between calls."""
+"""VLLMScorer: settings, checked, and the scorer's contract kept with a client."""
 
+import hashlib
+import json
 import math
 import os
+import re
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
-from typing import Any, Literal, cast
+from dataclasses import asdict, replace
+from typing import Any, Literal
 
-from rag_rerank.errors import ConfigError, ContentError
+from rag_rerank.errors import ConfigError
+from rag_rerank.identity import Identity
 from rag_rerank.inputs.multimodal import Prepared
 from rag_rerank.scorer import Scorer
-from rag_rerank.template import Halves, Template
+from rag_rerank.template import Template
+from rag_rerank.vllm.client import Client
 from rag_rerank.vllm.endpoint import Endpoint
-from rag_rerank.vllm.exchange import Exchange, Rules
-from rag_rerank.vllm.nodes import Nodes
-from rag_rerank.vllm.policy import API, Call
-from rag_rerank.vllm.steps import Steps
+from rag_rerank.vllm.exchange import Rules
+from rag_rerank.vllm.servers import Servers
 from rag_rerank.vllm.transport import Transport
 from rag_rerank.vllm.wire import Options
 
 DEFAULT_BASE_URL = "http://localhost:8000"
+_SECRET = re.compile("key|token|secret|passw|auth|credential|cookie", re.IGNORECASE)
 
 
 class VLLMScorer(Scorer):
@@ -67,8 +71,8 @@ class VLLMScorer(Scorer):
         timeout: Seconds that a call may take in all, tries and waits included, unless it names a `deadline`.
         max_retries: How often a request is repeated after a failure that may pass: connection refused or broken, the
             statuses 408, 429 and 5xx, or an invalid reply. At once with another server or after a connection broke;
-            else with full jitter over 0.5 s, doubling, or when the server says (Retry-After). A server that has failed
-            three times in a row gets one try, until it works again.
+            else with full jitter over 0.5 s, doubling, or when the server says (Retry-After). After a request that
+            failed in all its tries, requests get one each, until one is answered.
         chunk_size: Most documents in one request.
         max_concurrency: Most requests of one call at once. Neither changes a score.
         max_waiting_calls: How many calls may be unfinished at a time in this process; one more is refused at once with
@@ -115,73 +119,58 @@ class VLLMScorer(Scorer):
         attempt_timeout: float | None = None,
         send_key_over_http: bool = False,
     ) -> None:
-        self._endpoints = _endpoints(base_url)
-        self._options = Options(
+        if max_waiting_calls is not None and max_waiting_calls < 1:
+            raise ConfigError(f"max_waiting_calls must be at least 1, or None; got {max_waiting_calls}")
+        variables = dict(chat_template_kwargs or {})
+        if "instruction" in variables:  # as vLLM has it: one variable with two names, of which it reads this one
+            if instruction is not None:
+                raise ConfigError("instruction is given twice: as instruction= and in chat_template_kwargs")
+            instruction = variables.pop("instruction")
+        renders = template is not None  # then the server gets no variable, and cuts nothing
+        automatic = truncate_prompt_tokens == "auto"
+        options = Options(
             use_activation=use_activation,
             truncate_prompt_tokens=None if truncate_prompt_tokens == "auto" else truncate_prompt_tokens,
             max_tokens_per_query=max_tokens_per_query,
             max_tokens_per_doc=max_tokens_per_doc,
-            instruction=instruction,
-            chat_template_kwargs=None if chat_template_kwargs is None else dict(chat_template_kwargs),
+            instruction=None if renders else instruction,
+            chat_template_kwargs=None if renders else variables or None,
             priority=priority,
             extra_body=None if extra_body is None else dict(extra_body),
         )
-        self._rules = Rules(
+        rules = Rules(
             max_retries=max_retries,
             chunk_size=chunk_size,
             max_concurrency=max_concurrency,
             connect_timeout=connect_timeout,
             attempt_timeout=attempt_timeout,
         )
-        _check(self._options, self._rules, timeout, endpoint)
-        self._truncate_automatically = truncate_prompt_tokens == "auto"
-        self._template = None if template is None else Template.load(template)
-        self._variables = {"instruction": instruction, **(chat_template_kwargs or {})}
-        self._known_halves: dict[str | None, Halves] = {}
-        if self._template is not None:
-            given = self._options
-            if (given.truncate_prompt_tokens, given.max_tokens_per_doc, given.max_tokens_per_query) != (None,) * 3:
-                raise ConfigError("a template that is rendered here can't be cut by the server: it would lose its end")
-            self._options = replace(given, instruction=None, chat_template_kwargs=None)
-            self._halves()
-        self._query_prompt, self._document_prompt = query_prompt, document_prompt
-        self._api: API = endpoint
+        _check(options, rules, timeout, endpoint)
+        if renders and (options.truncate_prompt_tokens, max_tokens_per_doc, max_tokens_per_query) != (None,) * 3:
+            raise ConfigError("a template that is rendered here can't be cut by the server: it would lose its end")
+        endpoints = _endpoints(base_url)
+        self.client = Client(
+            servers=Servers(endpoints),
+            transport=Transport(endpoints, api_key, send_key_over_http=send_key_over_http),
+            rules=rules,
+            options=options,
+            api=endpoint,
+            model=model,
+            fit=automatic and not renders,
+            template=None if template is None else Template.load(template),
+            variables={"instruction": instruction, **variables},
+            prompts=(query_prompt, document_prompt),
+            timeout=float(timeout),
+        )
+        self._automatic = automatic
         self._default_deadline = float(timeout)
-        self._model = model
-        self._send_key_over_http = send_key_over_http
-        if max_waiting_calls is not None and max_waiting_calls < 1:
-            raise ConfigError(f"max_waiting_calls must be at least 1, or None; got {max_waiting_calls}")
         self._max_waiting_calls = max_waiting_calls
-        self._connect(api_key)
-
-    def _connect(self, api_key: str | None) -> None:
-        """Begin with nothing known about the servers, and no connection."""
-        key = _checked_key(api_key)
-        for endpoint in self._endpoints if key and not self._send_key_over_http else ():
-            if not endpoint.is_private:
-                raise ConfigError(
-                    f"the key would go unencrypted to {endpoint.label}; use https, or pass send_key_over_http=True "
-                    "where the network in between is trusted"
-                )
-        self._nodes = Nodes(self._endpoints)
-        self._transport = Transport(key, encrypted=any(each.root.startswith("https") for each in self._endpoints))
-
-    def _halves(self, instruction: str | None = None) -> Halves:
-        """The template's halves, with the variables in them; the server gets no more of either."""
-        if instruction not in self._known_halves:
-            template, variables = cast("Template", self._template), self._variables
-            if instruction is not None:
-                if not template.takes("instruction"):
-                    raise ConfigError(f"the template {template.name!r} has no place for an instruction")
-                variables = {**variables, "instruction": instruction}
-            self._known_halves = {**self._known_halves, instruction: template.split(variables)}
-        return self._known_halves[instruction]
 
     @property
     def model_name(self) -> str:
         """The model's name on the server; ``"unknown"`` before the first call where it was not given."""
-        known = self._nodes.known
-        return (self._model or "unknown") if known is None else known.model
+        facts = self.client.servers.facts
+        return (self.client.model or "unknown") if facts is None else facts.model
 
     def _score(
         self,
@@ -190,7 +179,7 @@ class VLLMScorer(Scorer):
         until: float | None,
         instruction: str | None = None,
     ) -> list[float]:
-        return self._transport.run(self._steps(queries, documents, until, instruction), until)
+        return self.client.transport.run(self.client.call(queries, documents, until, instruction), until)
 
     async def _ascore(
         self,
@@ -199,74 +188,68 @@ class VLLMScorer(Scorer):
         until: float | None,
         instruction: str | None = None,
     ) -> list[float]:
-        return await self._transport.arun(self._steps(queries, documents, until, instruction))
+        return await self.client.transport.arun(self.client.call(queries, documents, until, instruction))
 
-    def _steps(
-        self,
-        queries: Sequence[Prepared],
-        documents: Sequence[Prepared],
-        until: float | None,
-        instruction: str | None,
-    ) -> Steps[list[float]]:
-        options = self._options
-        queries = _prefixed("query", self._query_prompt, queries)
-        documents = _prefixed("document", self._document_prompt, documents)
-        if self._template is not None:
-            halves = self._halves(instruction)
-            queries = [halves.of(_text(query), "")[0] for query in queries]
-            documents = [halves.of("", _text(document))[1] for document in documents]
-        elif instruction is not None:
-            options = replace(options, instruction=instruction)
-        exchange = Exchange(self._nodes, self._rules, until=until, model=self._model)
-        fit = self._truncate_automatically and self._template is None
-        return Call(exchange, queries, documents, options, self._api, fit).score()
+    def identity(self, *, deadline: float | None = None) -> Identity:
+        """Ask the servers anew who they are, see `Scorer.identity`; `Identity.place` has their addresses.
+
+        The version of vLLM is not in it: what it changes in a score, the probes show.
+        """
+        self.client.servers.forget()
+        return replace(super().identity(deadline=deadline), place=", ".join(self._roots))
+
+    def _facts(self, until: float | None) -> dict[str, str]:
+        client, options = self.client, self.client.options
+        served = client.describe(until)
+        facts: dict[str, object] = asdict(options) | {
+            "checkpoint": served.checkpoint,
+            "window": served.window,
+            "endpoint": client.api,
+            "template": None if client.template is None else client.template.source,
+            "instruction": client.variables["instruction"],
+            "chat_template_kwargs": client.variables if len(client.variables) > 1 else None,
+            "query_prompt": client.prompts[0],
+            "document_prompt": client.prompts[1],
+            "truncate_prompt_tokens": "auto" if self._automatic else options.truncate_prompt_tokens,
+            "extra_body": None if options.extra_body is None else _without_secrets(options.extra_body),
+            "priority": None,  # changes when, not what
+        }
+        return {name: _told(value) for name, value in facts.items() if value is not None}
+
+    def _start(self) -> None:
+        self.client.transport.start()
 
     def _close(self) -> None:
-        self._transport.close()
+        self.client.transport.close()
 
     async def _aclose(self) -> None:
-        await self._transport.aclose()
-
-    def __getstate__(self) -> dict[str, Any]:
-        state = self.__dict__.copy()
-        # Connections, what is known of servers, and what is under way stay here.
-        del state["_transport"], state["_nodes"]
-        state.pop("_unfinished", None)
-        state.pop("_process", None)
-        return state
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._connect(None)  # the key went nowhere
+        await self.client.transport.aclose()
 
     def __repr__(self) -> str:
-        roots = [endpoint.root for endpoint in self._endpoints]
-        model = "" if self._model is None else f", model={self._model!r}"
+        roots = self._roots
+        model = "" if self.client.model is None else f", model={self.client.model!r}"
         return f"VLLMScorer({(roots[0] if len(roots) == 1 else roots)!r}{model})"
 
+    @property
+    def _roots(self) -> list[str]:
+        return [endpoint.root for endpoint in self.client.servers.endpoints]
 
-def _text(value: Prepared) -> str:
-    if isinstance(value, str):
+
+def _told(value: object) -> str:
+    """Write a setting as text; a long one as its beginning and what tells it from others."""
+    text = value if isinstance(value, str) else json.dumps(value, sort_keys=True, ensure_ascii=False, default=repr)
+    return text if len(text) <= 200 else f"{text[:40]}... (SHA-256 {hashlib.sha256(text.encode()).hexdigest()[:16]})"
+
+
+def _without_secrets(value: Any) -> Any:
+    """Leave out what may give access to something, by its name."""
+    if not isinstance(value, Mapping):
         return value
-    raise ContentError(  # vLLM puts images before a text, so here before a half of the prompt
-        "an image has no place in a template that is rendered here (template=): give it to the server, --chat-template"
-    )
-
-
-def _prefixed(name: str, prompt: str | None, inputs: Sequence[Prepared]) -> Sequence[Prepared]:
-    """Put the prompt before each text; ContentError where vLLM would put an image before the prompt."""
-    if not prompt:
-        return inputs
-    made: list[Prepared] = []
-    for each in inputs:
-        if not isinstance(each, str):
-            raise ContentError(f"an image can't follow a {name}_prompt: vLLM puts it before all text")
-        made.append(prompt + each)
-    return made
+    return {name: "..." if _SECRET.search(str(name)) else _without_secrets(each) for name, each in value.items()}
 
 
 def _endpoints(base_url: str | Sequence[str] | None) -> list[Endpoint]:
-    """The servers' addresses, each once."""
+    """Read the servers' addresses, each once."""
     if base_url is None:
         base_url = (os.environ.get("VLLM_BASE_URL") or DEFAULT_BASE_URL).split(",")
     several = base_url if isinstance(base_url, list | tuple) else [base_url]
@@ -277,7 +260,7 @@ def _endpoints(base_url: str | Sequence[str] | None) -> list[Endpoint]:
 
 
 def _check(options: Options, rules: Rules, timeout: float, endpoint: str) -> None:
-    """ConfigError for what is out of range."""
+    """Raise ConfigError for what is out of range."""
     seconds = {"timeout": timeout, "connect_timeout": rules.connect_timeout, "attempt_timeout": rules.attempt_timeout}
     for name, value in seconds.items():
         if value is None and name == "attempt_timeout":
@@ -302,11 +285,3 @@ def _check(options: Options, rules: Rules, timeout: float, endpoint: str) -> Non
         & dict(options.extra_body or {}).keys()
     ):
         raise ConfigError(f"extra_body must not hold {', '.join(sorted(taken))}")
-
-
-def _checked_key(api_key: str | None) -> str | None:
-    """The key that was given, else the environment's."""
-    key = api_key or os.environ.get("VLLM_API_KEY")
-    if key and not (key.isascii() and key.isprintable() and key == key.strip()):
-        raise ConfigError("api_key has characters that no HTTP header can carry; was a line break pasted with it?")
-    return key or None

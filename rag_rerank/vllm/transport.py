@@ -8,6 +8,7 @@ stop working for it. That thread costs a call about 0.5 ms more than httpx's cli
 
 import asyncio
 import contextlib
+import functools
 import importlib
 import os
 import ssl
@@ -23,7 +24,8 @@ from urllib.request import getproxies
 
 import httpx
 
-from rag_rerank.errors import DeadlineExceeded, RerankError
+from rag_rerank.errors import ConfigError, DeadlineExceeded, RerankError
+from rag_rerank.vllm.endpoint import Endpoint
 from rag_rerank.vllm.steps import Failure, Send, Sleep, Step, Steps, Together
 from rag_rerank.vllm.wire import Reply
 
@@ -52,6 +54,9 @@ class _Background:
 
     def __init__(self) -> None:
         self.forget()
+        if hasattr(os, "register_at_fork"):  # not on Windows, which doesn't fork
+            # Not with a scorer's first call there: it is all scorers', one of which may have begun before.
+            os.register_at_fork(after_in_child=self.forget)
 
     def forget(self) -> None:
         """Know of no loop: after a fork its thread is in the other process, and the lock may be held there for ever."""
@@ -95,44 +100,50 @@ class _Background:
 
 _background = _Background()
 _closing: set[asyncio.Task[None]] = set()  # a loop keeps no hold on its tasks
-_transports: "weakref.WeakSet[Transport]" = weakref.WeakSet()
-
-
-def _after_fork() -> None:
-    """Forget the parent's thread and connections: two processes on one connection get each other's answers."""
-    _background.forget()
-    for transport in list(_transports):
-        transport.forget()
-
-
-if hasattr(os, "register_at_fork"):  # not on Windows, which doesn't fork
-    os.register_at_fork(after_in_child=_after_fork)
 
 
 class Transport:
-    """Connections, for each event loop its own: an async connection dies with its loop.
+    """Connections, for each event loop its own: an async connection dies with its loop. A pickle carries no key.
 
     Args:
-        api_key: Sent as bearer token with every request.
-        encrypted: Whether there are https addresses. Getting ready for them takes 20-40 ms of every event loop.
+        endpoints: Where requests go.
+        api_key: Sent as bearer token with every request. None reads the environment; empty, no key is sent.
+        send_key_over_http: Whether it may be sent unencrypted to another machine.
+
+    Raises:
+        ConfigError: No HTTP header can carry the key, or it would be sent so.
     """
 
-    def __init__(self, api_key: str | None, *, encrypted: bool = True) -> None:
-        self._key = None if api_key is None else _Bearer(api_key)
-        self._encrypted = encrypted
+    def __init__(
+        self, endpoints: Sequence[Endpoint], api_key: str | None = None, *, send_key_over_http: bool = False
+    ) -> None:
+        self._remake = functools.partial(Transport, tuple(endpoints), send_key_over_http=send_key_over_http)
+        key = os.environ.get("VLLM_API_KEY") if api_key is None else api_key
+        if key and not (key.isascii() and key.isprintable() and key == key.strip()):
+            raise ConfigError("api_key has characters that no HTTP header can carry; was a line break pasted with it?")
+        for endpoint in endpoints if key and not send_key_over_http else ():
+            if not endpoint.is_private:
+                raise ConfigError(
+                    f"the key would go unencrypted to {endpoint.label}; use https, or pass send_key_over_http=True "
+                    "where the network in between is trusted"
+                )
+        self._key = _Bearer(key) if key else None
+        # Getting ready for https takes 20-40 ms of every event loop.
+        self._encrypted = any(endpoint.root.startswith("https") for endpoint in endpoints)
         self._closed = False
         self._finalizer: weakref.finalize[..., Transport] | None = None
-        self.forget()
-        _transports.add(self)
+        self.start()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return self._remake, ()
 
     @property
     def has_key(self) -> bool:
         """Whether a key is sent."""
         return self._key is not None
 
-    def forget(self) -> None:
-        """Drop all connections without closing them: they are another process's."""
-        self._lock = threading.Lock()
+    def start(self) -> None:
+        """Begin with no connection. Those of a parent process are not closed: they are still its own."""
         self._clients: _Clients = {}
         if self._finalizer is not None:
             self._finalizer.detach()
@@ -144,8 +155,8 @@ class Transport:
 
         Args:
             steps: What to do.
-            until: When to give up waiting, on the monotonic clock. Steps keep time themselves, but not where something
-                else keeps the event loop from running.
+            until: When to give up waiting, on the monotonic clock, even where something keeps the event loop, and the
+                steps with it, from running.
         """
         timeout = None if until is None else max(0.0, until - time.monotonic()) + _GRACE
         try:
@@ -226,39 +237,39 @@ class Transport:
         }
 
     async def _client(self) -> httpx.AsyncClient:
+        # No lock: one held by another thread at a fork would never be released in the child.
         loop = asyncio.get_running_loop()
-        with self._lock:
-            if self._closed:
-                raise RerankError(_CLOSED)
-            known = self._clients.get(loop)
-            if known is not None:
-                return known[0]
-            for ended in [other for other in self._clients if other.is_closed()]:
-                del self._clients[ended]  # a loop closed by hand: nothing in it can be awaited any more
-            client = httpx.AsyncClient(
-                auth=self._key,
-                verify=self._encrypted or bool(getproxies()),
-                limits=_LIMITS,
-                follow_redirects=_FOLLOW_REDIRECTS,
-                event_hooks={"response": [_forget_location]},
-                cookies=CookieJar(DefaultCookiePolicy(allowed_domains=[])),  # one server's would go to another
-            )
-            lifetime = _until_the_loop_ends(loop, client, self._clients)
-            self._clients[loop] = client, lifetime
+        if self._closed:
+            raise RerankError(_CLOSED)
+        if loop in self._clients:
+            return self._clients[loop][0]
+        for ended in [other for other in list(self._clients) if other.is_closed()]:
+            self._clients.pop(ended, None)  # a loop closed by hand: nothing in it can be awaited any more
+        client = httpx.AsyncClient(
+            auth=self._key,
+            verify=self._encrypted or bool(getproxies()),
+            limits=_LIMITS,
+            follow_redirects=_FOLLOW_REDIRECTS,
+            event_hooks={"response": [_forget_location]},
+            cookies=CookieJar(DefaultCookiePolicy(allowed_domains=[])),  # one server's would go to another
+        )
+        lifetime = _until_the_loop_ends(loop, client, self._clients)
+        self._clients[loop] = client, lifetime
         await anext(lifetime)
+        if self._closed:  # once more: whoever closed it meanwhile may not have seen this client
+            await lifetime.aclose()
+            raise RerankError(_CLOSED)
         return client
 
     def close(self) -> None:
         """Close the connections; what is under way ends in an error. For event loops they are closed in the loop."""
-        with self._lock:
-            self._closed = True
+        self._closed = True
         _close_soon(self._clients)
 
     async def aclose(self) -> None:
-        """As `close`; the running loop's connections are closed on return."""
+        """Close the connections; the running loop's are closed on return."""
         self.close()
-        with self._lock:
-            known = self._clients.get(asyncio.get_running_loop())
+        known = self._clients.get(asyncio.get_running_loop())
         if known is not None:
             await known[1].aclose()
 
@@ -291,7 +302,7 @@ def _close_in(loop: asyncio.AbstractEventLoop, client: httpx.AsyncClient) -> Non
 
 
 async def _forget_location(response: httpx.Response) -> None:
-    """A redirect's request is prepared by httpx even if it is not to be sent, and may fail where its address is odd."""
+    """Drop a redirect's address: httpx prepares that request even if it is not to be sent, and fails at odd ones."""
     response.headers.pop("location", None)
 
 
@@ -306,12 +317,12 @@ class _Bearer(httpx.Auth):
         yield request
 
     def taken_out_of(self, reply: Reply) -> Reply:
-        """The reply without the key: some gateways repeat the key that they refuse."""
+        """Make the reply without the key: some gateways repeat the key that they refuse."""
         return replace(reply, body=reply.body.replace(self._key.encode(), b"[key]"))
 
 
 async def _read(response: httpx.Response, limit: int) -> Reply:
-    """An answer, raw and within bounds."""
+    """Read an answer, raw and within bounds."""
     headers = {name.lower(): value for name, value in response.headers.items()}
     good = response.status_code == 200
     encoding = headers.get("content-encoding", "identity")
@@ -361,7 +372,7 @@ def _failure(error: Exception) -> Failure:
 
 
 def _is_certificate(error: BaseException | None) -> bool:
-    """Whether a certificate is behind it: what it was raised from, all the way down."""
+    """Tell whether a certificate is behind it: what it was raised from, all the way down."""
     while error is not None:
         if isinstance(error, ssl.SSLCertVerificationError):
             return True

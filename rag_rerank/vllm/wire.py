@@ -2,7 +2,7 @@
 
 The request uses ``text_1``/``text_2``, which every vLLM version knows (``queries``/``documents`` came in 0.16), leaves
 fields out instead of sending null, and goes to ``/v1/score``: ``--api-key`` guards only paths under ``/v1``. A reply
-becomes scores only when it holds exactly one finite number for each document.
+becomes scores only when it holds exactly one for each document.
 """
 
 import json
@@ -10,12 +10,13 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from rag_rerank.errors import BadReply, ConfigError
 from rag_rerank.inputs.multimodal import Multimodal
 
 Version = tuple[int, int]
+API = Literal["score", "rerank"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +51,7 @@ class Answer:
     """What a score or rerank API answered.
 
     Attributes:
-        scores: One for each document, in their order.
+        scores: One for each document, in their order; NaN where the server gave null or a number that is not finite.
         id: Of the request that it answers, as the server has it.
         model: The name of what answered.
         prompt_tokens: How many tokens the model read.
@@ -77,7 +78,7 @@ class Card:
 
 
 @dataclass(frozen=True, slots=True)
-class Server:
+class ServerFacts:
     """What a server told about itself.
 
     Attributes:
@@ -85,14 +86,14 @@ class Server:
         model: The name to ask for.
         checkpoint: The hub id or folder behind that name, if the server tells.
         window: How many tokens the model reads at most, if the server tells.
-        templated: Whether it puts pairs into a score template; None before anybody has tried.
+        has_template: Whether it puts pairs into a score template; None before anybody has tried.
     """
 
     version: Version | None
     model: str
     checkpoint: str | None = None
     window: int | None = None
-    templated: bool | None = None
+    has_template: bool | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +110,7 @@ class Options:
     extra_body: Mapping[str, Any] | None = None
 
     def fields(self, version: Version | None) -> dict[str, Any]:
-        """The options as fields of a request to a server of this version; None is taken for a recent one.
+        """Make fields of a request to a server of this version; None is taken for a recent one.
 
         Raises:
             ConfigError: The version does not know one of them. vLLM ignores unknown fields silently, so a score would
@@ -146,7 +147,7 @@ _KNOWS_REQUEST_ID: Version = (0, 16)
 
 @dataclass(frozen=True, slots=True, repr=False)
 class Encoded:
-    """A query or document with pictures as it is sent, so that requests that are repeated need not encode it again.
+    """A query or document with images as it is sent, so that requests that are repeated need not encode it again.
 
     Attributes:
         json: vLLM's ``ScoreMultiModalParam``.
@@ -157,62 +158,50 @@ class Encoded:
     echo: int
 
     @classmethod
-    def of(cls, mixed: Multimodal) -> "Encoded":
+    def of(cls, value: Multimodal) -> "Encoded":
         """Encode it: about 1 ms for a megabyte."""
-        encoded = mixed.encoded()
-        return cls(encoded, 2 * len(encoded) + 12 * len(mixed.text) + 1024)
+        encoded = value.encoded()
+        return cls(encoded, 2 * len(encoded) + 12 * len(value.text) + 1024)
 
 
 Sent = str | Encoded
 """A query or document in a request."""
 
 
-def score_request(
-    server: Server, queries: Sequence[Sent], documents: Sequence[Sent], options: Options, request_id: str | None = None
-) -> Request:
-    """A request to the score API.
-
-    Raises:
-        ConfigError: The server is too old for an option.
-    """
-    body = {
-        "model": _json(server.model),
-        "text_1": _json(queries[0]) if len(queries) == 1 else _list(queries),
-        "text_2": _list(documents),
-    }
-    return _post("/v1/score", server, body, options, request_id, len(documents))
-
-
-def rerank_request(
-    server: Server, query: Sent, documents: Sequence[Sent], options: Options, request_id: str | None = None
-) -> Request:
-    """A request to a rerank API of Jina's and Cohere's shape, which vLLM has too; without ``top_n``, it scores all.
-
-    Raises:
-        ConfigError: The server is too old for an option.
-    """
-    body = {"model": _json(server.model), "query": _json(query), "documents": _list(documents)}
-    # The answer echoes the documents, text with up to 12 bytes a character.
-    echoed = sum(12 * len(each) if isinstance(each, str) else each.echo for each in documents)
-    return _post("/v1/rerank", server, body, options, request_id, len(documents), echoed)
-
-
-def _post(
-    path: str,
-    server: Server,
-    body: dict[str, bytes],
+def scoring_request(
+    api: API,
+    facts: ServerFacts,
+    queries: Sequence[Sent],
+    documents: Sequence[Sent],
     options: Options,
-    request_id: str | None,
-    documents: int,
-    echoed: int = 0,
+    request_id: str | None = None,
 ) -> Request:
-    body |= {name: _json(value) for name, value in options.fields(server.version).items()}
-    if request_id is not None and server.version is not None and server.version >= _KNOWS_REQUEST_ID:
+    """Make a request to the score API, or to a rerank API of Jina's and Cohere's shape, which vLLM has too.
+
+    Args:
+        api: Which of them. A rerank API takes one query; without ``top_n`` it scores all documents.
+        facts: Of the server that gets it.
+        queries: One for all documents, or one each.
+        documents: At least one.
+        options: What to say beside them.
+        request_id: What the answer is to be known by.
+
+    Raises:
+        ConfigError: The server is too old for an option.
+    """
+    # An entry of a score answer takes about 60 bytes; a rerank answer echoes the documents, up to 12 bytes a character.
+    reply_limit = (64 << 10) + 256 * len(documents)
+    body = {"model": _json(facts.model)}
+    if api == "rerank":
+        body |= {"query": _json(queries[0]), "documents": _list(documents)}
+        reply_limit += sum(12 * len(each) if isinstance(each, str) else each.echo for each in documents)
+    else:
+        body |= {"text_1": _json(queries[0]) if len(queries) == 1 else _list(queries), "text_2": _list(documents)}
+    body |= {name: _json(value) for name, value in options.fields(facts.version).items()}
+    if request_id is not None and facts.version is not None and facts.version >= _KNOWS_REQUEST_ID:
         body["request_id"] = _json(request_id)
-    # An entry of a score answer takes about 60 bytes.
-    limit = (64 << 10) + 256 * documents + echoed
     content = b"{" + b", ".join(_json(name) + b": " + value for name, value in body.items()) + b"}"
-    return Request("POST", path, content, reply_limit=limit, id=request_id)
+    return Request("POST", f"/v1/{api}", content, reply_limit, request_id)
 
 
 _to_json = json.JSONEncoder(ensure_ascii=False).encode
@@ -228,60 +217,55 @@ def _list(inputs: Sequence[Sent]) -> bytes:
     return b"[" + b", ".join(map(_json, inputs)) + b"]"
 
 
-def read_scores(body: bytes, positions: Sequence[int]) -> Answer:
-    """A score API's reply.
+def read_answer(api: API, body: bytes, positions: Sequence[int]) -> Answer:
+    """Read the reply of a score or rerank API.
 
     Args:
+        api: Which of them; a rerank API has an order of its own.
         body: The reply.
         positions: Of the documents among the caller's, for errors.
 
     Raises:
-        BadReply: Anything but one finite score for each document.
+        BadReply: Anything but one score for each document.
     """
-    return _answer(body, positions, "data", "score")
-
-
-def read_relevance_scores(body: bytes, positions: Sequence[int]) -> Answer:
-    """As `read_scores`, from a rerank API's reply, whose order is its own."""
-    return _answer(body, positions, "results", "relevance_score")
-
-
-def _answer(body: bytes, positions: Sequence[int], list_name: str, score_name: str) -> Answer:
     content = _object(body)
     usage = content.get("usage")
     tokens = usage.get("prompt_tokens") if isinstance(usage, dict) else None
     answer_id, model = content.get("id"), content.get("model")
+    names = ("data", "score") if api == "score" else ("results", "relevance_score")
     return Answer(
-        scores=_scores(content.get(list_name), positions, list_name, score_name),
+        scores=_scores(content, positions, *names),
         id=answer_id if isinstance(answer_id, str) else None,
         model=model if isinstance(model, str) else None,
         prompt_tokens=tokens if type(tokens) is int else None,
     )
 
 
-def _scores(entries: Any, positions: Sequence[int], list_name: str, score_name: str) -> list[float]:
-    expected = len(positions)
+def _scores(content: dict[str, Any], positions: Sequence[int], list_name: str, score_name: str) -> list[float]:
+    entries, expected = content.get(list_name), len(positions)
     if not isinstance(entries, list):
         raise BadReply(f"the answer has no list {list_name!r}")
     if len(entries) != expected:
         raise BadReply(f"the answer has {len(entries)} scores for {expected} documents")
-    scores: list[float | None] = [None] * expected
+    scores: dict[int, float] = {}
     for entry in entries:
         fields = entry if isinstance(entry, dict) else {}
-        index: Any = fields.get("index")
-        score: Any = fields.get(score_name)
+        index, score = fields.get("index"), fields.get(score_name)
         if type(index) is not int or not 0 <= index < expected:
             raise BadReply(f"the answer has the index {printable(repr(index))} for {expected} documents")
-        if scores[index] is not None:
+        if index in scores:
             raise BadReply(f"the answer has two scores for documents[{positions[index]}]")
-        if type(score) not in {int, float} or not math.isfinite(score):
+        if score_name not in fields or type(score) not in {int, float, type(None)}:
             raise BadReply(f"documents[{positions[index]}] got the score {printable(repr(score))}")
-        scores[index] = float(score)
-    return [score for score in scores if score is not None]
+        try:
+            scores[index] = math.nan if score is None else float(score)
+        except OverflowError:  # an int of more than 308 digits
+            scores[index] = math.inf
+    return [scores[index] for index in range(expected)]
 
 
 def read_version(body: bytes) -> Version | None:
-    """Major and minor version from ``/version``; None where the answer doesn't tell."""
+    """Read major and minor version from ``/version``; None where the answer doesn't tell."""
     try:
         match = re.match(r"(\d{1,9})\.(\d{1,9})", str(_object(body).get("version")))
     except BadReply:
@@ -290,7 +274,7 @@ def read_version(body: bytes) -> Version | None:
 
 
 def read_models(body: bytes) -> list[Card]:
-    """The entries of ``/v1/models``.
+    """Read the entries of ``/v1/models``.
 
     Raises:
         BadReply: Not a model list.
@@ -306,7 +290,7 @@ def read_models(body: bytes) -> list[Card]:
 
 
 def error_text(body: bytes) -> str:
-    """The server's own words in an error answer, in one short printable line.
+    """Find the server's own words in an error answer, in one short printable line.
 
     Four shapes are known: ``{"error": {"message"}}``, ``{"error": "text"}``, ``{"message"}`` (before 0.10.2) and
     FastAPI's ``{"detail"}``.
@@ -323,14 +307,14 @@ def error_text(body: bytes) -> str:
 
 
 def printable(text: str) -> str:
-    """What a server says, in one short line that does nothing to a terminal."""
+    """Make one short line, which does nothing to a terminal, of what a server says."""
     line = " ".join(text.split())
     shown = "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in line)
     return shown if len(shown) <= 300 else shown[:297] + "..."
 
 
 def is_model_missing(body: bytes) -> bool:
-    """Whether a 404 means an unknown model (an ``error`` object), not an unknown path (``{"detail": "Not Found"}``)."""
+    """Tell a 404 for an unknown model (an ``error`` object) from one for a path (``{"detail": "Not Found"}``)."""
     try:
         content = _object(body)
     except BadReply:
@@ -339,15 +323,11 @@ def is_model_missing(body: bytes) -> bool:
 
 
 def _object(body: bytes) -> dict[str, Any]:
-    """A JSON object, strictly: Python's reader takes NaN and Infinity, and fails in four ways on hostile input."""
+    """Read a JSON object. Python's reader fails in four ways on hostile input, and reads NaN and Infinity as floats."""
     try:
-        content = json.loads(body.decode("utf-8"), parse_constant=_refuse)
+        content = json.loads(body.decode("utf-8"))
     except (ValueError, RecursionError) as error:  # UnicodeDecodeError and JSONDecodeError are ValueErrors
         raise BadReply(f"the answer is not JSON: {type(error).__name__}") from error
     if not isinstance(content, dict):
         raise BadReply(f"the answer is a JSON {type(content).__name__}, not an object")
     return content
-
-
-def _refuse(constant: str) -> None:
-    raise ValueError(f"{constant} is not JSON")

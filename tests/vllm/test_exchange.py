@@ -17,10 +17,9 @@ from rag_rerank import (
 )
 from rag_rerank.vllm.endpoint import Endpoint
 from rag_rerank.vllm.exchange import ID_PREFIX, Exchange, Rules
-from rag_rerank.vllm.nodes import Nodes
+from rag_rerank.vllm.servers import Servers
 from rag_rerank.vllm.steps import Failure, Send
-from rag_rerank.vllm.wire import Options, Reply, Request, score_request
-from rag_rerank.vllm.wire import Server as Known
+from rag_rerank.vllm.wire import Options, Reply, Request, ServerFacts, scoring_request
 from tests.faulty_server import oracle
 from tests.vllm.virtual import (
     BROKEN,
@@ -51,7 +50,7 @@ def score(world: World) -> list[float]:
     return world.score("q", ["a", "b"])
 
 
-def learn(world: World) -> Known:
+def learn(world: World) -> ServerFacts:
     return world.run(world.exchange().describe())
 
 
@@ -361,7 +360,7 @@ class TestDeadline:
         with pytest.raises(DeadlineExceeded, match=r"had not answered .*server0:1, 1 attempt, 10.00 s.*Allow more"):
             score(world)
         assert world.elapsed == 10
-        assert world.each_node[0].back_off.failures == 0
+        assert world.each_server[0].back_off.failures == 0
         with pytest.raises(DeadlineExceeded) as caught:
             score(World(Script((10.0, Failure("timeout", "timed out", cause))), deadline=10))
         assert caught.value.__cause__ is cause
@@ -530,14 +529,14 @@ class TestSeveralServers:
         """A time-out is no answer."""
         world = World(at(always(*reversed(HANG)), Server()), servers=2, deadline=3)
         assert score(world) == SCORES
-        assert world.each_node[0].back_off.resting
+        assert world.each_server[0].back_off.resting
 
     @pytest.mark.parametrize("outcome", [refusal(500), refusal(429), refusal(408), EMPTY, UNREAD])
     def test_one_that_answers_does_not_rest(self, outcome: Outcome):
         """It is there; what it said concerns the request."""
         world = World(at(Script(outcome), Server()), servers=2)
         assert score(world) == SCORES
-        assert not world.each_node[0].back_off.resting
+        assert not world.each_server[0].back_off.resting
         assert score(world) == SCORES
         assert world.hosts == [0, 1, 0]
 
@@ -545,7 +544,7 @@ class TestSeveralServers:
     def test_one_that_refuses_is_not_taken_for_dead(self, status: int):
         """Row 48: the request was wrong, not the server; former failures are forgotten."""
         world = World(always(refusal(status)), servers=2)
-        back_off = world.each_node[0].back_off
+        back_off = world.each_server[0].back_off
         back_off.failed()
         world.now += 1.5
         with pytest.raises(BackendRejected):
@@ -561,7 +560,7 @@ class TestSeveralServers:
         for _ in range(4):
             assert score(world) == SCORES
         assert world.hosts[2:].count(0) >= 2
-        assert world.each_node[0].back_off.failures == 0
+        assert world.each_server[0].back_off.failures == 0
 
     def test_only_one_request_tries_a_server_after_its_rest(self):
         """Were it still hanging, all of them would."""
@@ -578,7 +577,7 @@ class TestSeveralServers:
         """It may be up again, and there is nobody else."""
         world = World(always(REFUSED), servers=3, max_retries=0)
         for number in (1, 2, 0):
-            world.each_node[number].back_off.failed()
+            world.each_server[number].back_off.failed()
             world.now += 0.1
         with pytest.raises(BackendUnavailable):
             score(world)
@@ -587,8 +586,8 @@ class TestSeveralServers:
     def test_where_all_rest_each_is_asked_before_one_is_asked_again(self):
         """With pauses, for nobody is known to answer."""
         world = World(always(REFUSED), servers=3)
-        for node in world.each_node:
-            node.back_off.failed()
+        for server in world.each_server:
+            server.back_off.failed()
         with pytest.raises(BackendUnavailable):
             score(world)
         assert sorted(world.hosts) == [0, 1, 2]
@@ -597,7 +596,7 @@ class TestSeveralServers:
     def test_a_server_that_answered_badly_is_preferred_to_one_that_rests(self):
         """It is there at least."""
         world = World(at(Script(refusal(500)), Server()), servers=2)
-        world.each_node[1].back_off.failed()
+        world.each_server[1].back_off.failed()
         assert score(world) == SCORES
         assert (world.hosts, world.slept) == ([0, 0], [0.25])
 
@@ -619,7 +618,7 @@ class TestSeveralServers:
             world = World(always(REFUSED), servers=2, max_retries=5)
             with pytest.raises(BackendUnavailable):
                 score(world)
-            assert world.nodes.down
+            assert world.servers.down
             world.answer = at(*(Server() if number == up else always(REFUSED) for number in range(2)))
             assert score(world) == SCORES
 
@@ -628,20 +627,32 @@ class TestSeveralServers:
         world = World(Script(*[REFUSED] * 3))
         with pytest.raises(BackendUnavailable):
             score(world)
-        assert world.nodes.down
+        assert world.servers.down
         assert score(world) == SCORES
-        assert not world.nodes.down
+        assert not world.servers.down
 
-    def test_servers_are_down_only_if_all_are(self):
-        """Two failures are a stumble."""
+    def test_single_failures_make_no_server_down(self):
+        """However many there are at once (a quarter of a second of 503, 24 callers): each call has tries left."""
         world = World(servers=2)
-        for _ in range(3):
-            world.each_node[0].back_off.failed()
-        for _ in range(2):
-            world.each_node[1].back_off.failed()
-        assert not world.nodes.down
-        world.each_node[1].back_off.failed()
-        assert world.nodes.down
+        for server in world.each_server:
+            for _ in range(24):
+                server.back_off.failed()
+        assert not world.servers.down
+        assert score(world) == SCORES
+
+    @pytest.mark.parametrize("outcome", [REFUSED, BUSY, refusal(500), EMPTY, Reply(200, b"<html>")])
+    def test_one_that_has_failed_in_all_tries_gets_one_until_it_answers(self, outcome: Outcome):
+        """Whatever the failure was; a refusal is an answer."""
+        world = World(always(outcome))
+        for attempts in (3, 1, 1):
+            before = len(world.sent)
+            with pytest.raises((BackendUnavailable, BadReply)):
+                score(world)
+            assert len(world.score_requests) - before == attempts or len(world.sent) - before == attempts
+        world.answer = always(refusal(401))
+        with pytest.raises(AuthError):
+            score(world)
+        assert not world.servers.down
 
     def test_certificates_of_all_servers_are_tried_once(self):
         """Row 4, for two."""
@@ -652,21 +663,21 @@ class TestSeveralServers:
 
     def test_of_new_servers_nothing_is_known_and_nothing_is_held_against_them(self):
         """Their rests go by the monotonic clock."""
-        nodes = Nodes([Endpoint.parse("http://a:1"), Endpoint.parse("http://b:1")])
-        assert (len(nodes), nodes.known, nodes.down, nodes.label) == (2, None, False, "a:1, b:1")
-        first = nodes.choose([])
+        servers = Servers([Endpoint.parse("http://a:1"), Endpoint.parse("http://b:1")])
+        assert (len(servers), servers.facts, servers.down, servers.label) == (2, None, False, "a:1, b:1")
+        first = servers.choose([])
         assert not first.echoes_ids
         first.failed(gone=False)
         assert 0.9 < first.back_off.rest_ends - time.monotonic() <= 1.0
-        assert nodes.others_answer([])
-        assert not nodes.others_answer([nodes.choose([first])])
+        assert servers.others_answer([])
+        assert not servers.others_answer([servers.choose([first])])
 
     def test_errors_of_a_whole_call_name_all_servers(self):
         """No single one is to blame."""
         world = World(servers=2)
         error = world.exchange().error(BackendRejected, "no")
-        assert error.endpoint == world.nodes.label == "server0:1, server1:1"
-        assert len(world.nodes) == 2
+        assert error.endpoint == world.servers.label == "server0:1, server1:1"
+        assert len(world.servers) == 2
 
 
 class TestIdentity:
@@ -682,8 +693,8 @@ class TestIdentity:
 
     def test_ids_are_random_and_ours(self):
         """Two processes make different ones."""
-        nodes = Nodes([World().each_node[0].endpoint])
-        exchanges = [Exchange(nodes, Rules(), until=None) for _ in range(2)]
+        servers = Servers([World().each_server[0].endpoint])
+        exchanges = [Exchange(servers, Rules(), until=None) for _ in range(2)]
         ids = [exchange._new_id() for exchange in exchanges]
         assert ids[0] != ids[1]
         assert all(name.startswith(ID_PREFIX) and len(name) == len(ID_PREFIX) + 32 for name in ids)
@@ -716,14 +727,14 @@ class TestIdentity:
         world = World(at(Server(), Server(ids="own")), servers=2)
         for _ in range(4):
             assert score(world) == SCORES
-        assert [node.echoes_ids for node in world.each_node] == [True, False]
+        assert [server.echoes_ids for server in world.each_server] == [True, False]
         assert world.discarded == []
 
     def test_a_server_that_failed_may_come_back_as_another(self):
         """One that does not echo; a server that fails is also asked again who it is."""
         world = World()
         assert score(world) == SCORES
-        assert world.each_node[0].echoes_ids
+        assert world.each_server[0].echoes_ids
         world.answer = Script(REFUSED, server=Server(ids="own"))
         assert score(world) == SCORES
         assert world.paths == ["/v1/score"] * 2 + ["/version", "/v1/models", "/v1/score"]
@@ -733,7 +744,7 @@ class TestIdentity:
         world = World(at(Script(None, REFUSED), Server()), servers=2)
         for _ in range(3):
             assert score(world) == SCORES
-        assert [node.server is None for node in world.each_node] == [True, False]
+        assert [server.facts is None for server in world.each_server] == [True, False]
         world.now += 2
         assert score(world) == score(world) == SCORES
         gets = [(host, path) for host, path in zip(world.hosts, world.paths, strict=True) if path != "/v1/score"]
@@ -745,7 +756,7 @@ class TestIdentity:
         world = World(Script(None, outcome), attempt_timeout=5.0)
         assert score(world) == score(world) == SCORES
         assert world.paths == ["/v1/score"] * 3
-        assert world.each_node[0].echoes_ids
+        assert world.each_server[0].echoes_ids
 
     def test_answers_by_different_models_are_not_mixed(self):
         """Row 35: what the first one says decides, the others are refused."""
@@ -795,13 +806,13 @@ class TestLearning:
         """They may differ in version."""
         world = World(at(Server(), Server(version="0.30.1")), servers=2, known=False)
         assert score(world) == score(world) == SCORES
-        assert [node.server.version for node in world.each_node] == [(0, 32), (0, 30)]
+        assert [server.facts.version for server in world.each_server] == [(0, 32), (0, 30)]
         assert world.paths == ["/version", "/v1/models", "/v1/score"] * 2
 
     def test_a_description_is_that_of_one_server(self):
         """Of one that is known, if there is one; nothing is asked then."""
         world = World(servers=2, known=False)
-        assert learn(world) == learn(world) == Known((0, 32), "m", "org/m", 1_000_000)
+        assert learn(world) == learn(world) == ServerFacts((0, 32), "m", "org/m", 1_000_000)
         assert world.paths == ["/version", "/v1/models"]
 
     def test_a_description_is_tried_for_as_a_score_is(self):
@@ -814,7 +825,7 @@ class TestLearning:
         """Its checkpoint and window tell what it is."""
         models = Reply(200, b'{"data": [{"id": "o"}, {"id": "mine", "root": "org/x", "max_model_len": 512}]}')
         world = World(Script(None, models), known=False, model="mine")
-        assert learn(world) == Known((0, 32), "mine", "org/x", 512)
+        assert learn(world) == ServerFacts((0, 32), "mine", "org/x", 512)
 
     @pytest.mark.parametrize(
         "models", [Reply(404, b""), MISSING, Reply(401, b""), Reply(200, b'{"data": []}'), Reply(200, b"nginx")]
@@ -822,13 +833,13 @@ class TestLearning:
     def test_a_named_model_needs_no_list_of_models(self, models: Reply):
         """A gateway may have none, or name models differently."""
         world = World(Script(None, models), known=False, model="mine")
-        assert learn(world) == Known((0, 32), "mine")
+        assert learn(world) == ServerFacts((0, 32), "mine")
         assert len(world.sent) == 2
 
     def test_an_unnamed_model_is_the_one_that_is_served(self):
         """Aliases of one checkpoint count as one; the first is asked for."""
         models = Reply(200, b'{"data": [{"id": "a", "root": "r", "max_model_len": 8}, {"id": "b", "root": "r"}]}')
-        assert learn(World(Script(None, models), known=False)) == Known((0, 32), "a", "r", 8)
+        assert learn(World(Script(None, models), known=False)) == ServerFacts((0, 32), "a", "r", 8)
 
     @pytest.mark.parametrize(
         ("models", "words"),
@@ -886,7 +897,7 @@ class TestLearning:
     @pytest.mark.parametrize("reply", [Reply(404, b""), MISSING, Reply(401, b""), Reply(200, b"nginx"), EMPTY])
     def test_a_gateway_that_hides_the_version_is_fine(self, reply: Reply):
         """404 on /version is an answer, too."""
-        assert learn(World(Script(reply), known=False)) == Known(None, "m", "org/m", 1_000_000)
+        assert learn(World(Script(reply), known=False)) == ServerFacts(None, "m", "org/m", 1_000_000)
 
     def test_servers_of_different_models_are_refused(self):
         """A call would mix their scores."""
@@ -899,7 +910,7 @@ class TestLearning:
         """Where nothing else is known, the model is what is served now."""
         world = World(Script(REFUSED, server=Server(models=["n"])))
         assert score(world) == SCORES
-        assert world.nodes.known.model == "n"
+        assert world.servers.facts.model == "n"
 
     def test_a_server_may_have_another_model_all_of_a_sudden(self):
         """It was started again behind a proxy, say: that costs a try, at once."""
@@ -919,13 +930,13 @@ class TestLearning:
     def test_what_is_learnt_about_the_template_is_noted_of_known_servers(self):
         """They are started alike; one that was not asked yet tells for itself."""
         world = World(servers=3)
-        world.each_node[1].server = None
-        world.nodes.remember(templated=True)
-        assert [node.server and node.server.templated for node in world.each_node] == [True, None, True]
+        world.each_server[1].facts = None
+        world.servers.remember(has_template=True)
+        assert [server.facts and server.facts.has_template for server in world.each_server] == [True, None, True]
 
 
 def _request() -> Request:
-    return score_request(Known((0, 32), "m"), ["q"], ["a"], Options(), "id")
+    return scoring_request("score", ServerFacts((0, 32), "m"), ["q"], ["a"], Options(), "id")
 
 
 def _scores(*scores: float, **fields: object) -> Reply:

@@ -68,8 +68,10 @@ def wrong(content: dict[str, Any], **fields: str) -> None:
 
 
 (LATE,) = plain(HANG)
+NO_NUMBER = spoilt(lambda content: entries(content)[-1].update(score=math.nan, relevance_score=None))
 PASSING: list[Fault] = [
     LATE,
+    NO_NUMBER,
     *plain(REFUSED, BROKEN, UNREAD, UNREACHABLE, Reply(200, b""), Reply(200, b"<html>"), Reply(204, b"")),
     *plain(*(refusal(status) for status in (408, 429, 500, 502, 503, 504))),
     *plain(*(refusal(503, retry_after=value) for value in ("0", "2", "100", "soon"))),
@@ -77,7 +79,6 @@ PASSING: list[Fault] = [
     spoilt(lambda content: entries(content).pop()),
     spoilt(lambda content: entries(content).append({"index": 0, "score": 1, "relevance_score": 1})),
     spoilt(lambda content: entries(content)[0].update(index=-1)),
-    spoilt(lambda content: entries(content)[-1].update(score=math.nan, relevance_score=math.nan)),
     spoilt(lambda content: wrong(content, id=f"score-{ID_PREFIX}0")),
 ]
 """Another try doesn't meet them."""
@@ -184,6 +185,12 @@ class Setting:
             return [oracle(*pair) for pair in self.pairs]
         return [oracle(query, document[: 127 - self.template - len(query)]) for query, document in self.pairs]
 
+    def agree(self, scores: Sequence[float], right: Sequence[float]) -> bool:
+        """Whether they are the right ones, but for documents that the server gave none in their last try."""
+        missing = [math.isnan(score) for score in scores]
+        same = all(none or score == wanted for none, score, wanted in zip(missing, scores, right, strict=True))
+        return same and sum(missing) <= self.met.count(NO_NUMBER)
+
     @property
     def bad_indices(self) -> list[int]:
         return [index for index, number in enumerate(self.texts) if number in self.bad]
@@ -264,7 +271,7 @@ def test_every_schedule_of_faults_ends_in_the_right_scores_or_one_of_our_errors(
     world, right, error = setting.world, setting.right, None
     try:
         scores = setting.score()
-        assert scores == right or (OTHER_MODEL in setting.met and set(scores) == {WRONG})  # but never of both
+        assert setting.agree(scores, right) or (OTHER_MODEL in setting.met and set(scores) == {WRONG})  # never of both
         assert not setting.bad_indices
     except RerankError as raised:
         error = raised
@@ -277,9 +284,8 @@ def test_every_schedule_of_faults_ends_in_the_right_scores_or_one_of_our_errors(
         case DocumentRejected():
             scored = [score for score in error.scores if score is not None]
             assert [index for index, score in enumerate(error.scores) if score is None] == list(error.indices)
-            assert scored == [score for index, score in enumerate(right) if index not in error.indices] or (
-                OTHER_MODEL in setting.met and set(scored) == {WRONG}
-            )
+            others = [score for index, score in enumerate(right) if index not in error.indices]
+            assert setting.agree(scored, others) or (OTHER_MODEL in setting.met and set(scored) == {WRONG})
             assert set(error.indices) >= set(setting.bad_indices)
             assert setting.may_be_accused or list(error.indices) == setting.bad_indices
         case DeadlineExceeded():
@@ -322,7 +328,7 @@ def test_pieces_order_and_duplicates_change_no_score(setting: Setting, random: R
 Driver = Callable[[Steps[Any]], Any]
 
 
-@pytest.fixture(params=[lambda: World().run, lambda: Transport(None).run], ids=["virtual", "transport"])
+@pytest.fixture(params=[lambda: World().run, lambda: Transport([]).run], ids=["virtual", "transport"])
 def run(request: pytest.FixtureRequest) -> Driver:
     return request.param()
 
@@ -411,7 +417,7 @@ class TestVirtualTime:
         def steps(outcome: tuple[float, Outcome], timeout: float | None) -> tuple[Outcome, float]:
             world = World(lambda send, now: outcome)
             send = Send(
-                world.each_node[0].endpoint,
+                world.each_server[0].endpoint,
                 Request("GET", "/version"),
                 timeout,
                 min(2.0, timeout or 2.0),

@@ -36,7 +36,7 @@ def test_one_too_many_is_refused_at_once(limit: int):
         assert answered == [EXACT] * limit
         for refused in (first, second):
             assert isinstance(refused, BackendUnavailable)
-            assert f"{limit} calls are waiting already" in str(refused)
+            assert f"{limit} calls waiting already" in str(refused)
             assert "max_waiting_calls" in str(refused.remedy)
         assert len(arrived) == limit
         assert scorer.score("q", ["a"]) == EXACT  # and there is room again

@@ -14,20 +14,18 @@ from rag_rerank.vllm.wire import (
     Options,
     Reply,
     Request,
-    Server,
+    ServerFacts,
     error_text,
     is_model_missing,
+    read_answer,
     read_models,
-    read_relevance_scores,
-    read_scores,
     read_version,
-    rerank_request,
-    score_request,
+    scoring_request,
 )
 
 
 def body_of(version: tuple[int, int] | None = (0, 32), **options: object) -> dict[str, object]:
-    request = score_request(Server(version, "m"), ["q"], ["a", "b"], Options(**options))
+    request = scoring_request("score", ServerFacts(version, "m"), ["q"], ["a", "b"], Options(**options))
     assert (request.method, request.path) == ("POST", "/v1/score")
     return json.loads(request.body)
 
@@ -45,7 +43,7 @@ class TestRequest:
 
     def test_many_queries_are_a_list(self):
         """N:N sends both sides as lists."""
-        request = score_request(Server(None, "m"), ["q", "r"], ["a", "b"], Options())
+        request = scoring_request("score", ServerFacts(None, "m"), ["q", "r"], ["a", "b"], Options())
         assert json.loads(request.body) == {"model": "m", "text_1": ["q", "r"], "text_2": ["a", "b"]}
 
     @pytest.mark.parametrize(("version", "field"), [((0, 32), "use_activation"), ((0, 11), "activation")])
@@ -99,19 +97,19 @@ class TestRequest:
     @pytest.mark.parametrize(("version", "knows"), [((0, 16), True), ((1, 0), True), ((0, 15), False), (None, False)])
     def test_an_id_goes_in_the_body_too_where_that_is_known(self, version: tuple[int, int] | None, knows: bool):
         """From 0.16 on; a gateway may put an id of its own in the header. Others may refuse unknown fields."""
-        request = score_request(Server(version, "m"), ["q"], ["a"], Options(), "id-1")
+        request = scoring_request("score", ServerFacts(version, "m"), ["q"], ["a"], Options(), "id-1")
         assert request.id == "id-1"
         assert json.loads(request.body).get("request_id") == ("id-1" if knows else None)
 
     def test_without_an_id_none_is_sent(self):
         """Neither in the header nor in the body."""
-        request = score_request(Server((0, 32), "m"), ["q"], ["a"], Options())
+        request = scoring_request("score", ServerFacts((0, 32), "m"), ["q"], ["a"], Options())
         assert request.id is None
         assert b"request_id" not in request.body
 
     def test_texts_go_as_utf_8(self):
         """Not as escapes, which are up to six times as long."""
-        request = score_request(Server(None, "m"), ["Öl?"], ["日本\0"], Options())
+        request = scoring_request("score", ServerFacts(None, "m"), ["Öl?"], ["日本\0"], Options())
         assert "Öl?".encode() in request.body
         assert "日本".encode() in request.body
         assert json.loads(request.body)["text_2"] == ["日本\0"]
@@ -120,15 +118,21 @@ class TestRequest:
     def test_any_text_arrives_as_it_is(self, texts: list[str]):
         """Quotes, control characters, astral planes."""
         texts = [text.encode("utf-8", "replace").decode() for text in texts]
-        assert json.loads(score_request(Server(None, "m"), texts, texts, Options()).body)["text_2"] == texts
+        assert (
+            json.loads(scoring_request("score", ServerFacts(None, "m"), texts, texts, Options()).body)["text_2"]
+            == texts
+        )
 
     @pytest.mark.parametrize("count", [1, 100])
     def test_an_answer_may_have_so_many_bytes_as_it_can_need(self, count: int):
         """64 KiB and 256 bytes for each document; a rerank answer also repeats them."""
         documents = ["abc"] * count
         limit = (64 << 10) + 256 * count
-        assert score_request(Server(None, "m"), ["q"], documents, Options()).reply_limit == limit
-        assert rerank_request(Server(None, "m"), "q", documents, Options()).reply_limit == limit + 36 * count
+        assert scoring_request("score", ServerFacts(None, "m"), ["q"], documents, Options()).reply_limit == limit
+        assert (
+            scoring_request("rerank", ServerFacts(None, "m"), ["q"], documents, Options()).reply_limit
+            == limit + 36 * count
+        )
         assert Request("GET", "/version").reply_limit == 1 << 20
 
 
@@ -137,17 +141,17 @@ class TestRerankRequest:
 
     def test_the_plain_form(self):
         """Without top_n, all documents are scored."""
-        request = rerank_request(Server((0, 15), "m"), "q", ["a", "b"], Options())
+        request = scoring_request("rerank", ServerFacts((0, 15), "m"), ["q"], ["a", "b"], Options())
         assert (request.method, request.path) == ("POST", "/v1/rerank")
         assert json.loads(request.body) == {"model": "m", "query": "q", "documents": ["a", "b"]}
 
     def test_options_and_id_are_those_of_scores(self):
         """In the same fields."""
-        request = rerank_request(Server((0, 32), "m"), "q", ["a"], Options(priority=3), "id-1")
+        request = scoring_request("rerank", ServerFacts((0, 32), "m"), ["q"], ["a"], Options(priority=3), "id-1")
         assert json.loads(request.body).items() >= {"priority": 3, "request_id": "id-1"}.items()
         assert request.id == "id-1"
         with pytest.raises(ConfigError):
-            rerank_request(Server((0, 21), "m"), "q", ["a"], Options(instruction="i"))
+            scoring_request("rerank", ServerFacts((0, 21), "m"), ["q"], ["a"], Options(instruction="i"))
 
 
 class TestScores:
@@ -155,7 +159,7 @@ class TestScores:
 
     def test_scores_come_in_the_order_of_the_documents(self):
         """Whatever order the server chose; unknown fields don't matter."""
-        answer = read_scores(reply({"index": 1, "score": 0.5, "x": 1}, {"index": 0, "score": 1}), range(2))
+        answer = read_answer("score", reply({"index": 1, "score": 0.5, "x": 1}, {"index": 0, "score": 1}), range(2))
         assert answer == Answer([1.0, 0.5])
         assert [type(score) for score in answer.scores] == [float, float]
 
@@ -182,21 +186,29 @@ class TestScores:
             (reply({"index": 0}), "score None"),
             (reply({"index": 0, "score": "1"}), "score '1'"),
             (reply({"index": 0, "score": True}), "score True"),
-            (b'{"data": [{"index": 0, "score": NaN}]}', "not JSON"),
-            (b'{"data": [{"index": 0, "score": Infinity}]}', "not JSON"),
-            (b'{"data": [{"index": 0, "score": 1e999}]}', "score inf"),
+            (b'{"data": [{"index": NaN, "score": 1}]}', "index nan"),
         ],
     )
     def test_anything_else_is_a_bad_reply(self, body: bytes, reason: str):
         """And says what is wrong with it."""
         with pytest.raises(BadReply, match=reason):
-            read_scores(body, range(1))
+            read_answer("score", body, range(1))
+
+    @pytest.mark.parametrize(
+        "score", ["null", "NaN", "Infinity", "-Infinity", "1e999", "-1e999", "1" * 400, "-" + "9" * 4000]
+    )
+    def test_a_score_that_is_not_finite_costs_no_other_document_its_own(self, score: str):
+        """It stays in its place, for the core to name it."""
+        body = f'{{"data": [{{"index": 1, "score": {score}}}, {{"index": 0, "score": 0.5}}]}}'.encode()
+        first, second = read_answer("score", body, range(2)).scores
+        assert first == 0.5
+        assert not math.isfinite(second)
 
     @pytest.mark.parametrize("wrong", [{"index": "x" * 60_000, "score": 1}, {"index": 0, "score": "\n" * 60_000}])
     def test_what_is_wrong_is_not_shown_without_end(self, wrong: dict[str, object]):
         """A message is a line, not a page."""
         with pytest.raises(BadReply) as caught:
-            read_scores(reply(wrong), range(1))
+            read_answer("score", reply(wrong), range(1))
         assert len(str(caught.value)) < 500
 
     @pytest.mark.parametrize(
@@ -209,45 +221,45 @@ class TestScores:
     def test_documents_are_named_by_their_positions_in_the_call(self, entries: list[dict], reason: str):
         """Not by those in the request."""
         with pytest.raises(BadReply, match=reason):
-            read_scores(reply(*entries), [5, 3])
+            read_answer("score", reply(*entries), [5, 3])
 
     def test_two_scores_for_one_document_are_a_bad_reply(self):
         """Then another has none."""
         with pytest.raises(BadReply, match=r"two scores for documents\[0\]"):
-            read_scores(reply({"index": 0, "score": 1}, {"index": 0, "score": 2}), range(2))
+            read_answer("score", reply({"index": 0, "score": 1}, {"index": 0, "score": 2}), range(2))
 
     @given(st.binary(max_size=200), st.integers(1, 3))
     def test_random_bytes_never_raise_anything_else(self, body: bytes, expected: int):
         """No exception of the JSON library gets out."""
         with pytest.raises(BadReply):
-            read_scores(body, range(expected))
+            read_answer("score", body, range(expected))
 
     @given(st.lists(st.floats(allow_nan=False, allow_infinity=False), min_size=1), st.randoms())
     def test_any_permutation_is_put_back_in_order(self, scores: list[float], random):
         """The index decides, not the position."""
         entries = [{"index": index, "score": score} for index, score in enumerate(scores)]
         random.shuffle(entries)
-        assert read_scores(reply(*entries), range(len(scores))).scores == scores
+        assert read_answer("score", reply(*entries), range(len(scores))).scores == scores
         assert all(math.isfinite(score) for score in scores)
 
     def test_a_rerank_answer_has_other_names(self):
         """Its order is by score, and it repeats the documents."""
         results = [{"index": 1, "relevance_score": 0.9, "document": {"text": "b"}}, {"index": 0, "relevance_score": 0}]
         body = json.dumps({"id": "rerank-1", "results": results}).encode()
-        assert read_relevance_scores(body, range(2)) == Answer([0.0, 0.9], id="rerank-1")
+        assert read_answer("rerank", body, range(2)) == Answer([0.0, 0.9], id="rerank-1")
         with pytest.raises(BadReply, match="no list 'results'"):
-            read_relevance_scores(reply({"index": 0, "score": 1}), range(1))
+            read_answer("rerank", reply({"index": 0, "score": 1}), range(1))
         with pytest.raises(BadReply, match="no list 'data'"):
-            read_scores(body, range(2))
+            read_answer("score", body, range(2))
 
     def test_an_answer_says_whose_it_is_and_how_much_was_read(self):
         """Where it says so in a form that makes sense."""
         data = [{"index": 0, "score": 1}]
         said = {"data": data, "id": "score-1", "model": "m", "usage": {"prompt_tokens": 7}}
-        assert read_scores(json.dumps(said).encode(), range(1)) == Answer([1.0], "score-1", "m", 7)
+        assert read_answer("score", json.dumps(said).encode(), range(1)) == Answer([1.0], "score-1", "m", 7)
         for usage in (None, 7, [], {}, {"prompt_tokens": None}, {"prompt_tokens": "7"}, {"prompt_tokens": True}):
             nonsense = {"data": data, "id": 1, "model": ["m"], "usage": usage}
-            assert read_scores(json.dumps(nonsense).encode(), range(1)) == Answer([1.0])
+            assert read_answer("score", json.dumps(nonsense).encode(), range(1)) == Answer([1.0])
 
 
 class TestOtherReplies:
@@ -295,8 +307,8 @@ class TestOtherReplies:
 
     def test_what_is_not_known_of_a_server_is_none(self):
         """Window, and whether it has a template."""
-        server = Server(None, "m")
-        assert (server.checkpoint, server.window, server.templated) == (None, None, None)
+        server = ServerFacts(None, "m")
+        assert (server.checkpoint, server.window, server.has_template) == (None, None, None)
         assert Reply(200, b"").headers == {}
 
     @pytest.mark.parametrize(

@@ -20,13 +20,13 @@ from typing import Any
 
 from rag_rerank.backoff import BackOff
 from rag_rerank.errors import RerankError
+from rag_rerank.vllm.call import Call
 from rag_rerank.vllm.endpoint import Endpoint
 from rag_rerank.vllm.exchange import ID_PREFIX, Exchange, Rules
-from rag_rerank.vllm.nodes import Node, Nodes
-from rag_rerank.vllm.policy import Call
+from rag_rerank.vllm.servers import Server as Asked
+from rag_rerank.vllm.servers import Servers
 from rag_rerank.vllm.steps import Failure, Send, Sleep, Steps, Together
-from rag_rerank.vllm.wire import Options, Reply
-from rag_rerank.vllm.wire import Server as Known
+from rag_rerank.vllm.wire import Options, Reply, ServerFacts
 from tests.faulty_server import oracle
 
 Outcome = Reply | Failure
@@ -253,7 +253,7 @@ class World:
     ) -> None:
         self.answer = answer or Server()
         self.deadline, self.model, self.jitter, self.rules = deadline, model, jitter, Rules(**rules)
-        self.nodes = Nodes([Endpoint(f"http://server{number}:1", f"server{number}:1") for number in range(servers)])
+        self.servers = Servers([Endpoint(f"http://server{number}:1", f"server{number}:1") for number in range(servers)])
         self.now = START
         self.sent: list[Sent] = []
         self.slept: list[float] = []
@@ -263,13 +263,13 @@ class World:
         self._ids = itertools.count(1)
         self._ties = itertools.count()
         self._events: list[tuple[float, int, Callable[[], None]]] = []
-        for node in self.each_node:
-            node.back_off = BackOff(self.clock)
-            node.server = Known((0, 32), "m", "org/m", 1_000_000) if known else None
+        for server in self.each_server:
+            server.back_off = BackOff(self.clock)
+            server.facts = ServerFacts((0, 32), "m", "org/m", 1_000_000) if known else None
 
     @property
-    def each_node(self) -> list[Node]:
-        return self.nodes._nodes
+    def each_server(self) -> list[Asked]:
+        return self.servers._servers
 
     def clock(self) -> float:
         return self.now
@@ -277,7 +277,7 @@ class World:
     def exchange(self) -> Exchange:
         """That of a call that begins now."""
         return Exchange(
-            self.nodes,
+            self.servers,
             self.rules,
             until=None if self.deadline is None else self.now + self.deadline,
             model=self.model,

@@ -1,6 +1,6 @@
 """The rerankers: `ScorerReranker` is given a scorer, the others have the settings of one as their fields."""
 
-from typing import Any, cast
+from typing import Any
 
 from langchain_core.cross_encoders import BaseCrossEncoder
 from langchain_core.retrievers import RetrieverLike
@@ -107,14 +107,6 @@ class LocalReranker(rag_rerank.LocalSettings, _OwnScorer):
         pydantic.ValidationError: An unknown argument, or one of the wrong type or out of range.
         rag_rerank.ConfigError: A setting that the scorer refuses, or the extra `local` is not installed.
     """
-
-    def warmup(self) -> None:
-        """Load the model and score a pair now, so that the first call doesn't pay for it.
-
-        Raises:
-            rag_rerank.ConfigError: It can't be loaded as asked.
-        """
-        cast("rag_rerank.LocalScorer", self.scorer).warmup()
 
 
 class VLLMReranker(rag_rerank.VLLMSettings, _OwnScorer):

@@ -17,7 +17,7 @@ from llama_index.core.schema import MetadataMode
 from pydantic import ValidationError
 
 from llama_index.postprocessor.rag_rerank import LocalReranker, ScorerReranker, VLLMReranker
-from rag_rerank import BackendUnavailable, ConfigError, LocalScorer, Scorer, VLLMScorer
+from rag_rerank import BackendUnavailable, ConfigError, LocalScorer, RerankError, Scorer, VLLMScorer
 from tests.integrations.llamaindex.support import (
     NOBODY,
     QUERY,
@@ -180,6 +180,30 @@ class TestCopies:
         for reranker in (LocalReranker(), VLLMReranker(api_key=SECRET), ScorerReranker(scorer=local)):
             assert copy.copy(reranker).scorer is reranker.scorer
             assert copy.deepcopy(reranker).scorer is reranker.scorer
+
+    def test_equal_settings_share_the_scorer(self) -> None:
+        """However they came about, and whatever is made of the scores; a key is a setting, too."""
+        local, served = LocalReranker(max_length=64), VLLMReranker(base_url=NOBODY, api_key=SECRET)
+        pickled = pickle.loads(pickle.dumps(local))  # noqa: S301 - our own
+        equals = [pickled, LocalReranker.from_dict(local.to_dict()), LocalReranker(max_length=64, top_n=1)]
+        assert {equal.scorer for equal in equals} == {local.scorer}
+        assert VLLMReranker.from_dict(served.to_dict(), api_key=SECRET, top_n=1).scorer is served.scorer
+        assert VLLMReranker.from_dict(served.to_dict()).scorer is not served.scorer
+        assert LocalReranker(max_length=65).scorer is not local.scorer
+        local.max_length = 65
+        assert local.scorer is not equals[0].scorer
+
+    def test_closing_one_leaves_the_others(self, cross_encoder: Path) -> None:
+        """The model is given up with the last of them."""
+        first, second = (LocalReranker(model=cross_encoder, top_n=n) for n in (1, 2))
+        first.close()
+        assert len(second.postprocess_nodes(found(), query_str=QUERY)) == 2
+        with pytest.raises(RerankError, match="This LocalReranker is closed"):
+            first.postprocess_nodes(found(), query_str=QUERY)
+        scorer = second.scorer
+        second.close()
+        with pytest.raises(RerankError, match="closed"):
+            scorer.score(QUERY, "text")
 
     def test_a_copy_with_changes_leaves_the_original_alone(self, scorer: KeywordScorer) -> None:
         """One reranker for each use, one scorer for all."""

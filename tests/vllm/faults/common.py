@@ -1,9 +1,9 @@
 """What the tests of faults share: texts and their scores, times, and small servers' habits.
 
 The server is `FaultyServer`: real sockets, and scores that are a hash of query and document, so "exact" means equal,
-for every document, in the caller's order. Times are a tenth of a user's or less. Upper bounds leave room for a busy
-machine (`SLACK`); numbers of requests do not. Rows, and R1 to R8, are those of the matrix and the rules that rag_rerank
-was designed by.
+for every document, in the caller's order. Times are a tenth of a user's or less. That nothing takes too long shows in
+numbers of requests, and in which error ends a call; how long pauses are, tests/vllm/test_exchange.py says. Rows, and R1
+to R8, are those of the matrix and the rules that rag_rerank was designed by.
 """
 
 import contextlib
@@ -41,7 +41,6 @@ FEW = DOCUMENTS[:5]  # one chunk
 
 PAUSES = 0.03  # seconds that the pauses between three tries take at most
 REST = 0.3  # seconds of the first rest of a server that failed
-SLACK = 0.5  # seconds by which a busy machine may be late
 KEY = "canary-5ecret-k3y"
 TLS = Path(__file__).parents[2] / "data" / "tls"  # an authority, its certificates for 127.0.0.1, and one by itself
 
@@ -51,15 +50,15 @@ Connect = Callable[..., VLLMScorer]
 
 
 @contextlib.contextmanager
-def within(seconds: float, *, at_least: float = 0.0) -> Iterator[None]:
+def at_least(seconds: float) -> Iterator[None]:
     began = time.monotonic()
     yield
-    assert at_least <= time.monotonic() - began < seconds + SLACK
+    assert time.monotonic() - began >= seconds
 
 
-def soon(condition: Callable[[], bool], seconds: float = SLACK) -> bool:
-    """Whether it comes true in that time."""
-    until = time.monotonic() + seconds
+def soon(condition: Callable[[], bool]) -> bool:
+    """Whether it comes true: at once on a quiet machine."""
+    until = time.monotonic() + 20
     while not condition() and time.monotonic() < until:
         time.sleep(0.005)
     return condition()

@@ -426,7 +426,7 @@ class TestFitting:
         assert world.scores == exact("q", ["x" * 100, "y"])
         assert [sent.documents for sent in world.score_requests] == [["a"], ["x" * 100, "y"]]
         assert world.sent[-1].content["truncate_prompt_tokens"] == -1
-        assert world.nodes.known.templated is False
+        assert world.servers.facts.has_template is False
         world.score("q", ["z" * 100], fit=True)
         assert len(world.score_requests) == 3
 
@@ -436,7 +436,7 @@ class TestFitting:
         assert world.scores == exact("query", ["x" * 38, "y"])
         assert [sent.content.get("max_tokens_per_doc") for sent in world.score_requests] == [None, None, 38]
         assert all("truncate_prompt_tokens" not in sent.content for sent in world.sent[2:])
-        assert world.nodes.known.templated is True
+        assert world.servers.facts.has_template is True
 
     def test_that_there_is_a_template_is_asked_once(self):
         """Not once a call; what a query leaves is asked in each."""
@@ -483,8 +483,8 @@ class TestFitting:
     def test_measuring_takes_no_servers_turn(self, templated: bool | None):
         """Were it so, one of two servers would do all the measuring and the other one all the work."""
         world = World(Server(template=20, window=64), servers=2)
-        for node in world.each_node:
-            node.server = replace(node.server, window=64, templated=templated)
+        for server in world.each_server:
+            server.facts = replace(server.facts, window=64, has_template=templated)
         for _ in range(4):
             world.score("q", ["x" * 100, "y"], fit=True)
         assert work_of(world) == [0, 1, 0, 1]
@@ -572,7 +572,7 @@ class TestFitting:
     def test_more_tokens_than_any_plain_pair_takes_are_a_template(self, tokens: int, template: bool):
         """The pair of "a" and "a" takes 8 at most."""
         world = fitted(Server(template=tokens - 2, window=64), "q", ["x" * 10])
-        assert world.nodes.known.templated is template
+        assert world.servers.facts.has_template is template
 
     @pytest.mark.parametrize("accepted", [0, 1])
     def test_a_refusal_of_a_small_request_is_the_calls_failure(self, accepted: int):

@@ -1,0 +1,94 @@
+"""One server under examination, and the ways to ask it something."""
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+
+from rag_rerank.errors import BackendUnavailable, BadReply
+from rag_rerank.families import Family, find_family
+from rag_rerank.vllm.client import Answer, Client, Failure, Reply, Request, ServerFacts, Servers, Transport
+
+
+class CheckedServer:
+    """A server, asked with a scorer's settings and over its connections.
+
+    Args:
+        client: Of the scorer. It is left as it is.
+        position: Which of its servers.
+
+    Attributes:
+        client: The same for this server alone.
+        label: The server's ``host:port``.
+        facts: What is known of it so far; its model is ``""`` until it is known.
+    """
+
+    def __init__(self, client: Client, position: int) -> None:
+        endpoint = client.servers.endpoints[position]
+        self.client = replace(client, servers=Servers([endpoint]))
+        self.label = endpoint.label
+        self.facts = ServerFacts(None, client.model or "")
+
+    @property
+    def family(self) -> Family | None:
+        """The family of the model that it serves, by the name of its checkpoint, else by the served name."""
+        return find_family(self.facts.checkpoint or "") or find_family(self.facts.model)
+
+    @property
+    def told(self) -> ServerFacts:
+        """What it has told while it was scoring; before that, what is known of it."""
+        return self.client.servers.facts or self.facts
+
+    def send_without_key(self, request: Request) -> Reply | Failure:
+        """Send one request without the scorer's key, and take whatever comes."""
+        transport = Transport(self.client.servers.endpoints, "")
+        try:
+            return replace(self.client, transport=transport).send(request)
+        finally:
+            transport.close()
+
+    def get(self, path: str) -> Reply:
+        """Get a path, whatever the status.
+
+        Raises:
+            BackendUnavailable: There was no answer.
+        """
+        outcome = self.client.send(Request("GET", path))
+        if isinstance(outcome, Failure):
+            raise BackendUnavailable(outcome.text, endpoint=self.label, remedy="See the server's log.")
+        return outcome
+
+    def ask(self, query: str, document: str) -> Answer:
+        """Get one pair scored as it is, with the scorer's retries; raises as `Scorer.score`."""
+        return self.client.ask(query, document, self._until())
+
+    def score(
+        self, queries: str | Sequence[str], documents: Sequence[str], *, logits: bool = False, together: int = 1
+    ) -> list[float]:
+        """Score as the scorer does for its users.
+
+        Args:
+            queries: One or as many as documents.
+            documents: The documents.
+            logits: With ``use_activation=False`` instead of what the scorer says.
+            together: How many documents must go in one request at least, if there are that many.
+
+        Raises:
+            BackendError, ConfigError: As `Scorer.score`.
+        """
+        rules, options = self.client.rules, self.client.options
+        client = replace(
+            self.client,
+            rules=replace(rules, chunk_size=max(rules.chunk_size, together)),
+            options=replace(options, use_activation=False) if logits else options,
+        )
+        until = self._until()
+        scores = client.transport.run(
+            client.call([queries] if isinstance(queries, str) else queries, documents, until), until
+        )
+        if not all(map(math.isfinite, scores)):
+            raise BadReply("a document got a score that is not finite", endpoint=self.label)
+        return scores
+
+    def _until(self) -> float:
+        return time.monotonic() + self.client.timeout

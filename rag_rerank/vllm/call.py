@@ -1,0 +1,362 @@
+"""How a call goes: cut into requests, over-long documents cut, documents found that the server refuses.
+
+What the server refuses (400, 413, 422) is looked into here, with fewer requests than the core would need: documents of
+a like length are tried together, and the other requests of the call go on. What it fails at (500, a reply that is
+none) the core narrows down, as for any back end.
+
+The prompt of a pair with an image in it is never truncated: vLLM answers 500 where an image's place in it is cut off,
+and cuts its end otherwise. Texts beside images are cut where asked for, with tokens left for these places.
+
+A generator (`rag_rerank.vllm.steps`): no socket and no clock of its own.
+"""
+
+import re
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+
+from rag_rerank.errors import BackendRejected, BackendUnavailable, DocumentRejected
+from rag_rerank.inputs.images import BLANK
+from rag_rerank.inputs.multimodal import Link, Multimodal, Prepared, hidden
+from rag_rerank.inputs.preparing import text_only
+from rag_rerank.isolation import NEUTRAL
+from rag_rerank.vllm.exchange import Exchange
+from rag_rerank.vllm.steps import Steps, Together
+from rag_rerank.vllm.wire import API, Answer, Encoded, Options, Sent, ServerFacts, read_answer, scoring_request
+
+MAX_BYTES = 8 << 20
+"""Of one request, where it has more than one document: about 10 ms of encoding, in which an event loop stands still."""
+NEUTRAL_IMAGE = Multimodal((BLANK,))
+IMAGE_TOKENS = 16  # an image's or video's in the prompt, at most: Qwen-VL 3, Phi-3-vision 5; it stands before the text
+PLAIN_PAIR_TOKENS = (
+    8  # of "a" and "a", at most: BERT 5, RoBERTa 6, a bi-encoder 6; the shortest template with an end 12
+)
+_TEMPLATE_TOKENS = 1024  # beside query and document, at most; a guess, only for whether to measure
+_CUTS_DOCUMENTS = (0, 20)  # vLLM's max_tokens_per_doc
+# vLLM 0.32, entrypoints/pooling/scoring: for models of text, and for jina-reranker-v3.
+_READS_TEXT_ONLY = re.compile("MultiModalParam is not supported|only supports text as input")
+
+
+@dataclass(slots=True)
+class Call:
+    """The scoring of some pairs.
+
+    Attributes:
+        exchange: Gets requests answered.
+        queries: One for all documents, or one each.
+        documents: At least one.
+        options: What requests say beside them.
+        api: What is asked.
+        fit: Whether to cut what is too long for the model. Where the server puts pairs into a template, documents are
+            cut at the tokens that template and query leave (``max_tokens_per_doc``): vLLM's own truncation would cut
+            the end of the prompt, where the score is read. Else the server cuts the longer of query and document.
+    """
+
+    exchange: Exchange
+    queries: Sequence[Prepared]
+    documents: Sequence[Prepared]
+    options: Options
+    api: API = "score"
+    fit: bool = False
+    _scores: list[float | None] = field(init=False)
+    _refusals: dict[int, BackendRejected] = field(default_factory=dict)
+    _accepted: set[bool] = field(default_factory=set)  # True: a request with an image; False: one with text only
+    _encoded: dict[int, Encoded] = field(default_factory=dict)  # by id of what stands in queries and documents
+
+    def __post_init__(self) -> None:
+        self._scores = [None] * len(self.documents)
+
+    def score(self) -> Steps[list[float]]:
+        """Score each document, in order; NaN where the server gave no finite score.
+
+        Raises:
+            DocumentRejected: The server takes the request, but not with these documents.
+            BackendError, ConfigError: As the exchange raises them.
+        """
+        limits = yield from self._document_limits()
+        chunks = deque(self._chunks(limits))
+        yield from self._side_by_side(chunks, lambda chunk: self._score_chunk(chunk, limits[chunk[0]], chunks))
+        if self._refusals:
+            raise self._rejected()
+        return [score for score in self._scores if score is not None]
+
+    def _side_by_side(self, work: deque[list[int]], do: Callable[[list[int]], Steps[None]]) -> Steps[None]:
+        """Do all work, also what is added to it meanwhile, as much at once as is allowed."""
+
+        def branch() -> Steps[None]:
+            while work:
+                yield from do(work.popleft())
+
+        count = min(len(work), self.exchange.rules.max_concurrency)
+        if count == 1:
+            yield from branch()
+        else:
+            yield Together([branch() for _ in range(count)])
+
+    def _chunks(self, limits: Sequence[int | None]) -> list[list[int]]:
+        """Cut the call into requests, each the positions of its pairs: not too many or too large, all cut alike.
+
+        Those of one query go together where it can be sent once instead of for each document: in a rerank API, and with
+        an image in it. What the server has to fetch goes alone: the others don't wait for it, nor fail with it.
+        """
+        groups: dict[object, list[int]] = {}
+        for position, limit in enumerate(limits):
+            query, document = self._query(position), self.documents[position]
+            alone = query if self.api == "rerank" or isinstance(query, Multimodal) else None
+            multimodal = self._text_limits(query, document) if self._is_multimodal(position) else None
+            groups.setdefault((limit, alone, multimodal), []).append(position)
+        chunks: list[list[int]] = []
+        for group in groups.values():
+            size = MAX_BYTES + 1  # so that a chunk is begun
+            for position in group:
+                more = _size(self.documents[position]) + (0 if len(self.queries) == 1 else _size(self._query(position)))
+                fetched = not isinstance(self.documents[position], str) and bool(_links([self.documents[position]]))
+                full = size + more > MAX_BYTES or len(chunks[-1]) == self.exchange.rules.chunk_size
+                if full or fetched:
+                    chunks.append([])
+                    size = 0
+                chunks[-1].append(position)
+                size = MAX_BYTES + 1 if fetched else size + more
+        return chunks
+
+    def _score_chunk(self, chunk: list[int], limit: int | None, chunks: deque[list[int]]) -> Steps[None]:
+        """Score a chunk; one that is refused goes back in halves, until it is known which documents are to blame.
+
+        One rejected document of 32 costs 11 requests more, or 12 where nothing was accepted before.
+        """
+        one = len(self.queries) == 1 or self.api == "rerank" or isinstance(self._query(chunk[0]), Multimodal)
+        queries = [self._query(position) for position in (chunk[:1] if one else chunk)]
+        documents = [self.documents[position] for position in chunk]
+        options = self.options if limit is None else replace(self.options, max_tokens_per_doc=limit)
+        if self._is_multimodal(chunk[0]):
+            options = self._untruncated(queries[0], documents[0])
+        try:
+            answer = yield from self._ask(queries, documents, options, positions=chunk)
+        except (BackendRejected, BackendUnavailable) as error:
+            for link in _links([*queries, *documents]):  # vLLM quotes an address that it can't fetch
+                error.message = hidden(error.message, link.url)
+            error.args = (error.message,)
+            if self._is_multimodal(chunk[0]):
+                self._explain(error)
+            blamed = yield from self._blames_documents(error, queries, documents)
+            if not blamed or isinstance(error, BackendUnavailable):
+                raise
+            if len(chunk) == 1:
+                self._refusals[chunk[0]] = error
+                self._encoded.pop(id(documents[0]), None)
+                return
+            # By length: over-long documents end up in the same half. Those to blame are found with fewer requests.
+            chunk.sort(key=lambda position: _size(self.documents[position]))
+            middle = len(chunk) // 2
+            chunks.extendleft([chunk[middle:], chunk[:middle]])
+            return
+        self._accepted.add(_has_image(documents))
+        for position, score in zip(chunk, answer.scores, strict=True):
+            self._scores[position] = score
+            self._encoded.pop(id(self.documents[position]), None)
+
+    def _explain(self, error: BackendRejected | BackendUnavailable) -> None:
+        """Give an error that concerns an image the remedy that fits; ContentError for a model that reads text only."""
+        if _READS_TEXT_ONLY.search(error.message):
+            raise text_only(self.exchange.model_name, self.queries, self.documents) from error
+        if re.search("maximum (context|model) length", error.message):
+            error.remedy = (
+                "The text beside an image is cut only by max_tokens_per_doc=; or scale it down (max_pixels=)."
+            )
+        elif (
+            error.status == 500
+        ):  # vLLM's answer to an address out of reach, and to images that its model can't take in
+            error.remedy = "Can the server reach its url, and does the model take in images of that shape?"
+
+    def _blames_documents(
+        self,
+        error: BackendRejected | BackendUnavailable,
+        queries: Sequence[Prepared],
+        documents: Sequence[Prepared],
+    ) -> Steps[bool]:
+        """Find out whether a request may have been refused for single documents, not for all of it.
+
+        A server that fails (500) at any image, also at a blank one, fails as a whole.
+        """
+        with_image = _has_image(documents) or (len(self.queries) > 1 and _has_image(queries))
+        if isinstance(error, BackendRejected):
+            if error.status not in (400, 413, 422):
+                return False
+            return error.status == 413 or (yield from self._accepts_harmless(with_image))
+        if error.status == 500 and with_image:
+            try:
+                error.whole = not (yield from self._accepts_harmless(with_image))
+            except BackendUnavailable:
+                error.whole = True
+        return False
+
+    def _accepts_harmless(self, with_image: bool) -> Steps[bool]:
+        """Find out whether the server takes a request like ours with a document that can't be to blame."""
+        if with_image not in self._accepted:
+            query = self.queries[0] if len(self.queries) == 1 else NEUTRAL
+            document = NEUTRAL_IMAGE if with_image else NEUTRAL
+            options = self.options
+            if with_image or isinstance(query, Multimodal):
+                options = self._untruncated(query, document)
+            try:
+                yield from self._ask([query], [document], options, takes_turn=False)
+            except BackendRejected:
+                return with_image in self._accepted  # another branch may know better by now
+            self._accepted.add(with_image)
+        return True
+
+    def _rejected(self) -> DocumentRejected:
+        """Make the error for documents that can't be scored, with the scores of the others."""
+        indices = sorted(self._refusals)
+        first = self._refusals[indices[0]]
+        several = f" and {len(indices) - 1} more" if len(indices) > 1 else ""
+        error = self.exchange.error(
+            DocumentRejected, f"documents[{indices[0]}]{several} rejected: {first.message}", first.remedy
+        )
+        error.indices, error.scores, error.status = tuple(indices), tuple(self._scores), first.status
+        error.reason, error.endpoint = first.message, first.endpoint
+        error.__cause__ = first
+        return error
+
+    def _document_limits(self) -> Steps[list[int | None]]:
+        """Find at how many tokens to cut the document of each pair; None where it is not to be cut so."""
+        limits: list[int | None] = [None] * len(self.documents)
+        if not self.fit:
+            return limits
+        facts = yield from self.exchange.describe()
+        if self.api == "rerank" and facts.version is None:
+            return limits  # no vLLM server, as it seems: others may stumble over a field of vLLM's
+        long = [position for position in range(len(limits)) if self._may_be_long(position, facts.window)]
+        if not long or not (yield from self._has_template(facts)):
+            self.options = replace(self.options, truncate_prompt_tokens=-1)
+            return limits
+        window, given = facts.window, self.options.max_tokens_per_doc
+        if window is None or (facts.version is not None and facts.version < _CUTS_DOCUMENTS):
+            return limits
+        left: dict[Prepared, int | None] = {}  # by each query, for a document
+        queries = deque([position] for position in {self._query(position): position for position in long}.values())
+
+        def measure(chunk: list[int]) -> Steps[None]:
+            query = self._query(chunk[0])
+            try:
+                left[query] = yield from self._left_by(query, window)
+            except BackendRejected:
+                if len(self.queries) == 1:
+                    raise
+                left[query] = None  # the server will say so of this query's pairs, and score the others
+
+        yield from self._side_by_side(queries, measure)
+        for position in range(len(limits)):
+            limit = None if self._is_multimodal(position) else left.get(self._query(position))
+            limits[position] = limit if given is None or limit is None else min(limit, given)
+        return limits
+
+    def _may_be_long(self, position: int, window: int | None) -> bool:
+        """Tell whether a pair is to be cut, and could have more tokens than the model reads.
+
+        No tokenizer makes more tokens than bytes.
+        """
+        query, document = self._query(position), self.documents[position]
+        if not (isinstance(query, str) and isinstance(document, str)):
+            return False
+        if window is None:
+            return True
+        size = sum(len(text.encode()) for text in (query, document, self.options.instruction or ""))
+        return size + _TEMPLATE_TOKENS > window
+
+    def _has_template(self, facts: ServerFacts) -> Steps[bool]:
+        """Find out whether the server puts pairs into a template: it shows in the number of tokens that it reads."""
+        if facts.has_template is not None:
+            return facts.has_template
+        answer = yield from self._ask([NEUTRAL], [NEUTRAL], self.options, takes_turn=False)
+        has_template = (answer.prompt_tokens or 0) > PLAIN_PAIR_TOKENS
+        self.exchange.servers.remember(has_template=has_template)
+        return has_template
+
+    def _left_by(self, query: Prepared, window: int) -> Steps[int | None]:
+        """Measure the tokens that template and query leave for a document."""
+        cause = None
+        try:
+            tokens = (yield from self._ask([query], [NEUTRAL], self.options, takes_turn=False)).prompt_tokens
+        except BackendRejected as refusal:
+            if "maximum context length" not in refusal.message:
+                raise
+            cause, tokens = refusal, window
+        if tokens is None or tokens < window:
+            return None if tokens is None else window - tokens
+        error = self.exchange.error(
+            BackendRejected,
+            f"a query and its template leave no token for a document of the {window} that the model reads",
+            "Shorten the query or instruction, or set max_tokens_per_query.",
+        )
+        error.whole = True
+        raise error from cause
+
+    def _ask(
+        self,
+        queries: Sequence[Prepared],
+        documents: Sequence[Prepared],
+        options: Options,
+        *,
+        positions: Sequence[int] = (0,),
+        takes_turn: bool = True,
+    ) -> Steps[Answer]:
+        """Get one request answered. `positions` are the documents' among the caller's."""
+        asked, sent = [self._sent(query) for query in queries], [self._sent(document) for document in documents]
+        answer = yield from self.exchange.ask(
+            lambda facts, request_id: scoring_request(self.api, facts, asked, sent, options, request_id),
+            lambda body: read_answer(self.api, body, positions),
+            takes_turn=takes_turn,
+        )
+        return answer
+
+    def _sent(self, value: Prepared) -> Sent:
+        """Encode what is more than text, once; it is kept until it has its score."""
+        if isinstance(value, str):
+            return value
+        if id(value) not in self._encoded:
+            self._encoded[id(value)] = Encoded.of(value)
+        return self._encoded[id(value)]
+
+    def _untruncated(self, query: Prepared, document: Prepared) -> Options:
+        """Make the options for a pair with an image in it."""
+        of_query, of_document = self._text_limits(query, document)
+        return replace(
+            self.options,
+            truncate_prompt_tokens=None,
+            max_tokens_per_query=of_query,
+            max_tokens_per_doc=of_document,
+        )
+
+    def _text_limits(self, query: Prepared, document: Prepared) -> tuple[int | None, int | None]:
+        """Find at how many tokens to cut the text of each side of a pair with an image in it."""
+
+        def safe(limit: int | None, value: Prepared) -> int | None:
+            images = 0 if isinstance(value, str) else sum(not isinstance(part, str) for part in value.parts)
+            return None if limit is None or limit < IMAGE_TOKENS * images else limit
+
+        return safe(self.options.max_tokens_per_query, query), safe(self.options.max_tokens_per_doc, document)
+
+    def _is_multimodal(self, position: int) -> bool:
+        return isinstance(self._query(position), Multimodal) or isinstance(self.documents[position], Multimodal)
+
+    def _query(self, position: int) -> Prepared:
+        return self.queries[0 if len(self.queries) == 1 else position]
+
+
+def _size(value: Prepared) -> int:
+    """Estimate how many bytes it takes in a request."""
+    return len(value) if isinstance(value, str) else value.size
+
+
+def _links(inputs: Sequence[Prepared]) -> list[Link]:
+    """List what the server has to fetch."""
+    return [part for each in inputs if isinstance(each, Multimodal) for part in each.parts if isinstance(part, Link)]
+
+
+def _has_image(inputs: Sequence[Prepared]) -> bool:
+    """Tell whether there is an image in any of them; videos don't count."""
+    parts = [part for each in inputs if isinstance(each, Multimodal) for part in each.parts]
+    return any(
+        not isinstance(part, str | Link) or (isinstance(part, Link) and part.kind == "image_url") for part in parts
+    )

@@ -1,0 +1,160 @@
+"""What `VLLMScorer` and `rag_rerank.check` both hold: servers, connections, rules and options, and ways to ask."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+from rag_rerank.errors import ConfigError, ContentError
+from rag_rerank.inputs.multimodal import Prepared
+from rag_rerank.template import Halves, Template
+from rag_rerank.vllm.call import PLAIN_PAIR_TOKENS, Call
+from rag_rerank.vllm.exchange import Exchange, Rules
+from rag_rerank.vllm.servers import Servers
+from rag_rerank.vllm.steps import Failure, Send, Steps
+from rag_rerank.vllm.transport import Transport
+from rag_rerank.vllm.wire import (
+    API,
+    SINCE,
+    Answer,
+    Card,
+    Options,
+    Reply,
+    Request,
+    ServerFacts,
+    Version,
+    error_text,
+    read_answer,
+    read_models,
+    read_version,
+    scoring_request,
+)
+
+__all__ = ["Answer", "Card", "Client", "Failure", "Reply", "Request", "ServerFacts", "Servers", "Transport", "Version"]
+__all__ += ["PLAIN_PAIR_TOKENS", "SINCE", "error_text", "read_models", "read_version"]
+
+
+@dataclass(frozen=True, slots=True)
+class Client:
+    """How requests are made, where they go and how: a value, of which `dataclasses.replace` makes variants.
+
+    Attributes:
+        servers: Where requests go, and what is known of them.
+        transport: The connections, which variants share.
+        rules: How requests go.
+        options: What requests say beside query and document.
+        api: Which API is asked.
+        model: The name to ask for; None takes the only one that is served.
+        fit: Whether to cut what is too long for the model.
+        template: To be rendered here, and its variables; None leaves both to the server.
+        variables: Of the template; one is its ``instruction``.
+        prompts: Text to put before each query and each document.
+        timeout: Seconds that a call may take.
+    """
+
+    servers: Servers
+    transport: Transport
+    rules: Rules
+    options: Options
+    api: API
+    model: str | None
+    fit: bool
+    template: Template | None
+    variables: dict[str, Any]
+    prompts: tuple[str | None, str | None]
+    timeout: float
+    _halves: dict[str | None, Halves] = field(default_factory=dict)  # by instruction; to split takes 0.2 ms
+
+    def __post_init__(self) -> None:
+        self.halves()  # a template that can't be used is told at once
+
+    def halves(self, instruction: str | None = None) -> Halves | None:
+        """Split the template, with its variables in it and a call's own instruction; None where it isn't rendered here.
+
+        Raises:
+            ConfigError: It can't be split, or has no place for an instruction.
+        """
+        halves = self._halves.get(instruction)
+        if halves is None and self.template is not None:
+            variables = self.variables if instruction is None else self.variables | {"instruction": instruction}
+            if variables["instruction"] is not None and not self.template.takes("instruction"):
+                raise ConfigError(f"the template {self.template.name!r} has no place for an instruction")
+            if len(self._halves) >= 64:
+                self._halves.clear()
+            self._halves[instruction] = halves = self.template.split(variables)
+        return halves
+
+    def call(
+        self,
+        queries: Sequence[Prepared],
+        documents: Sequence[Prepared],
+        until: float | None,
+        instruction: str | None = None,
+    ) -> Steps[list[float]]:
+        """Make the steps of a call, see `Scorer._score`; a score that is not finite stays in its place.
+
+        Raises:
+            ContentError: An image beside a template or prompt: vLLM puts images before all text.
+        """
+        options = self.options
+        queries = _prefixed("query", self.prompts[0], queries)
+        documents = _prefixed("document", self.prompts[1], documents)
+        halves = self.halves(instruction)
+        if halves is not None:
+            queries = [halves.of(_text(query), "")[0] for query in queries]
+            documents = [halves.of("", _text(document))[1] for document in documents]
+        elif instruction is not None:
+            options = replace(options, instruction=instruction)
+        return Call(self._exchange(until), queries, documents, options, self.api, self.fit).score()
+
+    def describe(self, until: float | None) -> ServerFacts:
+        """Learn what one of the servers tells about itself, asked once; waits."""
+        return self.transport.run(self._exchange(until).describe(), until)
+
+    def ask(self, query: str, document: str, until: float | None) -> Answer:
+        """Get one pair scored as it is, with no prompt or template around it; waits."""
+        steps = self._exchange(until).ask(partial(self._request, query, document), self.read)
+        return self.transport.run(steps, until)
+
+    def request(self, query: str, document: str, request_id: str) -> Request:
+        """Make the request of `ask`, for `send`, to a server that is known already."""
+        return self._request(query, document, self.servers.facts or ServerFacts(None, self.model or ""), request_id)
+
+    def read(self, body: bytes) -> Answer:
+        """Read the answer to such a request; raises BadReply."""
+        return read_answer(self.api, body, [0])
+
+    def send(self, request: Request) -> Reply | Failure:
+        """Send one request to the first server, once, and take whatever comes; waits."""
+
+        def once() -> Steps[Reply | Failure]:
+            connect_timeout = min(self.rules.connect_timeout, self.timeout)
+            outcome: Reply | Failure = yield Send(
+                self.servers.endpoints[0], request, self.timeout, connect_timeout, lambda _: True
+            )
+            return outcome
+
+        return self.transport.run(once())
+
+    def _request(self, query: str, document: str, facts: ServerFacts, request_id: str) -> Request:
+        return scoring_request(self.api, facts, [query], [document], self.options, request_id)
+
+    def _exchange(self, until: float | None) -> Exchange:
+        return Exchange(self.servers, self.rules, until=until, model=self.model)
+
+
+def _text(value: Prepared) -> str:
+    if isinstance(value, str):
+        return value
+    raise ContentError(
+        "an image has no place in a template that is rendered here (template=): give it to the server, --chat-template"
+    )
+
+
+def _prefixed(name: str, prompt: str | None, inputs: Sequence[Prepared]) -> Sequence[Prepared]:
+    """Put the prompt before each text."""
+    if not prompt:
+        return inputs
+    if not all(isinstance(each, str) for each in inputs):
+        raise ContentError(f"an image can't follow a {name}_prompt: vLLM puts it before all text")
+    return [f"{prompt}{each}" for each in inputs]
