@@ -147,12 +147,12 @@ class TestOnAServer:
     """VLLMScorer with a real vLLM server in float32."""
 
     def test_the_same_scores(self, vllm_released: VLLMServer, texts: Pairs, ours: list[float]):
-        with VLLMScorer(vllm_released.base_url) as remote:
+        with VLLMScorer(vllm_released.base_url, timeout=600) as remote:
             assert largest_difference(ours, remote.score(*texts)) <= TOLERANCE
 
     def test_the_same_scores_awaited(self, vllm_released: VLLMServer, texts: Pairs, ours: list[float]):
         async def ask() -> list[float]:
-            async with VLLMScorer(vllm_released.base_url) as scorer:
+            async with VLLMScorer(vllm_released.base_url, timeout=600) as scorer:
                 return await scorer.ascore(*texts)
 
         assert largest_difference(ours, asyncio.run(ask())) <= TOLERANCE
@@ -189,6 +189,6 @@ class TestThroughTheFrameworks:
             assert largest_difference(ours[:DEPTH], scores) <= TOLERANCE
 
     def test_on_a_server(self, adapter, vllm_released: VLLMServer, texts: Pairs, ours: list[float]):
-        with VLLMScorer(vllm_released.base_url) as remote:
+        with VLLMScorer(vllm_released.base_url, timeout=600) as remote:
             for scores in adapter(remote, texts[0][0], texts[1][:DEPTH]):
                 assert largest_difference(ours[:DEPTH], scores) <= TOLERANCE
