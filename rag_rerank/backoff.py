@@ -9,27 +9,23 @@ FIRST_REST, LONGEST_REST = 1.0, 30.0  # seconds
 
 
 class _State(NamedTuple):
-    failures: int = 0
-    rest: float = 0.0  # how long the latest rest is
+    rest: float = 0.0  # how long the latest rest is; 0 for what works
     ends: float = -math.inf
     on_trial: bool = False  # whether somebody has claimed it at the end of a rest and not told yet
-
-
-_WORKING = _State()
 
 
 class BackOff:
     """Remembers for one server or scorer whether it works, and keeps callers off it for a while after it failed.
 
     A failure begins a rest of 1 s; the next one after the rest doubles it, up to 30 s. Failures that come during a rest
-    are of calls that were under way already: they are counted and change nothing else. At the end of a rest one caller
-    gets to try (a half-open circuit breaker). If that one never tells, being cancelled for example, the next may try
-    after another rest as long.
+    change nothing: they are of calls that were under way already. At the end of a rest one caller gets to try (a
+    half-open circuit breaker). If that one never tells, being cancelled for example, the next may try after another
+    rest as long.
 
     Threads and forked processes may share one, without a lock: the state is one tuple that is replaced as a whole. Of
-    two threads at the same moment one may overwrite what the other wrote. Then a failure is not counted, two try where
-    one would do, or something that works is left alone for one more rest: all of it harmless, and put right by the next
-    call that tells. A pickle carries no state, for another process has another clock: what is unpickled starts fresh.
+    two threads at the same moment one may overwrite what the other wrote. Then two try where one would do, or something
+    that works is left alone for one more rest: harmless, and put right by the next call that tells. A pickle carries no
+    state, for another process has another clock.
 
     Args:
         clock: Seconds, never going back; replaced in tests.
@@ -37,12 +33,7 @@ class BackOff:
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
-        self._state = _WORKING
-
-    @property
-    def failures(self) -> int:
-        """How often it has failed since it last worked."""
-        return self._state.failures
+        self._state = _State()
 
     @property
     def rest_ends(self) -> float:
@@ -55,33 +46,28 @@ class BackOff:
         return self._clock() < self._state.ends
 
     def claim(self) -> bool:
-        """Whether the caller may try it now; whoever does tells by `failed` or `worked`.
+        """Ask whether the caller may try it now; whoever does tells by `failed` or `worked`.
 
         Always True for what works. At the end of a rest True for one caller: it begins the same rest anew for the
         others.
         """
-        state = self._state
-        if state.failures == 0:
-            return True
-        now = self._clock()
+        state, now = self._state, self._clock()
         if now < state.ends:
             return False
-        self._state = state._replace(ends=now + state.rest, on_trial=True)
+        if state.rest:
+            self._state = state._replace(ends=now + state.rest, on_trial=True)
         return True
 
     def failed(self) -> None:
         """Tell that it failed."""
         state, now = self._state, self._clock()
-        rest, ends = state.rest, state.ends
-        # A trial rests by the clock, but its failure is news.
-        if state.on_trial or now >= ends:
-            rest = min(LONGEST_REST, max(FIRST_REST, 2 * rest))
-            ends = now + rest
-        self._state = _State(state.failures + 1, rest, ends)
+        if state.on_trial or now >= state.ends:  # a trial rests by the clock, but its failure is news
+            rest = min(LONGEST_REST, max(FIRST_REST, 2 * state.rest))
+            self._state = _State(rest, now + rest)
 
     def worked(self) -> None:
         """Tell that it worked: all failures are forgotten."""
-        self._state = _WORKING
+        self._state = _State()
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), ()

@@ -24,6 +24,7 @@ from transformers.modeling_layers import GenericForSequenceClassification
 
 from rag_rerank.errors import ConfigError
 from rag_rerank.local.checkpoint.checkpoint import check_exists
+from rag_rerank.local.checkpoint.fingerprint import TOKENIZER_FILES
 from rag_rerank.local.models.decoder import token_ids
 
 Method = Literal["two-token", "single-token"]
@@ -32,10 +33,6 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 _TOKENS = {"two-token": ("false", "true"), "single-token": ("true",)}
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _HEAD, _EMBEDDINGS, _SCORE = "lm_head.weight", "model.embed_tokens.weight", "score.weight"
-_TOKENIZER_FILES = (
-    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json"),
-    *("merges.txt", "vocab.txt", "tokenizer.model", "spiece.model", "chat_template.jinja"),
-)
 # What a language model's config may do to its logits after the output matrix: a classifier would not.
 _LOGIT_OPTIONS = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
 _DROPPED_ENTRIES = {
@@ -136,7 +133,7 @@ class _CausalModel:
             raise ConfigError(f"{name!r} has no {self.head}, or an lm_head.bias: a classifier has a weight and no bias")
 
     def score_weight(self, ids: Sequence[int]) -> torch.Tensor:
-        """The classifier's one row, in float32: the true token's, less the false token's if there is one."""
+        """Compute the classifier's one row, in float32: the true token's, less the false token's if there is one."""
         *false, true = [self._row(row).to(torch.float32) for row in ids]
         return true - false[0] if false else true
 
@@ -182,7 +179,7 @@ class _CausalModel:
 
     def write_tokenizer(self, out: Path, template: str | None) -> None:
         """Copy the tokenizer, with the score template as its template if there is one."""
-        for file in _TOKENIZER_FILES:
+        for file in TOKENIZER_FILES:
             if (self.folder / file).is_file():
                 shutil.copyfile(self.folder / file, out / file)
         if template is not None:
@@ -192,7 +189,7 @@ class _CausalModel:
                 _write_json(out / "tokenizer_config.json", settings)
 
     def _shards(self) -> list[str]:
-        """The weight files, in order; as in transformers, one file goes before an index."""
+        """List the weight files, in order; as in transformers, one file goes before an index."""
         index = {} if (self.folder / _WEIGHTS).is_file() else self._json(_INDEX)
         shards = sorted(set(index.get("weight_map", {}).values())) or [_WEIGHTS]
         outside = [shard for shard in shards if Path(shard).name != shard]
@@ -222,7 +219,7 @@ class _CausalModel:
 
 
 def _classifier(name: str, config: PreTrainedConfig) -> str:
-    """The classifier of the same architecture, if its score can be the causal model's logit."""
+    """Name the classifier of the same architecture, if its score can be the causal model's logit."""
     architecture = (config.architectures or ["(none)"])[0]
     if not architecture.endswith("ForCausalLM"):
         raise ConfigError(f"{name!r} is a {architecture}. Pass a *ForCausalLM; other rerankers need no conversion.")
@@ -243,7 +240,7 @@ def _folder(name: str, **source: Any) -> Path:
     if Path(name).is_dir():
         return Path(name)
     check_exists(name)
-    wanted = ["model*.safetensors", "*.json", *_TOKENIZER_FILES]
+    wanted = ["model*.safetensors", "*.json", *TOKENIZER_FILES]
     try:
         return Path(snapshot_download(name, allow_patterns=wanted, ignore_patterns=["*/*"], **source))
     except (OSError, ValueError) as error:

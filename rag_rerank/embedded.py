@@ -11,12 +11,12 @@ MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9d
 
 
 def collection_folder() -> Path:
-    """The Python FAQ collection: 647 documents, 170 questions, one right answer each (PSF License, see its folder)."""
+    """Locate the Python FAQ collection: 647 documents, 170 questions, one right answer each (PSF License)."""
     return Path(__file__).parent / "data" / "python_faq"
 
 
 def minilm_folder() -> Path:
-    """The folder of the embedded all-MiniLM-L6-v2, a bi-encoder of 22 million weights.
+    """Locate the folder of the embedded all-MiniLM-L6-v2, a bi-encoder of 22 million weights.
 
     Raises:
         ConfigError: Its package is not installed, or its weights are not the ones that we know.

@@ -167,15 +167,17 @@ def _outcomes(reply: Sequence[float] | RerankError, count: int) -> list[Outcome]
     """Read the outcomes off a reply; or give an error back that does not say whose fault it is."""
     if not isinstance(reply, RerankError):
         if len(reply) == count:
-            return [score if math.isfinite(score) else _not_finite(score) for score in map(float, reply)]
+            return [_finite(float(score)) for score in reply]
         wrong = BadReply(f"the back end gave {len(reply)} scores for {count} documents")
         return [wrong] * count  # its own fault whatever it is asked: not to be mended by asking for less
     if isinstance(reply, BackendError) and reply.indices and len(reply.scores) == count:
-        return [reply if score is None else score for score in reply.scores]
+        return [reply if score is None else _finite(score) for score in reply.scores]
     return reply
 
 
-def _not_finite(score: float) -> BadReply:
+def _finite(score: float) -> Outcome:
+    if math.isfinite(score):
+        return score
     remedy = 'Half precision may have overflowed: try dtype="float32".'
     error = BadReply(f"a document got the score {score}", remedy=remedy)
     error.reason = f"got the score {score}"

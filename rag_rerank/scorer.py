@@ -52,6 +52,7 @@ class Scorer(Closeable, ABC):
     _closed = False
     _default_deadline: float | None = None  # seconds for a call that names no deadline
     _max_waiting_calls: int | None = None  # how many may be unfinished at a time; None for any number
+    _facts_suffice = False  # to tell two scorers apart, so that `identity` scores no probes
     _locates_failures = False  # whether errors say for themselves which documents they concern
     _process = 0  # the process that `_start` was called in
     _unfinished: set[object]  # calls; a set, for adding and discarding need no lock, which a fork might leave locked
@@ -123,9 +124,11 @@ class Scorer(Closeable, ABC):
         Raises:
             ConfigError, BackendError: As `score`.
         """
-        queries, documents = zip(*PROBES, strict=True)
         until = self._begin(deadline, None)
-        probes = self.score(queries, documents, deadline=math.inf if until is None else until - time.monotonic())
+        probes: list[float] = []
+        if not self._facts_suffice:
+            queries, documents = zip(*PROBES, strict=True)
+            probes = self.score(queries, documents, deadline=math.inf if until is None else until - time.monotonic())
         return Identity(self._common_facts() | self._facts(until), probes)
 
     def _common_facts(self) -> dict[str, str]:

@@ -20,8 +20,8 @@ from transformers import (
 )
 
 from rag_rerank.local.models.late_interaction import LateInteraction, read_projection
-from rag_rerank.local.models.model import Pace
-from rag_rerank.local.transformer.transformer import over
+from rag_rerank.local.transformer.batching import Batching
+from rag_rerank.local.transformer.transformer import make_transformer
 from tests.models import MAX_LENGTH, widen, word_piece_tokenizer
 
 VECTOR_SIZE = 48
@@ -106,7 +106,7 @@ def load_late_interaction(
     config = folder / "1_Dense" / "config.json"
     dense = {"1_Dense": json.loads(config.read_text())} if config.exists() else {}
     projection = read_projection(folder.joinpath, dense)
-    transformer = over(model, tokenizer.pad_token_id, Pace(token_budget))
+    transformer = make_transformer(model, tokenizer.pad_token_id, Batching(token_budget))
     return LateInteraction(transformer, tokenizer, MAX_LENGTH, projection, normalize)
 
 

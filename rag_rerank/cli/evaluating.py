@@ -15,6 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 
 from rag_rerank.cli.options import DeviceOption, DtypeOption, KeyOverHTTPOption, make_scorer
 from rag_rerank.errors import BackendError, ConfigError
+from rag_rerank.isolation import NEUTRAL
 from rag_rerank.scorer import Scorer
 
 if TYPE_CHECKING:
@@ -51,10 +52,10 @@ def evaluate(
     dtype: DtypeOption = "auto",
     send_key_over_http: KeyOverHTTPOption = False,
 ) -> None:
-    """Does reranking help, how much, how sure is that, and what does depth pay?
+    """Measure whether reranking helps, how much, how sure that is, and what depth pays.
 
-    BM25, or your run, finds candidates, and each model reranks them. Scores are kept: an evaluation that was
-    interrupted goes on where it was, and the same one again is instant.
+    BM25, or your run, finds candidates, and each model reranks them. Scores are kept for each model and its settings:
+    an evaluation that was interrupted goes on where it was, and the same one again is instant.
 
     A run with its qrels, but without a folder and a model, is measured as it is.
     """
@@ -66,18 +67,18 @@ def evaluate(
         raise ConfigError(f"eval needs {error.name}: pip install 'rag-rerank[eval]'") from error
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     depths = tuple(depth or package.DEFAULT_DEPTHS)
-    collection, found = _collection(folder, run, qrels, max(depths), bare=not (model or base_url))
+    collection, candidates = _collection(folder, run, qrels, max(depths), bare=not (model or base_url))
     where: Path | bool = not no_cache if cache is None or no_cache else cache
     with ExitStack() as stack:
         stack.enter_context(_resumable(kept=where is not False))
         scorers: dict[str, Scorer] = {}
         if collection.documents:
             for name, scorer in _scorers(model, base_url, device, dtype, send_key_over_http):
-                scorers[_another(name, scorers)] = stack.enter_context(scorer)
+                scorers[_distinct(name, scorers)] = stack.enter_context(scorer)
         evaluation = package.evaluate(
             collection,
             scorers,
-            run=found,
+            run=candidates,
             first_stage=None if run is None else run.name,
             depths=depths,
             measures=measures.replace(",", " ").split(),
@@ -90,22 +91,22 @@ def evaluate(
 
 
 def _collection(folder: File, run: File, qrels: File, deepest: int, *, bare: bool) -> "tuple[Collection, Run | None]":
-    """What to evaluate, and what a first stage found; `bare` if nothing is reranked, so that no text is needed."""
+    """Read the collection and the run; `bare` if nothing is reranked, so that no text is needed."""
     from rag_rerank.embedded import collection_folder
     from rag_rerank.evaluation import Collection, read_judgments, read_run
 
-    found = None if run is None else read_run(run)
+    candidates = None if run is None else read_run(run)
     if folder is None and run is not None and qrels is not None:
         if not bare:
             raise ConfigError("to rerank the run, name the folder that has the texts: rag-rerank eval FOLDER --run ...")
         judgments = read_judgments(qrels)
-        return Collection({}, dict.fromkeys(judgments, ""), judgments, run.name), found
+        return Collection({}, dict.fromkeys(judgments, ""), judgments, run.name), candidates
     if folder is None and qrels is not None:
         raise ConfigError("judgments alone are not enough: name a collection's FOLDER, or a --run")
     documents = None
-    if found is not None:
-        documents = {document for ranking in found.values() for document in list(ranking)[:deepest]}
-    return Collection.load(folder or collection_folder(), qrels=qrels, documents=documents), found
+    if candidates is not None:
+        documents = {document for ranking in candidates.values() for document in list(ranking)[:deepest]}
+    return Collection.load(folder or collection_folder(), qrels=qrels, documents=documents), candidates
 
 
 def _scorers(
@@ -115,7 +116,7 @@ def _scorers(
     dtype: str,
     send_key_over_http: bool,
 ) -> Iterator[tuple[str, Scorer]]:
-    """(name, scorer) of each model and each server, which is asked at once: what does not answer fails now."""
+    """Yield (name, scorer) of each model and each server; a server that does not answer fails now."""
     if urls and not models and (device is not None or dtype != "auto"):
         raise ConfigError("--device and --dtype are for local models; a server has chosen its own")
     if not (models or urls):
@@ -127,48 +128,48 @@ def _scorers(
         yield name, make_scorer(model, None, None, None, device, dtype, logits=False)
     for url in urls or ():
         server = make_scorer(None, [url], None, None, None, "auto", False, send_key_over_http)
-        server.score("Are you there?", "Yes.")
+        server.score(NEUTRAL, NEUTRAL)
         yield f"{server.model_name} on {urlsplit(url).netloc.rpartition('@')[2]}", server
 
 
-def _another(name: str, names: "dict[str, Scorer]") -> str:
-    """`name`, with a number if there is one like it."""
+def _distinct(name: str, names: "dict[str, Scorer]") -> str:
+    """Add a number to `name` if there is one like it."""
     number = sum(other == name or other.startswith(f"{name} (") for other in names)
     return f"{name} ({number + 1})" if number else name
 
 
 @contextmanager
 def _bar() -> "Iterator[Callable[[str, int, int], None]]":
-    """A progress bar on stderr, and what moves it."""
+    """Show a progress bar on stderr; yield what moves it."""
     columns = TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
     tasks: dict[str, TaskID] = {}
     console = Console(stderr=True)
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
 
-        def tell(what: str, done: int, of: int) -> None:
-            if what not in tasks:
-                tasks[what] = bar.add_task(what, total=of)
-            bar.update(tasks[what], completed=done)
+        def report(task: str, done: int, total: int) -> None:
+            if task not in tasks:
+                tasks[task] = bar.add_task(task, total=total)
+            bar.update(tasks[task], completed=done)
 
-        yield tell
+        yield report
 
 
 @contextmanager
 def _resumable(*, kept: bool) -> Iterator[None]:
-    """Around what takes long: says what became of it where it ends early."""
-    comfort = "What was scored is kept: the same command goes on from there." if kept else "Nothing was kept."
+    """Say what became of the scores where scoring ends early."""
+    outcome = "What was scored is kept: the same command goes on from there." if kept else "Nothing was kept."
     try:
         yield
     except KeyboardInterrupt:
-        typer.echo(f"Interrupted. {comfort}", err=True)
+        typer.echo(f"Interrupted. {outcome}", err=True)
         raise typer.Exit(_INTERRUPTED) from None
     except BackendError:
-        typer.echo(comfort, err=True)
+        typer.echo(outcome, err=True)
         raise
 
 
 def _check_files(as_json: File, trec_run: File, html: File) -> None:
-    """ConfigError, before hours of scoring, for what could not be written after them."""
+    """Refuse, before hours of scoring, a file that could not be written after them, with a ConfigError."""
     for path in (as_json, trec_run, html):
         if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
             raise ConfigError(f"{path} can't be written: {'it is a' if path.is_dir() else 'there is no such'} folder")
@@ -177,7 +178,7 @@ def _check_files(as_json: File, trec_run: File, html: File) -> None:
 
 
 def _write(evaluation: "Evaluation", as_json: File, trec_run: File, html: File) -> None:
-    """All files that were asked for; a run for each of several rerankers, with its name in the file's."""
+    """Write the files; a run for each of several rerankers, with its name in the file's."""
     from rag_rerank.evaluation import write_run
 
     if as_json is not None:

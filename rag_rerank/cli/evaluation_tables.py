@@ -1,4 +1,4 @@
-"""What ``rag-rerank eval`` shows in a terminal."""
+"""The tables of ``rag-rerank eval`` in a terminal."""
 
 from rich import box
 from rich.console import Console
@@ -14,7 +14,7 @@ _INTERVAL = f"{round(100 * CONFIDENCE)} % interval"
 
 
 def show(evaluation: Evaluation, console: Console) -> None:
-    """Verdict, measures and depths of each reranker; then each two compared."""
+    """Print verdict, measures and depths of each reranker; then each two compared."""
     collection = evaluation.collection
     documents = f"{len(collection.documents):,} documents, " if evaluation.retrieval is not None else ""
     console.print(
@@ -34,7 +34,7 @@ def show(evaluation: Evaluation, console: Console) -> None:
 
 
 def _verdict(evaluation: Evaluation, system: System) -> str:
-    """Whether it helps, by the first measure at the deepest depth."""
+    """Say whether it helps, by the first measure at the deepest depth."""
     comparison = system.deepest.gains[evaluation.measure]
     mark, colour = _MARKS[comparison.verdict]
     word = "makes " + comparison.verdict if comparison.verdict == "no clear difference" else comparison.verdict
@@ -45,7 +45,7 @@ def _verdict(evaluation: Evaluation, system: System) -> str:
 
 
 def _table(*columns: str) -> Table:
-    """Figures, with text in the first column."""
+    """Make a table of figures, with text in the first column."""
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)  # 80 columns wide
     for number, column in enumerate(columns):
         table.add_column(column, justify="right" if number else "left", no_wrap=True)
@@ -77,7 +77,7 @@ def _measures(evaluation: Evaluation, system: System) -> Table:
 
 
 def _first_stage(evaluation: Evaluation) -> Table:
-    """And what it could be, if the judgments themselves ordered its first 10, 20, ... candidates."""
+    """Show its measures, and what they could be if the judgments ordered its first 10, 20, ... candidates."""
     table = _table("", "as it is", *(f"at best, {depth}" for depth in evaluation.depths))
     for name in evaluation.measures:
         values = evaluation.before[name], *(evaluation.ceilings[depth][name] for depth in evaluation.depths)
@@ -86,7 +86,7 @@ def _first_stage(evaluation: Evaluation) -> Table:
 
 
 def _depths(evaluation: Evaluation, system: System) -> Table:
-    """What depth pays, and what it costs."""
+    """Show how much each depth gains, and how long it takes."""
     measure = evaluation.measure
     table = _table("depth", measure, "at best", "change", _INTERVAL, "p50 ms", "p95 ms", "pairs/s")
     for level in system.levels:
@@ -100,13 +100,13 @@ def _depths(evaluation: Evaluation, system: System) -> Table:
 
 
 def _remarks(evaluation: Evaluation, system: System) -> str:
-    """What follows from it, and where the scores are from."""
+    """Say what follows from the figures, and where the scores are from."""
     remarks = [f"{system.pairs_scored:,} pairs scored, {system.pairs_cached:,} from the cache."]
     comparison, enough = system.deepest.gains[evaluation.measure], system.enough(evaluation.measure)
     if comparison.verdict == "helps" and enough.depth < system.deepest.depth:
         remarks.insert(0, f"{enough.depth} candidates are enough: {system.deepest.depth} are not clearly better.")
     if system.rejected:
-        remarks.append(f"The server refused {system.rejected:,} documents; they are ranked last.")
+        remarks.append(f"{system.rejected:,} documents could not be scored; they are ranked last.")
     return f"{' '.join(remarks)}\n"
 
 

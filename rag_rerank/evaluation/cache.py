@@ -1,13 +1,13 @@
-"""Scores that are known already: one sqlite file for each scorer, keyed by the texts of query and document.
+"""The score cache: one sqlite file, keyed by the scorer and the texts of query and document.
 
-Several processes may use one file at once, and a process that is killed leaves it whole, with all in it that it had
+Several processes may use it at once, and a process that is killed leaves it whole, with all in it that it had
 scored.
 """
 
 import hashlib
 import json
+import logging
 import os
-import re
 import sqlite3
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -15,26 +15,30 @@ from pathlib import Path
 from typing import Self
 
 from rag_rerank.errors import ConfigError
-from rag_rerank.evaluation.identity import Identity
+from rag_rerank.identity import Identity
 
-_FORMAT = 1
-_PATIENCE = 60.0  # seconds to wait for another process that is writing
-_KEYS_AT_A_TIME = 500  # sqlite before 3.32 takes 999
+_LOCK_TIMEOUT = 60.0  # seconds to wait for another process that is writing
+_KEYS_PER_QUERY = 500  # sqlite before 3.32 takes 999
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS scores (pair BLOB PRIMARY KEY, score REAL NOT NULL) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS times (call BLOB PRIMARY KEY, seconds REAL NOT NULL) WITHOUT ROWID;
-CREATE TABLE IF NOT EXISTS about (name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS scorers (number INTEGER PRIMARY KEY, model TEXT NOT NULL, identity TEXT NOT NULL);
 """
+
+logger = logging.getLogger(__name__)
 
 
 def default_folder() -> Path:
-    """``rag_rerank`` in ``$XDG_CACHE_HOME``, else in ``~/.cache``."""
+    """Name ``rag_rerank`` in ``$XDG_CACHE_HOME``, else in ``~/.cache``."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rag_rerank"
 
 
 class ScoreCache:
-    """Scores of one scorer, and how long its calls took.
+    """The scores of one scorer, and how long its calls took.
+
+    Scorers that differ in anything that `Identity` compares never see scores of each other. Where a scorer is new, one
+    logged warning says in what it differs from the last one with the model's name.
 
     Args:
         folder: Where the file is, or is to be made.
@@ -45,76 +49,80 @@ class ScoreCache:
     """
 
     def __init__(self, folder: str | Path, identity: Identity) -> None:
-        text = f"{_FORMAT} {identity.text()}"
-        slug = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(identity.model).name)[:60] or "scorer"
-        self.path = (
-            Path(folder) / f"{slug}-{hashlib.sha256(text.encode('utf-8', 'surrogatepass')).hexdigest()[:16]}.sqlite"
-        )
+        self.path = Path(folder) / "scores.sqlite"
         self._place = identity.place
         with self._explained():
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._database = sqlite3.connect(self.path, timeout=_PATIENCE, isolation_level=None)
+            self._database = sqlite3.connect(self.path, timeout=_LOCK_TIMEOUT, isolation_level=None)
             try:
                 self._database.executescript(_SCHEMA)
-                self._database.execute("INSERT OR IGNORE INTO about VALUES ('scorer', ?)", (identity.text(),))
-            except sqlite3.Error:
+                with self._transaction():
+                    self._check_size()
+                    self._salt = self._register(identity)
+            except BaseException:
                 self._database.close()
                 raise
 
+    def _check_size(self) -> None:
+        """Refuse a file that was cut within a page: sqlite reads zeros for what is missing, a score among them."""
+        (page_size,) = self._database.execute("PRAGMA page_size").fetchone()
+        if self.path.stat().st_size % page_size:
+            raise sqlite3.DatabaseError("it was cut off")
+
+    def _register(self, identity: Identity) -> bytes:
+        """Find the scorer among those that have scores here, or add it; its keys are hashed with what this returns.
+
+        So they are lost with its entry, where a damaged file has lost that, and are never taken for another's.
+        """
+        model, text = identity.facts.get("model", ""), json.dumps(identity.to_dict())
+        entries = self._database.execute("SELECT identity FROM scorers WHERE model = ? ORDER BY number", (model,))
+        known = {entry: Identity.from_dict(json.loads(entry)) for (entry,) in entries}
+        # Probes are compared within rounding, so that no hash of the identity finds the entry.
+        same = next((entry for entry, other in known.items() if not identity.differences(other)), None)
+        if same is None:
+            self._database.execute("INSERT INTO scorers (model, identity) VALUES (?, ?)", (model, text))
+            for other in list(known.values())[-1:]:
+                changes = "; ".join(identity.differences(other))
+                logger.warning("%s is not the scorer whose scores are cached; scored anew: %s", model, changes)
+        return hashlib.sha256((same or text).encode()).digest()
+
     def scores(self, query: str, documents: Sequence[str]) -> list[float | None]:
-        """The score of each document, None where it is not known."""
-        keys = [_key(query, document) for document in documents]
+        """Look up the score of each document, None where it is not known."""
+        keys = [_key(self._salt, query, document) for document in documents]
         known = self._look_up("SELECT pair, score FROM scores WHERE pair IN ({})", keys)
         return [known.get(key) for key in keys]
 
     def seconds(self, query: str, calls: Sequence[Sequence[str]]) -> list[float | None]:
-        """How long scoring each of the lists of documents in one call once took in this place, None if it never was."""
-        keys = [_key(self._place, query, *documents) for documents in calls]
+        """Look up how long a call with each of these lists of documents took in this place, None if there was none."""
+        keys = [_key(self._salt, self._place, query, *documents) for documents in calls]
         known = self._look_up("SELECT call, seconds FROM times WHERE call IN ({})", keys)
         return [known.get(key) for key in keys]
 
     def _look_up(self, statement: str, keys: Sequence[bytes]) -> dict[bytes, float]:
-        found: dict[bytes, float] = {}
+        values: dict[bytes, float] = {}
         with self._explained():
-            for start in range(0, len(keys), _KEYS_AT_A_TIME):
-                part = keys[start : start + _KEYS_AT_A_TIME]
-                found.update(self._database.execute(statement.format(",".join("?" * len(part))), part))
-        return found
+            for start in range(0, len(keys), _KEYS_PER_QUERY):
+                part = keys[start : start + _KEYS_PER_QUERY]
+                values.update(self._database.execute(statement.format(",".join("?" * len(part))), part))
+        return values
 
     def keep(
         self, query: str, documents: Sequence[str], scores: Sequence[float | None], seconds: float | None = None
     ) -> None:
         """Write scores, but not None; and the time of the call, if it was one that is worth comparing.
 
-        At once, in a transaction of its own, so that nothing is ever scored twice: 1.7 ms for 100 scores.
+        At once, in a transaction of its own, so that a kill loses one call: 1.7 ms for 100 scores.
         """
-        new = [(_key(query, text), score) for text, score in zip(documents, scores, strict=True) if score is not None]
+        new = [
+            (_key(self._salt, query, text), score)
+            for text, score in zip(documents, scores, strict=True)
+            if score is not None
+        ]
         with self._explained(), self._transaction():
             self._database.executemany("INSERT OR REPLACE INTO scores VALUES (?, ?)", new)
             if seconds is not None:
-                call = _key(self._place, query, *documents)
+                call = _key(self._salt, self._place, query, *documents)
                 self._database.execute("INSERT OR REPLACE INTO times VALUES (?, ?)", (call, seconds))
-
-    def verify(self, probe: Sequence[float]) -> bool:
-        """Whether the scorer still scores as it did; if not, all that is known of it is forgotten.
-
-        Args:
-            probe: What it now gives for pairs that are always the same. They may differ by 0.01, or 1 %, as scores of
-                half precision do.
-        """
-        with self._explained(), self._transaction():
-            row = self._database.execute("SELECT value FROM about WHERE name = 'probe'").fetchone()
-            before = [] if row is None else json.loads(row[0])
-            same = row is None or (
-                len(before) == len(probe)
-                and all(abs(new - old) <= 0.01 * max(1.0, abs(old)) for new, old in zip(probe, before, strict=True))
-            )
-            if not same:
-                self._database.execute("DELETE FROM scores")
-                self._database.execute("DELETE FROM times")
-            if row is None or not same:
-                self._database.execute("INSERT OR REPLACE INTO about VALUES ('probe', ?)", (json.dumps(list(probe)),))
-        return same
 
     def close(self) -> None:
         """Close the file."""
@@ -140,15 +148,16 @@ class ScoreCache:
     def _explained(self) -> Iterator[None]:
         try:
             yield
-        except (sqlite3.Error, OSError) as error:
+        except (sqlite3.Error, OSError, ValueError, KeyError) as error:  # the latter two: of an entry that is damaged
             raise ConfigError(
-                f"the cache {self.path} can't be used: {error}. Delete the file, name another folder, or do without."
+                f"the cache {self.path} can't be used: {error}. Delete the file if no other process uses it, name "
+                "another folder, or do without."
             ) from error
 
 
-def _key(*texts: str) -> bytes:
+def _key(salt: bytes, *texts: str) -> bytes:
     """16 bytes that no other sequence of texts has."""
-    digest = hashlib.blake2b(digest_size=16)
+    digest = hashlib.blake2b(digest_size=16, key=salt)
     for text in texts:
         data = text.encode("utf-8", "surrogatepass")
         digest.update(b"%d " % len(data) + data)

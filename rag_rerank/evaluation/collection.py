@@ -61,7 +61,7 @@ class Collection:
         }
         queries = {name: text for name, text in _texts(find(folder, _QUERIES)) if name in judgments}
         if not texts:
-            raise ConfigError(f"{folder} has no documents, or none that is asked for")
+            raise ConfigError(f"{folder} has no documents, or none of those that the run needs")
         if not queries:
             raise ConfigError(f"{folder} has no query with a judgment")
         if missing := [query for query in judgments if query not in queries]:
@@ -70,8 +70,8 @@ class Collection:
 
 
 def _texts(paths: Sequence[Path]) -> Iterator[tuple[str, str]]:
-    """(id, title and text) of every row."""
-    seen = set()
+    """Yield (id, title and text) of every row."""
+    names = set()
     for path in paths:
         for place, row in rows(path, ("_id", "title", "text")):
             try:
@@ -80,7 +80,7 @@ def _texts(paths: Sequence[Path]) -> Iterator[tuple[str, str]]:
                     raise TypeError("_id and text must be strings")  # noqa: TRY301 - joins the other ways
             except (KeyError, TypeError) as error:
                 raise ConfigError(f"{place}: not an object with _id and text ({error})") from error
-            if name in seen:
+            if name in names:
                 raise ConfigError(f"{place}: the id {name!r} is there twice")
-            seen.add(name)
+            names.add(name)
             yield name, f"{title} {text}" if title else text

@@ -1,21 +1,17 @@
-"""The files that collections come in: JSON Lines, lines of text, either gzipped, and Parquet; every row with its place.
+"""What collections need of files: which of several layouts is there, and the place of every row for errors."""
 
-All are read as streams: what a caller does not keep takes no memory.
-"""
-
-import gzip
 import json
-import zlib
+from codecs import BOM_UTF8
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import Any
 
 from rag_rerank.errors import ConfigError
-from rag_rerank.files.formats import import_arrow
+from rag_rerank.files.formats import Reader
 
 
 def find(folder: Path, patterns: Sequence[str]) -> list[Path]:
-    """The files that the first pattern matches which matches any.
+    """Find the files that match the first pattern which any file matches.
 
     Args:
         folder: Where to look.
@@ -25,50 +21,41 @@ def find(folder: Path, patterns: Sequence[str]) -> list[Path]:
         ConfigError: None matches.
     """
     for pattern in patterns:
-        if found := sorted(folder.glob(pattern)):
-            return found
+        if paths := sorted(folder.glob(pattern)):
+            return paths
     others = ", ".join(patterns[1:])
     raise ConfigError(f"{folder / patterns[0]} can't be read: no such file (nor any of {others})")
 
 
-def lines(path: Path) -> Iterator[tuple[str, str]]:
-    """(place, line) of every line of a text file that is not blank; gzipped if its name ends in ``.gz``.
+def lines(path: Path, columns: Sequence[str] | None = None) -> Iterator[tuple[str, str]]:
+    """Yield (place, line) of every line that is not blank, as a stream.
+
+    Args:
+        path: Gzipped if its name ends in ``.gz``; if in ``.parquet``, each row is the line of JSON that it would be.
+        columns: Of Parquet only these are read: embeddings, say, may be beside them.
 
     Raises:
-        ConfigError: It can't be read, or is not UTF-8.
+        ConfigError: It can't be read, or is not UTF-8; for Parquet, pyarrow is not installed.
     """
+    kind = "row" if path.suffix == ".parquet" else "line"
     try:
-        # Lines end in \n only: JSON may hold U+2028 and others at which str.splitlines would cut.
-        with _open(path) as file:
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    yield f"{path}, line {number}", line.rstrip("\r\n")
+        for number, line in enumerate(Reader(path, columns=columns), 1):
+            text = (line.removeprefix(BOM_UTF8) if number == 1 else line).decode().rstrip("\r\n")
+            if text.strip():
+                yield f"{path}, {kind} {number}", text
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path} can't be read: it is not UTF-8 ({error})") from error
-    except (OSError, EOFError, zlib.error) as error:
-        raise ConfigError(f"{path} can't be read: {getattr(error, 'strerror', None) or error}") from error
-
-
-def _open(path: Path) -> IO[str]:
-    if path.suffix == ".gz":
-        return cast("IO[str]", gzip.open(path, "rt", encoding="utf-8-sig", newline="\n"))
-    return path.open(encoding="utf-8-sig", newline="\n")
+    except OSError as error:
+        raise ConfigError(f"{path} can't be read: {error.strerror or error}") from error
 
 
 def rows(path: Path, columns: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(place, row) of every row of a JSON Lines or Parquet file.
-
-    Args:
-        path: Parquet if its name ends in ``.parquet``, else JSON Lines, perhaps gzipped.
-        columns: What is wanted. Other columns of Parquet (embeddings, say) are not read.
+    """Yield (place, row) of every row of a JSON Lines or Parquet file; see `lines`.
 
     Raises:
-        ConfigError: It can't be read, or a line is no JSON object; for Parquet, pyarrow is not installed.
+        ConfigError: As `lines`, or a line is no JSON object.
     """
-    if path.suffix == ".parquet":
-        yield from _parquet_rows(path, columns)
-        return
-    for place, line in lines(path):
+    for place, line in lines(path, columns):
         try:
             row = json.loads(line)
         except ValueError as error:
@@ -76,17 +63,3 @@ def rows(path: Path, columns: Sequence[str]) -> Iterator[tuple[str, dict[str, An
         if not isinstance(row, dict):
             raise ConfigError(f"{place}: not an object with {' and '.join(columns)}")
         yield place, row
-
-
-def _parquet_rows(path: Path, columns: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
-    arrow = import_arrow(path)
-    try:
-        with arrow.parquet.ParquetFile(path) as file:
-            number = 0
-            wanted = [name for name in columns if name in file.schema_arrow.names]
-            for batch in file.iter_batches(batch_size=1024, columns=wanted):
-                for row in batch.to_pylist():
-                    number += 1
-                    yield f"{path}, row {number}", row
-    except (OSError, arrow.ArrowException) as error:
-        raise ConfigError(f"{path} can't be read: {error}") from error

@@ -19,7 +19,7 @@ DEFAULT_MEASURES = ("nDCG@10", "MRR@10", "Recall@10", "MAP")
 def measure(
     judgments: Mapping[str, Mapping[str, int]], run: Run, measures: Sequence[str] = ("nDCG@10", "RR@10")
 ) -> dict[str, float]:
-    """Means over every judged query; one without results counts as 0.
+    """Average each measure over every judged query; one without results counts as 0.
 
     Args:
         judgments: Query id to document id to grade.
@@ -29,16 +29,16 @@ def measure(
     Raises:
         ConfigError: ir-measures does not know a measure, or can't calculate it.
     """
-    values = Ruler(judgments, measures).of_run(run)
+    values = Measurer(judgments, measures).measure_run(run)
     return {name: mean(values[name]) for name in measures}
 
 
 def mean(values: Mapping[str, float]) -> float:
-    """The mean of what every query got."""
+    """Average over all queries."""
     return sum(values.values()) / len(values)
 
 
-class Ruler:
+class Measurer:
     """Measures rankings against judgments.
 
     Args:
@@ -68,20 +68,17 @@ class Ruler:
         """The largest cutoff among the measures: what lies behind it in a ranking only a measure without one sees."""
         return max(measure.params.get("cutoff") or 0 for measure in self._wanted.values())
 
-    def of(self, rankings: Rankings) -> dict[str, dict[str, float]]:
-        """Name to query id to value, for every judged query; order alone counts, so that there are no ties."""
-        return self.of_run(
-            {
-                query: {document: -float(rank) for rank, document in enumerate(found)}
-                for query, found in rankings.items()
-            }
+    def measure_rankings(self, rankings: Rankings) -> dict[str, dict[str, float]]:
+        """Map each measure to query id to value, for every judged query; only the order counts, so nothing ties."""
+        return self.measure_run(
+            {query: {name: -rank for rank, name in enumerate(rankings[query])} for query in rankings}
         )
 
-    def of_run(self, run: Run) -> dict[str, dict[str, float]]:
-        """As `of`, ordered by score, ties by document id; a query without results gets 0."""
+    def measure_run(self, run: Run) -> dict[str, dict[str, float]]:
+        """Measure documents in the order of their scores, ties by document id; a query without results gets 0."""
         values = {measure: dict.fromkeys(self._queries, 0.0) for measure in self._wanted.values()}
-        for found in self._evaluator.iter_calc(run):
-            values[found.measure][found.query_id] = float(found.value)
+        for metric in self._evaluator.iter_calc(run):
+            values[metric.measure][metric.query_id] = float(metric.value)
         return {name: dict(values[measure]) for name, measure in self._wanted.items()}
 
 

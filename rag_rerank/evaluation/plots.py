@@ -54,7 +54,7 @@ _STYLE: dict[Any, Any] = {  # matplotlib's types list every setting that one ver
 
 
 def quality_by_depth(evaluation: Evaluation) -> str:
-    """The first measure at every depth, with the interval around each gain, between first stage and ceiling."""
+    """Plot the first measure at every depth, with the interval around each gain, between first stage and ceiling."""
 
     def draw(axes: Axes) -> None:
         depths, before = evaluation.depths, mean(evaluation.before[evaluation.measure])
@@ -62,7 +62,7 @@ def quality_by_depth(evaluation: Evaluation) -> str:
         ceiling = [mean(evaluation.ceilings[depth][evaluation.measure]) for depth in depths]
         axes.plot(depths, ceiling, color=_ROLES["muted"], linestyle="--", linewidth=1.4)
         for number, system in enumerate(evaluation.systems):
-            colour, marker = _of(number)
+            colour, marker = _series(number)
             gains = [level.gains[evaluation.measure] for level in system.levels]
             low, high = [before + gain.low for gain in gains], [before + gain.high for gain in gains]
             axes.fill_between(depths, low, high, color=colour, alpha=0.16, linewidth=0)
@@ -77,14 +77,14 @@ def quality_by_depth(evaluation: Evaluation) -> str:
 
 
 def quality_by_latency(evaluation: Evaluation) -> str | None:
-    """The first measure against the median time of a query, a point for each depth; None where no time is known."""
+    """Plot the first measure against a query's median time, a point for each depth; None where no time is known."""
     if not any(level.latency for system in evaluation.systems for level in system.levels):
         return None
 
     def draw(axes: Axes) -> None:
         axes.axhline(mean(evaluation.before[evaluation.measure]), color=_ROLES["ink"], linestyle=":", linewidth=1.4)
         for number, system in enumerate(evaluation.systems):
-            colour, marker = _of(number)
+            colour, marker = _series(number)
             points = [
                 (1000 * level.latency.p50, level.mean(evaluation.measure), level.depth)
                 for level in system.levels
@@ -118,7 +118,7 @@ def _scale(axes: Axes, times: Sequence[float]) -> None:
 
 
 def gains(evaluation: Evaluation, number: int) -> str:
-    """What each query gained, from the one that gained most to the one that lost most."""
+    """Plot what each query gained, from the one that gained most to the one that lost most."""
     measure = evaluation.measure
     values = sorted(query_gains(evaluation, evaluation.systems[number]).values(), reverse=True)
 
@@ -135,13 +135,13 @@ def gains(evaluation: Evaluation, number: int) -> str:
 
 
 def query_gains(evaluation: Evaluation, system: System) -> dict[str, float]:
-    """Query id to what it gained at the deepest depth, by the first measure."""
+    """Map each query id to its gain at the deepest depth, by the first measure."""
     before, after = evaluation.before[evaluation.measure], system.deepest.values[evaluation.measure]
     return {query: after[query] - before[query] for query in before}
 
 
 def mark(number: int) -> str:
-    """An SVG as large as a letter, with the line and marker of the reranker at that position."""
+    """Draw an SVG as large as a letter, with the line and marker of the reranker at that position."""
     shapes = {
         "o": '<circle cx="12" cy="6" r="4"/>',
         "s": '<rect x="8" y="2" width="8" height="8"/>',
@@ -158,13 +158,13 @@ def mark(number: int) -> str:
     )
 
 
-def _of(number: int) -> tuple[str, str]:
+def _series(number: int) -> tuple[str, str]:
     """Colour and marker."""
     return _SERIES[number % len(_SERIES)], _MARKERS[number % len(_SERIES)]
 
 
 def _svg(name: str, label: str, draw: Callable[[Axes], None]) -> str:
-    """What `draw` draws.
+    """Draw an SVG with `draw`.
 
     Args:
         name: Put before all ids, for they count in the whole page.
@@ -180,7 +180,7 @@ def _svg(name: str, label: str, draw: Callable[[Axes], None]) -> str:
 
 
 def _for_a_page(svg: str, name: str, label: str) -> str:
-    """`svg` without what a page has no use for, with the page's colours and font."""
+    """Strip an SVG of what a page has no use for, and give it the page's colours and font."""
     svg = svg[svg.index("<svg") :].rstrip()
     svg = re.sub(r"<metadata>.*?</metadata>\s*", "", svg, flags=re.DOTALL)
     view = re.search(r'viewBox="[^"]*"', svg)

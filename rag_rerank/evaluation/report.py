@@ -15,7 +15,7 @@ from rag_rerank import __version__
 from rag_rerank.evaluation import plots
 from rag_rerank.evaluation.measures import mean
 from rag_rerank.evaluation.results import GAIN, Evaluation, System
-from rag_rerank.evaluation.scoring import TIMED
+from rag_rerank.evaluation.scoring import TIMED_QUERIES
 from rag_rerank.evaluation.significance import CONFIDENCE, RESAMPLES
 
 CASES = 20  # queries that are shown with texts, of those that lost most and of those that gained most
@@ -67,7 +67,7 @@ class Case:
 
 
 def render(evaluation: Evaluation) -> str:
-    """The report as HTML.
+    """Render the report as HTML.
 
     Raises:
         ConfigError: matplotlib is not installed (when this module is imported).
@@ -93,7 +93,7 @@ def render(evaluation: Evaluation) -> str:
         timed=any(level.latency for system in systems for level in system.levels),
         ndcg=any("ndcg" in name.lower() for name in evaluation.measures),
         ndcg_gain=GAIN,
-        timed_queries=TIMED,
+        timed_queries=TIMED_QUERIES,
         few=len(evaluation.candidates) < FEW,
         confidence=round(100 * CONFIDENCE),
         resamples=RESAMPLES,
@@ -103,10 +103,10 @@ def render(evaluation: Evaluation) -> str:
 
 
 def worst_and_best(evaluation: Evaluation, system: System, most: int = CASES) -> tuple[list[Case], list[Case]]:
-    """The queries that lost most, and those that gained most, at the deepest depth by the first measure.
+    """Choose the queries that lost most, and those that gained most, at the deepest depth by the first measure.
 
     Args:
-        evaluation: What was found.
+        evaluation: The evaluation.
         system: Which reranker.
         most: Queries of each kind; fewer where fewer lost or gained anything.
     """
@@ -144,7 +144,7 @@ def _case(evaluation: Evaluation, system: System, query: str) -> Case:
 
 
 def _queries(evaluation: Evaluation) -> list[dict[str, Any]]:
-    """A row for each query: the first measure before and after."""
+    """List a row for each query: the first measure before and after."""
     before = evaluation.before[evaluation.measure]
     after = [system.deepest.values[evaluation.measure] for system in evaluation.systems]
     return [

@@ -1,4 +1,4 @@
-"""What an evaluation found, as values: for people by the command line and `report`, for programs by `as_json`."""
+"""The results of an evaluation: for people by the command line and `report`, for programs by `as_json`."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -9,6 +9,7 @@ from rag_rerank.evaluation.collection import Collection
 from rag_rerank.evaluation.measures import mean
 from rag_rerank.evaluation.scoring import Latency, Scores
 from rag_rerank.evaluation.significance import CONFIDENCE, RESAMPLES, SEED, Comparison
+from rag_rerank.ranking import Ranking
 
 Values = Mapping[str, Mapping[str, float]]
 """Measure to query id to value."""
@@ -18,15 +19,13 @@ GAIN = "linear"
 
 
 def reranked(candidates: Sequence[str], scores: Scores, depth: int) -> list[str]:
-    """Candidates in the order that `Scorer.rerank` gives the first `depth`; those behind stay where they were."""
-    head = [(document, score) for document, score in zip(candidates[:depth], scores[:depth], strict=True)]
-    best = sorted((pair for pair in head if pair[1] is not None), key=lambda pair: -(pair[1] or 0.0))
-    refused = [document for document, score in head if score is None]
-    return [document for document, _ in best] + refused + list(candidates[depth:])
+    """Order the first `depth` candidates as `Scorer.rerank` does; those behind stay where they were."""
+    ranked = Ranking(None, None, "raise").rank(scores[:depth])
+    return [candidates[item.index] for item in ranked] + list(candidates[depth:])
 
 
 def ideal(candidates: Sequence[str], grades: Mapping[str, int], depth: int) -> list[str]:
-    """As `reranked` by a scorer that knows the judgments: no other order of the first `depth` measures better."""
+    """Order as a scorer that knows the judgments: no other order of the first `depth` measures better."""
     return sorted(candidates[:depth], key=lambda document: -grades.get(document, 0)) + list(candidates[depth:])
 
 
@@ -49,7 +48,7 @@ class Level:
     latency: Latency | None
 
     def mean(self, measure: str) -> float:
-        """The mean over all queries."""
+        """Average a measure over all queries."""
         return mean(self.values[measure])
 
 
@@ -62,7 +61,7 @@ class System:
         levels: One for each depth, ascending.
         scores: Query id to the scores of its candidates, as deep as the deepest depth.
         pairs_scored, pairs_cached: How many pairs of query and document were scored now; how many were known.
-        rejected: How many documents a server refused; they are ranked behind the scored ones.
+        rejected: How many documents could not be scored; they are ranked behind the others.
     """
 
     name: str
@@ -78,7 +77,7 @@ class System:
         return self.levels[-1]
 
     def enough(self, measure: str) -> Level:
-        """The shallowest level that the deepest is not clearly better than."""
+        """Find the shallowest level that the deepest is not clearly better than."""
         return next(level for level in self.levels if level.against_deepest[measure].verdict != "hurts")
 
 
@@ -87,7 +86,7 @@ class Evaluation:
     """What reranking did to a collection.
 
     Attributes:
-        collection: What was evaluated, with the judged queries that were asked.
+        collection: What was evaluated, with its judged queries.
         first_stage: What found the candidates: ``"BM25"``, or the name of a run.
         measures: Their names. The first one decides what is shown first and in plots.
         depths: How many candidates were reranked, ascending.
@@ -116,11 +115,11 @@ class Evaluation:
         return self.measures[0]
 
     def ranking(self, system: System, query: str, depth: int | None = None) -> list[str]:
-        """Document ids as a system orders them, at the deepest depth unless told."""
+        """List document ids as a system orders them, at the deepest depth unless told."""
         return reranked(self.candidates[query], system.scores[query], depth or self.depths[-1])
 
     def run(self, system: System) -> dict[str, list[tuple[str, float | None]]]:
-        """(document id, score) as a system orders them, for `write_run`; None behind the deepest depth."""
+        """List (document id, score) as a system orders them, for `write_run`; None behind the deepest depth."""
         rankings = {}
         for query, candidates in self.candidates.items():
             scores = dict(zip(candidates, system.scores[query], strict=False))
@@ -128,7 +127,7 @@ class Evaluation:
         return rankings
 
     def as_json(self) -> dict[str, Any]:
-        """Everything but the texts, for `json.dump`; seconds, not milliseconds."""
+        """Collect everything but the texts, for `json.dump`; seconds, not milliseconds."""
         return {
             "rag_rerank": __version__,
             "collection": self.collection.name,

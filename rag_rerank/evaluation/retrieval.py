@@ -21,10 +21,10 @@ class BM25:
         self._index.index(self._tokens(list(documents.values())), show_progress=False)
 
     def retrieve(self, query: str, depth: int) -> dict[str, float]:
-        """The `depth` best documents, best first, with their scores; fewer where fewer share a word with the query."""
-        found, scores = self._index.retrieve(self._tokens([query]), k=min(depth, len(self._ids)), show_progress=False)
+        """Find the `depth` best documents, best first, with their scores; fewer if fewer share a word with it."""
+        rows, scores = self._index.retrieve(self._tokens([query]), k=min(depth, len(self._ids)), show_progress=False)
         # Documents with score 0 share no word with the query: keeping them would inflate recall on small collections.
-        return {self._ids[row]: float(score) for row, score in zip(found[0], scores[0], strict=True) if score > 0}
+        return {self._ids[row]: float(score) for row, score in zip(rows[0], scores[0], strict=True) if score > 0}
 
     def _tokens(self, texts: list[str]) -> Any:
         return bm25s.tokenize(texts, stopwords="en", stemmer=self._stemmer, show_progress=False)

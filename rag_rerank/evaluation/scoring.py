@@ -1,40 +1,30 @@
 """Every candidate's score, from the scorer or from the cache, each pair scored once; and how long it took.
 
 A depth of 10 needs no scores that a depth of 100 has not got, but its time can't be told from that of 100. So the
-queries take turns: of four depths, every fourth query is asked in one call of 10 candidates, which is timed, and one of
-the other 90, which is not. When enough were timed, the others are asked about together, which takes less time.
+queries take turns: of four depths, every fourth query has one call with 10 candidates, which is timed, and one with the
+other 90, which is not. When enough were timed, the others are scored together, which takes less time.
 """
 
-import logging
 import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 
-from rag_rerank.errors import DocumentRejected
+from rag_rerank.errors import BackendError, ConfigError, DeadlineExceeded
 from rag_rerank.evaluation.cache import ScoreCache
-from rag_rerank.evaluation.identity import identify, is_remote
+from rag_rerank.identity import PROBES, Identity
+from rag_rerank.isolation import NEUTRAL
 from rag_rerank.scorer import Scorer
 
-TIMED = 200
-"""The first so many queries are asked one by one, and timed: enough for percentiles at each of four depths."""
+TIMED_QUERIES = 200
+"""The first so many queries are scored one by one, and timed: enough for percentiles at each of four depths."""
 
-_AT_ONCE = 10.0  # seconds' worth of pairs of later queries in one call: what an interruption may lose
-
-logger = logging.getLogger(__name__)
+_SECONDS_PER_CALL = 10.0  # of pairs of later queries: what an interruption may lose
 
 Scores = Sequence[float | None]
-"""Of one query's candidates, in the order of the first stage; None for a document that the scorer refused."""
-
-# The first call loads the model or connects, and is in no query's time; a server's scores of these show whether it
-# still has the model and the prompt that the cached scores came from.
-PROBE = (
-    ("Why is the sky blue?", "Air scatters the short waves of sunlight more than the long ones."),
-    ("Why is the sky blue?", "Bread needs flour, water, salt and time."),
-    ("how to undo the last commit in git", "git reset --soft HEAD~1 goes one commit back and keeps your changes."),
-    ("how to undo the last commit in git", "Git was written by Linus Torvalds in 2005."),
-)
+"""Of one query's candidates, in the order of the first stage; None for a document that can't be scored."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,30 +45,25 @@ class Latency:
 
     @classmethod
     def of(cls, calls: Sequence[tuple[int, float]]) -> "Latency | None":
-        """From (documents, seconds) of every call; None for no calls."""
+        """Sum up (documents, seconds) of every call; None for no calls."""
         if not calls:
             return None
-        seconds = sorted(time for _, time in calls)
-        p50, p95, p99 = (_percentile(seconds, percent) for percent in (50, 95, 99))
-        return cls(len(calls), p50, p95, p99, sum(count for count, _ in calls) / max(sum(seconds), 1e-9))
-
-
-def _percentile(ordered: Sequence[float], percent: int) -> float:
-    """Linear between the two nearest."""
-    if len(ordered) == 1:
-        return ordered[0]
-    return statistics.quantiles(ordered, n=100, method="inclusive")[percent - 1]
+        seconds = [time for _, time in calls]
+        # Linear between the two nearest; a single time is every percentile.
+        cuts = statistics.quantiles(seconds * 2 if len(seconds) == 1 else seconds, n=100, method="inclusive")
+        pairs = sum(count for count, _ in calls)
+        return cls(len(calls), cuts[49], cuts[94], cuts[98], pairs / max(sum(seconds), 1e-9))
 
 
 @dataclass(slots=True)
 class Scored:
-    """What came of asking a scorer.
+    """What came of scoring.
 
     Attributes:
         scores: Query id to scores of its candidates.
         calls: Depth to (documents, seconds) of every call that was timed at it, now or when its scores were cached.
         pairs_scored, pairs_cached: How many pairs were scored now; how many were known.
-        rejected: How many the scorer refused.
+        rejected: How many can't be scored.
     """
 
     scores: dict[str, Scores] = field(default_factory=dict)
@@ -89,7 +74,7 @@ class Scored:
 
 
 @dataclass(frozen=True, slots=True)
-class _Waiting:
+class _Pending:
     """A query of which some candidates have no score yet: texts, and their positions among the candidates."""
 
     name: str
@@ -98,73 +83,64 @@ class _Waiting:
     positions: Sequence[int]
 
 
-class Asking:
-    """A scorer that is asked about one query after the other, and about many at once when enough were timed.
+class ScoringRun:
+    """Scores the candidates of one query after the other, and of many at once when enough calls were timed.
 
     Args:
-        scorer: The scorer.
+        scorer: The scorer. It stays open.
         depths: How many candidates of a query are reranked, ascending.
-        folder: Of the cache; None for none.
+        folder: Of the cache; None for none. Scores are not cached if another scorer may answer from call to call.
         deadline: Seconds that a call may take.
 
     Attributes:
         result: What is known so far; complete after `finish`.
 
     Raises:
-        ConfigError: The cache can't be used.
-        BackendError: The scorer is a server and does not answer.
+        ConfigError, BackendError: The cache can't be used, or as `Scorer.identity`.
     """
 
     def __init__(self, scorer: Scorer, depths: Sequence[int], folder: Path | None, deadline: float | None) -> None:
         self._scorer, self._depths, self._deadline = scorer, depths, deadline
-        self._warm = False
-        self._waiting: list[_Waiting] = []
-        self._pace = 0.0  # pairs per second, as last seen
-        self._cache: ScoreCache | None = None
+        self._pending: list[_Pending] = []
+        self._pairs_per_second = 0.0  # of the last call
+        # A model of this process may have to be downloaded first.
+        self._first_deadline = deadline if scorer.remote else None
+        self._identity = scorer.identity(deadline=self._first_deadline)
+        self._is_warm = bool(self._identity.probes)
+        keeps = folder is not None and self._identity.steady
+        self._cache = ScoreCache(folder, self._identity) if folder is not None and keeps else None
         self.result = Scored(calls={depth: [] for depth in depths})
-        probe = self._warm_up() if is_remote(scorer) else None
-        identity = None if folder is None else identify(scorer)
-        if folder is None or identity is None:
-            return
-        self._cache = ScoreCache(folder, identity)
-        if probe is not None and not self._cache.verify(probe):
-            logger.warning("%s does not score as it did when its scores were cached: forgotten", scorer.model_name)
 
-    def ask(self, name: str, query: str, documents: Sequence[str]) -> None:
-        """Find the scores of a query's candidates, cut at the deepest depth, now or with those of queries to come.
+    def add(self, name: str, query: str, documents: Sequence[str]) -> None:
+        """Find the scores of a query's candidates, up to the deepest depth, now or with those of queries to come.
 
         Raises:
-            BackendError: As `Scorer.score`, but documents that are refused have None for a score.
+            ConfigError: Another model answers than before.
+            BackendError: As `Scorer.score`; but documents that alone can't be scored have None for a score.
         """
         documents, position = documents[: self._depths[-1]], len(self.result.scores)
-        known: list[float | None] = [None] * len(documents)
-        if self._cache is not None:
-            known = self._cache.scores(query, documents)
+        known = self._cache.scores(query, documents) if self._cache else [None] * len(documents)
         missing = [place for place, score in enumerate(known) if score is None]
         self.result.scores[name] = known
         self.result.pairs_scored += len(missing)
         self.result.pairs_cached += len(documents) - len(missing)
         if not missing:
             self._take_known_times(query, documents)
-        elif len(missing) == len(documents) and position < TIMED:
+        elif len(missing) == len(documents) and position < TIMED_QUERIES:
             self._time(name, query, documents, self._depths[position % len(self._depths)])
         else:
-            self._waiting.append(_Waiting(name, query, [documents[place] for place in missing], missing))
-            if sum(len(each.documents) for each in self._waiting) > self._pace * _AT_ONCE:
-                self._score_waiting()
+            self._pending.append(_Pending(name, query, [documents[place] for place in missing], missing))
+            if sum(len(each.documents) for each in self._pending) > self._pairs_per_second * _SECONDS_PER_CALL:
+                self._score_pending()
 
     def finish(self) -> None:
-        """Score what still waits.
-
-        Raises:
-            BackendError: As `ask`.
-        """
-        self._score_waiting()
+        """Score what is left; raises as `add`."""
+        self._score_pending()
         self.result.rejected = sum(scores.count(None) for scores in self.result.scores.values())
 
     def close(self) -> None:
-        """Close the cache. The scorer stays open."""
-        if self._cache is not None:
+        """Close the cache."""
+        if self._cache:
             self._cache.close()
 
     def _time(self, name: str, query: str, documents: Sequence[str], depth: int) -> None:
@@ -178,44 +154,66 @@ class Asking:
         if rest:
             more, _ = self._score([query], rest)
             self._keep(query, rest, more, None)
-            scores = scores + more
+            scores = [*scores, *more]
         self.result.scores[name] = scores
 
-    def _score_waiting(self) -> None:
-        """Score all that waits in one call: a server or a large device has more to do at a time."""
-        waiting, self._waiting = self._waiting, []
-        if not waiting:
+    def _score_pending(self) -> None:
+        """Score all pending queries in one call: a server or a large device has more to do at a time."""
+        pending, self._pending = self._pending, []
+        if not pending:
             return
-        queries = [each.query for each in waiting for _ in each.documents]
-        scores, _ = self._score(queries, [document for each in waiting for document in each.documents])
-        start = 0
-        for each in waiting:
-            part = scores[start : start + len(each.documents)]
-            start += len(part)
+        queries = [each.query for each in pending for _ in each.documents]
+        scores = iter(self._score(queries, [document for each in pending for document in each.documents])[0])
+        for each in pending:
+            part = list(islice(scores, len(each.documents)))
             self._keep(each.query, each.documents, part, None)
-            complete = list(self.result.scores[each.name])
-            for place, score in zip(each.positions, part, strict=True):
-                complete[place] = score
-            self.result.scores[each.name] = complete
+            complete = dict(enumerate(self.result.scores[each.name])) | dict(zip(each.positions, part, strict=True))
+            self.result.scores[each.name] = list(complete.values())
 
-    def _score(self, queries: Sequence[str], documents: Sequence[str]) -> tuple[list[float | None], float]:
-        """Scores, None for what is refused, and the seconds that it took."""
-        self._warm_up()
-        scores: list[float | None]
+    def _score(self, queries: Sequence[str], documents: Sequence[str]) -> tuple[Scores, float]:
+        """Scores, None for a document that can't be scored, and the seconds that it took."""
+        if not self._is_warm:  # loading the model is in no query's time
+            self._scorer.score(NEUTRAL, NEUTRAL, deadline=self._first_deadline)
+            self._is_warm = True
         began = time.perf_counter()
-        try:
-            scores = [*self._scorer.score(queries, documents, deadline=self._deadline)]
-        except DocumentRejected as error:
-            if len(error.scores) != len(documents):
-                raise
-            scores = [*error.scores]
+        scores = self._scores(queries, documents)
         seconds = time.perf_counter() - began
-        self._pace = len(documents) / max(seconds, 1e-3)
+        self._pairs_per_second = len(documents) / max(seconds, 1e-3)
+        self._check_scorer()
         return scores, seconds
 
+    def _scores(self, queries: Sequence[str], documents: Sequence[str]) -> Scores:
+        try:
+            return self._scorer.score(queries, documents, deadline=self._deadline)
+        except BackendError as error:
+            if len(error.scores) == len(documents):
+                return list(error.scores)
+            if isinstance(error, DeadlineExceeded) or documents[-1] == NEUTRAL:
+                raise
+        # All failed, be it for what they are or because nothing works now: a neutral pair beside them tells.
+        rows = [*queries] * (len(documents) // len(queries))
+        return self._scores([*rows, NEUTRAL], [*documents, NEUTRAL])[:-1]
+
+    def _check_scorer(self) -> None:
+        """Refuse scores of another model than before: a server may have been restarted since the last call.
+
+        In half precision, probes may differ by the other pairs of a batch: `Scorer.identity` decides.
+        """
+        if not (self._scorer.remote and self._identity.steady and self._identity.probes):
+            return
+        queries, documents = zip(*PROBES, strict=True)
+        probes = self._scorer.score(queries, documents, deadline=self._deadline)
+        if Identity({}, probes).differences(Identity({}, self._identity.probes)):
+            changes = self._scorer.identity(deadline=self._deadline).differences(self._identity)
+            if changes:
+                raise ConfigError(
+                    f"{self._scorer.model_name} became another scorer during the run: {'; '.join(changes)}. "
+                    "Run again to evaluate this one."
+                )
+
     def _take_known_times(self, query: str, documents: Sequence[str]) -> None:
-        """Of the calls in which a query's candidates were once scored."""
-        if self._cache is None:
+        """Take the times of the calls in which a query's candidates were once scored."""
+        if not self._cache:
             return
         calls = [documents[:depth] for depth in self._depths]
         for depth, call, seconds in zip(self._depths, calls, self._cache.seconds(query, calls), strict=True):
@@ -223,14 +221,5 @@ class Asking:
                 self.result.calls[depth].append((len(call), seconds))
 
     def _keep(self, query: str, documents: Sequence[str], scores: Scores, seconds: float | None) -> None:
-        if self._cache is not None:
+        if self._cache:
             self._cache.keep(query, documents, scores, seconds)
-
-    def _warm_up(self) -> list[float]:
-        """The scores of the probe; nothing after the first time."""
-        if self._warm:
-            return []
-        self._warm = True
-        queries, documents = zip(*PROBE, strict=True)
-        # A model of this process may have to be downloaded first.
-        return self._scorer.score(queries, documents, deadline=self._deadline if is_remote(self._scorer) else None)

@@ -12,8 +12,8 @@ SEED = 0
 
 Verdict = Literal["helps", "no clear difference", "hurts"]
 
-_NOTHING = 1e-9  # what sums in another order may differ by
-_AT_A_TIME = 2_000_000  # numbers drawn at a time: 16 MB
+_ROUNDING = 1e-9  # what sums in another order may differ by
+_NUMBERS_DRAWN = 2_000_000  # at a time: 16 MB
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +37,7 @@ class Comparison:
     @property
     def verdict(self) -> Verdict:
         """``"helps"`` or ``"hurts"`` where the interval excludes 0."""
-        return "helps" if self.low > _NOTHING else "hurts" if self.high < -_NOTHING else "no clear difference"
+        return "helps" if self.low > _ROUNDING else "hurts" if self.high < -_ROUNDING else "no clear difference"
 
 
 def compare(
@@ -63,7 +63,7 @@ def compare(
     table = np.array(differences, dtype=np.float64).T  # [queries, comparisons]
     if table.ndim != 2 or not len(table):
         raise ValueError("every comparison needs one difference for each of the same queries, at least one")
-    table[np.abs(table) < _NOTHING] = 0.0
+    table[np.abs(table) < _ROUNDING] = 0.0
     means = _means(table, resamples, np.random.default_rng(seed))
     low, high = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2], axis=0)
     return [
@@ -82,10 +82,10 @@ def compare(
 def _means(
     table: "np.ndarray[tuple[int, ...], np.dtype[np.float64]]", resamples: int, rng: np.random.Generator
 ) -> "np.ndarray[tuple[int, ...], np.dtype[np.float64]]":
-    """The columns' means over `resamples` drawings of as many rows as there are: ``[resamples, columns]``."""
+    """Average the columns over `resamples` drawings of as many rows as there are: ``[resamples, columns]``."""
     queries, columns = table.shape
     means = np.empty((resamples, columns))
-    step = max(1, _AT_A_TIME // queries)
+    step = max(1, _NUMBERS_DRAWN // queries)
     for start in range(0, resamples, step):
         size = min(step, resamples - start)
         drawn = rng.integers(0, queries, size=(size, queries))

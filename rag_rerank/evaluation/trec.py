@@ -61,7 +61,7 @@ def _judgments(path: Path) -> Iterator[tuple[str, str, str, int]]:
 
 
 def read_run(path: str | Path, *, keep: int | None = None) -> dict[str, dict[str, float]]:
-    """Read what a retriever found: query id to document id to score, best first.
+    """Read a retriever's run: query id to document id to score, best first.
 
     As in trec_eval, the score alone decides the order, and the greater document id goes first where scores are equal;
     the column with the rank is not read.
@@ -73,7 +73,7 @@ def read_run(path: str | Path, *, keep: int | None = None) -> dict[str, dict[str
     Raises:
         ConfigError: The file can't be read, a line is not as it should be or repeats a document; with its number.
     """
-    found: dict[str, dict[str, float]] = {}
+    run: dict[str, dict[str, float]] = {}
     for place, line in lines(Path(path)):
         try:
             query, _, document, _, score_text, _ = line.split(maxsplit=5)
@@ -82,14 +82,14 @@ def read_run(path: str | Path, *, keep: int | None = None) -> dict[str, dict[str
             raise ConfigError(f"{place}: not query, Q0, document, rank, score and tag ({error})") from error
         if not math.isfinite(score):
             raise ConfigError(f"{place}: the score is {score_text}")
-        if document in found.setdefault(query, {}):
+        if document in run.setdefault(query, {}):
             raise ConfigError(f"{place}: the document {document!r} is there twice for {query!r}")
-        found[query][document] = score
-    return {query: best_first(scores, keep) for query, scores in found.items()}
+        run[query][document] = score
+    return {query: best_first(scores, keep) for query, scores in run.items()}
 
 
 def best_first(scores: Mapping[str, float], keep: int | None = None) -> dict[str, float]:
-    """`scores` in trec_eval's order: by score, equal ones by document id, the greater first; the best `keep`."""
+    """Order `scores` as trec_eval: by score, equal ones by document id, the greater first; the best `keep`."""
     ordered = sorted(sorted(scores.items(), reverse=True), key=lambda item: -item[1])
     return dict(ordered[:keep])
 
@@ -142,9 +142,9 @@ def _falling(scores: Iterable[float | None]) -> Iterator[str]:
 
 
 def check_known(rankings: Rankings, documents: Mapping[str, str]) -> None:
-    """ConfigError for a run with documents that the collection does not have."""
-    for query, found in rankings.items():
-        for document in found:
+    """Refuse a run with documents that the collection does not have, with a ConfigError."""
+    for query, ranking in rankings.items():
+        for document in ranking:
             if document not in documents:
                 raise ConfigError(
                     f"the run has the document {document!r} (for the query {query!r}), the collection has not: "

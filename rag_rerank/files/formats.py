@@ -4,7 +4,7 @@ import gzip
 import json
 import shutil
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from itertools import islice
@@ -62,13 +62,14 @@ class Reader:
     Args:
         path: Its name says the format.
         part: Which of its lines.
+        columns: The only columns of Parquet to read; None reads all.
 
     Attributes:
         share: How much of the file was read, 0 to 1; of a part, how much of the file up to where it is.
     """
 
-    def __init__(self, path: Path, part: Part = WHOLE) -> None:
-        self._path, self._part = path, part
+    def __init__(self, path: Path, part: Part = WHOLE, *, columns: Sequence[str] | None = None) -> None:
+        self._path, self._part, self._columns = path, part, columns
         self.share = 0.0
 
     def __iter__(self) -> Iterator[bytes]:
@@ -95,7 +96,7 @@ class Reader:
             with arrow.parquet.ParquetFile(self._path) as file:
                 total = max(1, file.metadata.num_rows)
                 number, groups = _row_groups(file.metadata, self._part)
-                for batch in file.iter_batches(batch_size=64, row_groups=groups):
+                for batch in file.iter_batches(batch_size=64, row_groups=groups, columns=self._columns):
                     # What the part leaves out is not made into objects.
                     skipped = min(len(batch), max(0, self._part.first - number))
                     left = len(batch) if self._part.end is None else max(0, self._part.end - number)

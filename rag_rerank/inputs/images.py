@@ -49,7 +49,7 @@ class ImageFile:
         return f"data:{self.media_type};base64,{base64.b64encode(self.data).decode()}"
 
     def decoded(self) -> "PIL.Image.Image":
-        """As vLLM decodes it: turned as its EXIF data says, in RGB, transparent parts white."""
+        """Decode it as vLLM does: turned as its EXIF data says, in RGB, transparent parts white."""
         with _opened(self.data) as image:
             return _as_rgb(image)
 
@@ -110,7 +110,7 @@ def read_image(source: "Path | bytes | PIL.Image.Image", max_pixels: int | None 
 
 
 def size_of(source: "Path | bytes | PIL.Image.Image") -> tuple[int, int]:
-    """Width and height in pixels, without decoding any.
+    """Tell width and height in pixels, without decoding any.
 
     Raises:
         ContentError, ConfigError: As `read_image`.
@@ -122,7 +122,7 @@ def size_of(source: "Path | bytes | PIL.Image.Image") -> tuple[int, int]:
 
 
 def thumbnail(source: "Path | bytes | PIL.Image.Image", max_pixels: int = 96 * 96) -> str:
-    """A small JPEG as a data URL, about 3 kB.
+    """Make a small JPEG, about 3 kB, as a data URL.
 
     Raises:
         ContentError, ConfigError: As `read_image`.
@@ -143,7 +143,7 @@ def _pillow() -> Any:
 
 
 def _file(path: Path) -> bytes:
-    """Its bytes; no more of them than are allowed are read."""
+    """Read its bytes; no more of them than are allowed are read."""
     try:
         with _checked(path).open("rb") as file:
             return file.read(MOST_BYTES + 1)
@@ -152,7 +152,7 @@ def _file(path: Path) -> bytes:
 
 
 def _checked(path: Path) -> Path:
-    """The path, if it is a file's: a pipe or device would never end."""
+    """Refuse a path that is no file's: a pipe or device would never end."""
     try:
         if path.is_file():
             return path
@@ -163,7 +163,7 @@ def _checked(path: Path) -> Path:
 
 
 def _opened(data: bytes | Path) -> "PIL.Image.Image":
-    """Its header read, no pixel yet."""
+    """Read its header, no pixel yet."""
     pil = _pillow()
     source = data if isinstance(data, Path) else io.BytesIO(data)
     try:
@@ -184,7 +184,7 @@ def _check_size(image: "PIL.Image.Image") -> None:
 
 
 def _scaled(image: "PIL.Image.Image", max_pixels: int | None) -> "PIL.Image.Image | None":
-    """In RGB and no larger than that; None where it is small enough."""
+    """Scale it to RGB of no more pixels; None where it is small enough."""
     width, height = image.size
     if max_pixels is None or width * height <= max_pixels:
         return None
@@ -195,7 +195,7 @@ def _scaled(image: "PIL.Image.Image", max_pixels: int | None) -> "PIL.Image.Imag
 
 
 def _as_rgb(image: "PIL.Image.Image") -> "PIL.Image.Image":
-    """Step by step as vLLM 0.32 (``multimodal/image.py``), so that a model sees the same."""
+    """Convert step by step as vLLM 0.32 (``multimodal/image.py``), so that a model sees the same."""
     from PIL import Image  # noqa: PLC0415
 
     image = _upright(image)
@@ -210,7 +210,7 @@ def _as_rgb(image: "PIL.Image.Image") -> "PIL.Image.Image":
 
 
 def _as_png_can(image: "PIL.Image.Image") -> "PIL.Image.Image":
-    """Turned upright, for PNG files written here don't say how; in RGB where PNG has no such pixels."""
+    """Turn it upright, for PNG files written here don't say how; in RGB where PNG has no such pixels."""
     image = _upright(image)
     return image if image.mode in ("1", "L", "LA", "P", "RGB", "RGBA") else _as_rgb(image)
 

@@ -50,7 +50,7 @@ class Multimodal:
         )
 
     def encoded(self) -> bytes:
-        """`wire` as JSON; made from the images' bytes and not kept, for it takes a third more than they."""
+        """Write `wire` as JSON; made from the images' bytes and not kept, for it takes a third more than they."""
         return b'{"content": [' + b", ".join(_encoded(part) for part in self.parts) + b"]}"
 
 
@@ -77,7 +77,7 @@ def _length(part: str | Link) -> int:
 
 
 def host_of(url: str) -> str | None:
-    """The host that an address names, if it does."""
+    """Find the host that a URL names; None if it names none."""
     try:
         return urlsplit(url).hostname
     except ValueError:  # a bracket that is not closed
@@ -85,12 +85,12 @@ def host_of(url: str) -> str | None:
 
 
 def is_data(url: str) -> bool:
-    """Whether it holds what others only point to."""
+    """Tell a data URL, which holds what others only point to."""
     return url[:5].lower() == "data:"
 
 
 def shown(url: str) -> str:
-    """`url` for messages: without what may be a password or a signature."""
+    """Shorten a URL for messages, without what may be a password or a signature."""
     if host_of(url) and not is_data(url):
         parts = urlsplit(url)
         url = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}{'?...' if parts.query else ''}"
@@ -98,7 +98,7 @@ def shown(url: str) -> str:
 
 
 def hidden(text: str, url: str) -> str:
-    """`text`, which may quote an address wholly or in part, without what gives access: its query and its password."""
+    """Strip a text, which may quote a URL wholly or in part, of what gives access: the URL's query and password."""
     parts = urlsplit(url)
     for secret in (parts.query, parts.netloc.rpartition("@")[0]):
         found = text.find(secret[:4]) if len(secret) >= 4 else -1

@@ -1,10 +1,10 @@
-"""Which device and which number format a model runs in when the caller leaves it open."""
+"""The device, number format and batch sizes of a model, where the caller leaves them open."""
 
 import torch
 
 from rag_rerank.errors import ConfigError
 from rag_rerank.local.engine import workers
-from rag_rerank.local.models.model import Pace
+from rag_rerank.local.transformer.batching import Batching
 
 # A core's matrix kernels run at half speed below about 500 rows, and measured alike from 1,000 to 4,000. Beyond 32 MB a
 # buffer is mapped anew for each batch (282,000 page faults a call, 1.7 times slower).
@@ -12,18 +12,18 @@ _TOKENS_PER_CORE = 2048
 _TOKENS_ALTOGETHER = 16_384
 
 
-def pace(device: torch.device) -> Pace:
-    """How a device is best fed. The figures for others than CPUs are guesses on the safe side, not measured."""
+def choose_batching(device: torch.device) -> Batching:
+    """Choose batch sizes for a device. The figures for others than CPUs are guesses on the safe side, not measured."""
     if device.type == "cpu":
         cores = torch.get_num_threads()
         if workers.available():
-            return Pace(max(512, min(_TOKENS_PER_CORE, _TOKENS_ALTOGETHER // cores)), at_a_time=cores)
-        return Pace(min(max(_TOKENS_PER_CORE, 1024 * cores), _TOKENS_ALTOGETHER))
-    return Pace(16_384 if device.type == "mps" else 65_536)
+            return Batching(max(512, min(_TOKENS_PER_CORE, _TOKENS_ALTOGETHER // cores)), parallel=cores)
+        return Batching(min(max(_TOKENS_PER_CORE, 1024 * cores), _TOKENS_ALTOGETHER))
+    return Batching(16_384 if device.type == "mps" else 65_536)
 
 
 def choose_device(name: str | None) -> torch.device:
-    """The device called `name`, or the first there is of cuda, mps and cpu.
+    """Find the device called `name`, or the first there is of cuda, mps and cpu.
 
     Raises:
         ConfigError: No such device here.
@@ -40,7 +40,7 @@ def choose_device(name: str | None) -> torch.device:
 
 
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The torch dtype called `name`; for ``"auto"`` the fastest that the device computes natively.
+    """Find the torch dtype called `name`; for ``"auto"`` the fastest that the device computes natively.
 
     Emulated bfloat16 is slower than float32, hence the look at the processor: with AVX512_BF16 or AMX it runs a
     MiniLM cross-encoder about twice as fast, at Kendall tau 0.99 to the float32 ranking.

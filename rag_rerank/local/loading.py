@@ -1,7 +1,9 @@
 """From settings to a model that is ready to score: finds out what a checkpoint is, and puts the parts together."""
 
-from dataclasses import dataclass
-from typing import cast
+import hashlib
+import json
+from dataclasses import dataclass, field
+from typing import Any, cast
 
 import torch
 from transformers import (
@@ -16,20 +18,33 @@ from transformers import (
 from rag_rerank.errors import ConfigError
 from rag_rerank.families import Family, find_family
 from rag_rerank.local.checkpoint.checkpoint import Checkpoint, max_length, module_kind
-from rag_rerank.local.hardware import choose_device, pace
+from rag_rerank.local.hardware import choose_batching, choose_device
 from rag_rerank.local.models.bi_encoder import BiEncoder, pooling_of
-from rag_rerank.local.models.cross_encoder import Activation, CrossEncoder, Head, WholeCrossEncoder, own_activation
-from rag_rerank.local.models.decoder import Decoder, score_row, token_ids, token_row
+from rag_rerank.local.models.cross_encoder import (
+    Activation,
+    Head,
+    PairModel,
+    Whole,
+    classification_head,
+    own_activation,
+)
+from rag_rerank.local.models.decoder import last_token_head, score_row, token_ids, token_row
+from rag_rerank.local.models.encoding import Truncation
 from rag_rerank.local.models.late_interaction import LateInteraction, is_late_interaction, read_projection
-from rag_rerank.local.models.model import Model
-from rag_rerank.local.models.passages import MaxPassage
-from rag_rerank.local.models.prompts import Limited, Prompts
+from rag_rerank.local.models.model import Model, ScoreType
+from rag_rerank.local.models.prompts import Prompts
 from rag_rerank.local.models.vision.processor import ImageProcessor
-from rag_rerank.local.models.vision.prompts import PicturePrompts
+from rag_rerank.local.models.vision.prompts import ImagePrompts
 from rag_rerank.local.models.vision.transformer import MODEL_TYPES, VisionTransformer
 from rag_rerank.local.settings import Settings
-from rag_rerank.local.transformer.transformer import Padded, Transformer, known, over
+from rag_rerank.local.transformer.transformer import Transformer, known, make_transformer
 from rag_rerank.template import Template
+
+# Arguments of from_pretrained that say where files come from and where weights go, not what they are.
+_NO_FACTS = (
+    *("cache_dir", "device_map", "force_download", "local_files_only", "low_cpu_mem_usage", "max_memory"),
+    *("offload_buffers", "offload_folder", "offload_state_dict", "proxies", "resume_download"),
+)
 
 
 def load(settings: Settings) -> Model:
@@ -46,34 +61,53 @@ def load(settings: Settings) -> Model:
         flags = family.vllm_flags.replace("{template}", f"{family.template}")
         raise ConfigError(f"{checkpoint.name!r} runs on vLLM only: vllm serve {checkpoint.name} {flags}")
     loading = _Loading(checkpoint, settings, family, device)
-    kinds = {
-        "causal": loading.causal,
-        "vision": loading.vision,
-        "bi-encoder": loading.bi_encoder,
-        "late-interaction": loading.late_interaction,
-        "classifier": loading.classifier,
-    }
-    model = kinds[_kind(checkpoint, settings.score_type)]()
-    if settings.long_documents == "max-passage":
-        model = MaxPassage(model, checkpoint.tokenizer, settings.document_prompt or "")
-    if settings.max_tokens_per_query is None and settings.max_tokens_per_doc is None:
-        return model
-    return Limited(model, checkpoint.tokenizer, settings.max_tokens_per_query, settings.max_tokens_per_doc)
+    kind = _kind(checkpoint, settings.score_type)
+    score_type: ScoreType = getattr(loading, kind.replace("-", "_"))()
+    template = loading.template
+    asked = f"{checkpoint.name!r}, without a template," if template is None else f"the template {template.name!r}"
+    takes_instruction = template is not None and template.takes("instruction")
+    return Model(
+        score_type=score_type,
+        tokenizer=checkpoint.tokenizer,
+        facts={"score type": kind, **loading.facts, **_facts(settings), **checkpoint.fingerprint()},
+        text_only=None if kind == "vision" else f"holds an image or a video, but {checkpoint.name} reads text only",
+        no_instruction=None if takes_instruction else f"{asked} has no place for an instruction",
+        max_tokens_per_query=settings.max_tokens_per_query,
+        max_tokens_per_doc=settings.max_tokens_per_doc,
+        passages=settings.long_documents == "max-passage",
+        document_prompt=settings.document_prompt or "",
+    )
+
+
+def _facts(settings: Settings) -> dict[str, str]:
+    """Tell what of the settings can change a score as it is written there.
+
+    Versions of torch and transformers are no facts: they change the last digits, as another processor does, and a run
+    must survive an update. What changes more would be a fault, which the tests against transformers show.
+    """
+    variables = settings.variables
+    facts: dict[str, Any] = {"instruction": variables.pop("instruction"), "chat_template_kwargs": variables}
+    for name in ("query_prompt", "document_prompt", "max_tokens_per_query", "max_tokens_per_doc", "long_documents"):
+        facts[name] = getattr(settings, name)
+    for name in ("model_kwargs", "tokenizer_kwargs"):
+        facts[name] = {key: value for key, value in getattr(settings, name).items() if key not in _NO_FACTS}
+    facts |= {"revision": settings.revision, "trust_remote_code": settings.trust_remote_code}
+    return {name: json.dumps(value, sort_keys=True, default=repr) for name, value in facts.items()}
 
 
 def _kind(checkpoint: Checkpoint, asked: str) -> str:
-    """What the checkpoint is, checked against what the caller says."""
+    """Tell what the checkpoint is, checked against what the caller says."""
     architecture = (*checkpoint.architectures, "(none)")[0]
     modules = [module_kind(module) for module in checkpoint.modules or []]
     if asked == "late-interaction" or (asked == "auto" and is_late_interaction(architecture, modules)):
         return "late-interaction"
     classifier = architecture.endswith("ForSequenceClassification")
-    sees = checkpoint.config.model_type in MODEL_TYPES
+    reads_images = checkpoint.config.model_type in MODEL_TYPES
     if asked == "bi-encoder" or (asked == "auto" and not classifier and modules):
         return "bi-encoder"
     if architecture.endswith("ForCausalLM"):
         return "causal"
-    if architecture.endswith("ForConditionalGeneration") and sees:
+    if architecture.endswith("ForConditionalGeneration") and reads_images:
         return "vision"
     if not classifier:
         raise ConfigError(
@@ -85,57 +119,70 @@ def _kind(checkpoint: Checkpoint, asked: str) -> str:
             f"{checkpoint.name!r} has {checkpoint.config.num_labels} labels; a reranker has one. "
             "It classifies, it does not score relevance."
         )
-    return "vision" if sees else "classifier"
+    return "vision" if reads_images else "classifier"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Loading:
-    """What is known before the weights are read; one method for each kind of model."""
+    """What is known before the weights are read; one method for each kind of model.
+
+    Attributes:
+        facts: What was found out on the way that can change a score.
+        template: The template to prompt with, if any; set on the way.
+    """
 
     checkpoint: Checkpoint
     settings: Settings
     family: Family | None
     device: torch.device
+    facts: dict[str, str] = field(default_factory=dict)
+    template: Template | None = None
 
-    def classifier(self) -> Model:
-        """A model with a one-label head: that of an encoder is called "classifier", that of a decoder "score"."""
-        model = self.checkpoint.model(AutoModelForSequenceClassification, self.device)
-        head = getattr(model, "score", None)
-        prompts = self._prompts(model, self._template(needed=isinstance(head, torch.nn.Linear)))
+    def classifier(self) -> ScoreType:
+        """Load a model with a one-label head: that of an encoder is called "classifier", that of a decoder "score"."""
+        model = self._model(AutoModelForSequenceClassification)
+        score = getattr(model, "score", None)
+        self._choose_template(needed=isinstance(score, torch.nn.Linear))
         # A checkpoint's own code may read its score from elsewhere (nemotron: the mean): that runs as it is.
-        if isinstance(head, torch.nn.Linear) and type(model).__module__.startswith("transformers."):
-            row = head.weight[0].detach().float()
-            return Decoder(prompts, self._activation(), self._over(_body(model)), row)
+        if isinstance(score, torch.nn.Linear) and type(model).__module__.startswith("transformers."):
+            return self._pair_model(model, last_token_head(score.weight[0].detach().float()))
         if known(_body(model)):
-            return CrossEncoder(prompts, self._activation(), self._over(_body(model)), Head(model))
-        pad_id = self.checkpoint.tokenizer.pad_token_id or 0
-        return WholeCrossEncoder(prompts, self._activation(), Padded(model, pad_id, pace(self.device)))
+            return self._pair_model(model, classification_head(model))
+        whole = Whole(model, self.checkpoint.tokenizer.pad_token_id or 0, choose_batching(self.device))
+        return PairModel(self._prompts(model), self._activation(), whole, lambda states: states.tokens)
 
-    def causal(self) -> Model:
-        """A model that answers with a word."""
-        ids, template = self._answers()
-        model = self.checkpoint.model(AutoModelForCausalLM, self.device)
-        prompts = self._prompts(model, template)
-        row = token_row(model, ids)
-        return Decoder(prompts, self._activation(), self._over(_body(model)), row)
+    def causal(self) -> ScoreType:
+        """Load a model that answers with a word."""
+        ids = self._answers()
+        model = self._model(AutoModelForCausalLM)
+        return self._pair_model(model, last_token_head(token_row(model, ids)))
 
-    def vision(self) -> Model:
-        """A model that sees, and answers with a word; or with a head, for which transformers has no class."""
+    def vision(self) -> ScoreType:
+        """Load a model that reads images, and answers with a word or has a head that transformers has no class for."""
         processor = ImageProcessor.of(self.checkpoint)
         if self.checkpoint.architectures[0].endswith("ForSequenceClassification"):
-            template, row = self._template(needed=True), score_row(self.checkpoint).to(self.device)
-            model = self.checkpoint.model(AutoModel, self.device)
+            self._choose_template(needed=True)
+            row = score_row(self.checkpoint).to(self.device)
+            model = self._model(AutoModel)
         else:
-            ids, template = self._answers()
-            model = self.checkpoint.model(AutoModelForImageTextToText, self.device)
+            ids = self._answers()
+            model = self._model(AutoModelForImageTextToText)
             row = token_row(model, ids)
         pad_id = self.checkpoint.tokenizer.pad_token_id
-        transformer = VisionTransformer.over(_body(model), processor, pad_id, pace(self.device))
-        prompts = PicturePrompts(self._prompts(model, template), transformer.tower)
-        return Decoder(prompts, self._activation(), transformer, row)
+        transformer = VisionTransformer.of(_body(model), processor, pad_id, choose_batching(self.device))
+        prompts = ImagePrompts(self._prompts(model), transformer.tower)
+        return PairModel(prompts, self._activation(), transformer, last_token_head(row))
 
-    def _answers(self) -> tuple[list[int], Template | None]:
-        """The tokens of the words, and the template. What is wrong with them is told before gigabytes are read."""
+    def _model(self, auto: Any) -> PreTrainedModel:
+        model = self.checkpoint.model(auto, self.device)
+        self.facts |= {"dtype": str(model.dtype).removeprefix("torch."), "device": model.device.type}
+        return model
+
+    def _pair_model(self, model: PreTrainedModel, head: Head) -> PairModel:
+        return PairModel(self._prompts(model), self._activation(), self._transformer(_body(model)), head)
+
+    def _answers(self) -> list[int]:
+        """Find the tokens of the words, and the template: what is wrong with them is told before gigabytes are read."""
         # vLLM's name for the words, in --hf-overrides; a checkpoint may have it in its own config.
         tokens = self.settings.classifier_tokens or getattr(self.checkpoint.config, "classifier_from_token", None)
         tokens = tokens or (self.family.tokens if self.family is not None else ())
@@ -144,10 +191,13 @@ class _Loading:
                 f"{self.checkpoint.name!r} is a {self.checkpoint.architectures[0]} that is no known reranker. If it is "
                 'one, pass template= with its prompt and classifier_tokens= with its answer, such as ("no", "yes").'
             )
-        return token_ids(self.checkpoint.tokenizer, tokens, self.checkpoint.name), self._template(needed=True)
+        self.facts["classifier tokens"] = json.dumps(list(tokens))
+        ids = token_ids(self.checkpoint.tokenizer, tokens, self.checkpoint.name)
+        self._choose_template(needed=True)
+        return ids
 
-    def bi_encoder(self) -> Model:
-        """A sentence-transformers folder of transformer, pooling and perhaps normalisation."""
+    def bi_encoder(self) -> ScoreType:
+        """Load a sentence-transformers folder of transformer, pooling and perhaps normalisation."""
         checkpoint = self.checkpoint
         if checkpoint.modules is None:
             raise ConfigError(
@@ -166,42 +216,43 @@ class _Loading:
             bool(checkpoint.sentence_config.get("do_lower_case", False)),
         )
 
-    def late_interaction(self) -> Model:
-        """A ColBERT: an encoder and a projection, beside it or in ``Dense`` folders of its own."""
+    def late_interaction(self) -> ScoreType:
+        """Load a ColBERT: an encoder and a projection, beside it or in ``Dense`` folders of its own."""
         checkpoint = self.checkpoint
         paths = [str(module["path"]) for module in checkpoint.modules or [] if module_kind(module) == "Dense"]
         dense = {path: checkpoint.json(f"{path}/config.json") or {} for path in paths}
         projection = read_projection(checkpoint.file, dense).to(self.device)
-        return LateInteraction(
-            *self._encoder(),
-            projection,
-            normalize=self.settings.use_activation is not False,
-        )
+        normalize = self.settings.use_activation is not False
+        self.facts["normalize"] = str(normalize)
+        return LateInteraction(*self._encoder(), projection, normalize)
 
     def _encoder(self) -> tuple[Transformer, PreTrainedTokenizerBase, int]:
-        """A model without a head, its tokenizer, and its longest input."""
-        model = self.checkpoint.model(AutoModel, self.device)
+        """Load a model without a head, its tokenizer, and its longest input."""
+        model = self._model(AutoModel)
+        return self._transformer(model), self.checkpoint.tokenizer, self._max_length(model)
+
+    def _transformer(self, model: PreTrainedModel) -> Transformer:
+        return make_transformer(model, self.checkpoint.tokenizer.pad_token_id, choose_batching(self.device))
+
+    def _max_length(self, model: PreTrainedModel) -> int:
         limit = max_length(self.checkpoint, model, self.settings.max_length)
-        return self._over(model), self.checkpoint.tokenizer, limit
-
-    def _over(self, model: PreTrainedModel) -> Transformer:
-        return over(model, self.checkpoint.tokenizer.pad_token_id, pace(self.device))
-
-    def _prompts(self, model: PreTrainedModel, template: Template | None) -> Prompts:
-        settings = self.settings
-        limit = max_length(self.checkpoint, model, settings.max_length)
-        if settings.max_length is None and self.family is not None and self.family.max_length is not None:
+        if self.settings.max_length is None and self.family is not None and self.family.max_length is not None:
             limit = min(limit, self.family.max_length)
-        return Prompts(
-            self.checkpoint.tokenizer,
-            limit,
-            template,
-            settings.variables,
-            "longest_first" if settings.max_tokens_per_doc is None else "only_second",
-        )
+        self.facts["max_length"] = str(limit)
+        return limit
 
-    def _template(self, *, needed: bool) -> Template | None:
-        """The template to prompt with: the caller's, the family's, or one for scoring that the checkpoint brings."""
+    def _prompts(self, model: PreTrainedModel) -> Prompts:
+        truncation: Truncation = "longest_first" if self.settings.max_tokens_per_doc is None else "only_second"
+        limit, variables = self._max_length(model), self.settings.variables
+        return Prompts(self.checkpoint.tokenizer, limit, self.template, variables, truncation)
+
+    def _choose_template(self, *, needed: bool) -> None:
+        """Take the caller's template, the family's, or one for scoring that the checkpoint brings."""
+        self.template = self._find_template(needed=needed)
+        source = None if self.template is None else self.template.source.encode()
+        self.facts["template"] = "none" if source is None else hashlib.sha256(source).hexdigest()[:16]
+
+    def _find_template(self, *, needed: bool) -> Template | None:
         if isinstance(self.settings.template, Template) or self.settings.template is None:
             return self.settings.template
         if self.family is not None and self.family.template is not None:
@@ -222,12 +273,13 @@ class _Loading:
 
     def _activation(self) -> Activation:
         own = torch.nn.Identity() if self.settings.use_activation is False else own_activation(self.checkpoint.config)
+        self.facts["activation"] = getattr(own, "__name__", type(own).__name__).lower()
         if self.family is None or (self.family.logit_scale, self.family.logit_bias) == (1.0, 0.0):
             return own
         scale, bias = self.family.logit_scale, self.family.logit_bias
+        self.facts["activation"] += f" of logits * {scale} + {bias}"
         return lambda logits: own(logits * scale + bias)  # without the activation, too: so does vLLM
 
 
 def _body(model: PreTrainedModel) -> PreTrainedModel:
-    """A model without its head."""
     return cast("PreTrainedModel", model.base_model)

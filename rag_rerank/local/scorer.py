@@ -5,17 +5,17 @@ Constructing one takes microseconds, so that adapters and command lines can buil
 
 import asyncio
 import os
-import threading
 import time
 import weakref
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
+from pathlib import Path
 from typing import Any
 
 from rag_rerank.errors import ContentError, DeadlineExceeded
 from rag_rerank.inputs.multimodal import Link, Prepared
-from rag_rerank.inputs.preparing import text_only
 from rag_rerank.local.engine.engine import Engine
-from rag_rerank.local.models.model import Model, Side, TextOnly, Unreadable
+from rag_rerank.local.models.model import Model, Side
 from rag_rerank.local.settings import Dtype, LongDocuments, ScoreType, Settings
 from rag_rerank.scorer import Scorer
 from rag_rerank.template import Template
@@ -80,7 +80,9 @@ class LocalScorer(Scorer):
     `document_prompt` are each a `ContentError` that names the position.
     """
 
-    accepts_images = accepts_instruction = True
+    accepts_instruction = True
+    _facts_suffice = True
+    _engine: Engine  # of this process; there from the first call on
 
     def __init__(
         self,
@@ -133,16 +135,23 @@ class LocalScorer(Scorer):
             tokenizer_kwargs=dict(tokenizer_kwargs or {}),
         )
         self._max_waiting_calls = max_waiting_calls
-        self._start()
 
     def _start(self) -> None:
-        self._lock = threading.Lock()
-        self._engine: Engine | None = None
+        settings = self._settings  # not self: the thread must not keep the scorer alive
+        self._engine = Engine(lambda: _load(settings), name=settings.model)
+        # The thread must not outlive a scorer that nobody closed, nor run on into interpreter shutdown.
+        weakref.finalize(self, self._engine.close)
 
     @property
     def model_name(self) -> str:
         """The hub id or folder, as given."""
         return self._settings.model
+
+    @property
+    def accepts_images(self) -> bool:  # type: ignore[override]  # of a class that is asked, not told
+        """Whether the model reads images; True until it is loaded."""
+        model = self._engine.model if self._process else None
+        return model is None or model.text_only is None
 
     def warmup(self) -> None:
         """Load the model and score a pair now, so that the first call doesn't pay for it.
@@ -151,7 +160,7 @@ class LocalScorer(Scorer):
             ConfigError: It can't be loaded as asked.
         """
         self._begin(None, None)
-        self._running_engine().submit(["warm"], ["up"]).result()
+        self._wait(self._engine.submit(["warm"], ["up"]), None)
 
     def _score(
         self,
@@ -160,13 +169,7 @@ class LocalScorer(Scorer):
         until: float | None,
         instruction: str | None = None,
     ) -> list[float]:
-        asked, read = self._prefixed(queries, documents)
-        try:
-            return self._result(asked, read, until, instruction)
-        except TextOnly:
-            raise text_only(self.model_name, queries, documents) from None
-        except Unreadable as error:
-            raise _placed(error, asked, read) from error
+        return self._wait(self._submit(queries, documents, instruction), until)
 
     async def _ascore(
         self,
@@ -175,53 +178,32 @@ class LocalScorer(Scorer):
         until: float | None,
         instruction: str | None = None,
     ) -> list[float]:
-        asked, read = self._prefixed(queries, documents)
-        try:
-            return await self._aresult(asked, read, until, instruction)
-        except TextOnly:
-            raise text_only(self.model_name, queries, documents) from None
-        except Unreadable as error:
-            raise _placed(error, asked, read) from error
-
-    def _result(
-        self,
-        queries: Sequence[Prepared],
-        documents: Sequence[Prepared],
-        until: float | None,
-        instruction: str | None,
-    ) -> list[float]:
         began = time.monotonic()
-        work = self._running_engine().submit(queries, documents, instruction)
-        try:
-            return work.result(None if until is None else max(0.0, until - began))
-        except TimeoutError as error:
-            raise self._too_late(error, began) from None
-        finally:
-            work.cancel()  # no effect on finished work; what nobody waits for any more is not scored
-
-    async def _aresult(
-        self,
-        queries: Sequence[Prepared],
-        documents: Sequence[Prepared],
-        until: float | None,
-        instruction: str | None,
-    ) -> list[float]:
-        began = time.monotonic()
-        work = asyncio.wrap_future(self._running_engine().submit(queries, documents, instruction))
+        work = asyncio.wrap_future(self._submit(queries, documents, instruction))
         try:
             async with asyncio.timeout(None if until is None else until - began):
                 return await work  # cancelling the task cancels the work
         except TimeoutError as error:
             raise self._too_late(error, began) from None
 
-    def _prefixed(
-        self, queries: Sequence[Prepared], documents: Sequence[Prepared]
-    ) -> tuple[Sequence[Prepared], Sequence[Prepared]]:
+    def _submit(
+        self, queries: Sequence[Prepared], documents: Sequence[Prepared], instruction: str | None
+    ) -> "Future[list[float]]":
         settings = self._settings
-        return (
-            _readable(queries, "queries", "query_prompt", settings.query_prompt),
-            _readable(documents, "documents", "document_prompt", settings.document_prompt),
+        return self._engine.submit(
+            _prompted(queries, "queries", "query_prompt", settings.query_prompt),
+            _prompted(documents, "documents", "document_prompt", settings.document_prompt),
+            instruction,
         )
+
+    def _wait(self, work: "Future[list[float]]", until: float | None) -> list[float]:
+        began = time.monotonic()
+        try:
+            return work.result(None if until is None else max(0.0, until - began))
+        except TimeoutError as error:
+            raise self._too_late(error, began) from None
+        finally:
+            work.cancel()  # no effect on finished work; what nobody waits for any more is not scored
 
     def _too_late(self, error: TimeoutError, began: float) -> TimeoutError:
         if isinstance(error, DeadlineExceeded):
@@ -232,37 +214,23 @@ class LocalScorer(Scorer):
             remedy="Allow more time, pass fewer documents, or call warmup() first: loading counts.",
         )
 
-    def _running_engine(self) -> Engine:
-        """The engine of this process, started when needed: threads don't survive a fork."""
-        with self._lock:
-            if self._engine is None:
-                settings = self._settings  # not self: the thread must not keep the scorer alive
-                self._engine = _engine(settings)
-                # The thread must not outlive a scorer that nobody closed, nor run on into interpreter shutdown.
-                weakref.finalize(self, self._engine.close)
-            return self._engine
+    def _facts(self, until: float | None) -> dict[str, str]:
+        model = self._engine.model
+        while model is None:
+            self._wait(self._engine.submit([], []), until)
+            model = self._engine.model
+        name = "a folder" if Path(self.model_name).is_dir() else self.model_name  # wherever it lies
+        return {"model": name, **model.facts}
 
     def _close(self) -> None:
-        with self._lock:
-            engine, self._engine = self._engine, None
-        if engine is not None and self._process in (0, os.getpid()):
-            engine.close()
+        if self._process == os.getpid():
+            self._engine.close()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"settings": self._settings, "closed": self._closed}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self._settings = state["settings"]
-        self._closed = state["closed"]
-        self._max_waiting_calls = self._settings.max_waiting_calls
-        self._start()
+        return {name: value for name, value in super().__getstate__().items() if name != "_engine"}
 
     def __repr__(self) -> str:
         return f"LocalScorer({self.model_name!r})"
-
-
-def _engine(settings: Settings) -> Engine:
-    return Engine(lambda: _load(settings), name=settings.model)
 
 
 def _load(settings: Settings) -> Model:
@@ -272,12 +240,12 @@ def _load(settings: Settings) -> Model:
     return load(settings)
 
 
-def _readable(inputs: Sequence[Prepared], side: Side, name: str, prompt: str | None) -> Sequence[Prepared]:
-    """Each with the prompt before it; ContentError for what only a server can read."""
-    made: list[Prepared] = []
+def _prompted(inputs: Sequence[Prepared], side: Side, name: str, prompt: str | None) -> Sequence[Prepared]:
+    """Put the prompt before each; ContentError for what only a server can read."""
+    prompted: list[Prepared] = []
     for position, each in enumerate(inputs):
         if isinstance(each, str):
-            made.append(prompt + each if prompt else each)
+            prompted.append(prompt + each if prompt else each)
             continue
         kinds = {part.kind for part in each.parts if isinstance(part, Link)}
         if "video_url" in kinds:
@@ -286,11 +254,5 @@ def _readable(inputs: Sequence[Prepared], side: Side, name: str, prompt: str | N
             raise ContentError(f"{side}[{position}] holds an address, but LocalScorer fetches nothing; pass the file")
         if prompt:
             raise ContentError(f"{side}[{position}] holds an image, which can't follow a {name}: images come first")
-        made.append(each)
-    return made
-
-
-def _placed(error: Unreadable, queries: Sequence[Prepared], documents: Sequence[Prepared]) -> ContentError:
-    """The error, with the position of what can't be read."""
-    position = (queries if error.side == "queries" else documents).index(error.value)
-    return ContentError(f"{error.side}[{position}] {error}")
+        prompted.append(each)
+    return prompted

@@ -27,10 +27,10 @@ from rag_rerank.vllm.wire import API, Answer, Encoded, Options, Sent, ServerFact
 MAX_BYTES = 8 << 20
 """Of one request, where it has more than one document: about 10 ms of encoding, in which an event loop stands still."""
 NEUTRAL_IMAGE = Multimodal((BLANK,))
-IMAGE_TOKENS = 16  # an image's or video's in the prompt, at most: Qwen-VL 3, Phi-3-vision 5; it stands before the text
-PLAIN_PAIR_TOKENS = (
-    8  # of "a" and "a", at most: BERT 5, RoBERTa 6, a bi-encoder 6; the shortest template with an end 12
-)
+# The most tokens of an image or video in the prompt: Qwen-VL 3, Phi-3-vision 5. It stands before the text.
+IMAGE_TOKENS = 16
+# The most tokens of "a" and "a" without a template: BERT 5, RoBERTa 6, a bi-encoder 6. The shortest template has 12.
+PLAIN_PAIR_TOKENS = 8
 _TEMPLATE_TOKENS = 1024  # beside query and document, at most; a guess, only for whether to measure
 _CUTS_DOCUMENTS = (0, 20)  # vLLM's max_tokens_per_doc
 # vLLM 0.32, entrypoints/pooling/scoring: for models of text, and for jina-reranker-v3.

@@ -261,10 +261,10 @@ def _endpoints(base_url: str | Sequence[str] | None) -> list[Endpoint]:
 
 def _check(options: Options, rules: Rules, timeout: float, endpoint: str) -> None:
     """Raise ConfigError for what is out of range."""
-    seconds = {"timeout": timeout, "connect_timeout": rules.connect_timeout, "attempt_timeout": rules.attempt_timeout}
+    seconds = {"timeout": timeout, "connect_timeout": rules.connect_timeout}
+    if rules.attempt_timeout is not None:
+        seconds["attempt_timeout"] = rules.attempt_timeout
     for name, value in seconds.items():
-        if value is None and name == "attempt_timeout":
-            continue
         if isinstance(value, bool) or not (isinstance(value, int | float) and 0 < value < math.inf):
             raise ConfigError(f"{name} must be a positive number of seconds, got {value!r}")
     for name, least in {"max_retries": 0, "chunk_size": 1, "max_concurrency": 1}.items():
@@ -280,8 +280,6 @@ def _check(options: Options, rules: Rules, timeout: float, endpoint: str) -> Non
         limit = getattr(options, name)
         if limit is not None and limit < 1:
             raise ConfigError(f"{name} must be 1 or more, or None; got {limit}")
-    if (
-        taken := {"model", "text_1", "text_2", "query", "documents", "request_id"}
-        & dict(options.extra_body or {}).keys()
-    ):
+    ours = {"model", "text_1", "text_2", "query", "documents", "request_id"}
+    if taken := ours & dict(options.extra_body or {}).keys():
         raise ConfigError(f"extra_body must not hold {', '.join(sorted(taken))}")

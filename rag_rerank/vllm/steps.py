@@ -1,7 +1,7 @@
 """What a call asks to be done, and what it is told: the language between the rules and the drivers.
 
 A call is a generator. It yields a step, `Send`, `Sleep` or `Together`, and is told with ``send()`` what came
-of it; it returns its result or raises. So the rules (`rag_rerank.vllm.exchange`, `rag_rerank.vllm.policy`) do no I/O
+of it; it returns its result or raises. So the rules (`rag_rerank.vllm.exchange`, `rag_rerank.vllm.call`) do no I/O
 and own no clock: the transport runs them over real connections, and tests over a list of replies and a clock of their
 own. The pattern is that of httpx's authentication flow.
 """

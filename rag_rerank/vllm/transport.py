@@ -15,11 +15,11 @@ import ssl
 import threading
 import time
 import weakref
-from collections.abc import AsyncGenerator, Coroutine, Generator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Coroutine, Generator, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
 from http.cookiejar import CookieJar, DefaultCookiePolicy
-from typing import Any, TypedDict, TypeVar
+from typing import Any, TypeVar
 from urllib.request import getproxies
 
 import httpx
@@ -203,38 +203,33 @@ class Transport:
             await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _send(self, step: Send) -> Reply | Failure:
+        request, url = step.request, step.endpoint.root + step.request.path
+        headers = _HEADERS if request.id is None else {**_HEADERS, "X-Request-Id": request.id}
+        timeout = httpx.Timeout(step.timeout, connect=step.connect_timeout)
         try:
             # httpx times out single reads; this bounds the whole exchange.
             async with (
                 asyncio.timeout(step.timeout),
-                (await self._client()).stream(**self._arguments(step)) as response,
+                (await self._client()).stream(
+                    request.method, url, content=request.body, headers=headers, timeout=timeout
+                ) as response,
             ):
-                reply = await _read(response, step.request.reply_limit)
+                reply = await _read(response, request.reply_limit)
+                if isinstance(reply, Failure):
+                    return reply
                 if self._key is not None:
                     reply = self._key.taken_out_of(reply)
                 if not step.judge(reply):
                     await response.extensions["network_stream"].aclose()
                 return reply
-        except _Unread as reason:
-            return Failure("unread", str(reason))
         except Exception as error:
             if self._closed:
                 raise RerankError(_CLOSED) from error
             if not isinstance(error, httpx.HTTPError | httpx.InvalidURL | OSError):
                 raise
             if isinstance(error, httpx.RequestError):  # it would carry the key and all documents
-                error.request = httpx.Request(step.request.method, step.endpoint.root + step.request.path)
+                error.request = httpx.Request(request.method, url)
             return _failure(error)
-
-    def _arguments(self, step: Send) -> "_Arguments":
-        request = step.request
-        return {
-            "method": request.method,
-            "url": step.endpoint.root + request.path,
-            "content": request.body,
-            "headers": _HEADERS if request.id is None else {**_HEADERS, "X-Request-Id": request.id},
-            "timeout": httpx.Timeout(step.timeout, connect=step.connect_timeout),
-        }
 
     async def _client(self) -> httpx.AsyncClient:
         # No lock: one held by another thread at a fork would never be released in the child.
@@ -321,13 +316,13 @@ class _Bearer(httpx.Auth):
         return replace(reply, body=reply.body.replace(self._key.encode(), b"[key]"))
 
 
-async def _read(response: httpx.Response, limit: int) -> Reply:
+async def _read(response: httpx.Response, limit: int) -> Reply | Failure:
     """Read an answer, raw and within bounds."""
     headers = {name.lower(): value for name, value in response.headers.items()}
     good = response.status_code == 200
-    encoding = headers.get("content-encoding", "identity")
+    encoding = headers.get("content-encoding", "identity").lower()
     body = bytearray()
-    if encoding.lower() == "identity":
+    if encoding == "identity":
         # Not aiter_raw, which at the end gives the connection to the next request, before this answer is judged.
         async for chunk in response.stream:  # type: ignore[union-attr]
             body += chunk
@@ -337,23 +332,9 @@ async def _read(response: httpx.Response, limit: int) -> Reply:
             return Reply(response.status_code, bytes(body), headers)
     if not good:  # the status tells enough
         return Reply(response.status_code, bytes(body), headers)
-    if encoding.lower() != "identity":
-        raise _Unread(f"the answer is compressed ({encoding[:20]!r}) although it was asked for plain")
-    raise _Unread(f"the answer is longer than {limit} bytes")
-
-
-class _Arguments(TypedDict):
-    """What httpx's ``stream`` is called with."""
-
-    method: str
-    url: str
-    content: bytes | None
-    headers: Mapping[str, str]
-    timeout: httpx.Timeout
-
-
-class _Unread(Exception):
-    """An answer that must not be read any further."""
+    if encoding != "identity":
+        return Failure("unread", f"the answer is compressed ({encoding[:20]!r}) although it was asked for plain")
+    return Failure("unread", f"the answer is longer than {limit} bytes")
 
 
 def _failure(error: Exception) -> Failure:

@@ -1,24 +1,26 @@
 """Scores that are kept: by content, by several processes at once, through kills."""
 
+import os
 import signal
 import sqlite3
 import subprocess
 import sys
 import time
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from rag_rerank import ConfigError
 from rag_rerank.evaluation.cache import ScoreCache, default_folder
-from rag_rerank.evaluation.identity import Identity
+from rag_rerank.identity import Identity
 
-ME = Identity("me/my model", {"class": "me"}, "here")
+ME = Identity({"model": "me/my model", "dtype": "float32"}, (0.5, 20.0), place="here")
 
 
 class TestScoreCache:
-    """One file for each scorer."""
+    """Each scorer's own, in one file."""
 
     def test_what_was_kept_is_there_when_it_is_opened_again(self, tmp_path: Path):
         """To the last bit; what the scorer refused is not."""
@@ -43,11 +45,53 @@ class TestScoreCache:
             cache.keep("q", texts, [float(text) for text in texts])
             assert cache.scores("q", texts) == [float(text) for text in texts]
 
-    def test_another_scorer_has_another_file(self, tmp_path: Path):
-        """With a name that tells whose it is."""
-        with ScoreCache(tmp_path, ME) as mine, ScoreCache(tmp_path, Identity("me/my model", {}, "here")) as other:
-            assert mine.path != other.path
-            assert mine.path.name.startswith("my-model-")
+    @pytest.mark.parametrize(
+        ("other", "words"),
+        [
+            (replace(ME, facts=ME.facts | {"dtype": "bfloat16"}), "dtype: bfloat16, before float32"),
+            (replace(ME, probes=(0.53, 20.0)), "scores of the probe: 0.53, 20, before 0.5, 20"),
+        ],
+    )
+    def test_another_scorer_has_scores_of_its_own(
+        self, tmp_path: Path, other: Identity, words: str, caplog: pytest.LogCaptureFixture
+    ):
+        """In what it differs is said when it is new, and never again."""
+        with ScoreCache(tmp_path, ME) as cache:
+            cache.keep("q", ["a"], [1.0], seconds=1.0)
+        assert caplog.text == ""
+        with ScoreCache(tmp_path, other) as cache:
+            assert words in caplog.text
+            assert (cache.scores("q", ["a"]), cache.seconds("q", [["a"]])) == ([None], [None])
+            cache.keep("q", ["a"], [2.0])
+        caplog.clear()
+        for identity, score in ((ME, 1.0), (other, 2.0)):
+            with ScoreCache(tmp_path, identity) as cache:
+                assert cache.scores("q", ["a"]) == [score]
+        assert caplog.text == ""
+
+    def test_scores_that_differ_by_rounding_are_the_same_scorer_s(self, tmp_path: Path):
+        """As those of half precision do from call to call."""
+        with ScoreCache(tmp_path, ME) as cache:
+            cache.keep("q", ["a"], [1.0])
+        with ScoreCache(tmp_path, replace(ME, probes=(0.505, 19.9))) as cache:
+            assert cache.scores("q", ["a"]) == [1.0]
+
+    def test_a_scorer_s_scores_are_lost_with_its_entry(self, tmp_path: Path):
+        """And are no other one's: a damaged file may have lost just that."""
+        with ScoreCache(tmp_path, ME) as cache:
+            cache.keep("q", ["a"], [1.0])
+        with closing(sqlite3.connect(cache.path, isolation_level=None)) as database:
+            database.execute("DELETE FROM scorers")
+        with ScoreCache(tmp_path, replace(ME, probes=(0.9, 1.0))) as cache:
+            assert cache.scores("q", ["a"]) == [None]
+
+    def test_two_scorers_with_equal_facts_may_write_at_once(self, tmp_path: Path):
+        """Neither gets a score of the other."""
+        other = replace(ME, probes=(0.9, 1.0))
+        with ScoreCache(tmp_path, ME) as mine, ScoreCache(tmp_path, other) as theirs:
+            theirs.keep("q", ["a"], [2.0])
+            mine.keep("q", ["a", "b"], [1.0, 1.0])
+            assert (mine.scores("q", ["a", "b"]), theirs.scores("q", ["a", "b"])) == ([1.0, 1.0], [2.0, None])
 
     def test_times_are_of_the_very_call_and_place(self, tmp_path: Path):
         """Other documents, another order or another machine have their own."""
@@ -55,22 +99,19 @@ class TestScoreCache:
             cache.keep("q", ["a", "b"], [1.0, 2.0], seconds=0.25)
         with ScoreCache(tmp_path, ME) as cache:
             assert cache.seconds("q", [["a", "b"], ["b", "a"], ["a"]]) == [0.25, None, None]
-        with ScoreCache(tmp_path, Identity(ME.model, ME.facts, "elsewhere")) as cache:
+        with ScoreCache(tmp_path, replace(ME, place="elsewhere")) as cache:
             assert cache.scores("q", ["a", "b"]) == [1.0, 2.0]
             assert cache.seconds("q", [["a", "b"]]) == [None]
 
-    def test_a_scorer_that_became_another_is_forgotten(self, tmp_path: Path):
-        """Differences as of half precision are none."""
+    @pytest.mark.parametrize("missing", [1, 100, 4096, 5000])
+    def test_a_file_that_was_cut_off_gives_no_wrong_score(self, tmp_path: Path, missing: int):
+        """It is named, or the scores are not known."""
+        texts = [str(number) for number in range(2000)]
         with ScoreCache(tmp_path, ME) as cache:
-            assert cache.verify([0.5, 20.0])
-            cache.keep("q", ["a"], [1.0], seconds=1.0)
-        with ScoreCache(tmp_path, ME) as cache:
-            assert cache.verify([0.505, 19.9])
-            assert cache.scores("q", ["a"]) == [1.0]
-            assert not cache.verify([0.53, 20.0])
-            assert cache.scores("q", ["a"]) == [None]
-            assert cache.seconds("q", [["a"]]) == [None]
-            assert cache.verify([0.53, 20.0])
+            cache.keep("q", texts, [1.5] * 2000)
+        os.truncate(cache.path, cache.path.stat().st_size - missing)
+        with pytest.raises(ConfigError, match="can't be used: .*Delete the file"), ScoreCache(tmp_path, ME) as cache:
+            assert set(cache.scores("q", texts)) <= {1.5, None}
 
     @pytest.mark.parametrize("content", [b"this is no database, but long enough to be taken for one" * 20])
     def test_a_damaged_file_is_named(self, tmp_path: Path, content: bytes):
@@ -98,10 +139,10 @@ class TestScoreCache:
 WRITER = """
 import sys, time
 from rag_rerank.evaluation.cache import ScoreCache
-from rag_rerank.evaluation.identity import Identity
+from rag_rerank.identity import Identity
 
 folder, name, pause = sys.argv[1:]
-with ScoreCache(folder, Identity("me/my model", {"class": "me"}, "here")) as cache:
+with ScoreCache(folder, Identity({"model": "me/my model", "dtype": "float32"}, (0.5, 20.0), place="here")) as cache:
     print("open", flush=True)
     for number in range(300):
         cache.keep(f"{name}{number}", ["a", "b"], [number, -number])

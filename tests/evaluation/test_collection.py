@@ -116,7 +116,7 @@ class TestFormats:
         write(tmp_path)
         (tmp_path / "corpus.jsonl").unlink()
         (tmp_path / "corpus.jsonl.gz").write_bytes(content)
-        with pytest.raises(ConfigError, match=r"corpus\.jsonl\.gz can't be read"):
+        with pytest.raises(ConfigError, match=r"corpus\.jsonl\.gz is damaged"):
             Collection.load(tmp_path)
 
     def test_judgments_as_json_lines(self, tmp_path: Path):
@@ -154,7 +154,7 @@ class TestFormats:
         write(tmp_path)
         (tmp_path / "corpus.jsonl").unlink()
         (tmp_path / "corpus.parquet").write_bytes(b"nope")
-        with pytest.raises(ConfigError, match=r"corpus\.parquet can't be read"):
+        with pytest.raises(ConfigError, match=r"corpus\.parquet is damaged"):
             Collection.load(tmp_path)
 
     def test_parquet_without_pyarrow_says_what_to_install(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

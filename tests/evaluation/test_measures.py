@@ -6,7 +6,7 @@ import pytest
 
 from rag_rerank import ConfigError
 from rag_rerank.evaluation import measure
-from rag_rerank.evaluation.measures import Ruler
+from rag_rerank.evaluation.measures import Measurer
 
 
 class TestMeasures:
@@ -44,18 +44,18 @@ class TestMeasures:
         """Is said."""
         for judgments, measures in (({}, ["RR"]), ({"q": {"a": 1}}, [])):
             with pytest.raises(ConfigError, match="nothing to measure"):
-                Ruler(judgments, measures)
+                Measurer(judgments, measures)
 
 
-class TestRuler:
+class TestMeasurer:
     """Values of every query."""
 
     def test_order_alone_counts(self):
         """Rankings have no ties that ids could decide."""
-        ruler = Ruler({"q1": {"a": 1}, "q2": {"a": 1}, "q3": {"a": 0}}, ["RR"])
-        assert ruler.of({"q1": ["z", "a"], "q2": []}) == {"RR": {"q1": 0.5, "q2": 0.0, "q3": 0.0}}
+        measurer = Measurer({"q1": {"a": 1}, "q2": {"a": 1}, "q3": {"a": 0}}, ["RR"])
+        assert measurer.measure_rankings({"q1": ["z", "a"], "q2": []}) == {"RR": {"q1": 0.5, "q2": 0.0, "q3": 0.0}}
 
     def test_the_deepest_cutoff_is_known(self):
         """0 where there is none."""
-        assert Ruler({"q": {"a": 1}}, ["nDCG@10", "R@250", "MAP"]).deepest == 250
-        assert Ruler({"q": {"a": 1}}, ["MAP"]).deepest == 0
+        assert Measurer({"q": {"a": 1}}, ["nDCG@10", "R@250", "MAP"]).deepest == 250
+        assert Measurer({"q": {"a": 1}}, ["MAP"]).deepest == 0

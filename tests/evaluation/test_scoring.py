@@ -1,16 +1,26 @@
 """Each pair is scored once; what is known is not asked; times are of calls that are worth comparing."""
 
 import json
-import time
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from rag_rerank import BackendUnavailable, DocumentRejected, Scorer, VLLMScorer
+from rag_rerank import (
+    BackendError,
+    BackendUnavailable,
+    ConfigError,
+    DocumentRejected,
+    FallbackScorer,
+    Scorer,
+    VLLMScorer,
+)
 from rag_rerank.evaluation import scoring
-from rag_rerank.evaluation.scoring import Asking, Latency
+from rag_rerank.evaluation.scoring import Latency, ScoringRun
+from rag_rerank.identity import PROBES, Identity
 from tests.faulty_server import FaultyServer, Request, Steps, http, on_scores, scores
 from tests.scorers import WordOverlap, overlap
 
@@ -19,15 +29,15 @@ TEXTS = ["a b", "b", "c", "a", "d a", "a b c"]
 
 
 @contextmanager
-def asking(scorer: Scorer, folder: Path | None, depths: Sequence[int] = DEPTHS) -> Iterator[Asking]:
-    with closing(Asking(scorer, depths, folder, deadline=60)) as made:
+def scoring_run(scorer: Scorer, folder: Path | None, depths: Sequence[int] = DEPTHS) -> Iterator[ScoringRun]:
+    with closing(ScoringRun(scorer, depths, folder, deadline=60)) as made:
         yield made
         made.finish()
 
 
 def pairs_of(scorer: WordOverlap) -> list[tuple[str, str]]:
-    """Every pair that was scored, without the probe."""
-    probe = {query for query, _ in scoring.PROBE}
+    """Every pair that was scored, without the probes of `Scorer.identity`."""
+    probe = {query for query, _ in PROBES}
     found = []
     for queries, documents, _ in scorer.calls:
         rows = queries * len(documents) if len(queries) == 1 else queries
@@ -41,13 +51,13 @@ class TestScores:
     @pytest.mark.parametrize("timed", [0, 200])
     def test_each_pair_is_scored_once(self, monkeypatch: pytest.MonkeyPatch, timed: int):
         """Query by query or many at once, with the same scores in their places."""
-        monkeypatch.setattr(scoring, "TIMED", timed)
+        monkeypatch.setattr(scoring, "TIMED_QUERIES", timed)
         scorer = WordOverlap()
-        with asking(scorer, None) as made:
+        with scoring_run(scorer, None) as made:
             for number in range(5):
-                made.ask(f"q{number}", f"a {number}", TEXTS)
-            made.ask("short", "b", ["b"])
-            made.ask("empty", "b", [])
+                made.add(f"q{number}", f"a {number}", TEXTS)
+            made.add("short", "b", ["b"])
+            made.add("empty", "b", [])
         assert made.result.scores == {
             **{f"q{number}": [overlap(f"a {number}", text) for text in TEXTS[:4]] for number in range(5)},
             "short": [1.0],
@@ -57,38 +67,39 @@ class TestScores:
         assert made.result.pairs_cached == made.result.rejected == 0
 
     def test_a_second_time_nothing_is_scored(self, tmp_path: Path):
-        """Not even the probe, and the times are those of the first time."""
+        """But the probes, and the times are those of the first time."""
         first, second = WordOverlap(), WordOverlap()
         for scorer in (first, second):
-            with asking(scorer, tmp_path) as made:
+            with scoring_run(scorer, tmp_path) as made:
                 for number in range(8):
-                    made.ask(f"q{number}", f"a {number}", TEXTS)
+                    made.add(f"q{number}", f"a {number}", TEXTS)
             if scorer is first:
                 before = made.result
-        assert second.calls == []
+        assert pairs_of(second) == []
+        assert len(second.calls) == 1
         assert made.result.scores == before.scores
         assert made.result.calls == before.calls
         assert (made.result.pairs_scored, made.result.pairs_cached) == (0, before.pairs_scored)
 
     def test_a_changed_text_is_scored_again_and_no_other(self, tmp_path: Path):
         """Of a document or a query."""
-        with asking(WordOverlap(), tmp_path) as made:
-            made.ask("q", "a b", TEXTS)
+        with scoring_run(WordOverlap(), tmp_path) as made:
+            made.add("q", "a b", TEXTS)
         scorer = WordOverlap()
-        with asking(scorer, tmp_path) as made:
-            made.ask("q", "a b", [TEXTS[0], "b changed", *TEXTS[2:]])
-            made.ask("r", "a c", TEXTS[:1])
+        with scoring_run(scorer, tmp_path) as made:
+            made.add("q", "a b", [TEXTS[0], "b changed", *TEXTS[2:]])
+            made.add("r", "a c", TEXTS[:1])
         assert pairs_of(scorer) == [("a b", "b changed"), ("a c", "a b")]
         assert made.result.scores["q"] == [1.0, 0.5, 0.0, 0.5]
         assert (made.result.pairs_scored, made.result.pairs_cached) == (2, 3)
 
     def test_a_deeper_depth_scores_only_what_is_new(self, tmp_path: Path):
         """Those behind."""
-        with asking(WordOverlap(), tmp_path) as made:
-            made.ask("q", "a", TEXTS)
+        with scoring_run(WordOverlap(), tmp_path) as made:
+            made.add("q", "a", TEXTS)
         scorer = WordOverlap()
-        with asking(scorer, tmp_path, (6,)) as made:
-            made.ask("q", "a", TEXTS)
+        with scoring_run(scorer, tmp_path, (6,)) as made:
+            made.add("q", "a", TEXTS)
         assert pairs_of(scorer) == [("a", "d a"), ("a", "a b c")]
         assert made.result.calls == {6: []}
 
@@ -104,9 +115,9 @@ class TestScores:
                 return super()._score(queries, documents, until)
 
         def run(scorer: Scorer, folder: Path) -> scoring.Scored:
-            with asking(scorer, folder) as made:
+            with scoring_run(scorer, folder) as made:
                 for number in range(12):
-                    made.ask(f"q{number}", f"a {number}", TEXTS)
+                    made.add(f"q{number}", f"a {number}", TEXTS)
             return made.result
 
         interrupted = Failing()
@@ -136,8 +147,8 @@ class TestScores:
 
         for expected in ([("a", text) for text in TEXTS[:4]], [("a", "c")]):
             scorer = Choosy()
-            with asking(scorer, tmp_path) as made:
-                made.ask("q", "a", TEXTS)
+            with scoring_run(scorer, tmp_path) as made:
+                made.add("q", "a", TEXTS)
             assert made.result.scores["q"] == [0.5 * 2, 0.0, None, 1.0]
             assert made.result.rejected == 1
             assert pairs_of(scorer) == expected
@@ -149,37 +160,103 @@ class TestScores:
             def _score(self, queries: list[str], documents: list[str], until: float | None) -> list[float]:
                 raise BackendUnavailable("nobody there")
 
-        with pytest.raises(BackendUnavailable, match="nobody there"), asking(Down(), None) as made:
-            made.ask("q", "a", TEXTS)
+        with pytest.raises(BackendUnavailable, match="nobody there"), scoring_run(Down(), None) as made:
+            made.add("q", "a", TEXTS)
+
+    @pytest.mark.parametrize("timed", [0, 200])
+    @pytest.mark.parametrize("texts", [["bad"], ["bad", "bad"], ["a", "bad", "b"]])
+    def test_a_document_that_fails_alone_is_not_taken_for_a_failing_scorer(
+        self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, timed: int, texts: list[str]
+    ):
+        """It has no score, whether it is scored with others or, when the run goes on, without."""
+
+        class Odd(WordOverlap):
+            def _score(self, queries: list[str], documents: list[str], until: float | None) -> list[float]:
+                scores = super()._score(queries, documents, until)
+                return [math.nan if text == "bad" else score for text, score in zip(documents, scores, strict=True)]
+
+        monkeypatch.setattr(scoring, "TIMED_QUERIES", timed)
+        for pairs in (len(texts), texts.count("bad")):
+            with scoring_run(Odd(), tmp_path) as made:
+                made.add("q", "a", texts)
+            assert made.result.scores["q"] == [None if text == "bad" else overlap("a", text) for text in texts]
+            assert made.result.rejected == texts.count("bad")
+            assert made.result.pairs_scored == pairs
+
+    def test_a_scorer_that_fails_later_is_not_taken_for_bad_documents(self):
+        """Whatever the error is: nothing works then, so the run ends."""
+
+        class Failing(WordOverlap):
+            def _score(self, queries: list[str], documents: list[str], until: float | None) -> list[float]:
+                if self.calls:
+                    raise BackendError("out of memory")
+                return super()._score(queries, documents, until)
+
+        with pytest.raises(BackendError, match="out of memory"), scoring_run(Failing(), None) as made:
+            made.add("q", "a", ["x"])
+
+    def test_scores_that_may_be_of_several_scorers_are_not_cached(self, tmp_path: Path):
+        """Nobody knows which one answers the next time."""
+        for _ in range(2):
+            with scoring_run(FallbackScorer(WordOverlap(), WordOverlap()), tmp_path) as made:
+                made.add("q", "a", TEXTS)
+            assert made.result.pairs_cached == 0
+        assert list(tmp_path.iterdir()) == []
+
+
+def halved(request: Request) -> Steps:
+    """What another model behind the same name answers."""
+    answer = scores(request)
+    for row in answer["data"]:
+        row["score"] /= 2
+    return [http(json.dumps(answer))]
 
 
 class TestServers:
     """What a server serves may change without notice."""
 
-    def test_its_scores_are_kept_as_long_as_its_answers_to_the_probe_are_the_same(
+    def run(self, server: FaultyServer, folder: Path, queries: int = 1) -> scoring.Scored:
+        with VLLMScorer(server.base_url) as scorer, scoring_run(scorer, folder) as made:
+            for number in range(queries):
+                made.add(f"q{number}", f"a {number}", TEXTS)
+        return made.result
+
+    def test_another_model_behind_the_same_name_has_a_cache_of_its_own(
         self, tmp_path: Path, caplog: pytest.LogCaptureFixture
     ):
-        """Another template or number format under the same name would spoil them; the user is told."""
-
-        def other(request: Request) -> Steps:
-            answer = scores(request)
-            for row in answer["data"]:
-                row["score"] /= 2
-            return [http(json.dumps(answer))]
-
-        def run() -> scoring.Scored:
-            with VLLMScorer(server.base_url) as scorer, asking(scorer, tmp_path) as made:
-                made.ask("q", "a", TEXTS)
-            return made.result
-
+        """The user is told what differs, once; and the first one's scores are not lost."""
         with FaultyServer() as server:
-            first, second = run(), run()
+            first, second = self.run(server, tmp_path), self.run(server, tmp_path)
             assert (first.pairs_scored, second.pairs_scored, caplog.text) == (4, 0, "")
-            server.behave = on_scores(other)
-            third = run()
-        assert third.pairs_scored == 4
-        assert third.scores["q"] == [score / 2 for score in first.scores["q"] if score is not None]
-        assert "m does not score as it did" in caplog.text
+            server.behave = on_scores(halved)
+            third, told = self.run(server, tmp_path), caplog.text
+            fourth = self.run(server, tmp_path)
+            server.behave = lambda request: None
+            fifth = self.run(server, tmp_path)
+        assert [result.pairs_scored for result in (third, fourth, fifth)] == [4, 0, 0]
+        assert third.scores["q0"] == [score / 2 for score in first.scores["q0"] if score is not None]
+        assert fourth.scores == third.scores
+        assert fifth.scores == first.scores
+        assert "is not the scorer whose scores are cached; scored anew: scores of the probe:" in told
+        assert caplog.text == told
+
+    def test_a_server_that_becomes_another_during_the_run_ends_it(self, tmp_path: Path):
+        """Before a score of the new one is kept; a run from the beginning has each one's own."""
+        with FaultyServer() as server:
+            whole = self.run(server, tmp_path / "other", queries=6)
+
+            before = len(server.score_requests)
+
+            def replaced(request: Request) -> Steps | None:
+                return halved(request) if len(server.score_requests) > before + 6 else None
+
+            server.behave = on_scores(replaced)
+            with pytest.raises(ConfigError, match="became another scorer during the run: scores of the probe"):
+                self.run(server, tmp_path, queries=6)
+            server.behave = lambda request: None
+            again = self.run(server, tmp_path, queries=6)
+        assert again.scores == whole.scores
+        assert 0 < again.pairs_cached < whole.pairs_scored
 
 
 class TestTimes:
@@ -188,34 +265,39 @@ class TestTimes:
     def test_queries_take_turns(self):
         """One is timed at the first depth, the next at the second; those with fewer candidates count for both."""
         scorer = WordOverlap()
-        with asking(scorer, None) as made:
+        with scoring_run(scorer, None) as made:
             for number in range(4):
-                made.ask(f"q{number}", f"a {number}", TEXTS)
-            made.ask("short", "b", ["b"])
+                made.add(f"q{number}", f"a {number}", TEXTS)
+            made.add("short", "b", ["b"])
         counts = {depth: [count for count, _ in calls] for depth, calls in made.result.calls.items()}
         assert counts == {2: [2, 2, 1], 4: [4, 4, 1]}
         assert [len(documents) for _, documents, _ in scorer.calls] == [4, 2, 2, 4, 2, 2, 4, 1]
 
-    def test_loading_is_in_no_time(self):
-        """The first call is for the probe."""
+    @pytest.mark.parametrize("has_probes", [True, False])
+    def test_loading_is_in_no_time(self, monkeypatch: pytest.MonkeyPatch, has_probes: bool):
+        """The first call is none of a query's, also where no scores are needed to tell who the scorer is."""
+        clock = SimpleNamespace(now=0.0, perf_counter=lambda: clock.now)
 
         class Slow(WordOverlap):
+            def identity(self, *, deadline: float | None = None) -> Identity:
+                return super().identity(deadline=deadline) if has_probes else Identity({"model": "slow"})
+
             def _score(self, queries: list[str], documents: list[str], until: float | None) -> list[float]:
-                time.sleep(0.001 if self.calls else 0.3)
+                clock.now += 1.0 if self.calls else 300.0
                 return super()._score(queries, documents, until)
 
-        with asking(Slow(), None) as made:
-            made.ask("q", "a", TEXTS)
-        ((_, seconds),) = made.result.calls[2]
-        assert seconds < 0.3
+        monkeypatch.setattr(scoring, "time", clock)
+        with scoring_run(Slow(), None) as made:
+            made.add("q", "a", TEXTS)
+        assert made.result.calls == {2: [(2, 1.0)], 4: []}
 
-    def test_after_enough_times_queries_are_asked_together(self, monkeypatch: pytest.MonkeyPatch):
+    def test_after_enough_times_queries_are_scored_together(self, monkeypatch: pytest.MonkeyPatch):
         """In calls of about ten seconds."""
-        monkeypatch.setattr(scoring, "TIMED", 2)
+        monkeypatch.setattr(scoring, "TIMED_QUERIES", 2)
         scorer = WordOverlap()
-        with asking(scorer, None) as made:
+        with scoring_run(scorer, None) as made:
             for number in range(50):
-                made.ask(f"q{number}", f"a {number}", TEXTS)
+                made.add(f"q{number}", f"a {number}", TEXTS)
         assert [len(documents) for _, documents, _ in scorer.calls] == [4, 2, 2, 4, 48 * 4]
         assert all(scores == [overlap("a x", text) for text in TEXTS[:4]] for scores in made.result.scores.values())
 

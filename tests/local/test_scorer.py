@@ -144,7 +144,7 @@ class TestCrossEncoder:
         """[SEP] in a text is five letters: it does not end the document."""
         engine_model = _model_of(local_cross_encoder)
         plain = engine_model.inputs(["q"], ["a [SEP] [CLS] b"]).sequences[0]
-        special = set(engine_model.prompts.tokenizer.all_special_ids)
+        special = set(engine_model.score_type.prompts.tokenizer.all_special_ids)
         assert sum(token in special for token in plain.ids) == 3
 
     def test_bfloat16_ranks_almost_as_float32(self, cross_encoder: Path, documents: list[str]):

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 import time
 from dataclasses import replace
 
@@ -360,7 +361,7 @@ class TestDeadline:
         with pytest.raises(DeadlineExceeded, match=r"had not answered .*server0:1, 1 attempt, 10.00 s.*Allow more"):
             score(world)
         assert world.elapsed == 10
-        assert world.each_server[0].back_off.failures == 0
+        assert world.each_server[0].back_off.rest_ends == -math.inf
         with pytest.raises(DeadlineExceeded) as caught:
             score(World(Script((10.0, Failure("timeout", "timed out", cause))), deadline=10))
         assert caught.value.__cause__ is cause
@@ -550,7 +551,7 @@ class TestSeveralServers:
         with pytest.raises(BackendRejected):
             score(world)
         assert world.hosts[0] == 0
-        assert (back_off.failures, back_off.resting) == (0, False)
+        assert (back_off.rest_ends, back_off.resting) == (-math.inf, False)
 
     def test_one_that_works_again_is_asked_like_the_others(self):
         """After its rest, by one caller, and then by all."""
@@ -560,7 +561,7 @@ class TestSeveralServers:
         for _ in range(4):
             assert score(world) == SCORES
         assert world.hosts[2:].count(0) >= 2
-        assert world.each_server[0].back_off.failures == 0
+        assert world.each_server[0].back_off.rest_ends == -math.inf
 
     def test_only_one_request_tries_a_server_after_its_rest(self):
         """Were it still hanging, all of them would."""

@@ -22,14 +22,21 @@ def count_to_one_in_a_child(scorer: VLLMScorer) -> None:
 def test_one_too_many_is_refused_at_once(limit: int):
     """With nothing sent; those before it are answered."""
     arrived: list[Request] = []
+    refused_ones: list[object] = []
 
     def slow(request: Request) -> Steps:
         arrived.append(request)
-        yield 0.3
+        while len(refused_ones) < 2:
+            yield 0.01
         yield from right(request)
 
     async def calls(scorer: VLLMScorer) -> list[object]:
-        return await asyncio.gather(*(scorer.ascore("q", ["a"]) for _ in range(limit + 2)), return_exceptions=True)
+        waiting = [asyncio.ensure_future(scorer.ascore("q", ["a"])) for _ in range(limit)]
+        await asyncio.sleep(0)  # they begin
+        refused_ones.extend(
+            await asyncio.gather(*(scorer.ascore("q", ["a"]) for _ in range(2)), return_exceptions=True)
+        )
+        return [*await asyncio.gather(*waiting), *refused_ones]
 
     with FaultyServer(on_scores(slow)) as server, VLLMScorer(server.base_url, max_waiting_calls=limit) as scorer:
         *answered, first, second = asyncio.run(calls(scorer))
@@ -45,13 +52,23 @@ def test_one_too_many_is_refused_at_once(limit: int):
 def test_threads_are_counted_too():
     """Of eight at once, two are answered and six refused."""
     together = threading.Barrier(8)
+    refused: list[int] = []
 
     def call(scorer: VLLMScorer) -> list[float]:
         together.wait()
-        return scorer.score("q", ["a"])
+        try:
+            return scorer.score("q", ["a"])
+        except BackendUnavailable:
+            refused.append(1)
+            raise
+
+    def slow(request: Request) -> Steps:
+        while len(refused) < 6:
+            yield 0.01
+        yield from right(request)
 
     with (
-        FaultyServer(on_scores(lambda request: [1.0, *right(request)])) as server,
+        FaultyServer(on_scores(slow)) as server,
         VLLMScorer(server.base_url, max_waiting_calls=2) as scorer,
         ThreadPoolExecutor(8) as pool,
     ):
@@ -80,8 +97,15 @@ def test_failed_and_cancelled_calls_make_room():
 
 def test_a_forked_child_and_a_copy_begin_with_none():
     """What is under way here is not under way there."""
+    over = threading.Event()
+
+    def wait(request: Request) -> Steps:
+        while not over.is_set():
+            yield 0.01
+        yield from right(request)
+
     with (
-        FaultyServer(on_scores(lambda request: [1.0, *right(request)], times=1)) as server,
+        FaultyServer(on_scores(wait, times=1)) as server,
         VLLMScorer(server.base_url, max_waiting_calls=1) as scorer,
         ThreadPoolExecutor(1) as pool,
     ):
@@ -92,8 +116,9 @@ def test_a_forked_child_and_a_copy_begin_with_none():
         child.start()
         with pickle.loads(pickle.dumps(scorer)) as copy:  # noqa: S301
             assert copy.score("q", ["a"]) == EXACT
-        child.join(10)
+        child.join(30)
         assert child.exitcode == 0
+        over.set()
         assert waiting.result(10) == EXACT
 
 

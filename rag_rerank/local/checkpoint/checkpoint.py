@@ -6,7 +6,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import (
@@ -21,6 +21,7 @@ from transformers.utils import logging as transformers_logging
 from transformers.utils.hub import cached_file
 
 from rag_rerank.errors import ConfigError
+from rag_rerank.local.checkpoint.fingerprint import fingerprint
 from rag_rerank.local.hardware import choose_dtype
 from rag_rerank.local.settings import Settings
 
@@ -29,7 +30,7 @@ _HOOK = threading.Lock()
 
 
 def check_exists(name: str) -> None:
-    """ConfigError for what is written like a path and leads nowhere: no hub need be asked for it."""
+    """Raise ConfigError for what is written like a path and leads nowhere: no hub need be asked for it."""
     if not Path(name).is_dir() and (Path(name).is_absolute() or name.startswith((".", "~")) or name.count("/") > 1):
         raise ConfigError(f"there is no folder {name!r}; pass an existing folder or a hub id such as org/name")
 
@@ -56,12 +57,12 @@ class Checkpoint:
         self.architectures: tuple[str, ...] = tuple(self.config.architectures or ())
 
     def file(self, path: str) -> Path | None:
-        """Where a file of the checkpoint lies on this machine, or None where it has no such file."""
+        """Find where a file of the checkpoint lies on this machine; None where it has no such file."""
         found: str | None = self._read(cached_file, path, _raise_exceptions_for_missing_entries=False)
         return None if found is None else Path(found)
 
     def json(self, path: str) -> Any:
-        """The content of a JSON file of the checkpoint, or None where it has no such file."""
+        """Read a JSON file of the checkpoint; None where it has no such file."""
         found = self.file(path)
         if found is None:
             return None
@@ -76,7 +77,7 @@ class Checkpoint:
         return self.json(str(PurePosixPath(self.transformer, "sentence_bert_config.json"))) or {}
 
     def model(self, auto: Any, device: torch.device) -> PreTrainedModel:
-        """The weights, complete, on the device, in evaluation mode."""
+        """Load the weights, complete, on the device, in evaluation mode."""
         loaded: PreTrainedModel
         with _without_bars() if self._is_small() else nullcontext():
             loaded, report = self._read(
@@ -108,8 +109,19 @@ class Checkpoint:
         )
         return tokenizer
 
+    def fingerprint(self) -> dict[str, str]:
+        """Hash what was loaded; see `fingerprint`."""
+        folder = cast("Path", self.file("modules.json") or self.file("config.json")).parent
+        adapter = folder / "adapter_config.json"
+        base = json.loads(adapter.read_bytes()).get("base_model_name_or_path") if adapter.is_file() else None
+        if base is not None and not Path(base).is_dir():
+            base = Path(
+                str(cached_file(base, "config.json", cache_dir=self._settings.cache_dir, local_files_only=True))
+            ).parent
+        return fingerprint(folder, base and Path(base))
+
     def _is_small(self) -> bool:
-        """A folder on this machine with few weights, so that nothing is downloaded and little is read."""
+        """Tell whether this is a folder with few weights: nothing is downloaded and little is read."""
         weights = Path(self.name, self.transformer).glob("*.safetensors")
         return Path(self.name).is_dir() and sum(file.stat().st_size for file in weights) < _SMALL
 
@@ -123,7 +135,7 @@ class Checkpoint:
 
 @contextmanager
 def _without_bars() -> Iterator[None]:
-    """No progress bars of transformers in this thread; those of others stay as they are, and so do all settings."""
+    """Hide transformers' progress bars in this thread; those of others stay as they are, and so do all settings."""
     set_hook = getattr(transformers_logging, "set_tqdm_hook", None)
     if set_hook is None:  # before it had one, bars could be hidden for the whole process only
         yield
@@ -144,12 +156,12 @@ def _without_bars() -> Iterator[None]:
 
 
 def module_kind(module: dict[str, Any]) -> str:
-    """``Pooling`` of ``sentence_transformers.models.Pooling``: the path before it changed over the versions."""
+    """Take ``Pooling`` of ``sentence_transformers.models.Pooling``: the path before it changed over the versions."""
     return str(module.get("type", "")).rpartition(".")[2]
 
 
 def max_length(checkpoint: Checkpoint, model: PreTrainedModel, asked: int | None) -> int:
-    """Longest input in tokens: the least of what positions, tokenizer, sentence-transformers and the caller allow."""
+    """Find the longest input in tokens that positions, tokenizer, sentence-transformers and the caller all allow."""
     config = checkpoint.config.get_text_config()  # itself, where there is no tower beside it
     limits = [int(getattr(config, "max_position_embeddings", 0) or 0)]
     limits += [count for _, count in position_tables(model)]
@@ -162,7 +174,7 @@ def max_length(checkpoint: Checkpoint, model: PreTrainedModel, asked: int | None
 
 
 def position_tables(model: PreTrainedModel) -> Iterator[tuple[int, int]]:
-    """The tables of positions that a model has learned: the number of the first, and how many there are.
+    """Yield the tables of positions that a model has learned: the number of the first, and how many there are.
 
     RoBERTa and its kin count from one behind the padding token's: their 514 rows are 512 positions, from 2.
     """

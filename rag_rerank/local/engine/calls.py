@@ -12,8 +12,10 @@ from concurrent.futures import Future, InvalidStateError
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from rag_rerank.inputs.multimodal import Multimodal, Prepared
-from rag_rerank.local.models.model import Inputs, Model, TextOnly, TokenSequence
+from rag_rerank.errors import ContentError
+from rag_rerank.inputs.multimodal import Prepared
+from rag_rerank.local.models.model import InputError, Inputs, Model
+from rag_rerank.local.transformer.batching import TokenSequence
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -23,36 +25,41 @@ if TYPE_CHECKING:
 PART = 256
 
 
-class Call:
+class WaitingCall:
     """One call that waits, or of which a part has been run. Pairs that occur twice are scored once.
 
     Args:
         queries: One for all documents, or one each.
-        documents: The documents, at least one.
-        instruction: The task, for a template with a place for it.
+        documents: The documents; none only waits for the model to be loaded.
+        instruction: The call's own, for a model with a place for it.
+
+    Attributes:
+        future: Of its scores.
+        texts_truncated: How many texts were longer than what the model reads.
     """
 
     def __init__(
         self, queries: Sequence[Prepared], documents: Sequence[Prepared], instruction: str | None = None
     ) -> None:
         self.future: Future[list[float]] = Future()
-        self._places: list[int] | None = None  # of each document among the different ones
+        self.texts_truncated = 0
+        self._given = {"queries": queries, "documents": documents}
+        self._instruction = instruction
         queries, documents = list(queries), list(documents)
-        # Pictures are hashed by their bytes, which Python does once for each bytes object.
+        # Images are hashed by their bytes, which Python does once for each bytes object.
         pairs = list(zip(queries * len(documents) if len(queries) == 1 else queries, documents, strict=True))
         places = {pair: place for place, pair in enumerate(dict.fromkeys(pairs))}
+        self._places: list[int] | None = None  # of each document among the different ones
         if len(places) < len(pairs):
             self._places = [places[pair] for pair in pairs]
             documents = [document for _, document in places]
             queries = queries if len(queries) == 1 else [query for query, _ in places]
-        self._queries, self._documents, self._instruction = queries, documents, instruction
-        self._mixed = any(isinstance(each, Multimodal) for each in (*queries, *documents))
+        self._queries, self._documents = queries, documents
         self._begun = 0  # documents that have been tokenised
         self._scored = 0
         self._scores = [0.0] * len(documents)
         self._ready: deque[Item] = deque()
         self._ready_tokens = 0
-        self.cut = 0  # texts that were longer than what the model reads
 
     @property
     def unscored(self) -> int:
@@ -65,13 +72,13 @@ class Call:
         return bool(self._ready) or self._begun < len(self._documents)
 
     def tokens_left(self, model: Model) -> int | None:
-        """How many tokens it still wants to have run; None where they have not all been counted."""
+        """Count the tokens that it still wants to have run; None where they have not all been counted."""
         if not self._ready and self._begun < len(self._documents):
             self._tokenise(model)
         return None if self._begun < len(self._documents) else self._ready_tokens
 
     def take(self, model: Model, tokens: int) -> list["Item"]:
-        """The next sequences to run: at least one if there is any, then no more than `tokens` hold."""
+        """Take the next sequences to run: at least one if there is any, then no more than `tokens` hold."""
         taken: list[Item] = []
         while self.waits:
             if not self._ready:
@@ -86,19 +93,20 @@ class Call:
         return taken
 
     def _tokenise(self, model: Model) -> None:
-        if self._mixed and not model.sees:
-            raise TextOnly
-        part = slice(self._begun, self._begun + PART)
-        queries = self._queries if len(self._queries) == 1 else self._queries[part]
-        own = () if self._instruction is None else (self._instruction,)
-        inputs = model.inputs(queries, self._documents[part], *own)
-        lot = _Part(self, self._begun, inputs, len(inputs.sequences))
-        self._begun = min(part.stop, len(self._documents))
+        span = slice(self._begun, self._begun + PART)
+        queries = self._queries if len(self._queries) == 1 else self._queries[span]
+        try:
+            inputs = model.inputs(queries, self._documents[span], self._instruction)
+        except InputError as error:
+            position = self._given[error.side].index(error.value)
+            raise ContentError(f"{error.side}[{position}] {error}") from error
+        part = _Part(self, self._begun, inputs, len(inputs.sequences))
+        self._begun = min(span.stop, len(self._documents))
         # Longest first, so that the batch that needs most memory comes first, and if it fits, so do the others.
         order = sorted(range(len(inputs.sequences)), key=lambda position: -len(inputs.sequences[position].ids))
-        self._ready.extend(Item(lot, position) for position in order)
+        self._ready.extend(Item(part, position) for position in order)
         self._ready_tokens += sum(len(sequence.ids) for sequence in inputs.sequences)
-        self.cut += sum(sequence.cut for sequence in inputs.sequences)
+        self.texts_truncated += sum(sequence.truncated for sequence in inputs.sequences)
 
     def take_scores(self, start: int, scores: Sequence[float]) -> None:
         """Keep the scores of one part; with the last one, the call is finished."""
@@ -123,19 +131,11 @@ class Call:
 class _Part:
     """Documents of one call that were tokenised together."""
 
-    call: Call
+    call: WaitingCall
     start: int
     inputs: Inputs
     missing: int
     outputs: "Tensor | None" = None
-
-    def take(self, position: int, output: "Tensor") -> None:
-        if self.outputs is None:
-            self.outputs = output.new_empty((len(self.inputs.sequences), len(output)))
-        self.outputs[position] = output
-        self.missing -= 1
-        if self.missing == 0:
-            self.call.take_scores(self.start, self.inputs.scores(self.outputs))
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,8 +146,8 @@ class Item:
     position: int
 
     @property
-    def call(self) -> Call:
-        """Whose it is."""
+    def call(self) -> WaitingCall:
+        """The call that it is of."""
         return self.part.call
 
     @property
@@ -156,29 +156,34 @@ class Item:
         return self.part.inputs.sequences[self.position]
 
     def take(self, output: "Tensor") -> None:
-        """Keep its output, ``[size]`` on the CPU."""
-        self.part.take(self.position, output)
+        """Keep its output, ``[size]`` on the CPU; with its part's last one, the call gets the scores."""
+        part = self.part
+        if part.outputs is None:
+            part.outputs = output.new_empty((len(part.inputs.sequences), len(output)))
+        part.outputs[self.position] = output
+        part.missing -= 1
+        if part.missing == 0:
+            part.call.take_scores(part.start, part.inputs.scores(part.outputs))
 
 
-def next_round(calls: Sequence[Call], model: Model, room: int) -> list[tuple[Call, list[Item] | Exception]]:
-    """What is to be run next, for some of the calls: items, or why there are none.
+def next_round(
+    calls: Sequence[WaitingCall], model: Model, tokens: int
+) -> list[tuple[WaitingCall, list[Item] | Exception]]:
+    """Take about so many tokens from some of the calls, which are in the order in which they came.
 
-    Args:
-        calls: In the order in which they came.
-        model: Tokenises.
-        room: About how many tokens to take.
+    Each call comes with its items, or with the error for its caller.
     """
-    taken: list[tuple[Call, list[Item] | Exception]] = []
-    shares = [(call, room // 4) for call in calls[:1]] if len(calls) > 1 else []
-    shares += [(call, room) for call in sorted(calls, key=lambda call: call.unscored)]  # stable: else first come
+    taken: list[tuple[WaitingCall, list[Item] | Exception]] = []
+    shares = [(call, tokens // 4) for call in calls[:1]] if len(calls) > 1 else []
+    shares += [(call, tokens) for call in sorted(calls, key=lambda call: call.unscored)]  # stable: else first come
     for call, share in shares:
-        if room <= 0:
+        if tokens <= 0:
             break
         try:
-            items = call.take(model, min(share, room))
+            items = call.take(model, min(share, tokens))
         except Exception as error:  # noqa: BLE001 - whatever a tokenizer raises belongs to this one caller
             taken.append((call, error))
             continue
-        room -= sum(len(item.sequence.ids) for item in items)
+        tokens -= sum(len(item.sequence.ids) for item in items)
         taken.append((call, items))
     return taken

@@ -16,12 +16,7 @@ import torch
 
 
 class Workers:
-    """Some threads that run tasks, in which torch uses one core.
-
-    Args:
-        count: How many.
-        name: For the threads' names.
-    """
+    """`count` threads that run tasks, in which torch uses one core."""
 
     def __init__(self, count: int, name: str) -> None:
         self.count = count
@@ -34,7 +29,7 @@ class Workers:
             thread.start()
 
     def submit(self, task: Callable[[], object]) -> None:
-        """Have it run; what it returns is dropped, and it must not raise."""
+        """Have a task run; what it returns is dropped, and it must not raise."""
         self._tasks.put(task)
 
     def close(self) -> None:
@@ -53,7 +48,7 @@ def _work(tasks: "queue.SimpleQueue[Callable[[], object] | None]") -> None:
 
 
 def available() -> bool:
-    """Whether threads can be made to use one core each, and all others left as they are."""
+    """Tell whether threads can be made to use one core each, and all others left as they are."""
     if torch.get_num_threads() < 2:
         return False
     before, inside = torch.get_num_threads(), []
@@ -82,7 +77,7 @@ def use_one_core() -> bool:
 
 
 def _openmp_libraries() -> list[str]:
-    """The OpenMP libraries that this process has loaded; on Linux, elsewhere none is found."""
+    """Find the OpenMP libraries that this process has loaded; on Linux, elsewhere there are none to be found."""
     try:
         lines = Path("/proc/self/maps").read_text(encoding="utf-8").splitlines()
     except OSError:

@@ -6,46 +6,35 @@ Weaker than a cross-encoder of the same size but cheaper, and what an embedding 
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from rag_rerank.errors import ConfigError
-from rag_rerank.local.models.encoding import encode, room
-from rag_rerank.local.models.model import Inputs, Pace, TokenSequence
-from rag_rerank.local.transformer.transformer import States, Transformer, most
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+from rag_rerank.local.models.encoding import TextEncoder
+from rag_rerank.local.models.model import Inputs
+from rag_rerank.local.transformer.batching import TokenSequence
+from rag_rerank.local.transformer.transformer import States, largest_of_each
 
 Pooling = Callable[[States], Tensor]
 """From the states of a batch to float32 ``[sequences, size]``."""
 
 
 @dataclass(frozen=True, slots=True)
-class BiEncoder:
+class BiEncoder(TextEncoder):
     """An encoder with the pooling of a sentence-transformers folder.
 
     Attributes:
+        pooling: Makes one vector of a sequence's states.
         lower_case: Whether texts are lowered before the tokenizer sees them (``do_lower_case`` of old folders).
     """
 
-    transformer: Transformer
-    tokenizer: "PreTrainedTokenizerBase"
-    max_length: int
     pooling: Pooling
     lower_case: bool = False
 
-    sees: ClassVar[bool] = False
-
-    @property
-    def pace(self) -> Pace:
-        """The transformer's."""
-        return self.transformer.pace
-
-    def inputs(self, queries: list[str], documents: list[str]) -> Inputs:
-        """One sequence per different text: a query that 100 documents share is embedded once."""
+    def inputs(self, queries: list[str], documents: list[str], _instruction: str | None = None) -> Inputs:
+        """Make one sequence per different text: a query that 100 documents share is embedded once."""
         rows = {text: row for row, text in enumerate(dict.fromkeys(queries + documents))}
         texts = [text.lower() for text in rows] if self.lower_case else list(rows)
         query_rows, document_rows = [rows[text] for text in queries], [rows[text] for text in documents]
@@ -54,47 +43,29 @@ class BiEncoder:
             scores: list[float] = (embeddings[query_rows] * embeddings[document_rows]).sum(dim=1).tolist()
             return scores
 
-        return Inputs(encode(self.tokenizer, texts, None, self.max_length), cosines)
-
-    def room(self, queries: Sequence[str]) -> list[int]:
-        """How many tokens of a document are read beside each of the queries."""
-        return [room(self.tokenizer, self.max_length)] * len(queries)
-
-    def batches(self, sequences: Sequence[TokenSequence], token_budget: int) -> list[list[int]]:
-        """The transformer's."""
-        return self.transformer.batches(sequences, token_budget)
+        return Inputs(self.encode(texts), cosines)
 
     @torch.inference_mode()
     def run(self, sequences: Sequence[TokenSequence]) -> Tensor:
-        """Unit embeddings ``[len(sequences), size]``, pooled in float32 whatever the model computes in."""
+        """Compute unit embeddings ``[len(sequences), size]``, pooled in float32 whatever the model computes in."""
         return torch.nn.functional.normalize(self.pooling(self.transformer.states(sequences)), dim=1)
-
-
-def _mean(states: States) -> Tensor:
-    tokens, owners = states.flat()
-    sums = tokens.new_zeros(len(states.lengths), tokens.shape[1], dtype=torch.float32)
-    counts = (states.lasts - states.firsts + 1).unsqueeze(1)
-    return sums.index_add_(0, owners, tokens.float()) / counts
 
 
 def _max(states: States) -> Tensor:
     tokens, owners = states.flat()
-    return most(tokens.float(), owners, len(states.lengths))
+    return largest_of_each(tokens.float(), owners, len(states.lengths))
 
 
-def _first(states: States) -> Tensor:
-    return states.first().float()
-
-
-def _last(states: States) -> Tensor:
-    return states.last().float()
-
-
-_POOLINGS: dict[str, Pooling] = {"mean": _mean, "max": _max, "cls": _first, "lasttoken": _last}
+_POOLINGS: dict[str, Pooling] = {
+    "mean": States.mean,
+    "max": _max,
+    "cls": lambda states: states.first().float(),
+    "lasttoken": lambda states: states.last().float(),
+}
 
 
 def pooling_of(config: Mapping[str, Any]) -> Pooling:
-    """The pooling that ``1_Pooling/config.json`` names, in its newer (``pooling_mode``) or older (one flag each) form.
+    """Find the pooling that ``1_Pooling/config.json`` names: in ``pooling_mode``, or in older files by one flag each.
 
     Raises:
         ConfigError: A mode other than mean, max, cls and lasttoken, or several at once.

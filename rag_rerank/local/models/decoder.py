@@ -7,16 +7,13 @@ of 150,000 rows at most two are ever computed.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import torch
 from safetensors import safe_open
 from torch import Tensor
 
 from rag_rerank.errors import ConfigError
-from rag_rerank.local.models.cross_encoder import PairModel
-from rag_rerank.local.models.model import TokenSequence
+from rag_rerank.local.models.cross_encoder import Head
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -26,30 +23,16 @@ if TYPE_CHECKING:
 _SCORE = "score.weight"
 
 
-@dataclass(frozen=True, slots=True)
-class Decoder(PairModel):
-    """A decoder and the row that makes a logit of its last state.
+def last_token_head(row: Tensor) -> Head:
+    """Make a head of the row that scores: float32 ``[hidden]``, on the decoder's device.
 
-    Attributes:
-        row: float32 ``[hidden]``, on the decoder's device.
+    It computes in float32 whatever the decoder computes in, as vLLM has it.
     """
-
-    row: Tensor
-
-    @torch.inference_mode()
-    def run(self, sequences: Sequence[TokenSequence]) -> Tensor:
-        """Logits ``[len(sequences), 1]``."""
-        # The head in float32 whatever the model computes in, as vLLM has it.
-        return (self.transformer.states(sequences).last().float() @ self.row).unsqueeze(1)
+    return lambda states: (states.last().float() @ row).unsqueeze(1)
 
 
 def token_ids(tokenizer: "PreTrainedTokenizerBase", tokens: Sequence[str], name: str) -> list[int]:
-    """The vocabulary entries that a causal model answers with.
-
-    Args:
-        tokenizer: The model's.
-        tokens: ``(true,)`` or ``(false, true)``, each as it is written in the vocabulary (``Ġyes``, too).
-        name: The model's, for errors.
+    """Find the vocabulary entries of ``(true,)`` or ``(false, true)``, each as it is written there (``Ġyes``, too).
 
     Raises:
         ConfigError: A token is not one entry (vLLM would take the unknown token for it without a word), or half a
@@ -71,14 +54,14 @@ def token_ids(tokenizer: "PreTrainedTokenizerBase", tokens: Sequence[str], name:
 
 
 def token_row(model: "PreTrainedModel", ids: Sequence[int]) -> Tensor:
-    """The row of a causal model that scores with one token, or with the second of two against the first; float32."""
+    """Take the row that scores with one token, or with the second of two against the first; float32."""
     weight: Tensor = model.get_output_embeddings().weight  # type: ignore[no-untyped-call]
     rows = weight[list(ids)].detach().float()
     return rows[0] if len(ids) == 1 else rows[1] - rows[0]
 
 
 def score_row(checkpoint: "Checkpoint") -> Tensor:
-    """The weight of a classifier's head with one label, read from the checkpoint's files; float32.
+    """Read the weight of a classifier's head with one label from the checkpoint's files; float32.
 
     Raises:
         ConfigError: There is none, or one for several labels.

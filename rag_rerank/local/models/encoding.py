@@ -1,19 +1,17 @@
-"""From text to tokens: what cross-encoders and bi-encoders have in common."""
+"""From text to tokens: what all score types have in common."""
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from rag_rerank.local.models.model import TokenSequence
+from rag_rerank.local.transformer.batching import TokenSequence
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from rag_rerank.local.transformer.transformer import Transformer
 
 Truncation = Literal["longest_first", "only_second"]
-
-
-def room(tokenizer: "PreTrainedTokenizerBase", max_length: int) -> int:
-    """How many tokens of a text are read when it is encoded alone."""
-    return max_length - tokenizer.num_special_tokens_to_add()
 
 
 def encode(
@@ -42,8 +40,45 @@ def encode(
         verbose=False,
     )
     types = encoded.get("token_type_ids") or [None] * len(texts)
-    cut = [bool(encoding.overflowing) for encoding in encoded.encodings or ()] or [False] * len(texts)
+    truncated = [bool(encoding.overflowing) for encoding in encoded.encodings or ()] or [False] * len(texts)
     return [
-        TokenSequence(ids, kinds, cut=was_cut)
-        for ids, kinds, was_cut in zip(encoded["input_ids"], types, cut, strict=True)
+        TokenSequence(ids, kinds, truncated=was_truncated)
+        for ids, kinds, was_truncated in zip(encoded["input_ids"], types, truncated, strict=True)
     ]
+
+
+def truncate(tokenizer: "PreTrainedTokenizerBase", text: str, max_tokens: int) -> str:
+    """Take the beginning of `text` that is at most `max_tokens` tokens long, special tokens not counted.
+
+    Cut between characters of the original text, not between tokens, because decoded tokens may encode to more of them.
+    The same cut as vLLM's ``max_tokens_per_doc`` makes, and so the same score (vLLM 0.32,
+    ``entrypoints/pooling/scoring/utils.py``).
+    """
+    if max_tokens <= 0:
+        return ""
+    while text:
+        encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        if len(encoded["input_ids"]) <= max_tokens:
+            break
+        offsets = encoded["offset_mapping"]
+        # A character may take several tokens, all with its offsets: it goes as a whole.
+        end = min(offsets[max_tokens - 1][1], offsets[max_tokens][0])
+        text = text[: min(end, len(text) - 1)]
+    return text
+
+
+@dataclass(frozen=True, slots=True)
+class TextEncoder:
+    """What score types have in common that read queries and documents apart."""
+
+    transformer: "Transformer"
+    tokenizer: "PreTrainedTokenizerBase"
+    max_length: int
+
+    def document_space(self, queries: Sequence[str], _instruction: str | None = None) -> list[int]:
+        """Count the tokens of a document that are read, whatever the query."""
+        return [self.max_length - self.tokenizer.num_special_tokens_to_add()] * len(queries)
+
+    def encode(self, texts: list[str]) -> list[TokenSequence]:
+        """Tokenise texts."""
+        return encode(self.tokenizer, texts, None, self.max_length)

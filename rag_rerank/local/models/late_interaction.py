@@ -8,19 +8,17 @@ what vLLM answers to ``/score`` for such a model, not what ColBERT's authors com
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, cast
+from typing import Any, cast
 
 import torch
 from safetensors import safe_open
 from torch import Tensor
 
 from rag_rerank.errors import ConfigError
-from rag_rerank.local.models.encoding import encode, room
-from rag_rerank.local.models.model import Inputs, Pace, TokenSequence
-from rag_rerank.local.transformer.transformer import States, Transformer, most
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+from rag_rerank.local.models.encoding import TextEncoder
+from rag_rerank.local.models.model import Inputs
+from rag_rerank.local.transformer.batching import TokenSequence
+from rag_rerank.local.transformer.transformer import States, largest_of_each
 
 
 @dataclass(slots=True, eq=False)
@@ -39,7 +37,7 @@ class _Document(TokenSequence):
 
 
 @dataclass(frozen=True, slots=True)
-class LateInteraction:
+class LateInteraction(TextEncoder):
     """An encoder with a linear projection of its token states.
 
     A document is reduced to its score in the batch that encodes it, on the device. Kept until the call ends, the
@@ -50,28 +48,18 @@ class LateInteraction:
         normalize: Whether token vectors are brought to length 1; without it scores are sums of plain dot products.
     """
 
-    transformer: Transformer
-    tokenizer: "PreTrainedTokenizerBase"
-    max_length: int
     projection: torch.nn.Module
     normalize: bool = True
 
-    sees: ClassVar[bool] = False
-
-    @property
-    def pace(self) -> Pace:
-        """The transformer's."""
-        return self.transformer.pace
-
-    def inputs(self, queries: list[str], documents: list[str]) -> Inputs:
-        """One sequence per pair, its document; a query is encoded once, however many documents it has."""
+    def inputs(self, queries: list[str], documents: list[str], _instruction: str | None = None) -> Inputs:
+        """Make one sequence per pair, its document; a query is encoded once, however many documents it has."""
         if len(queries) == 1:
             queries = queries * len(documents)
         different = list(dict.fromkeys(queries))
-        shared = dict(zip(different, map(_Query, self._encode(different)), strict=True))
+        shared = dict(zip(different, map(_Query, self.encode(different)), strict=True))
         sequences = [
-            _Document(ids=text.ids, types=text.types, against=shared[query])
-            for query, text in zip(queries, self._encode(documents), strict=True)
+            _Document(ids=text.ids, types=text.types, truncated=text.truncated, against=shared[query])
+            for query, text in zip(queries, self.encode(documents), strict=True)
         ]
 
         def scores(outputs: Tensor) -> list[float]:
@@ -80,41 +68,32 @@ class LateInteraction:
 
         return Inputs(sequences, scores)
 
-    def room(self, queries: Sequence[str]) -> list[int]:
-        """How many tokens of a document are read beside each of the queries."""
-        return [room(self.tokenizer, self.max_length)] * len(queries)
-
-    def batches(self, sequences: Sequence[TokenSequence], token_budget: int) -> list[list[int]]:
-        """The transformer's."""
-        return self.transformer.batches(sequences, token_budget)
-
     @torch.inference_mode()
     def run(self, sequences: Sequence[TokenSequence]) -> Tensor:
-        """Scores ``[len(sequences), 1]``."""
+        """Compute scores ``[len(sequences), 1]``."""
         documents = cast("Sequence[_Document]", sequences)  # the engine hands back what `inputs` made
         rows_of: dict[_Query, list[int]] = {}
         for row, document in enumerate(documents):
             rows_of.setdefault(document.against, []).append(row)
-        asked = self._query_vectors(rows_of)
+        query_vectors = self._query_vectors(rows_of)
         states = self.transformer.states(documents)
         scores = torch.empty(len(documents), dtype=torch.float32, device=states.tokens.device)
-        for query, rows in zip(asked, rows_of.values(), strict=True):
-            vectors, owners = self._vectors(states.some(rows))
-            scores[rows] = most(vectors @ query.T, owners, len(rows)).sum(dim=1)
+        for query, rows in zip(query_vectors, rows_of.values(), strict=True):
+            vectors, owners = self._vectors(states.select(rows))
+            scores[rows] = largest_of_each(vectors @ query.T, owners, len(rows)).sum(dim=1)
         return scores.unsqueeze(1)
-
-    def _encode(self, texts: list[str]) -> list[TokenSequence]:
-        return encode(self.tokenizer, texts, None, self.max_length)
 
     def _query_vectors(self, queries: Iterable[_Query]) -> list[Tensor]:
         missing = [query for query in queries if query.vectors is None]
-        for batch in self.transformer.batches([query.sequence for query in missing], self.pace.token_budget):
+        for batch in self.transformer.batches(
+            [query.sequence for query in missing], self.transformer.batching.token_budget
+        ):
             group = [missing[position] for position in batch]
             states = self.transformer.states([query.sequence for query in group])
             vectors, _ = self._vectors(states)
             for query, rows in zip(group, torch.split(vectors, list(states.lengths)), strict=True):
                 query.vectors = rows.clone()  # a view would keep those of all queries alive
-        return [query.vectors for query in queries if query.vectors is not None]
+        return [cast("Tensor", query.vectors) for query in queries]
 
     def _vectors(self, states: States) -> tuple[Tensor, Tensor]:
         """Token vectors, float32 ``[tokens, size]``, and which sequence each is of."""
@@ -126,7 +105,7 @@ class LateInteraction:
 
 
 def is_late_interaction(architecture: str, modules: Collection[str]) -> bool:
-    """Whether a checkpoint is a ColBERT.
+    """Tell whether a checkpoint is a ColBERT.
 
     Args:
         architecture: The first of its config's ``architectures``: ``HF_ColBERT`` or one of vLLM's ``ColBERT...Model``.
@@ -139,7 +118,7 @@ def is_late_interaction(architecture: str, modules: Collection[str]) -> bool:
 def read_projection(
     file: Callable[[str], str | Path | None], dense: Mapping[str, Mapping[str, Any]]
 ) -> torch.nn.Sequential:
-    """The projection from states to token vectors, float32 on the CPU.
+    """Read the projection from states to token vectors, float32 on the CPU.
 
     Args:
         file: The local path of a file of the checkpoint, or None where it has no such file.
@@ -159,7 +138,7 @@ def read_projection(
 
 
 def _linear(name: str, path: str | Path | None) -> torch.nn.Linear:
-    """The one linear layer that a file of weights holds under one of the names that vLLM looks for."""
+    """Read the one linear layer in a file of weights, under one of the names that vLLM looks for."""
     if path is None:
         raise ConfigError(f"the checkpoint has no {name}, where the projection to token vectors should be")
     with safe_open(path, framework="pt") as weights:

@@ -1,39 +1,49 @@
-"""The seam between the engine, which knows time and threads, and the score types, which know models.
+"""A loaded model: the seam between the engine, which knows time and threads, and the score types, which know models.
 
-A model turns (queries, documents) into token sequences, runs any batch of sequences from any mixture of calls, and
-turns the outputs of one call's sequences into its scores. A cross-encoder makes one sequence per pair and one logit of
-each; a bi-encoder makes one sequence per text and an embedding of each; late interaction makes one sequence per
+A score type turns queries and documents into token sequences, runs any batch of sequences from any mixture of calls,
+and turns the outputs of one call's sequences into its scores. A cross-encoder makes one sequence per pair and one logit
+of each; a bi-encoder makes one sequence per text and an embedding of each; late interaction makes one sequence per
 document and, in `run`, its score against the query that the sequence refers to.
 """
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-from rag_rerank.errors import ContentError
-from rag_rerank.inputs.multimodal import Multimodal
+from rag_rerank.errors import ConfigError, ContentError
+from rag_rerank.inputs.multimodal import Multimodal, Prepared
+from rag_rerank.local.models.encoding import truncate
+from rag_rerank.local.models.passages import split_document
 
 if TYPE_CHECKING:
     from torch import Tensor
+    from transformers import PreTrainedTokenizerBase
+
+    from rag_rerank.local.transformer.batching import TokenSequence
+    from rag_rerank.local.transformer.transformer import Transformer
 
 Side = Literal["queries", "documents"]
 
+PLACEHOLDER_TOKENS = 3
+"""Tokens of an image in a prompt, ``<|vision_start|><|image_pad|><|vision_end|>``, before the image's own take the
+place of the middle one."""
 
-@dataclass(frozen=True, slots=True)
-class TokenSequence:
-    """One model input, not padded.
+_MIN_TOKENS_PER_IMAGE = 16
+# A lower limit leaves query or document as it is; so does `VLLMScorer`, which can't know a model's placeholder.
 
-    Attributes:
-        ids: Token ids, special tokens included.
-        types: Token type ids (0 for the query's part, 1 for the document's), where the tokenizer makes them.
-        query: The query of a prompt. Prompts of one query begin alike, which a decoder makes use of.
-        cut: Whether the text was longer than what the model reads.
+
+class InputError(ContentError):
+    """A query or document that the model can't read; the engine puts its position before the message.
+
+    Args:
+        side: Which of the two it is.
+        value: The query or document.
+        message: Why, to follow ``documents[3]``.
     """
 
-    ids: list[int]
-    types: list[int] | None = None
-    query: Hashable | None = None
-    cut: bool = False
+    def __init__(self, side: Side, value: Prepared, message: str) -> None:
+        super().__init__(message)
+        self.side, self.value = side, value
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,67 +55,109 @@ class Inputs:
         scores: Turns their outputs, float32 ``[len(sequences), size]`` in the same order, into the call's scores.
     """
 
-    sequences: Sequence[TokenSequence]
+    sequences: "Sequence[TokenSequence]"
     scores: "Callable[[Tensor], list[float]]"
 
 
-@dataclass(frozen=True, slots=True)
-class Pace:
-    """How a model is best fed.
+class ScoreType(Protocol):
+    """How a model scores. One thread tokenises; batches may be run by several at once."""
+
+    @property
+    def transformer(self) -> "Transformer":
+        """What computes."""
+
+    # Any: text, and Multimodal where the model accepts images.
+    def inputs(self, queries: list[Any], documents: list[Any], instruction: str | None = None, /) -> Inputs:
+        """Tokenise: one query for all documents, or one each.
+
+        Raises:
+            InputError: It can't read one of them.
+        """
+
+    def document_space(self, queries: list[Any], instruction: str | None = None, /) -> list[int]:
+        """Count the tokens of a document that are read beside each of the queries."""
+
+    def run(self, sequences: "Sequence[TokenSequence]") -> "Tensor":
+        """Run one batch and give float32 ``[len(sequences), size]``, perhaps still being computed on a device."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Model:
+    """A model as `LocalScorer` was asked to use it.
 
     Attributes:
-        token_budget: Most tokens in a batch.
-        batches_ahead: How many batches' worth of waiting sequences are best cut into batches at a time.
-        at_a_time: How many batches are run side by side, each on a core of its own; 1 for one after the other.
+        score_type: How it scores.
+        tokenizer: The checkpoint's.
+        facts: What can change a score, for `Scorer.identity`.
+        text_only: Why it takes no images, to follow ``documents[3]``; None where it does.
+        no_instruction: Why a call can't bring an instruction; None where it can.
+        max_tokens_per_query, max_tokens_per_doc: Cut each query or document at so many tokens first; None doesn't.
+        passages: Whether a document longer than the window is scored as passages, by the best of them.
+        document_prompt: What `LocalScorer` puts before each document, and so before each passage.
     """
 
-    token_budget: int
-    batches_ahead: int = 1
-    at_a_time: int = 1
+    score_type: ScoreType
+    tokenizer: "PreTrainedTokenizerBase"
+    facts: Mapping[str, str]
+    text_only: str | None = None
+    no_instruction: str | None = None
+    max_tokens_per_query: int | None = None
+    max_tokens_per_doc: int | None = None
+    passages: bool = False
+    document_prompt: str = ""
 
-
-class Model(Protocol):
-    """A loaded model. One thread tokenises; batches may be run by several at once."""
-
-    @property
-    def pace(self) -> "Pace":
-        """How it is best fed."""
-
-    @property
-    def sees(self) -> bool:
-        """Whether queries and documents may be `Multimodal`; if not, all are text."""
-
-    # Any: str, and Multimodal where it sees.
-    def room(self, queries: Sequence[Any]) -> list[int]:
-        """How many tokens of a document it reads beside each of the queries."""
-
-    def inputs(self, queries: list[Any], documents: list[Any]) -> Inputs:
+    def inputs(
+        self, queries: Sequence[Prepared], documents: Sequence[Prepared], instruction: str | None = None
+    ) -> Inputs:
         """Tokenise a call or a part of one: one query for all documents, or one each.
 
         Raises:
-            Unreadable: It can't read one of them.
+            ConfigError: There is no place for an instruction.
+            InputError: The model can't read one of them.
         """
+        if instruction is not None and self.no_instruction is not None:
+            raise ConfigError(self.no_instruction)
+        cut_queries = self._cut("queries", queries, self.max_tokens_per_query)
+        cut_documents = self._cut("documents", documents, self.max_tokens_per_doc)
+        make = self._by_passages if self.passages else self.score_type.inputs
+        try:
+            return make(cut_queries, cut_documents, instruction)
+        except InputError as error:
+            given, cut = (queries, cut_queries) if error.side == "queries" else (documents, cut_documents)
+            error.value = given[cut.index(error.value)]  # as the caller passed it
+            raise
 
-    def batches(self, sequences: "Sequence[TokenSequence]", token_budget: int) -> list[list[int]]:
-        """Positions of the sequences, each exactly once, grouped into batches of at most so many tokens for `run`."""
+    def _by_passages(self, queries: list[Prepared], documents: list[Prepared], instruction: str | None) -> Inputs:
+        spaces = self.score_type.document_space(queries, instruction)
+        if len(queries) == 1:
+            queries, spaces = queries * len(documents), spaces * len(documents)
+        split = [
+            split_document(self.tokenizer, document, space, self.document_prompt)
+            for document, space in zip(documents, spaces, strict=True)
+        ]
+        inputs = self.score_type.inputs(
+            [query for query, passages in zip(queries, split, strict=True) for _ in passages],
+            [passage for passages in split for passage in passages],
+            instruction,
+        )
 
-    def run(self, sequences: "Sequence[TokenSequence]") -> "Tensor":
-        """Outputs of one batch: float32 ``[len(sequences), size]``, perhaps still being computed on a device."""
+        def best(outputs: "Tensor") -> list[float]:
+            scores = iter(inputs.scores(outputs))
+            return [max(next(scores) for _ in passages) for passages in split]
 
+        return Inputs(inputs.sequences, best)
 
-class Unreadable(ContentError):
-    """A query or document that the model can't read; `LocalScorer` puts its position before the message.
+    def _cut(self, side: Side, inputs: Sequence[Prepared], limit: int | None) -> list[Prepared]:
+        for each in inputs if self.text_only is not None else ():
+            if isinstance(each, Multimodal):
+                raise InputError(side, each, self.text_only or "")
+        return list(inputs) if limit is None else [self._limited(each, limit) for each in inputs]
 
-    Args:
-        side: Which of the two it is.
-        value: The query or document.
-        message: Why, to follow ``documents[3]``.
-    """
-
-    def __init__(self, side: Side, value: Multimodal, message: str) -> None:
-        super().__init__(message)
-        self.side, self.value = side, value
-
-
-class TextOnly(ContentError):
-    """The model doesn't see; `LocalScorer` says which query or document asks it to."""
+    def _limited(self, each: Prepared, limit: int) -> Prepared:
+        if isinstance(each, str):
+            return truncate(self.tokenizer, each, limit)
+        # vLLM counts an image's placeholder and would cut that, too, where there is nothing else to cut.
+        images = each.images
+        if limit < _MIN_TOKENS_PER_IMAGE * len(images):
+            return each
+        return Multimodal((*images, truncate(self.tokenizer, each.text, limit - PLACEHOLDER_TOKENS * len(images))))

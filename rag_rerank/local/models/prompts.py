@@ -4,30 +4,22 @@ What is too long is cut from the document, never from the query or the template:
 reranker's score is read, and vLLM's own ``truncate_prompt_tokens`` would cut just that.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Self
 
 from rag_rerank.errors import BackendRejected
-from rag_rerank.inputs.multimodal import Multimodal, Prepared
 from rag_rerank.isolation import NEUTRAL
-from rag_rerank.local.models.encoding import Truncation, encode
-from rag_rerank.local.models.model import Inputs, Model, Pace, TokenSequence
+from rag_rerank.local.models.encoding import Truncation, encode, truncate
+from rag_rerank.local.transformer.batching import TokenSequence
 from rag_rerank.template import Template
 
 if TYPE_CHECKING:
-    from torch import Tensor
     from transformers import PreTrainedTokenizerBase
 
 
 # Words may join over the edges of a document: a prompt has a few tokens more or less than its parts.
 SLACK = 8
-
-PLACEHOLDER_TOKENS = 3
-"""What stands for a picture in a prompt, ``<|vision_start|><|image_pad|><|vision_end|>``, before the model's view of
-it takes the place of the middle one."""
-LEAST_PER_PICTURE = 16
-"""A lower limit leaves query or document as it is; so does `VLLMScorer`, which can't know a model's placeholder."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,17 +38,16 @@ class Prompts:
     template: Template | None = None
     variables: Mapping[str, Any] = field(default_factory=dict)
     truncation: Truncation = "longest_first"
-    sees: ClassVar[bool] = False
+
+    def instructed(self, instruction: str | None) -> Self:
+        """Give the same with a call's own instruction; None keeps the scorer's."""
+        return self if instruction is None else replace(self, variables={**self.variables, "instruction": instruction})
 
     def sequences(self, queries: Sequence[str], documents: Sequence[str]) -> list[TokenSequence]:
-        """One sequence per pair.
-
-        Args:
-            queries: One for all documents, or one each.
-            documents: The documents.
+        """Make one sequence per pair, of one query for all documents or one each.
 
         Raises:
-            BackendRejected: A query leaves no room for any document.
+            BackendRejected: A query leaves no space for any document.
         """
         rows = list(queries) * len(documents) if len(queries) == 1 else list(queries)
         if self.template is None:
@@ -65,19 +56,23 @@ class Prompts:
             self.template.render(query, document, self.variables)
             for query, document in zip(rows, documents, strict=True)
         ]
-        rooms: dict[str, int] = {}
+        spaces: dict[str, int] = {}
         sequences = []
         for ids, query, document in zip(self._ids(prompts), rows, documents, strict=True):
-            cut_ids = ids
+            fitting = ids
             if len(ids) + SLACK > self.max_length:
-                if query not in rooms:
-                    [rooms[query]] = self.room([query])
-                cut_ids = self._shortened(self.template, ids, query, document, rooms[query])
-            sequences.append(TokenSequence(cut_ids, query=query, cut=cut_ids is not ids))
+                if query not in spaces:
+                    [spaces[query]] = self.document_space([query])
+                fitting = self._shortened(self.template, ids, query, document, spaces[query])
+            sequences.append(TokenSequence(fitting, group=self.group(query), truncated=fitting is not ids))
         return sequences
 
-    def room(self, queries: Sequence[str]) -> list[int]:
-        """How many tokens of a document fit beside each query."""
+    def group(self, query: Hashable) -> Hashable:
+        """Name the group of a query's prompts: those with another instruction would have less in common with them."""
+        return query, str(self.variables.get("instruction"))
+
+    def document_space(self, queries: Sequence[str]) -> list[int]:
+        """Count the tokens of a document that fit beside each query."""
         if self.template is None:
             special = self.tokenizer.num_special_tokens_to_add(pair=True)
             taken = [len(ids) + special for ids in self._ids(list(queries), add_special_tokens=False)]
@@ -97,20 +92,20 @@ class Prompts:
             sequences[position] = sequence
         return sequences
 
-    def _shortened(self, template: Template, ids: list[int], query: str, document: str, room: int) -> list[int]:
-        """The prompt's tokens with the document cut to `room` tokens; to fewer, should the prompt still be too long.
+    def _shortened(self, template: Template, ids: list[int], query: str, document: str, space: int) -> list[int]:
+        """Cut the document of a prompt to `space` tokens; to fewer, should the prompt still be too long.
 
         The same cut as `VLLMScorer` has the server make, and so the same score.
         """
         while True:
-            if room < 1:
-                raise no_room(self.max_length)
-            beginning = cut(self.tokenizer, document, room)
+            if space < 1:
+                raise no_space(self.max_length)
+            beginning = truncate(self.tokenizer, document, space)
             if len(beginning) < len(document):
                 ids = self._ids([template.render(query, beginning, self.variables)])[0]
             if len(ids) <= self.max_length:
                 return ids
-            room -= len(ids) - self.max_length
+            space -= len(ids) - self.max_length
 
     def _ids(self, texts: list[str], *, add_special_tokens: bool = True) -> list[list[int]]:
         ids: list[list[int]] = self.tokenizer(
@@ -119,83 +114,9 @@ class Prompts:
         return ids
 
 
-def no_room(max_length: int) -> BackendRejected:
-    """The error for a query that leaves a document none of so many tokens."""
+def no_space(max_length: int) -> BackendRejected:
+    """Make the error for a query that leaves a document none of so many tokens."""
     return BackendRejected(
         f"a query and its template leave no room for a document in the {max_length} tokens that the model reads",
         remedy="Shorten the query or instruction, or set max_tokens_per_query.",
     )
-
-
-def cut(tokenizer: "PreTrainedTokenizerBase", text: str, max_tokens: int) -> str:
-    """The beginning of `text` that is at most `max_tokens` tokens long, special tokens not counted.
-
-    Cut between characters of the original text, not between tokens, because decoded tokens may encode to more of them.
-    The same cut as vLLM's ``max_tokens_per_doc`` makes, and so the same score (vLLM 0.32,
-    ``entrypoints/pooling/scoring/utils.py``).
-    """
-    if max_tokens <= 0:
-        return ""
-    while text:
-        encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-        if len(encoded["input_ids"]) <= max_tokens:
-            break
-        offsets = encoded["offset_mapping"]
-        # A character may take several tokens, all with its offsets: it goes as a whole.
-        end = min(offsets[max_tokens - 1][1], offsets[max_tokens][0])
-        text = text[: min(end, len(text) - 1)]
-    return text
-
-
-@dataclass(frozen=True, slots=True)
-class Limited:
-    """A model of any kind whose queries and documents are cut before it sees them.
-
-    Attributes:
-        max_tokens_per_query, max_tokens_per_doc: None doesn't cut.
-    """
-
-    model: Model
-    tokenizer: "PreTrainedTokenizerBase"
-    max_tokens_per_query: int | None
-    max_tokens_per_doc: int | None
-
-    @property
-    def pace(self) -> Pace:
-        """The model's."""
-        return self.model.pace
-
-    @property
-    def sees(self) -> bool:
-        """The model's."""
-        return self.model.sees
-
-    def inputs(self, queries: list[Any], documents: list[Any]) -> Inputs:
-        """The model's, of what is left."""
-        return self.model.inputs(
-            list(self._cut(queries, self.max_tokens_per_query)), list(self._cut(documents, self.max_tokens_per_doc))
-        )
-
-    def room(self, queries: Sequence[Any]) -> list[int]:
-        """The model's."""
-        return self.model.room(queries)
-
-    def batches(self, sequences: Sequence[TokenSequence], token_budget: int) -> list[list[int]]:
-        """The model's."""
-        return self.model.batches(sequences, token_budget)
-
-    def run(self, sequences: Sequence[TokenSequence]) -> "Tensor":
-        """The model's."""
-        return self.model.run(sequences)
-
-    def _cut(self, inputs: Sequence[Prepared], limit: int | None) -> Sequence[Prepared]:
-        return inputs if limit is None else [self._shortened(each, limit) for each in inputs]
-
-    def _shortened(self, each: Prepared, limit: int) -> Prepared:
-        if isinstance(each, str):
-            return cut(self.tokenizer, each, limit)
-        # vLLM counts a picture's placeholder and would cut that, too, where there is nothing else to cut.
-        if limit < LEAST_PER_PICTURE * len(each.images):
-            return each
-        text = cut(self.tokenizer, each.text, limit - PLACEHOLDER_TOKENS * len(each.images))
-        return Multimodal((*each.images, text))

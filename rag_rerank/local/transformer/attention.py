@@ -57,8 +57,8 @@ class Segment:
 
 
 @dataclass(frozen=True, slots=True)
-class _Lengths:
-    """What the varlen kernel wants to know; the same in all layers."""
+class _CudaLengths:
+    """Arguments of the varlen kernel, the same in all layers."""
 
     queries: Tensor
     keys: Tensor
@@ -69,24 +69,24 @@ class _Lengths:
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """Where the segments of a row are, in order and without gaps. What comes behind the last is padding, on a CPU only.
+    """Where the segments of a row are, in order and without gaps. Behind the last there may be padding, on a CPU only.
 
     Attributes:
-        lengths: For CUDA.
+        lengths: Only for CUDA.
     """
 
     segments: tuple[Segment, ...]
-    lengths: _Lengths | None = None
+    lengths: _CudaLengths | None = None
 
     @classmethod
     def of(cls, segments: Sequence[Segment], device: torch.device) -> "Layout":
-        """The layout of a row on a device."""
+        """Lay a row out on a device."""
         if device.type != "cuda":
             return cls(tuple(segments))
         owns = [segment.stop - segment.start for segment in segments]
         totals = [segment.length for segment in segments]
         keys = [token for segment in segments for part in (segment.prefix, segment.own) for token in range(*part)]
-        lengths = _Lengths(
+        lengths = _CudaLengths(
             to_device([0, *itertools.accumulate(owns)], device, torch.int32),
             to_device([0, *itertools.accumulate(totals)], device, torch.int32),
             max(owns),
@@ -97,7 +97,7 @@ class Layout:
 
 
 def to_device(numbers: Any, device: torch.device, dtype: torch.dtype = torch.int64) -> Tensor:
-    """A tensor on the device; on CUDA the copy goes on while the processor prepares what comes next."""
+    """Make a tensor on the device; on CUDA the copy goes on while the processor prepares what comes next."""
     tensor = torch.tensor(numbers, dtype=dtype)
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
@@ -116,37 +116,37 @@ def attention(
     is_causal: bool | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """What transformers calls in each layer.
+    """Attend, each segment to itself and its prefix; transformers calls this in each layer.
 
     Args:
-        module: The attention layer; `is_causal` is its, where not given.
+        module: The attention layer; says whether it is causal, where `is_causal` does not.
         query: ``[1, heads, tokens, size]``.
         key: The same; there may be fewer heads.
         value: As `key`.
-        attention_mask: Not used: the layout says who sees whom.
+        attention_mask: Not used: the layout says which tokens attend to which.
         scaling: What dot products are multiplied with; None for one over the root of `size`.
-        layout: Passed by `rag_rerank.local.transformer.transformer` to the model, and by the model on to here.
-        sliding_window: Tokens see each other at distances below it.
+        layout: Passed by `Unpadded` to the model, and by the model on to here.
+        sliding_window: Tokens attend to each other at distances below it.
         softcap: Scores are brought into its range by tanh (Gemma 2).
-        is_causal: Whether tokens see only those before them.
+        is_causal: Whether tokens attend only to those before them.
 
     Returns:
         ``[1, tokens, heads, size]``, and None for the weights.
     """
     causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
     kernel = _varlen if query.is_cuda else _one_by_one
-    return kernel(query, key, value, layout, _How(causal, sliding_window, softcap, scaling)), None
+    return kernel(query, key, value, layout, _Options(causal, sliding_window, softcap, scaling)), None
 
 
 @dataclass(frozen=True, slots=True)
-class _How:
+class _Options:
     causal: bool
     window: int | None = None
     softcap: float | None = None
     scale: float | None = None
 
 
-def _one_by_one(query: Tensor, key: Tensor, value: Tensor, layout: Layout, how: _How) -> Tensor:
+def _one_by_one(query: Tensor, key: Tensor, value: Tensor, layout: Layout, options: _Options) -> Tensor:
     heads, groups = key.shape[1], query.shape[1] // key.shape[1]
     if groups > 1:
         # Heads that share keys as a batch each: repeating the keys for each instead would take twice as long.
@@ -154,103 +154,101 @@ def _one_by_one(query: Tensor, key: Tensor, value: Tensor, layout: Layout, how: 
         key, value = key.transpose(0, 1), value.transpose(0, 1)
     out = query.new_empty(query.shape[2], *query.shape[:2], value.shape[3])
     for segment in layout.segments:
-        out[segment.start : segment.stop] = _segment(query, key, value, segment, how).permute(2, 0, 1, 3)
+        out[segment.start : segment.stop] = _segment(query, key, value, segment, options).permute(2, 0, 1, 3)
     out[layout.segments[-1].stop :] = 0  # padding must stay finite: 0 times infinity is not 0
     return out.flatten(1, 2).unsqueeze(0)
 
 
-def _segment(query: Tensor, key: Tensor, value: Tensor, segment: Segment, how: _How) -> Tensor:
+def _segment(query: Tensor, key: Tensor, value: Tensor, segment: Segment, options: _Options) -> Tensor:
     """Attention of one segment: ``[batch, heads, its tokens, size]``, keys with as many heads or one."""
     own, before = segment.stop - segment.start, segment.prefix_length
-    windowed = how.window is not None and segment.length > how.window
+    windowed = options.window is not None and segment.length > options.window
     # Behind its keys come others, as many as make their number round; the row may end before.
     reach = segment.stop + -segment.length % _LANES
     if reach > key.shape[2]:
         reach = segment.stop
-    asks = query[:, :, segment.start : segment.stop]
+    queries = query[:, :, segment.start : segment.stop]
     keys, values = key[:, :, segment.start : reach], value[:, :, segment.start : reach]
     if before:
         prefix = slice(*segment.prefix)
         keys, values = torch.cat((key[:, :, prefix], keys), 2), torch.cat((value[:, :, prefix], values), 2)
         # Causal attention of all tokens takes half a square; of these tokens alone, with a mask, a whole rectangle.
-        if windowed or (how.causal and own * 1.15 > segment.length / 2):
-            asks = torch.cat((query[:, :, prefix], asks), 2)
+        if windowed or (options.causal and own * 1.15 > segment.length / 2):
+            queries = torch.cat((query[:, :, prefix], queries), 2)
     if windowed:
-        return _banded(asks, keys, values, how)[:, :, -own:]
-    if how.causal and asks.shape[2] == segment.length:
-        return _kernel(asks, keys, values, how, causal=True)[:, :, -own:]  # later tokens are not seen anyway
-    if how.causal:
-        return _kernel(asks, keys, values, how, _lower_right(own, keys.shape[2], query.dtype, segment.length))
-    return _kernel(asks, keys, values, how, _tail(own, segment.length, keys.shape[2], query.dtype))
+        return _banded(queries, keys, values, options)[:, :, -own:]
+    if options.causal and queries.shape[2] == segment.length:
+        return _kernel(queries, keys, values, options, causal=True)[
+            :, :, -own:
+        ]  # no token attends to later ones anyway
+    if options.causal:
+        return _kernel(queries, keys, values, options, _lower_right(own, keys.shape[2], query.dtype, segment.length))
+    count = keys.shape[2]
+    mask = None if count == segment.length else _first(1, count, query.dtype, segment.length)
+    return _kernel(queries, keys, values, options, None if mask is None else mask.expand(1, 1, own, count))
 
 
-def _banded(query: Tensor, key: Tensor, value: Tensor, how: _How) -> Tensor:
-    """Attention under a sliding window: in blocks, where much of the square is not seen."""
-    length, window = query.shape[2], how.window or 0
+def _banded(query: Tensor, key: Tensor, value: Tensor, options: _Options) -> Tensor:
+    """Attention under a sliding window: in blocks, where much of the square is masked."""
+    length, window = query.shape[2], options.window or 0
     block = length if length <= 2 * _BLOCK else _BLOCK
     out = []
     for start in range(0, length, block):
         stop = min(start + block, length)
-        first, last = max(0, start - window + 1), stop if how.causal else min(length, stop + window - 1)
+        first, last = max(0, start - window + 1), stop if options.causal else min(length, stop + window - 1)
         reach = min(key.shape[2], last + -(last - first) % _LANES)
-        mask = _band(stop - start, reach - first, query.dtype, start - first, last - first, window, how.causal)
-        seen = slice(first, reach)
-        out.append(_kernel(query[:, :, start:stop], key[:, :, seen], value[:, :, seen], how, mask))
+        mask = _band(stop - start, reach - first, query.dtype, start - first, last - first, window, options.causal)
+        visible = slice(first, reach)
+        out.append(_kernel(query[:, :, start:stop], key[:, :, visible], value[:, :, visible], options, mask))
     return out[0] if len(out) == 1 else torch.cat(out, 2)
 
 
-def _remembered(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Masks of a batch come again in every layer, and many in the next batch: small ones are kept, 64 MB at most."""
+def _cached(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Cache small masks, 64 MB at most: they come again in every layer, and many in the next batch."""
     kept = functools.lru_cache(maxsize=128)(make)
 
     @functools.wraps(make)
-    def mask(queries: int, keys: int, *how: Any) -> Tensor:
-        return (kept if queries * keys <= 128 * 1024 else make)(queries, keys, *how)
+    def mask(queries: int, keys: int, *rest: Any) -> Tensor:
+        return (kept if queries * keys <= 128 * 1024 else make)(queries, keys, *rest)
 
     return mask
 
 
-@_remembered
-def _band(queries: int, keys: int, dtype: torch.dtype, shift: int, seen: int, window: int, causal: bool) -> Tensor:
-    """Lets query i see the keys at distances below `window` from key i + `shift`, of the first `seen`."""
+@_cached
+def _band(queries: int, keys: int, dtype: torch.dtype, shift: int, count: int, window: int, causal: bool) -> Tensor:
+    """Let query i attend to the keys at distances below `window` from key i + `shift`, of the first `count`."""
     ahead = torch.arange(keys) - torch.arange(queries).unsqueeze(1) - shift
-    hidden = (ahead <= -window) | (ahead > 0 if causal else ahead >= window) | (torch.arange(keys) >= seen)
+    hidden = (ahead <= -window) | (ahead > 0 if causal else ahead >= window) | (torch.arange(keys) >= count)
     return torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, -torch.inf)[None, None]
 
 
-@_remembered
-def _lower_right(queries: int, keys: int, dtype: torch.dtype, seen: int) -> Tensor:
-    """Lets the last of the queries see `seen` keys, the one before it one less, and so on."""
-    return torch.full((queries, keys), -torch.inf, dtype=dtype).triu_(seen - queries + 1)[None, None]
+@_cached
+def _lower_right(queries: int, keys: int, dtype: torch.dtype, count: int) -> Tensor:
+    """Let the last of the queries attend to `count` keys, the one before it to one less, and so on."""
+    return torch.full((queries, keys), -torch.inf, dtype=dtype).triu_(count - queries + 1)[None, None]
 
 
-def _tail(queries: int, seen: int, keys: int, dtype: torch.dtype) -> Tensor | None:
-    """Hides all keys but the first `seen`."""
-    return None if seen == keys else _ends(1, keys, dtype, seen).expand(1, 1, queries, keys)
-
-
-@_remembered
-def _ends(_: int, keys: int, dtype: torch.dtype, seen: int) -> Tensor:
-    mask = torch.zeros(keys, dtype=dtype)
-    mask[seen:] = -torch.inf
-    return mask
+@_cached
+def _first(_: int, keys: int, dtype: torch.dtype, count: int) -> Tensor:
+    """Let all queries attend to the first `count` keys."""
+    return torch.zeros(1, 1, 1, keys, dtype=dtype).index_fill_(3, torch.arange(count, keys), -torch.inf)
 
 
 def _kernel(
-    query: Tensor, key: Tensor, value: Tensor, how: _How, mask: Tensor | None = None, *, causal: bool = False
+    query: Tensor, key: Tensor, value: Tensor, options: _Options, mask: Tensor | None = None, *, causal: bool = False
 ) -> Tensor:
-    if how.softcap is None:
+    if options.softcap is None:
         key, value = key.expand(-1, query.shape[1], -1, -1), value.expand(-1, query.shape[1], -1, -1)
-        return scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=causal, scale=how.scale)
+        return scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=causal, scale=options.scale)
     if causal:
         mask = _lower_right(query.shape[2], key.shape[2], query.dtype, query.shape[2])
-    scale = query.shape[3] ** -0.5 if how.scale is None else how.scale
-    scores = torch.tanh(query @ key.transpose(2, 3) * (scale / how.softcap)) * how.softcap
+    scale = query.shape[3] ** -0.5 if options.scale is None else options.scale
+    scores = torch.tanh(query @ key.transpose(2, 3) * (scale / options.softcap)) * options.softcap
     scores = scores if mask is None else scores + mask
     return torch.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype) @ value
 
 
-def _varlen(query: Tensor, key: Tensor, value: Tensor, layout: Layout, how: _How) -> Tensor:
+def _varlen(query: Tensor, key: Tensor, value: Tensor, layout: Layout, options: _Options) -> Tensor:
     """All segments at once on a CUDA device, by the flash attention that torch brings."""
     lengths = layout.lengths
     if lengths is None:
@@ -258,7 +256,7 @@ def _varlen(query: Tensor, key: Tensor, value: Tensor, layout: Layout, how: _How
     queries, keys, values = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
     if lengths.rows is not None:
         keys, values = keys[lengths.rows], values[lengths.rows]
-    reach = -1 if how.window is None else how.window - 1
+    reach = -1 if options.window is None else options.window - 1
     out: Tensor = _varlen_attention()(
         queries,
         keys,
@@ -267,8 +265,11 @@ def _varlen(query: Tensor, key: Tensor, value: Tensor, layout: Layout, how: _How
         lengths.keys,
         lengths.most_queries,
         lengths.most_keys,
-        scale=how.scale,
-        window_size=(reach, 0 if how.causal else reach),  # causal is aligned to the last key, as in FlashAttention 2.1
+        scale=options.scale,
+        window_size=(
+            reach,
+            0 if options.causal else reach,
+        ),  # causal is aligned to the last key, as in FlashAttention 2.1
         enable_gqa=queries.shape[1] != keys.shape[1],
     )
     return out.unsqueeze(0)
@@ -281,7 +282,7 @@ def _varlen_attention() -> Callable[..., Tensor]:
 
 
 def available(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether rows can be attended to here; where not, batches are padded.
+    """Tell whether rows can be attended to here; where not, batches are padded.
 
     On the CPU always. On CUDA where torch has a varlen kernel with windows, the kernel takes the dtype, and what it
     computes for two small segments that share a prefix is what plain attention computes.
@@ -296,9 +297,9 @@ def available(device: torch.device, dtype: torch.dtype) -> bool:
         layout = Layout.of((Segment(0, 3), Segment(3, 8, (0, 3)), Segment(8, 10, (0, 3))), device)
         query, key, value = torch.randn(3, 1, 4, 10, 64, device=device, dtype=dtype)
         # One head for keys where there are several for queries; causal, so that alignment shows; and both ways.
-        for how, heads in ((_How(causal=True), 2), (_How(causal=False), 4)):
-            got = _varlen(query, key[:, :heads], value[:, :heads], layout, how).cpu()
-            expected = _one_by_one(query.cpu(), key[:, :heads].cpu(), value[:, :heads].cpu(), layout, how)
+        for options, heads in ((_Options(causal=True), 2), (_Options(causal=False), 4)):
+            got = _varlen(query, key[:, :heads], value[:, :heads], layout, options).cpu()
+            expected = _one_by_one(query.cpu(), key[:, :heads].cpu(), value[:, :heads].cpu(), layout, options)
             if not torch.allclose(got.float(), expected.float(), atol=0.05):
                 return False
     except (ImportError, RuntimeError, TypeError, ValueError):
@@ -307,7 +308,7 @@ def available(device: torch.device, dtype: torch.dtype) -> bool:
 
 
 def _no_mask(*_: Any, **__: Any) -> None:
-    """In place of the mask that transformers would make: the layout says it all."""
+    """Stand in for the mask that transformers would make: the layout says it all."""
 
 
 AttentionInterface.register(NAME, attention)

@@ -1,46 +1,66 @@
-"""Cutting sequences into batches."""
+"""Token sequences, and how they are cut into batches."""
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class TokenSequence:
+    """One model input, not padded.
+
+    Attributes:
+        ids: Token ids, special tokens included.
+        types: Token type ids (0 for the query's part, 1 for the document's), where the tokenizer makes them.
+        group: The same for prompts that begin alike: those of one query and instruction. A decoder runs what they have
+            in common once.
+        truncated: Whether the text was longer than what the model reads.
+    """
+
+    ids: list[int]
+    types: list[int] | None = None
+    group: Hashable | None = None
+    truncated: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Batching:
+    """How large batches are best, and how many run at a time.
+
+    Attributes:
+        token_budget: Most tokens in a batch.
+        batches_ahead: How many batches' worth of waiting sequences are best cut into batches at a time.
+        parallel: How many batches are run side by side, each on a core of its own; 1 for one after the other.
+    """
+
+    token_budget: int
+    batches_ahead: int = 1
+    parallel: int = 1
 
 
 def by_length(lengths: Sequence[int], token_budget: int) -> list[list[int]]:
-    """Group sequences of like length so that little is padded.
+    """Group positions of sequences of like length, longest first, so that few tokens are padding.
 
-    Args:
-        lengths: Length of each sequence, in tokens.
-        token_budget: Most tokens in a batch after padding to its longest. A longer sequence gets a batch of its own.
-
-    Returns:
-        Positions in `lengths`, each exactly once, longest first: the batch that needs most memory comes first, and if
-        it fits, so does the rest.
+    After padding to its longest a batch has at most `token_budget` tokens; a longer sequence gets one of its own.
     """
     grouped: list[list[int]] = []
-    room = 0
+    left = 0
     for position in sorted(range(len(lengths)), key=lambda index: -lengths[index]):
-        if room == 0:
+        if left == 0:
             grouped.append([])
-            room = max(1, token_budget // max(1, lengths[position]))
+            left = max(1, token_budget // max(1, lengths[position]))
         grouped[-1].append(position)
-        room -= 1
+        left -= 1
     return grouped
 
 
 def by_tokens(costs: Sequence[int], token_budget: int) -> list[list[int]]:
-    """Group sequences that are not padded: in their order, as many as the budget holds.
-
-    Args:
-        costs: What each adds to a batch, in tokens.
-        token_budget: Most tokens in a batch. A longer sequence gets a batch of its own.
-
-    Returns:
-        Positions in `costs`, each exactly once, in order.
-    """
+    """Group positions in order, as many as the budget holds; a longer sequence gets a batch of its own."""
     grouped: list[list[int]] = []
-    room = 0
+    left = 0
     for position, cost in enumerate(costs):
-        if not grouped or cost > room:
+        if not grouped or cost > left:
             grouped.append([])
-            room = token_budget
+            left = token_budget
         grouped[-1].append(position)
-        room -= cost
+        left -= cost
     return grouped

@@ -17,12 +17,9 @@ _SMALLEST = 64  # a head of one row gains nothing
 
 
 class PackedLinear(torch.nn.Module):
-    """An ``nn.Linear`` for the CPU, for inference only.
+    """A copy of an ``nn.Linear`` for inference on the CPU, best with calls of so many rows.
 
-    Args:
-        layer: Its weights are copied, not shared.
-        rows: How many tokens a call will mostly have.
-        activation: ``"gelu"``, applied to each output while it is still in the processor, or ``"none"``.
+    The activation, ``"gelu"`` or ``"none"``, is applied to each output while it is still in the processor.
     """
 
     def __init__(self, layer: torch.nn.Linear, rows: int, activation: str = "none") -> None:
@@ -34,24 +31,19 @@ class PackedLinear(torch.nn.Module):
         self._activation = activation
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """What the layer, and the activation after it, make of `inputs`."""
+        """Apply the layer, and the activation after it."""
         outputs: Tensor = torch.ops.mkldnn._linear_pointwise(
             inputs, self.weight, self.bias, self._activation, [], "none"
         )
         return outputs
 
     def extra_repr(self) -> str:
-        """For print(model)."""
+        """Describe it for print(model)."""
         return f"in_features={self.in_features}, out_features={self.out_features}, activation={self._activation}"
 
 
 def pack(model: torch.nn.Module, rows: int) -> None:
-    """Replace the linear layers of a model on the CPU, and the activation behind them where it is a plain GELU.
-
-    Args:
-        model: Left as it is where this torch, its dtype or its device can't.
-        rows: Tokens in a usual call.
-    """
+    """Replace a model's linear layers, and activations behind them that are plain GELU, where this torch can."""
     first = next(model.parameters())
     if first.device.type == "cpu" and _works(first.dtype):
         with torch.inference_mode():
@@ -82,7 +74,7 @@ def _is_exact_gelu(activation: object) -> bool:
 
 @functools.cache
 def _works(dtype: torch.dtype) -> bool:
-    """Whether the packed layer computes here what the plain one does."""
+    """Tell whether the packed layer computes here what the plain one does."""
     if dtype not in (torch.float32, torch.bfloat16):
         return False
     # A generator of its own: loading a model must not change the caller's random numbers.

@@ -6,7 +6,7 @@ row once: a decoder's states of a prefix do not depend on what follows it.
 """
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol
 
@@ -14,9 +14,8 @@ import torch
 from torch import Tensor
 
 from rag_rerank.local.checkpoint.checkpoint import position_tables
-from rag_rerank.local.models.model import Pace, TokenSequence
 from rag_rerank.local.transformer.attention import NAME, Layout, Segment, available, to_device
-from rag_rerank.local.transformer.batching import by_length, by_tokens
+from rag_rerank.local.transformer.batching import Batching, TokenSequence, by_length, by_tokens
 from rag_rerank.local.transformer.linear import pack
 
 if TYPE_CHECKING:
@@ -50,73 +49,62 @@ class States:
     lengths: Sequence[int]
 
     def first(self) -> Tensor:
-        """The state of each first token, ``[sequences, size]``."""
+        """Give the state of each first token, ``[sequences, size]``."""
         return self.tokens[self.firsts]
 
     def last(self) -> Tensor:
-        """The state of each last token, ``[sequences, size]``."""
+        """Give the state of each last token, ``[sequences, size]``."""
         return self.tokens[self.lasts]
 
     def flat(self) -> tuple[Tensor, Tensor]:
-        """The states of all tokens, one sequence after the other, and int64 ``[tokens]``: which sequence each is of."""
+        """Give the states of all tokens, one sequence after the other, and int64 ``[tokens]``: whose each is."""
         counts = self.lasts - self.firsts + 1
         owners = torch.repeat_interleave(counts, output_size=sum(self.lengths))
         places = torch.arange(len(owners), device=owners.device) - (counts.cumsum(0) - counts)[owners]
         return self.tokens[self.firsts[owners] + places], owners
 
-    def padded(self) -> tuple[Tensor, Tensor]:
-        """States ``[sequences, longest, size]``, and int64 ``[sequences, longest]``: 1 for a token, 0 for padding."""
-        places = torch.arange(max(self.lengths), device=self.firsts.device)
-        rows = self.firsts.unsqueeze(1) + places
-        mask = rows <= self.lasts.unsqueeze(1)
-        return self.tokens[rows.minimum(self.lasts.unsqueeze(1))], mask.long()
+    def mean(self, layers: Callable[[Tensor], Tensor] = torch.Tensor.float) -> Tensor:
+        """Average over each sequence's tokens what `layers` make of their states; float32 ``[sequences, size]``."""
+        tokens, owners = self.flat()
+        values = layers(tokens).float()
+        sums = values.new_zeros(len(self.lengths), values.shape[1]).index_add_(0, owners, values)
+        return sums / (self.lasts - self.firsts + 1).unsqueeze(1)
 
-    def some(self, positions: Sequence[int]) -> "States":
-        """Those of some of the sequences."""
+    def select(self, positions: Sequence[int]) -> "States":
+        """Take those of some of the sequences."""
         lengths = [self.lengths[position] for position in positions]
         return States(self.tokens, self.firsts[list(positions)], self.lasts[list(positions)], lengths)
 
 
-def most(values: Tensor, owners: Tensor, count: int) -> Tensor:
-    """The largest values of each owner.
-
-    Args:
-        values: ``[rows, size]``.
-        owners: int64 ``[rows]``, each less than `count`; whose each row is.
-        count: How many owners there are, each with a row at least.
-
-    Returns:
-        ``[count, size]``.
-    """
+def largest_of_each(values: Tensor, owners: Tensor, count: int) -> Tensor:
+    """Find the largest values ``[count, size]`` of each owner, of ``[rows, size]``; each owns a row at least."""
     largest = values.new_full((count, values.shape[1]), -torch.inf)
     return largest.scatter_reduce_(0, owners.unsqueeze(1).expand_as(values), values, "amax")
 
 
 class Transformer(Protocol):
-    """Runs sequences."""
+    """Runs sequences. Several threads may call `states`, each with a batch of its own."""
 
     @property
-    def device(self) -> torch.device:
-        """Where it computes."""
-
-    @property
-    def pace(self) -> Pace:
-        """How it is best fed."""
+    def batching(self) -> Batching:
+        """How large its batches are best."""
 
     def batches(self, sequences: Sequence[TokenSequence], token_budget: int) -> list[list[int]]:
-        """Positions of the sequences, each exactly once, grouped into batches of at most so many tokens."""
+        """Group the positions of the sequences, each exactly once, into batches of at most so many tokens."""
 
     def states(self, sequences: Sequence[TokenSequence]) -> States:
         """Run one batch."""
 
 
-def over(model: "PreTrainedModel", pad_id: int | None, pace: Pace, *, unpadded: bool = True) -> Transformer:
-    """The fastest way to run a model that is right for it.
+def make_transformer(
+    model: "PreTrainedModel", pad_id: int | None, batching: Batching, *, unpadded: bool = True
+) -> Transformer:
+    """Choose the fastest way to run a model that gives its own states.
 
     Args:
         model: Without its head; its layers may be replaced by faster ones.
         pad_id: The token to pad with.
-        pace: How the device is best fed.
+        batching: How large batches are best on the device.
         unpadded: False pads in any case.
     """
     if hasattr(model.config, "use_cache"):
@@ -126,14 +114,14 @@ def over(model: "PreTrainedModel", pad_id: int | None, pace: Pace, *, unpadded: 
     if model.config._attn_implementation != NAME:  # transformers 5.0 can't set it for ModernBERT, and only warns
         if _soft_capped(model):
             model.set_attn_implementation("eager")  # the fast kernels don't know it
-        return Padded(model, pad_id or 0, pace)
-    pack(model, pace.token_budget)
+        return Padded(model, pad_id or 0, batching)
+    pack(model, batching.token_budget)
     first_position = next((first for first, _ in position_tables(model)), 0)
-    return Unpadded(model, pad_id or 0, pace, model.config.model_type in DECODERS, first_position)
+    return Unpadded(model, pad_id or 0, batching, model.config.model_type in DECODERS, first_position)
 
 
 def known(model: "PreTrainedModel") -> bool:
-    """Whether this is an architecture that we know, and not a checkpoint's own code."""
+    """Tell whether this is an architecture that the tests cover, and not a checkpoint's own code."""
     return model.config.model_type in ENCODERS | DECODERS and type(model).__module__.startswith("transformers.")
 
 
@@ -155,28 +143,19 @@ class Padded:
 
     model: "PreTrainedModel"
     pad_id: int
-    device_pace: Pace
+    device_batching: Batching
 
     @property
-    def device(self) -> torch.device:
-        """The model's."""
-        return self.model.device
-
-    @property
-    def pace(self) -> Pace:
+    def batching(self) -> Batching:
         """Several batches at a time, so that lengths are alike in each."""
-        return replace(self.device_pace, batches_ahead=_SORTED_TOGETHER)
+        return replace(self.device_batching, batches_ahead=_SORTED_TOGETHER)
 
     def batches(self, sequences: Sequence[TokenSequence], token_budget: int) -> list[list[int]]:
-        """By length."""
+        """Group sequences of like length."""
         return by_length([len(sequence.ids) for sequence in sequences], token_budget)
 
     def inputs(self, sequences: Sequence[TokenSequence]) -> dict[str, Tensor]:
-        """What the model takes: ``input_ids``, ``attention_mask`` and, where there are any, ``token_type_ids``.
-
-        Returns:
-            int64 ``[len(sequences), longest]`` each.
-        """
+        """Make what the model takes, int64 ``[len(sequences), longest]`` each."""
         longest = max(len(sequence.ids) for sequence in sequences)
         rows = {
             "input_ids": [sequence.ids + [self.pad_id] * (longest - len(sequence.ids)) for sequence in sequences],
@@ -186,7 +165,7 @@ class Padded:
             rows["token_type_ids"] = [
                 (sequence.types or []) + [0] * (longest - len(sequence.ids)) for sequence in sequences
             ]
-        return {name: to_device(numbers, self.device) for name, numbers in rows.items()}
+        return {name: to_device(numbers, self.model.device) for name, numbers in rows.items()}
 
     def states(self, sequences: Sequence[TokenSequence]) -> States:
         """Run one batch. In a decoder, padding on the right is never seen: tokens attend to those before them."""
@@ -194,7 +173,7 @@ class Padded:
         lengths = [len(sequence.ids) for sequence in sequences]
         firsts = torch.arange(len(sequences)) * states.shape[1]
         lasts = firsts + torch.tensor(lengths) - 1
-        return States(states.flatten(0, 1), firsts.to(self.device), lasts.to(self.device), lengths)
+        return States(states.flatten(0, 1), firsts.to(self.model.device), lasts.to(self.model.device), lengths)
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,31 +181,26 @@ class Unpadded:
     """Sequences end to end in one row.
 
     Attributes:
-        share: Whether a prefix that sequences of one query have in common is run once. Only right for decoders.
+        share: Whether a prefix that sequences of one group have in common is run once. Only right for decoders.
         first_position: The number of a sequence's first position.
     """
 
     model: "PreTrainedModel"
     pad_id: int
-    device_pace: Pace
+    device_batching: Batching
     share: bool
     first_position: int
 
     @property
-    def device(self) -> torch.device:
-        """The model's."""
-        return self.model.device
-
-    @property
-    def pace(self) -> Pace:
+    def batching(self) -> Batching:
         """A batch at a time; with prefixes to share, as much as may become one."""
-        return replace(self.device_pace, batches_ahead=2 if self.share else 1)
+        return replace(self.device_batching, batches_ahead=2 if self.share else 1)
 
     def batches(self, sequences: Sequence[TokenSequence], token_budget: int) -> list[list[int]]:
-        """By query, and within it in order."""
+        """Keep sequences that begin alike together, and in order."""
         order: list[int] = []
         costs: list[int] = []
-        for positions in _by_query(sequences, share=self.share):
+        for positions in _by_group(sequences, share=self.share):
             common = _common([sequences[position] for position in positions], share=self.share)
             order += positions
             costs += [len(sequences[position].ids) - common for position in positions]
@@ -239,11 +213,11 @@ class Unpadded:
         ids: list[int] = []
         positions: list[int] = []
         types: list[int] = []
-        for of, start, stop in row.pieces:
+        for of, start, stop in row.parts:
             ids.extend(sequences[of].ids[start:stop])
             positions.extend(range(self.first_position + start, self.first_position + stop))
             types.extend((sequences[of].types or [])[start:stop])
-        padding = padding_of(len(ids), self.device)
+        padding = padding_of(len(ids), self.model.device)
         inputs = {
             "input_ids": ids + [self.pad_id] * padding,
             "position_ids": positions + [self.first_position] * padding,
@@ -251,8 +225,8 @@ class Unpadded:
         if types:
             inputs["token_type_ids"] = types + [0] * padding
         states: Tensor = self.model(
-            **{name: to_device([numbers], self.device) for name, numbers in inputs.items()},
-            layout=Layout.of(row.segments, self.device),
+            **{name: to_device([numbers], self.model.device) for name, numbers in inputs.items()},
+            layout=Layout.of(row.segments, self.model.device),
         ).last_hidden_state
         return row.states_of(states[0])
 
@@ -262,17 +236,17 @@ class Row:
     """Where the tokens of a batch are in its one row.
 
     Attributes:
-        pieces: The row's tokens, in order: ``(sequence, start, stop)`` for the tokens ``[start, stop)`` of a sequence.
+        parts: The row's tokens, in order: ``(sequence, start, stop)`` for the tokens ``[start, stop)`` of a sequence.
         segments: The same, as attention wants to know it.
         spans: ``(start, stop)`` in the row of each sequence's own tokens, those behind a prefix that is shared.
     """
 
-    pieces: Sequence[tuple[int, int, int]]
+    parts: Sequence[tuple[int, int, int]]
     segments: Sequence[Segment]
     spans: Sequence[tuple[int, int]]
 
     def states_of(self, tokens: Tensor) -> States:
-        """The states of the sequences, from those of the row, ``[tokens, size]``."""
+        """Find the sequences' states among those of the row, ``[tokens, size]``."""
         return States(
             tokens,
             to_device([start for start, _ in self.spans], tokens.device),
@@ -282,28 +256,28 @@ class Row:
 
 
 def lay_out(sequences: Sequence[TokenSequence], *, share: bool) -> Row:
-    """Put sequences end to end; with `share`, what those of one query begin with alike once, before them."""
-    pieces: list[tuple[int, int, int]] = []
+    """Put sequences end to end; with `share`, what those of one group begin with alike once, before them."""
+    parts: list[tuple[int, int, int]] = []
     segments: list[Segment] = []
     spans = [(0, 0)] * len(sequences)
 
     def add(of: int, start: int, stop: int, prefix: tuple[int, int]) -> tuple[int, int]:
         begin = segments[-1].stop if segments else 0
         span = begin, begin + stop - start
-        pieces.append((of, start, stop))
+        parts.append((of, start, stop))
         segments.append(Segment(*span, prefix))
         return span
 
-    for members in _by_query(sequences, share=share):
+    for members in _by_group(sequences, share=share):
         common = _common([sequences[position] for position in members], share=share)
         prefix = add(members[0], 0, common, (0, 0)) if common else (0, 0)
         for position in members:
             spans[position] = add(position, common, len(sequences[position].ids), prefix)
-    return Row(pieces, segments, spans)
+    return Row(parts, segments, spans)
 
 
 def padding_of(tokens: int, device: torch.device) -> int:
-    """Tokens to fill a row up with.
+    """Say how many tokens to fill a row up with.
 
     On the CPU each new number of rows costs a new kernel, 0.6 ms and memory that is never given back (441 MB after
     1,000 documents of different lengths): so there are few different ones, at 1.5 % more tokens. They also give the
@@ -312,13 +286,13 @@ def padding_of(tokens: int, device: torch.device) -> int:
     return 0 if device.type != "cpu" else -tokens % (16 if tokens < 512 else 64)
 
 
-def _by_query(sequences: Sequence[TokenSequence], *, share: bool) -> list[list[int]]:
-    """Positions of the sequences, those of one query together."""
+def _by_group(sequences: Sequence[TokenSequence], *, share: bool) -> list[list[int]]:
+    """Positions of the sequences, those of one group together."""
     if not share:
         return [[position] for position in range(len(sequences))]
     groups: dict[object, list[int]] = {}
     for position, sequence in enumerate(sequences):
-        key = position if sequence.query is None else sequence.query
+        key = position if sequence.group is None else sequence.group
         groups.setdefault(key, []).append(position)
     return list(groups.values())
 

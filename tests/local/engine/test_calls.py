@@ -7,8 +7,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rag_rerank.local.engine.calls import PART, Call, Item, next_round
-from rag_rerank.local.models.model import Inputs, TokenSequence
+from rag_rerank.local.engine.calls import PART, Item, WaitingCall, next_round
+from rag_rerank.local.models.model import Inputs
+from rag_rerank.local.transformer.batching import TokenSequence
 
 
 class Pairs:
@@ -19,7 +20,7 @@ class Pairs:
         self.tokenised: list[tuple[list[str], list[str]]] = []
         self.ran: list[TokenSequence] = []
 
-    def inputs(self, queries: list[str], documents: list[str]) -> Inputs:
+    def inputs(self, queries: list[str], documents: list[str], instruction: str | None = None) -> Inputs:
         self.tokenised.append((queries, documents))
         if "unreadable" in documents:
             raise KeyError("no such token")
@@ -38,7 +39,7 @@ def score(query: str, document: str) -> float:
     return 1000.0 * (len(query) if document else 0) + len(document)
 
 
-def play(calls: Sequence[Call], model: Pairs) -> list[list[tuple[int, int]]]:
+def play(calls: Sequence[WaitingCall], model: Pairs) -> list[list[tuple[int, int]]]:
     """Round by round to the end: the sequences and tokens that each call had in each."""
     rounds = []
     waiting = list(calls)
@@ -52,7 +53,7 @@ def play(calls: Sequence[Call], model: Pairs) -> list[list[tuple[int, int]]]:
     return rounds
 
 
-def had(taken: list[tuple[Call, list[Item] | Exception]], call: Call) -> tuple[int, int]:
+def had(taken: list[tuple[WaitingCall, list[Item] | Exception]], call: WaitingCall) -> tuple[int, int]:
     items = [item for owner, items in taken if owner is call for item in items]
     return len(items), sum(len(item.sequence.ids) for item in items)
 
@@ -72,7 +73,7 @@ class TestDuplicates:
     @given(TEXTS, st.integers(1, 50))
     def test_of_one_query(self, documents: list[str], round_tokens: int):
         """Each different document."""
-        model, call = Pairs(round_tokens), Call(["query"], documents)
+        model, call = Pairs(round_tokens), WaitingCall(["query"], documents)
         play([call], model)
         assert call.future.result(0) == [score("query", text) for text in documents]
         assert len(model.ran) == len(set(documents))
@@ -81,15 +82,15 @@ class TestDuplicates:
     def test_of_a_query_each(self, pairs: list[tuple[str, str]]):
         """Each different pair: the same document under another query is another."""
         queries, documents = map(list, zip(*pairs, strict=True))
-        model, call = Pairs(), Call(queries, documents)
+        model, call = Pairs(), WaitingCall(queries, documents)
         play([call], model)
         assert call.future.result(0) == [score(*pair) for pair in pairs]
         assert len(model.ran) == (len(set(pairs)) if len(pairs) > 1 else 1)
 
     def test_none_is_counted(self):
         """What is still to be scored are different pairs."""
-        assert Call(["q"], ["a", "b", "a"]).unscored == 2
-        assert Call(["q", "q", "r"], ["a", "a", "a"]).unscored == 2
+        assert WaitingCall(["q"], ["a", "b", "a"]).unscored == 2
+        assert WaitingCall(["q", "q", "r"], ["a", "a", "a"]).unscored == 2
 
 
 class TestParts:
@@ -97,7 +98,7 @@ class TestParts:
 
     def test_a_part_at_a_time(self):
         """10,000 documents are never all in memory as tokens."""
-        model, call = Pairs(round_tokens=500), Call(["q"], [f"{number:06d}" for number in range(10_000)])
+        model, call = Pairs(round_tokens=500), WaitingCall(["q"], [f"{number:06d}" for number in range(10_000)])
         [(_, items)] = next_round([call], model, model.round_tokens)
         assert [len(documents) for _, documents in model.tokenised] == [PART]
         run(items, model)
@@ -109,7 +110,7 @@ class TestParts:
     def test_with_a_query_each(self):
         """The queries are cut alike."""
         pairs = [("q" * (number % 7), str(number)) for number in range(3 * PART + 5)]
-        model, call = Pairs(), Call([query for query, _ in pairs], [text for _, text in pairs])
+        model, call = Pairs(), WaitingCall([query for query, _ in pairs], [text for _, text in pairs])
         play([call], model)
         assert call.future.result(0) == [score(*pair) for pair in pairs]
         assert [len(queries) for queries, _ in model.tokenised] == [PART, PART, PART, 5]
@@ -117,7 +118,7 @@ class TestParts:
     def test_longest_first_within_a_part(self):
         """What needs most memory comes first: if it fits, so does the rest."""
         model = Pairs(round_tokens=10_000)
-        play([Call(["q"], ["a" * length for length in (3, 9, 1, 5)])], model)
+        play([WaitingCall(["q"], ["a" * length for length in (3, 9, 1, 5)])], model)
         assert [len(each.ids) for each in model.ran] == [9, 5, 3, 1]
 
 
@@ -130,12 +131,16 @@ class TestRounds:
 
     def test_one_call_has_a_round_for_itself(self):
         """And no more than one."""
-        call = Call(["q"], self.documents(25))
+        call = WaitingCall(["q"], self.documents(25))
         assert play([call], Pairs(round_tokens=100)) == [[(10, 100)], [(10, 100)], [(5, 50)]]
 
     def test_a_short_call_is_done_in_the_next_round(self):
         """However long the one before it."""
-        model, long, short = Pairs(round_tokens=100), Call(["q"], self.documents(1000)), Call(["q"], ["a", "b"])
+        model, long, short = (
+            Pairs(round_tokens=100),
+            WaitingCall(["q"], self.documents(1000)),
+            WaitingCall(["q"], ["a", "b"]),
+        )
         next_round([long], model, model.round_tokens)
         taken = next_round([long, short], model, model.round_tokens)
         assert had(taken, short) == (2, 2)
@@ -143,9 +148,9 @@ class TestRounds:
 
     def test_the_longest_waiting_has_its_share_however_many_come(self):
         """A quarter of each round, in whole sequences: short calls without end can't keep it from its own."""
-        model, long = Pairs(round_tokens=100), Call(["q"], self.documents(30))
+        model, long = Pairs(round_tokens=100), WaitingCall(["q"], self.documents(30))
         for _ in range(15):
-            newcomers = [Call(["q"], self.documents(5)) for _ in range(10)]
+            newcomers = [WaitingCall(["q"], self.documents(5)) for _ in range(10)]
             taken = next_round([long, *newcomers], model, model.round_tokens)
             assert had(taken, long) == (2, 20)
             assert sum(had(taken, call)[1] for call in newcomers) == 80
@@ -155,19 +160,19 @@ class TestRounds:
 
     def test_of_equal_calls_the_first_comes_first(self):
         """Nobody overtakes for nothing."""
-        calls = [Call(["q"], self.documents(10)) for _ in range(3)]
+        calls = [WaitingCall(["q"], self.documents(10)) for _ in range(3)]
         rounds = play(calls, Pairs(round_tokens=100))
         assert [[count for count, _ in round_] for round_ in rounds] == [[10, 0, 0], [0, 10, 0], [0, 0, 10]]
 
     def test_a_text_over_the_round_is_a_round_of_its_own(self):
         """It must run somewhere."""
-        assert play([Call(["q"], ["a" * 500, "b"])], Pairs(round_tokens=100)) == [[(1, 500)], [(1, 1)]]
+        assert play([WaitingCall(["q"], ["a" * 500, "b"])], Pairs(round_tokens=100)) == [[(1, 500)], [(1, 1)]]
 
     @given(st.lists(TEXTS, min_size=1, max_size=5), st.integers(1, 60))
     def test_every_call_gets_its_own_scores(self, texts: list[list[str]], round_tokens: int):
         """Whatever runs beside it; each sequence once, and no round is over by more than its last sequence."""
         model = Pairs(round_tokens)
-        calls = [Call(["q" * place], documents) for place, documents in enumerate(texts)]
+        calls = [WaitingCall(["q" * place], documents) for place, documents in enumerate(texts)]
         rounds = play(calls, model)
         for place, (call, documents) in enumerate(zip(calls, texts, strict=True)):
             assert call.future.result(0) == [score("q" * place, text) for text in documents]
@@ -177,7 +182,7 @@ class TestRounds:
 
     def test_a_text_that_cannot_be_tokenised_is_its_callers(self):
         """The others have their turn."""
-        model, fine, broken = Pairs(), Call(["q"], ["a"]), Call(["q"], ["unreadable"])
+        model, fine, broken = Pairs(), WaitingCall(["q"], ["a"]), WaitingCall(["q"], ["unreadable"])
         for calls in ([fine, broken], [broken, fine]):
             taken = next_round(calls, model, model.round_tokens)
             errors = [result for call, result in taken if call is broken]
@@ -191,7 +196,7 @@ class TestFuture:
 
     def test_a_cancelled_call_takes_no_result(self):
         """Scores or errors that come too late are dropped."""
-        call = Call(["q"], ["a"])
+        call = WaitingCall(["q"], ["a"])
         assert call.future.cancel()
         call.succeed([1.0])
         call.fail(RuntimeError())
@@ -199,7 +204,7 @@ class TestFuture:
 
     def test_no_score_is_given_before_the_last(self):
         """Half a call is no answer."""
-        model, call = Pairs(round_tokens=1), Call(["q"], ["aa", "b"])
+        model, call = Pairs(round_tokens=1), WaitingCall(["q"], ["aa", "b"])
         for done in (False, True):
             [(_, items)] = next_round([call], model, model.round_tokens)
             assert not call.future.done()
@@ -208,7 +213,7 @@ class TestFuture:
 
     def test_an_error_is_the_callers(self):
         """As it was."""
-        call = Call(["q"], ["a"])
+        call = WaitingCall(["q"], ["a"])
         call.fail(KeyError("x"))
         with pytest.raises(KeyError):
             call.future.result(0)

@@ -12,24 +12,25 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rag_rerank import BackendError, BackendUnavailable, ConfigError, RerankError
+from rag_rerank import BackendError, ConfigError, RerankError
 from rag_rerank.local.engine.calls import PART
 from rag_rerank.local.engine.engine import Engine
-from rag_rerank.local.models.model import Inputs, Pace, TokenSequence
+from rag_rerank.local.models.model import Inputs
+from rag_rerank.local.transformer.batching import Batching, TokenSequence, by_tokens
 from rag_rerank.local.transformer.batching import by_length as batches
-from rag_rerank.local.transformer.batching import by_tokens
 
 
 class Lengths:
     """A model that scores a document by its length; keeps what it was asked to run."""
 
     def __init__(self, token_budget: int = 10) -> None:
-        self.pace = Pace(token_budget)
+        self.batching = Batching(token_budget)
+        self.score_type = self.transformer = self  # all in one
         self.ran: list[list[int]] = []
         self.running, self.go_on = threading.Event(), threading.Event()
         self.go_on.set()
 
-    def inputs(self, queries: list[str], documents: list[str]) -> Inputs:
+    def inputs(self, queries: list[str], documents: list[str], instruction: str | None = None) -> Inputs:
         if "unreadable" in documents:
             raise KeyError("no such token")
         return Inputs([TokenSequence([1] * len(text)) for text in documents], lambda outputs: outputs[:, 0].tolist())
@@ -54,7 +55,7 @@ def model() -> Lengths:
 
 @pytest.fixture
 def engine(model: Lengths):
-    engine = Engine(lambda: model, name="lengths", max_waiting_calls=8)
+    engine = Engine(lambda: model, name="lengths")
     yield engine
     model.go_on.set()
     engine.close()
@@ -133,7 +134,7 @@ class TestLife:
             loaded.append(threading.current_thread().name)
             return Lengths()
 
-        engine = Engine(load, name="lengths", max_waiting_calls=8)
+        engine = Engine(load, name="lengths")
         time.sleep(0.05)
         assert loaded == []
         for _ in range(2):
@@ -151,7 +152,7 @@ class TestLife:
                 raise answer
             return answer
 
-        engine = Engine(load, name="lengths", max_waiting_calls=8)
+        engine = Engine(load, name="lengths")
         with pytest.raises(ConfigError, match="not there"):
             engine.submit(["q"], ["a"]).result(5)
         assert engine.submit(["q"], ["a"]).result(5) == [1.0]
@@ -192,10 +193,10 @@ class Tokens(Lengths):
         self.largest_part = self.parts = 0
         self.before_each: Callable[[], None] = lambda: None
 
-    def inputs(self, queries: list[str], documents: list[str]) -> Inputs:
+    def inputs(self, queries: list[str], documents: list[str], instruction: str | None = None) -> Inputs:
         self.parts += 1
         self.largest_part = max(self.largest_part, len(documents))
-        return super().inputs(queries, documents)
+        return super().inputs(queries, documents, instruction)
 
     def batches(self, sequences: Sequence[TokenSequence], token_budget: int) -> list[list[int]]:
         return by_tokens([len(sequence.ids) for sequence in sequences], token_budget)
@@ -224,8 +225,8 @@ def engine_of():
     """Makes engines, and closes them."""
     engines: list[tuple[Engine, Tokens]] = []
 
-    def make(model: Tokens, max_waiting_calls: int = 10_000) -> Engine:
-        engine = Engine(lambda: model, name="tokens", max_waiting_calls=max_waiting_calls)
+    def make(model: Tokens) -> Engine:
+        engine = Engine(lambda: model, name="tokens")
         engines.append((engine, model))
         return engine
 
@@ -287,55 +288,6 @@ class TestFairness:
         assert engine_of(model).submit(["q"], documents(10_000, 5)).result(10) == [5.0] * 10_000
         assert model.largest_part == PART
         assert all(sum(lengths) <= 1000 for lengths in model.ran)
-
-
-class TestWaiting:
-    """Calls that may wait are counted."""
-
-    def test_one_too_many_is_refused_at_once(self, engine_of):
-        """With what to do about it; those before it are answered."""
-        model = Tokens()
-        engine = engine_of(model, max_waiting_calls=3)
-        waiting = [engine.submit(["q"], ["a"]) for _ in range(3)]
-        refused = engine.submit(["q"], ["a"])
-        assert refused.done()
-        with pytest.raises(BackendUnavailable, match="3 calls waiting") as caught:
-            refused.result(0)
-        assert "max_waiting_calls" in str(caught.value.remedy)
-        assert "Try again" in str(caught.value)
-        model.let_go()
-        assert [future.result(5) for future in waiting] == [[1.0]] * 3
-
-    def test_finished_calls_make_room(self, engine_of):
-        """As soon as their scores are there."""
-        model = Tokens(free=True)
-        engine = engine_of(model, max_waiting_calls=1)
-        for _ in range(20):
-            assert engine.submit(["q"], ["a"]).result(5) == [1.0]
-
-    def test_cancelled_and_failed_calls_make_room(self, engine_of):
-        """Nobody waits for them."""
-        model = Tokens()
-        engine = engine_of(model, max_waiting_calls=2)
-        first, second = engine.submit(["q"], ["a"]), engine.submit(["q"], ["unreadable"])
-        assert isinstance(engine.submit(["q"], ["a"]).exception(0), BackendUnavailable)
-        first.cancel()
-        third = engine.submit(["q"], ["bb"])
-        model.let_go()
-        assert isinstance(second.exception(5), BackendError)
-        assert third.result(5) == [2.0]
-        assert engine.submit(["q"], ["ccc"]).result(5) == [3.0]
-
-    def test_refused_calls_are_not_counted(self, engine_of):
-        """However many there are, later ones are taken again."""
-        model = Tokens()
-        engine = engine_of(model, max_waiting_calls=1)
-        waiting = engine.submit(["q"], ["a"])
-        for _ in range(5):
-            assert isinstance(engine.submit(["q"], ["a"]).exception(0), BackendUnavailable)
-        model.let_go()
-        assert waiting.result(5) == [1.0]
-        assert engine.submit(["q"], ["a"]).result(5) == [1.0]
 
 
 class TestCancelling:
@@ -434,21 +386,21 @@ class Text(str):
 class TestMemory:
     """An engine that has nothing to do keeps nothing."""
 
-    @pytest.mark.parametrize("ending", ["scored", "failed", "unreadable", "cancelled", "refused"])
+    @pytest.mark.parametrize("ending", ["scored", "failed", "unreadable", "cancelled"])
     def test_no_text_outlives_its_call(self, engine_of, ending: str):
         """However it ended."""
         model = Tokens()
-        engine = engine_of(model, max_waiting_calls=2)
+        engine = engine_of(model)
         texts = [Text("a"), Text("x" * 13) if ending == "failed" else Text("bb")]
         gone = [weakref.ref(text) for text in texts]
-        held = [engine.submit(["q"], ["x"]) for _ in range(2 if ending == "refused" else 1)]
+        held = engine.submit(["q"], ["x"])
         assert model.begun.acquire(timeout=5)
         future = engine.submit(["q"], [*texts, *(["unreadable"] if ending == "unreadable" else [])])
         if ending == "cancelled":
             future.cancel()
         model.let_go()
         assert (future.cancelled() or future.exception(5) is not None) == (ending != "scored")
-        assert all(each.result(5) == [1.0] for each in held)
+        assert held.result(5) == [1.0]
         del future, texts
         until = time.monotonic() + 5
         while any(ref() is not None for ref in gone) and time.monotonic() < until:
@@ -461,7 +413,7 @@ class TestMemory:
 def test_scores_come_in_order_whatever_runs_together(calls: list[list[int]], token_budget: int):
     """Each document once, duplicates included."""
     model = Tokens(token_budget)
-    engine = Engine(lambda: model, name="tokens", max_waiting_calls=8)
+    engine = Engine(lambda: model, name="tokens")
     futures = [engine.submit(["q"], ["x" * length for length in lengths]) for lengths in calls]
     model.let_go()
     assert [future.result(5) for future in futures] == [[float(length) for length in lengths] for lengths in calls]

@@ -9,8 +9,8 @@ import torch
 
 from rag_rerank.local.engine.engine import Engine
 from rag_rerank.local.engine.workers import Workers, available, use_one_core
-from rag_rerank.local.models.model import Inputs, Pace, TokenSequence
-from rag_rerank.local.transformer.batching import by_tokens
+from rag_rerank.local.models.model import Inputs
+from rag_rerank.local.transformer.batching import Batching, TokenSequence, by_tokens
 
 needs_cores = pytest.mark.skipif(torch.get_num_threads() < 2, reason="one core is all there is")
 
@@ -71,25 +71,30 @@ class SideBySide:
     """Two batches at a time, which wait for each other; scores are lengths."""
 
     def __init__(self) -> None:
-        self.pace = Pace(10_000, at_a_time=2)
+        self.batching = Batching(10_000, parallel=2)
+        self.score_type = self.transformer = self  # all in one
         self.threads: set[str] = set()
         self.together = 0
-        self._lock, self._now = threading.Lock(), 0
+        self._changed, self._now = threading.Condition(), 0
+        self.running, self.go_on = threading.Event(), threading.Event()
+        self.go_on.set()
 
-    def inputs(self, queries: list[str], documents: list[str]) -> Inputs:
+    def inputs(self, queries: list[str], documents: list[str], instruction: str | None = None) -> Inputs:
         return Inputs([TokenSequence([1] * len(text)) for text in documents], lambda outputs: outputs[:, 0].tolist())
 
     def batches(self, sequences: Sequence[TokenSequence], token_budget: int) -> list[list[int]]:
         return by_tokens([len(sequence.ids) for sequence in sequences], token_budget)
 
     def run(self, sequences: Sequence[TokenSequence]) -> torch.Tensor:
-        with self._lock:
+        with self._changed:
             self._now += 1
             self.together = max(self.together, self._now)
             self.threads.add(threading.current_thread().name)
-        time.sleep(0.02)
-        with self._lock:
+            self._changed.notify_all()
+            self._changed.wait_for(lambda: self.together > 1, timeout=1)
             self._now -= 1
+        self.running.set()
+        assert self.go_on.wait(10)
         if any(len(sequence.ids) == 13 for sequence in sequences):
             raise RuntimeError("unlucky")
         return torch.tensor([[float(len(sequence.ids))] for sequence in sequences])
@@ -104,7 +109,7 @@ class TestEngine:
 
     @pytest.fixture
     def engine(self, model: SideBySide):
-        engine = Engine(lambda: model, name="toy", max_waiting_calls=100)
+        engine = Engine(lambda: model, name="toy")
         yield engine
         engine.close()
 
@@ -141,9 +146,11 @@ class TestEngine:
 
     def test_closing_ends_the_workers(self, model: SideBySide):
         """What they have begun is finished, what waits fails."""
-        engine = Engine(lambda: model, name="ending", max_waiting_calls=100)
+        engine = Engine(lambda: model, name="ending")
+        model.go_on.clear()
         call = engine.submit(["q"], [f"{number:0900d}" for number in range(400)])
-        time.sleep(0.1)
+        assert model.running.wait(10)
+        threading.Timer(0.1, model.go_on.set).start()
         engine.close()
         assert "closed" in str(call.exception(10))
         assert not [thread for thread in threading.enumerate() if "ending" in thread.name]

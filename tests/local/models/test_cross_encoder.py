@@ -12,9 +12,9 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreT
 
 from rag_rerank import BadReply, LocalScorer
 from rag_rerank.local.loading import load
-from rag_rerank.local.models.cross_encoder import CrossEncoder, Head, WholeCrossEncoder
-from rag_rerank.local.models.model import Pace, TokenSequence
-from rag_rerank.local.transformer.transformer import ENCODERS, Padded, Transformer, Unpadded, over
+from rag_rerank.local.models.cross_encoder import Whole, classification_head
+from rag_rerank.local.transformer.batching import Batching, TokenSequence
+from rag_rerank.local.transformer.transformer import ENCODERS, Padded, Transformer, Unpadded, make_transformer
 from tests.encoder_models import make_random_cross_encoder, random_encoder
 from tests.models import MAX_LENGTH, spoil
 from tests.pairs import largest_difference, pairs
@@ -80,7 +80,7 @@ class TestHead:
         batch = sequences(model)
         expected = whole(model, batch)
         own = copy.deepcopy(model)
-        transformer = over(own.base_model, own.config.pad_token_id, Pace(4096), unpadded=unpadded)
+        transformer = make_transformer(own.base_model, own.config.pad_token_id, Batching(4096), unpadded=unpadded)
         assert isinstance(transformer, Unpadded if unpadded else Padded)
         logits = self.logits(own, transformer, batch)
         assert difference(logits, expected) <= TOLERANCE
@@ -90,25 +90,17 @@ class TestHead:
         """It has its transformer and its logits, before and after."""
         batch = sequences(model)
         base, names, before = model.base_model, list(model.state_dict()), whole(model, batch)
-        self.logits(model, over(copy.deepcopy(base), 0, Pace(4096)), batch)
+        self.logits(model, make_transformer(copy.deepcopy(base), 0, Batching(4096)), batch)
         assert model.base_model is base
         assert list(model.state_dict()) == names
         assert torch.equal(whole(model, batch), before)
 
-    def test_states_are_not_kept(self, model: PreTrainedModel):
-        """They may be large."""
-        head = Head(model)
-        transformer = over(copy.deepcopy(model.base_model), 0, Pace(4096))
-        with torch.inference_mode():
-            head.logits(transformer.states(sequences(model)))
-        assert head._given._thread.__dict__ == {}
-
     @torch.inference_mode()
     def logits(self, model: PreTrainedModel, transformer: Transformer, batch: Sequence[TokenSequence]) -> Tensor:
         """In two batches, of one head."""
-        head = Head(model)
+        head = classification_head(model)
         parts = (batch[:4], batch[4:])
-        return torch.cat([head.logits(transformer.states(part)) for part in parts])
+        return torch.cat([head(transformer.states(part)) for part in parts])
 
 
 class TestFromACheckpoint:
@@ -116,7 +108,7 @@ class TestFromACheckpoint:
 
     @pytest.mark.parametrize(
         ("kind", "expected"),
-        [("distilbert", CrossEncoder), ("albert", WholeCrossEncoder), ("deberta-v2", WholeCrossEncoder)],
+        [("distilbert", Unpadded), ("albert", Whole), ("deberta-v2", Whole)],
     )
     def test_scores_are_those_of_transformers(self, kind: str, expected: type, tmp_path: Path):
         """To 1e-5: an architecture of ours by its parts, an unknown one as a whole, in padded batches."""
@@ -130,7 +122,7 @@ class TestFromACheckpoint:
                 model(**tokenizer(*pair, **options)).logits.item() for pair in zip(queries, documents, strict=True)
             ]
         with LocalScorer(folder, dtype="float32", use_activation=False) as scorer:
-            assert type(load(scorer._settings)) is expected
+            assert type(load(scorer._settings).score_type.transformer) is expected
             assert largest_difference(scorer.score(queries, documents), logits) <= TOLERANCE
         assert max(logits) - min(logits) > 0.1
 

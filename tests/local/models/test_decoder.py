@@ -12,7 +12,7 @@ from rag_rerank import BackendRejected, ConfigError, LocalScorer
 from rag_rerank.families import FAMILIES
 from rag_rerank.inputs.cleaning import clean
 from rag_rerank.local.loading import load
-from rag_rerank.local.models.prompts import cut
+from rag_rerank.local.models.encoding import truncate
 from rag_rerank.template import Template
 from tests.causal_models import KINDS, MAX_POSITIONS, byte_level_tokenizer, make_causal_lm, make_decoder_classifier
 from tests.pairs import largest_difference, pairs
@@ -45,7 +45,7 @@ def reference(folder: Path, kind: str, template: str, *, causal: bool, **variabl
     source = Template.load(template).source
     logits = []
     for query, document in zip(*pairs(), strict=True):
-        texts = {"query": cut(tokenizer, clean(query), 60), "document": cut(tokenizer, clean(document), 150)}
+        texts = {"query": truncate(tokenizer, clean(query), 60), "document": truncate(tokenizer, clean(document), 150)}
         messages = [{"role": role, "content": text} for role, text in texts.items()]
         prompt = tokenizer.apply_chat_template(messages, chat_template=source, tokenize=False, **variables)
         with torch.inference_mode():
@@ -159,7 +159,7 @@ class TestLength:
         folder = make_decoder_classifier(tmp_path / kind, kind)
         with LocalScorer(folder, template=TEMPLATES[kind], dtype="float32") as scorer:
             model = load(scorer._settings)
-        tokenizer = model.prompts.tokenizer
+        tokenizer = model.score_type.prompts.tokenizer
         text = Template.load(TEMPLATES[kind]).render("capital of France", "DOCUMENT")
         before, _, after = text.partition("DOCUMENT")
         for document in ("word " * 3000, "日本語" * 1000, "x" * 5000):
@@ -183,7 +183,7 @@ class TestLength:
         """Between characters, never inside one."""
         tokenizer = byte_level_tokenizer("qwen3")
         text = clean(text)
-        shortened = cut(tokenizer, text, limit)
+        shortened = truncate(tokenizer, text, limit)
         assert text.startswith(shortened)
         assert len(tokenizer(shortened, add_special_tokens=False)["input_ids"]) <= limit
 

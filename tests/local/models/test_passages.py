@@ -14,7 +14,7 @@ from rag_rerank.embedded import collection_folder
 from rag_rerank.evaluation import Collection
 from rag_rerank.inputs.cleaning import clean
 from rag_rerank.local.loading import load
-from rag_rerank.local.models.passages import LEAST_ROOM, passages
+from rag_rerank.local.models.passages import MIN_SPACE, passages
 from tests.causal_models import make_decoder_classifier
 from tests.encoder_models import make_bi_encoder, make_colbert
 from tests.models import make_bert_cross_encoder, word_piece_tokenizer
@@ -54,7 +54,7 @@ def count(tokenizer: PreTrainedTokenizerFast, text: str) -> int:
 class TestPassages:
     """Pieces of the text that overlap by half."""
 
-    @given(st.lists(st.sampled_from(WORDS) | st.text(max_size=8), max_size=120), st.integers(LEAST_ROOM, 80))
+    @given(st.lists(st.sampled_from(WORDS) | st.text(max_size=8), max_size=120), st.integers(MIN_SPACE, 80))
     def test_pieces_of_the_text_that_fit(self, tokenizer: PreTrainedTokenizerFast, words: list[str], size: int):
         """As they stand in it, from its beginning to its end; cut within a word they may be a token or two longer."""
         text = " ".join(words)
@@ -70,7 +70,7 @@ class TestPassages:
         assert text[offsets[0][0] :].startswith(pieces[0])
         assert text[: offsets[-1][1]].endswith(pieces[-1])
 
-    @given(st.integers(0, 400), st.integers(LEAST_ROOM, 80))
+    @given(st.integers(0, 400), st.integers(MIN_SPACE, 80))
     def test_together_they_are_the_text(self, tokenizer: PreTrainedTokenizerFast, length: int, size: int):
         """Each begins where half of the one before it is over; the last one may begin earlier, to be as long."""
         text = " ".join("abcdefghijklmnopqrstuvwxyz"[number % 26] for number in range(length))  # a token a letter
@@ -142,7 +142,7 @@ class TestScores:
         with by_passage, cut:
             model = load(cut._settings)
             tokenizer = AutoTokenizer.from_pretrained(folders[kind])
-            [room] = model.room([QUERY])
+            [room] = model.score_type.document_space([QUERY])
             pieces = [passages(tokenizer, text, room) for text in long_texts]
             assert max(map(len, pieces)) > 3
             expected = [max(cut.score(QUERY, each)) for each in pieces]
@@ -182,7 +182,7 @@ class TestRoom:
         by_passage, cut = scorers(folders["cross-encoder"])
         query = "file " * 80
         with by_passage, cut:
-            assert load(cut._settings).room([query])[0] < LEAST_ROOM
+            assert load(cut._settings).score_type.document_space([query])[0] < MIN_SPACE
             assert by_passage.score(query, long_texts) == cut.score(query, long_texts)
 
     def test_a_query_without_any_room_is_still_refused_by_a_decoder(self, folders: dict[str, Path]):
@@ -198,8 +198,8 @@ class TestRoom:
         with LocalScorer(folders[kind], **MAKERS[kind][1]) as scorer:
             model = load(scorer._settings)
         query = clean(query)  # as every scorer does first
-        [room] = model.room([query])
-        limit = model.prompts.max_length
+        [room] = model.score_type.document_space([query])
+        limit = model.score_type.prompts.max_length
         lengths = [room - 4, room, room + 20]
         shorter, fitting, over = (
             len(each.ids) for each in model.inputs([query], ["a" + " a" * (length - 1) for length in lengths]).sequences
@@ -220,7 +220,7 @@ class TestRoom:
         by_passage, cut = scorers(folders["bi-encoder"], document_prompt="passage: ")
         with by_passage, cut:
             tokenizer = AutoTokenizer.from_pretrained(folders["bi-encoder"])
-            [room] = load(cut._settings).room([QUERY])
+            [room] = load(cut._settings).score_type.document_space([QUERY])
             room -= count(tokenizer, "passage: ")
             expected = [max(cut.score(QUERY, passages(tokenizer, text, room))) for text in long_texts]
             assert by_passage.score(QUERY, long_texts) == pytest.approx(expected, abs=1e-5)

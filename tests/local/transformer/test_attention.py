@@ -266,8 +266,8 @@ class TestCUDA:
 
     def varlen(self, row: Row) -> Tensor:
         layout = Layout.of(row.segments, torch.device("cuda"))
-        how = module._How(row.causal, row.window, row.softcap, row.scale)
-        return module._varlen(row.query, row.key, row.value, layout, how)
+        options = module._Options(row.causal, row.window, row.softcap, row.scale)
+        return module._varlen(row.query, row.key, row.value, layout, options)
 
     @pytest.mark.parametrize("causal", [True, False])
     @pytest.mark.parametrize("window", [None, 1, 6, 30])
@@ -306,7 +306,7 @@ class TestCUDA:
         one = row([Segment(0, 5)], causal=True)
         with pytest.raises(ValueError, match="another device"):
             module._varlen(
-                one.query, one.key, one.value, Layout.of(one.segments, torch.device("cpu")), module._How(True)
+                one.query, one.key, one.value, Layout.of(one.segments, torch.device("cpu")), module._Options(True)
             )
 
     def test_it_is_used_where_it_computes_what_the_cpu_does(self, on_cuda: torch.device):

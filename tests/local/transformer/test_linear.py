@@ -9,10 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedModel
 
-from rag_rerank.local.models.model import Pace, TokenSequence
 from rag_rerank.local.transformer import linear
+from rag_rerank.local.transformer.batching import Batching, TokenSequence
 from rag_rerank.local.transformer.linear import PackedLinear, pack
-from rag_rerank.local.transformer.transformer import over
+from rag_rerank.local.transformer.transformer import make_transformer
 from tests.encoder_models import random_encoder
 
 pytestmark = pytest.mark.skipif(
@@ -176,7 +176,7 @@ class TestWithoutIt:
         model = random_encoder("bert")
         plain = copy.deepcopy(model)
         sequences = [TokenSequence(list(range(10, 10 + length))) for length in (5, 90, 33)]
-        runner = over(model, 0, Pace(4096))
+        runner = make_transformer(model, 0, Batching(4096))
         assert not packed(model)
         assert all(isinstance(layer.intermediate.intermediate_act_fn, torch.nn.Module) for layer in model.encoder.layer)
         with torch.inference_mode():

@@ -14,14 +14,22 @@ from transformers import AttentionInterface, LlamaModel, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from rag_rerank.local.models.model import Pace, TokenSequence
 from rag_rerank.local.transformer import transformer
-from rag_rerank.local.transformer.transformer import DECODERS, ENCODERS, LEAST_SHARED, Padded, States, Unpadded, over
+from rag_rerank.local.transformer.batching import Batching, TokenSequence
+from rag_rerank.local.transformer.transformer import (
+    DECODERS,
+    ENCODERS,
+    LEAST_SHARED,
+    Padded,
+    States,
+    Unpadded,
+    make_transformer,
+)
 from tests.causal_models import random_decoder
 from tests.encoder_models import random_encoder
 
 TOLERANCE = 1e-5
-BUDGET = Pace(4096)
+BUDGET = Batching(4096)
 LENGTHS = (5, 60, 33, 17, 130, 48, 1, 200, 64)
 # Beside each type's own config: others that its checkpoints have.
 WINDOWED = {
@@ -48,9 +56,9 @@ def tokens(count: int, seed: int = 0) -> list[int]:
 def prompts() -> list[TokenSequence]:
     """Two queries with prefixes of their own, in turns, and one sequence without a query."""
     first, second = tokens(40, 1), tokens(70, 2)
-    sequences = [TokenSequence(first + tokens(length), query="q") for length in LENGTHS]
+    sequences = [TokenSequence(first + tokens(length), group="q") for length in LENGTHS]
     for place, length in enumerate((1, 90, 12)):
-        sequences.insert(place * 3, TokenSequence(second + tokens(length), query="r"))
+        sequences.insert(place * 3, TokenSequence(second + tokens(length), group="r"))
     return [*sequences, TokenSequence(first + tokens(20))]
 
 
@@ -81,10 +89,10 @@ def check_all(states: States, expected: Sequence[Tensor]) -> None:
     """Each token's, first, last and between, and where they end."""
     check_last(states, expected)
     assert difference(states.first(), torch.stack([rows[0] for rows in expected])) <= TOLERANCE
-    padded, mask = states.padded()
-    assert mask.sum(dim=1).tolist() == [len(rows) for rows in expected]
-    for row, rows in zip(padded, expected, strict=True):
-        assert difference(row[: len(rows)], rows) <= TOLERANCE
+    tokens, owners = states.flat()
+    assert owners.bincount().tolist() == [len(rows) for rows in expected]
+    assert difference(tokens, torch.cat(list(expected))) <= TOLERANCE
+    assert difference(states.mean(), torch.stack([rows.mean(0) for rows in expected])) <= TOLERANCE
 
 
 @dataclass
@@ -95,9 +103,9 @@ class Case:
     sequences: list[TokenSequence]
     expected: list[Tensor]
 
-    def over(self, *, unpadded: bool = True) -> transformer.Transformer:
+    def make(self, *, unpadded: bool = True) -> transformer.Transformer:
         model = copy.deepcopy(self.model)  # its layers may be replaced
-        return over(model, model.config.pad_token_id, BUDGET, unpadded=unpadded)
+        return make_transformer(model, model.config.pad_token_id, BUDGET, unpadded=unpadded)
 
 
 @pytest.fixture(scope="module", params=CASES, ids=lambda case: " ".join([case[0], *case[1]]))
@@ -114,19 +122,19 @@ class TestStates:
     def test_unpadded(self, case: Case, monkeypatch: pytest.MonkeyPatch):
         """First, last and all states, where nothing is shared."""
         monkeypatch.setattr(transformer, "LEAST_SHARED", 10**9)
-        runner = case.over()
+        runner = case.make()
         assert isinstance(runner, Unpadded)
         check_all(run(runner, case.sequences), case.expected)
 
     def test_padded(self, case: Case):
         """The same, if it is asked for."""
-        runner = case.over(unpadded=False)
+        runner = case.make(unpadded=False)
         assert isinstance(runner, Padded)
         check_all(run(runner, case.sequences), case.expected)
 
     def test_with_shared_prefixes(self, case: Case):
         """A decoder's last states do not depend on what else was in the row; an encoder shares nothing."""
-        runner = case.over()
+        runner = case.make()
         states = run(runner, case.sequences)
         check_last(states, case.expected)
         if case.model.config.model_type in ENCODERS:
@@ -176,14 +184,17 @@ class TestInputs:
         untyped = alone(model, [TokenSequence(each.ids) for each in sequences])
         assert difference(expected[1], untyped[1]) > 100 * TOLERANCE
         for unpadded in (True, False):
-            check_all(run(over(copy.deepcopy(model), 0, BUDGET, unpadded=unpadded), sequences), expected)
+            check_all(run(make_transformer(copy.deepcopy(model), 0, BUDGET, unpadded=unpadded), sequences), expected)
 
     @pytest.mark.parametrize(("kind", "first"), [("bert", 0), ("roberta", 2), ("xlm-roberta", 2), ("llama", 0)])
     def test_positions_begin_anew_in_each_sequence(self, kind: str, first: int):
         """RoBERTa's at the one behind the padding token's id."""
         model = make(kind)
         calls = self.recorded(model)
-        run(over(model, model.config.pad_token_id, BUDGET), [TokenSequence(tokens(9)), TokenSequence(tokens(7))])
+        run(
+            make_transformer(model, model.config.pad_token_id, BUDGET),
+            [TokenSequence(tokens(9)), TokenSequence(tokens(7))],
+        )
         positions = calls[0]["position_ids"][0].tolist()
         assert positions[:16] == [*range(first, first + 9), *range(first, first + 7)]
 
@@ -192,7 +203,10 @@ class TestInputs:
         model = make("llama")
         calls = self.recorded(model)
         prefix = tokens(20)
-        run(over(model, 0, BUDGET), [TokenSequence([*prefix, *tail], query="q") for tail in ([11, 12], [13])])
+        run(
+            make_transformer(model, 0, BUDGET),
+            [TokenSequence([*prefix, *tail], group="q") for tail in ([11, 12], [13])],
+        )
         assert calls[0]["position_ids"][0, :23].tolist() == [*range(20), 20, 21, 20]
 
 
@@ -207,15 +221,15 @@ class TestSharing:
         model.register_forward_pre_hook(
             lambda _, __, options: counts.append(int((options["input_ids"] != 0).sum())), with_kwargs=True
         )
-        check_last(run(over(model, 0, BUDGET), sequences), expected)
+        check_last(run(make_transformer(model, 0, BUDGET), sequences), expected)
         [count] = counts
         return count
 
     def test_once_for_each_query(self):
         """Two queries, each with its own."""
         first, second = tokens(40, 1), tokens(50, 2)
-        sequences = [TokenSequence(first + tokens(length, 3), query="q") for length in (5, 6, 7)]
-        sequences += [TokenSequence(second + tokens(length, 4), query="r") for length in (8, 9)]
+        sequences = [TokenSequence(first + tokens(length, 3), group="q") for length in (5, 6, 7)]
+        sequences += [TokenSequence(second + tokens(length, 4), group="r") for length in (8, 9)]
         assert self.ran(sequences) == 40 + 5 + 6 + 7 + 50 + 8 + 9
 
     def test_not_where_no_query_is_named(self):
@@ -224,22 +238,22 @@ class TestSharing:
 
     def test_not_for_a_few_tokens(self):
         """From 16 on it is worth it."""
-        least = [TokenSequence([*tokens(LEAST_SHARED), token], query="q") for token in (11, 12)]
-        fewer = [TokenSequence([*tokens(LEAST_SHARED - 1), token], query="q") for token in (11, 12)]
+        least = [TokenSequence([*tokens(LEAST_SHARED), token], group="q") for token in (11, 12)]
+        fewer = [TokenSequence([*tokens(LEAST_SHARED - 1), token], group="q") for token in (11, 12)]
         assert self.ran(least) == LEAST_SHARED + 2
         assert self.ran(fewer) == 2 * LEAST_SHARED
 
     def test_not_in_an_encoder(self):
         """There what follows changes what comes before."""
-        assert self.ran([TokenSequence([*tokens(40), token], query="q") for token in (11, 12)], "bert") == 82
+        assert self.ran([TokenSequence([*tokens(40), token], group="q") for token in (11, 12)], "bert") == 82
 
     def test_a_sequence_alone_is_whole(self):
         """With nobody to share."""
-        assert self.ran([TokenSequence(tokens(40), query="q")]) == 40
+        assert self.ran([TokenSequence(tokens(40), group="q")]) == 40
 
     def test_the_last_token_of_each_is_its_own(self):
         """Its state is read: also of equal prompts, and of one that another begins with."""
-        equal, longer = TokenSequence(tokens(40), query="q"), TokenSequence([*tokens(40), 11, 12], query="q")
+        equal, longer = TokenSequence(tokens(40), group="q"), TokenSequence([*tokens(40), 11, 12], group="q")
         assert self.ran([equal, equal]) == 39 + 1 + 1
         assert self.ran([longer, equal, longer]) == 39 + 3 + 1 + 3
 
@@ -253,7 +267,7 @@ def waiting(draw: st.DrawFn) -> list[TokenSequence]:
     for number, query in enumerate(asked):
         prefix = [query] * (0 if query < 0 else prefixes[query])
         own = [1000 + number] * draw(st.integers(1, 50))
-        sequences.append(TokenSequence(prefix + own, query=None if query < 0 else str(query)))
+        sequences.append(TokenSequence(prefix + own, group=None if query < 0 else str(query)))
     return sequences
 
 
@@ -263,12 +277,12 @@ class TestBatches:
     def cost(self, sequences: Sequence[TokenSequence]) -> int:
         """Tokens of a row with each prefix once, where it is worth it."""
         total, seen = 0, set()
-        asked = Counter(each.query for each in sequences if each.query is not None)
+        asked = Counter(each.group for each in sequences if each.group is not None)
         for each in sequences:
             prefix = self.prefix(each)
-            shared = asked[each.query] > 1 and prefix >= LEAST_SHARED
-            total += len(each.ids) - (prefix if shared and each.query in seen else 0)
-            seen.add(each.query)
+            shared = asked[each.group] > 1 and prefix >= LEAST_SHARED
+            total += len(each.ids) - (prefix if shared and each.group in seen else 0)
+            seen.add(each.group)
         return total
 
     def prefix(self, sequence: TokenSequence) -> int:
@@ -277,7 +291,7 @@ class TestBatches:
     @given(waiting(), st.integers(1, 300))
     def test_of_a_decoder(self, sequences: list[TokenSequence], budget: int):
         """Over the budget is only a sequence that is alone, or a row that begins within a query: by its prefix."""
-        batches = Unpadded(None, 0, Pace(1), share=True, first_position=0).batches(sequences, budget)
+        batches = Unpadded(None, 0, Batching(1), share=True, first_position=0).batches(sequences, budget)
         assert sorted(position for batch in batches for position in batch) == list(range(len(sequences)))
         for batch in batches:
             row = [sequences[position] for position in batch]
@@ -286,7 +300,7 @@ class TestBatches:
     @given(waiting(), st.integers(1, 300))
     def test_of_an_encoder(self, sequences: list[TokenSequence], budget: int):
         """In the order in which they came: length makes no difference."""
-        batches = Unpadded(None, 0, Pace(1), share=False, first_position=0).batches(sequences, budget)
+        batches = Unpadded(None, 0, Batching(1), share=False, first_position=0).batches(sequences, budget)
         assert [position for batch in batches for position in batch] == list(range(len(sequences)))
         for batch in batches:
             assert len(batch) == 1 or sum(len(sequences[position].ids) for position in batch) <= budget
@@ -294,15 +308,18 @@ class TestBatches:
     @given(waiting(), st.integers(1, 300))
     def test_of_padded_sequences(self, sequences: list[TokenSequence], budget: int):
         """Each as long as the longest."""
-        batches = Padded(None, 0, Pace(1)).batches(sequences, budget)
+        batches = Padded(None, 0, Batching(1)).batches(sequences, budget)
         assert sorted(position for batch in batches for position in batch) == list(range(len(sequences)))
         for batch in batches:
             assert len(batch) == 1 or len(batch) * max(len(sequences[position].ids) for position in batch) <= budget
 
     def test_prompts_of_one_query_are_neighbours(self):
         """However they came."""
-        sequences = [TokenSequence([1] * 20 + [number], query=query) for number, query in enumerate("qrqrq")]
-        assert Unpadded(None, 0, Pace(1), share=True, first_position=0).batches(sequences, 25) == [[0, 2, 4], [1, 3]]
+        sequences = [TokenSequence([1] * 20 + [number], group=query) for number, query in enumerate("qrqrq")]
+        assert Unpadded(None, 0, Batching(1), share=True, first_position=0).batches(sequences, 25) == [
+            [0, 2, 4],
+            [1, 3],
+        ]
 
 
 class OwnCode(LlamaModel):
@@ -319,7 +336,7 @@ class TestPadded:
         model = make(kind)
         sequences = [TokenSequence(tokens(length)) for length in LENGTHS]
         expected = alone(model, sequences)
-        runner = over(copy.deepcopy(model), model.config.pad_token_id, BUDGET)
+        runner = make_transformer(copy.deepcopy(model), model.config.pad_token_id, BUDGET)
         assert isinstance(runner, Padded)
         check_all(run(runner, sequences), expected)
 
@@ -328,7 +345,7 @@ class TestPadded:
         plain = make("llama")
         model = OwnCode(plain.config).eval()
         model.load_state_dict(plain.state_dict())
-        runner = over(model, 0, BUDGET)
+        runner = make_transformer(model, 0, BUDGET)
         assert isinstance(runner, Padded)
         check_last(run(runner, prompts()), alone(plain, prompts()))
 
@@ -345,7 +362,7 @@ class TestPadded:
         model = make("llama")
         expected = alone(model, prompts())
         model.set_attn_implementation("the_callers")
-        runner = over(model, 0, BUDGET)
+        runner = make_transformer(model, 0, BUDGET)
         assert isinstance(runner, Padded)
         check_last(run(runner, prompts()), expected)
         assert len(asked) == 3
@@ -354,11 +371,11 @@ class TestPadded:
         """flash_attention_2 and others, which are chosen when a model is loaded."""
         model = make("llama")
         model.config._attn_implementation = "flex_attention"
-        assert isinstance(over(model, 0, BUDGET), Padded)
+        assert isinstance(make_transformer(model, 0, BUDGET), Padded)
 
     @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
     def test_attention_that_transformers_chose(self, implementation: str):
         """It is replaced."""
         model = make("bert")
         model.set_attn_implementation(implementation)
-        assert isinstance(over(model, 0, BUDGET), Unpadded)
+        assert isinstance(make_transformer(model, 0, BUDGET), Unpadded)

@@ -1,5 +1,6 @@
 """What servers refuse: documents, requests, keys, models."""
 
+import json
 import traceback
 
 import pytest
@@ -12,9 +13,12 @@ from rag_rerank import (
     Ranked,
 )
 from tests.faulty_server import (
+    Request,
+    Steps,
     http,
     on_scores,
     refusal,
+    scores,
 )
 from tests.vllm.faults.common import (
     CHUNKS,
@@ -83,6 +87,23 @@ class TestRefusals:
         assert caught.value.indices == (5, 40, 99)
         assert caught.value.scores == tuple(None if i in {5, 40, 99} else s for i, s in enumerate(EXACT))
         assert len(server.score_requests) <= 37
+
+    def test_a_bad_document_beside_one_whose_score_is_none(self, serve: Serve, connect: Connect, score: Score):
+        """Rows 18 and 32: neither has a score, and no score that is not finite gets out."""
+        bad, null = DOCUMENTS[3], DOCUMENTS[40]
+
+        def answer(request: Request) -> Steps | None:
+            if bad in request.documents:
+                return refusal(400, "too long")
+            content = scores(request)
+            for entry, document in zip(content["data"], request.documents, strict=True):
+                entry["score"] = None if document == null else entry["score"]
+            return [http(json.dumps(content))]
+
+        with pytest.raises(DocumentRejected, match=r"documents\[3\] and 1 more") as caught:
+            score(connect(serve(on_scores(answer))))
+        assert caught.value.indices == (3, 40)
+        assert caught.value.scores == tuple(None if i in {3, 40} else s for i, s in enumerate(EXACT))
 
     def test_a_bad_document_that_is_there_twice(self, serve: Serve, connect: Connect, score: Score):
         """Row 20: both places are named."""

@@ -1,4 +1,4 @@
-"""From a picture to the patches that a Qwen vision tower reads: scaled, normalized, cut up.
+"""From an image to the patches that a Qwen vision tower reads: scaled, normalized, cut up.
 
 The same numbers as transformers' ``Qwen2VLImageProcessor`` over torchvision makes, which is what a vLLM server runs;
 but torchvision is not needed, for its scaling is torch's own. (transformers without torchvision scales with Pillow,
@@ -25,19 +25,19 @@ _MOST_OBLONG = 200  # transformers and vLLM refuse what is longer for its width
 
 @dataclass(frozen=True, slots=True)
 class ImageProcessor:
-    """What the checkpoint says about its pictures.
+    """What the checkpoint says about its images.
 
     Attributes:
-        least_pixels, most_pixels: Pictures are scaled up or down to be within, width times height.
+        min_pixels, max_pixels: Images are scaled up or down to be within, width times height.
         patch: Side of a patch, in pixels.
-        frames: How often each picture is repeated: the tower was made for videos.
+        frames: How often each image is repeated: the tower was made for videos.
         merge: This many patches, squared, become one token.
         mean, std: Of red, green and blue, from 0 to 1.
-        scale: What makes 0 to 1 of the numbers in a picture.
+        scale: What makes 0 to 1 of the numbers in an image.
     """
 
-    least_pixels: int
-    most_pixels: int
+    min_pixels: int
+    max_pixels: int
     patch: int
     frames: int
     merge: int
@@ -56,7 +56,7 @@ class ImageProcessor:
         options = options or checkpoint.json("preprocessor_config.json")
         if options is None:
             raise ConfigError(
-                f"{checkpoint.name!r} has no preprocessor_config.json, which says how pictures are to be scaled"
+                f"{checkpoint.name!r} has no preprocessor_config.json, which says how images are to be scaled"
             )
         usual = {"do_resize": True, "do_rescale": True, "do_normalize": True, "resample": _BICUBIC}
         for name, value in usual.items():
@@ -75,49 +75,42 @@ class ImageProcessor:
             options.get("rescale_factor") or 1 / 255,
         )
 
-    @property
-    def side(self) -> int:
-        """Width and height of what one token stands for, in pixels."""
-        return self.patch * self.merge
-
     def size(self, width: int, height: int) -> tuple[int, int]:
-        """Width and height that a picture is scaled to: whole tokens, about its own shape.
-
-        So do transformers and vLLM (``smart_resize``).
+        """Choose width and height to scale an image to: whole tokens, about its own shape, as ``smart_resize`` does.
 
         Raises:
             ContentError: It is more than 200 times as long as wide.
         """
         if max(width, height) > _MOST_OBLONG * min(width, height):
             raise ContentError(
-                f"holds a picture of {width} x {height} pixels; the model reads none that is more than "
+                f"holds an image of {width} x {height} pixels; the model reads none that is more than "
                 f"{_MOST_OBLONG} times as long as it is wide"
             )
-        side = self.side
+        side = self.patch * self.merge
         wide, high = (round(length / side) * side for length in (width, height))
-        if wide * high > self.most_pixels:
-            shrink = math.sqrt(width * height / self.most_pixels)
+        if wide * high > self.max_pixels:
+            shrink = math.sqrt(width * height / self.max_pixels)
             wide, high = (max(side, math.floor(length / shrink / side) * side) for length in (width, height))
-        elif wide * high < self.least_pixels:
-            grow = math.sqrt(self.least_pixels / (width * height))
+        elif wide * high < self.min_pixels:
+            grow = math.sqrt(self.min_pixels / (width * height))
             wide, high = (math.ceil(length * grow / side) * side for length in (width, height))
         return wide, high
 
     def tokens(self, width: int, height: int) -> int:
-        """How many tokens a picture becomes. Turning it, as EXIF data may say, makes no difference."""
+        """Count the tokens that an image becomes. Turning it, as EXIF data may say, makes no difference."""
         wide, high = self.size(width, height)
-        return wide * high // self.side**2
+        return wide * high // (self.patch * self.merge) ** 2
 
-    def patches(self, picture: "ImageFile") -> tuple[Tensor, tuple[int, int]]:
-        """Decode a picture and cut it up; about 30 ms for a million pixels.
+    def patches(self, image: "ImageFile") -> tuple[Tensor, tuple[int, int]]:
+        """Decode an image and cut it up; about 30 ms for a million pixels.
 
         Returns:
             float32 ``[patches, numbers]``, and how many patches it has from top to bottom and from left to right.
         """
-        image = picture.decoded()
-        numbers = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
-        pixels = numbers.view(1, image.height, image.width, 3).permute(0, 3, 1, 2)
-        wide, high = self.size(image.width, image.height)
+        decoded = image.decoded()
+        numbers = torch.frombuffer(bytearray(decoded.tobytes()), dtype=torch.uint8)
+        pixels = numbers.view(1, decoded.height, decoded.width, 3).permute(0, 3, 1, 2)
+        wide, high = self.size(decoded.width, decoded.height)
         if (high, wide) != pixels.shape[2:]:
             pixels = torch.nn.functional.interpolate(
                 pixels, size=(high, wide), mode="bicubic", align_corners=False, antialias=True

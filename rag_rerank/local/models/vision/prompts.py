@@ -1,184 +1,148 @@
-"""Prompts with pictures in them: where they stand, how many tokens they take, and what is cut when all is too long.
+"""Prompts with images in them: where they stand, how many tokens they take, and what is cut when all is too long.
 
-As in vLLM's score API, the placeholders of a query's or document's pictures stand before its text, whatever their order
+As in vLLM's score API, the placeholders of a query's or document's images stand before its text, whatever their order
 was, and the template gets both as one string. Then each placeholder's middle token is replaced with as many as
-the picture has. In `VisionSequence.ids` these are numbers below 0, different for different pictures: so two prompts
-have just those tokens in common that mean the same, and a prefix with a picture in it can be shared like any other.
+the image has. In `VisionSequence.ids` these are numbers below 0, different for different images: so two prompts
+have just those tokens in common that mean the same, and a prefix with an image in it can be shared like any other.
 """
 
-import itertools
-import weakref
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, ClassVar, cast
+from dataclasses import dataclass, replace
+from typing import Self, cast
 
 from rag_rerank.errors import BackendRejected, ContentError
 from rag_rerank.inputs.multimodal import Multimodal, Prepared
-from rag_rerank.local.models.model import Side, TokenSequence, Unreadable
-from rag_rerank.local.models.prompts import PLACEHOLDER_TOKENS, SLACK, Prompts, no_room
-from rag_rerank.local.models.vision.tower import SeenPicture, Tower
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable
-
-    from rag_rerank.inputs.images import ImageFile
+from rag_rerank.local.models.model import PLACEHOLDER_TOKENS, InputError, Side
+from rag_rerank.local.models.prompts import SLACK, Prompts, no_space
+from rag_rerank.local.models.vision.tower import SharedImage, Tower
+from rag_rerank.local.transformer.batching import TokenSequence
 
 PLACEHOLDER = "<|vision_start|>", "<|image_pad|>", "<|vision_end|>"
-"""What stands for a picture in a prompt of Qwen2-VL and its successors."""
+"""What stands for an image in a prompt of Qwen2-VL and its successors."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VisionSequence(TokenSequence):
-    """A token sequence with pictures.
+    """A token sequence with images.
 
     Attributes:
-        seen: Its pictures, in their order.
+        images: In their order.
     """
 
-    seen: tuple[SeenPicture, ...]
+    images: tuple[SharedImage, ...]
 
 
 @dataclass(frozen=True, slots=True)
-class PicturePrompts:
-    """Makes the token sequences of pairs, some of them with pictures.
+class ImagePrompts:
+    """Makes the token sequences of pairs, some of them with images.
 
     Attributes:
-        prompts: For text, which pictures become for a start.
-        tower: Where the pictures are to go.
+        prompts: For text, which images become for a start.
+        tower: Where the images are to go.
     """
 
     prompts: Prompts
     tower: Tower
-    sees: ClassVar[bool] = True
-    _marks: tuple[int, ...] = field(init=False)
-    _known: "weakref.WeakValueDictionary[ImageFile, SeenPicture]" = field(
-        init=False, repr=False, default_factory=weakref.WeakValueDictionary
-    )
-    _numbers: "itertools.count[int]" = field(init=False, repr=False, default_factory=lambda: itertools.count(-1, -1))
 
-    def __post_init__(self) -> None:
-        ids = cast("list[int]", self.prompts.tokenizer.convert_tokens_to_ids(list(PLACEHOLDER)))
-        object.__setattr__(self, "_marks", tuple(ids))
+    def instructed(self, instruction: str | None) -> Self:
+        """Give the same with a call's own instruction; None keeps the scorer's."""
+        return self if instruction is None else replace(self, prompts=self.prompts.instructed(instruction))
 
     def sequences(self, queries: Sequence[Prepared], documents: Sequence[Prepared]) -> list[TokenSequence]:
-        """One sequence per pair.
-
-        Args:
-            queries: One for all documents, or one each.
-            documents: The documents.
+        """Make one sequence per pair, of one query for all documents or one each.
 
         Raises:
-            Unreadable: A picture can't be read, or takes more tokens than there are.
+            InputError: An image can't be read, or takes more tokens than there are.
             BackendRejected: A query leaves no room for any document.
         """
         rows = list(queries) * len(documents) if len(queries) == 1 else list(queries)
-        made: list[TokenSequence | None] = [None] * len(documents)
-        texts: list[tuple[int, str, str]] = []
-        for position, (query, document) in enumerate(zip(rows, documents, strict=True)):
-            if isinstance(query, str) and isinstance(document, str):
-                texts.append((position, query, document))
-            else:
-                made[position] = self._sequence(query, document)
-        if texts:
-            positions, asked, read = zip(*texts, strict=True)
-            for position, sequence in zip(positions, self.prompts.sequences(asked, read), strict=True):
-                made[position] = sequence
-        return cast("list[TokenSequence]", made)
+        pairs = list(zip(rows, documents, strict=True))
+        texts = [pair for pair in pairs if isinstance(pair[0], str) and isinstance(pair[1], str)]
+        encoded = iter(self.prompts.sequences(*cast("list[list[str]]", zip(*texts, strict=True))) if texts else ())
+        return [
+            next(encoded) if isinstance(query, str) and isinstance(document, str) else self._sequence(query, document)
+            for query, document in pairs
+        ]
 
-    def room(self, queries: Sequence[Prepared]) -> list[int]:
-        """How many tokens of a document fit beside each query."""
-        rooms = self.prompts.room([_flat(query) for query in queries])
-        seen = [self._see("queries", query) for query in queries]
-        return [room - _beyond(pictures) for room, pictures in zip(rooms, seen, strict=True)]
+    def document_space(self, queries: Sequence[Prepared]) -> list[int]:
+        """Count the tokens of a document that fit beside each query."""
+        spaces = self.prompts.document_space([_as_text(query) for query in queries])
+        return [
+            space - _extra_tokens(self._images("queries", query)) for space, query in zip(spaces, queries, strict=True)
+        ]
 
     def _sequence(self, query: Prepared, document: Prepared) -> TokenSequence:
-        asked, read = self._see("queries", query), self._see("documents", document)
-        seen = asked + read
-        # The same prompt, with a placeholder for each picture, in what the pictures leave.
-        space = self.prompts.max_length - _beyond(seen)
+        images = self._images("queries", query) + self._images("documents", document)
+        # The same prompt, with a placeholder for each image, in what the images leave.
+        space = self.prompts.max_length - _extra_tokens(images)
         try:
-            [plain] = replace(self.prompts, max_length=max(1, space)).sequences([_flat(query)], [_flat(document)])
+            [plain] = replace(self.prompts, max_length=max(1, space)).sequences([_as_text(query)], [_as_text(document)])
         except BackendRejected as error:
-            self._check_room(query, document)
-            raise no_room(self.prompts.max_length) from error
-        if any(plain.ids.count(mark) != len(seen) for mark in self._marks):
-            if plain.cut:  # within a placeholder
-                self._check_room(query, document, spare=SLACK)
+            self._check_space(query, document)
+            raise no_space(self.prompts.max_length) from error
+        start, pad, end = cast("list[int]", self.prompts.tokenizer.convert_tokens_to_ids(list(PLACEHOLDER)))
+        if any(plain.ids.count(mark) != len(images) for mark in (start, pad, end)):
+            if plain.truncated:  # within a placeholder
+                self._check_space(query, document, spare=SLACK)
             raise ContentError(
                 "the template or instruction holds a placeholder for an image; leave these to the images"
             )
-        pictures = iter(seen)
+        remaining = iter(images)
         ids: list[int] = []
         for token in plain.ids:
-            if token == self._marks[1]:
-                picture = next(pictures)
-                ids += [picture.number] * picture.tokens
+            if token == pad:
+                image = next(remaining)
+                ids += [image.number] * image.tokens
             else:
                 ids.append(token)
-        self.tower.expect(seen)
-        return VisionSequence(ids=ids, query=query, cut=plain.cut, seen=seen)
+        self.tower.expect(images)
+        return VisionSequence(ids=ids, group=self.prompts.group(query), truncated=plain.truncated, images=images)
 
-    def _see(self, side: Side, value: Prepared) -> tuple[SeenPicture, ...]:
+    def _images(self, side: Side, value: Prepared) -> tuple[SharedImage, ...]:
         if isinstance(value, str):
             return ()
         try:
-            return tuple(self._seen(picture) for picture in value.images)
+            return tuple(self.tower.share(image) for image in value.images)
         except ContentError as error:
-            raise Unreadable(side, value, str(error)) from error
+            raise InputError(side, value, str(error)) from error
 
-    def _seen(self, picture: "ImageFile") -> SeenPicture:
-        seen = self._known.get(picture)
-        if seen is None:
-            tokens = self.tower.processor.tokens(picture.width, picture.height)
-            seen = self._known[picture] = SeenPicture(picture, next(self._numbers), tokens)
-        return seen
-
-    def _check_room(self, query: Prepared, document: Prepared, spare: int = 0) -> None:
-        """Raise Unreadable if it is the pictures of one of the two that don't fit.
-
-        Args:
-            query: The query.
-            document: The document.
-            spare: Tokens that are to be left.
-        """
+    def _check_space(self, query: Prepared, document: Prepared, spare: int = 0) -> None:
+        """Raise InputError if it is the images of one of the two that leave less than `spare` tokens."""
         if isinstance(query, Multimodal):
-            [room] = self.prompts.room([""])
-            self._check_fit("queries", query, room - len(self._text_ids(query.text)) - spare)
+            [space] = self.prompts.document_space([""])
+            text = self.prompts.tokenizer(query.text, add_special_tokens=False, verbose=False)
+            self._check_fit("queries", query, space - len(text["input_ids"]) - spare)
         if isinstance(document, Multimodal):
-            [room] = self.room([query])
-            if room > 0:  # else it is the query's text
-                self._check_fit("documents", document, room - spare)
+            [space] = self.document_space([query])
+            if space > 0:  # else it is the query's text
+                self._check_fit("documents", document, space - spare)
 
-    def _check_fit(self, side: Side, value: Multimodal, room: int) -> None:
+    def _check_fit(self, side: Side, value: Multimodal, space: int) -> None:
         count, processor = len(value.images), self.tower.processor
         around = PLACEHOLDER_TOKENS - 1
-        needed = sum(seen.tokens + around for seen in self._see(side, value))
-        if needed <= room:
+        needed = sum(image.tokens + around for image in self._images(side, value))
+        if needed <= space:
             return
-        # Sides are rounded to whole tokens, which may make a picture a little larger.
-        pixels = int(0.8 * (room // count - around) * processor.side**2)
+        # Sides are rounded to whole tokens, which may make an image a little larger.
+        pixels = int(0.8 * (space // count - around) * (processor.patch * processor.merge) ** 2)
         remedy = (
             f"scale down with Image(..., max_pixels={pixels})"
-            if pixels >= processor.least_pixels
+            if pixels >= processor.min_pixels
             else "not even small ones fit: pass fewer, shorten the query, or raise max_length"
         )
-        raise Unreadable(
+        raise InputError(
             side,
             value,
-            f"holds {'a picture' if count == 1 else f'{count} pictures'} of {needed} tokens, and there is room for "
-            f"{max(0, room)} of the {self.prompts.max_length} that the model reads; {remedy}",
+            f"holds {'an image' if count == 1 else f'{count} images'} of {needed} tokens, and there is room for "
+            f"{max(0, space)} of the {self.prompts.max_length} that the model reads; {remedy}",
         )
 
-    def _text_ids(self, text: str) -> list[int]:
-        ids: list[int] = self.prompts.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        return ids
 
-
-def _flat(value: Prepared) -> str:
-    """As text: a placeholder for each picture, then what text there is, nothing between."""
+def _as_text(value: Prepared) -> str:
+    """Write a placeholder for each image, then what text there is, nothing between."""
     return value if isinstance(value, str) else "".join(PLACEHOLDER) * len(value.images) + value.text
 
 
-def _beyond(seen: "Iterable[SeenPicture]") -> int:
-    """How many tokens pictures have beyond their placeholders' one."""
-    return sum(picture.tokens - 1 for picture in seen)
+def _extra_tokens(images: Sequence[SharedImage]) -> int:
+    """How many tokens images have beyond their placeholders' one."""
+    return sum(image.tokens - 1 for image in images)

@@ -1,10 +1,12 @@
-"""Vision towers: from pictures to vectors, once for each picture however many sequences hold it."""
+"""Vision towers: from images to vectors, once for each image however many sequences hold it."""
 
+import itertools
 import threading
+import weakref
 from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor
@@ -20,8 +22,8 @@ if TYPE_CHECKING:
 
 
 @dataclass(slots=True, eq=False, weakref_slot=True)
-class SeenPicture:
-    """A picture that some sequences hold. As long as one of them is about, the same picture is this object again.
+class SharedImage:
+    """An image that some sequences hold. As long as one of them is about, the same image is this object again.
 
     Attributes:
         number: Below 0; what stands for its tokens.
@@ -30,7 +32,7 @@ class SeenPicture:
         features: What the vision tower makes of it, from when it is asked for until the last use.
     """
 
-    picture: "ImageFile"
+    image: "ImageFile"
     number: int
     tokens: int
     uses: int = 0
@@ -39,7 +41,7 @@ class SeenPicture:
 
 @dataclass(frozen=True, slots=True)
 class Features:
-    """What the vision tower makes of a picture.
+    """What the vision tower makes of an image.
 
     Attributes:
         states: ``[1 + levels, tokens, size]``: what takes the place of the tokens' embeddings, then what is added to
@@ -58,65 +60,76 @@ class Tower:
     Attributes:
         model: transformers' ``Qwen3VLVisionModel``.
         processor: Makes its input.
-        budget: Most patches that go through it at a time; a larger picture goes alone.
+        budget: Most patches that go through it at a time; a larger image goes alone.
     """
 
     model: "PreTrainedModel"
     processor: ImageProcessor
     budget: int
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
+    _shared: "weakref.WeakValueDictionary[ImageFile, SharedImage]" = field(
+        repr=False, default_factory=weakref.WeakValueDictionary
+    )
+    _numbers: "itertools.count[int]" = field(repr=False, default_factory=lambda: itertools.count(-1, -1))
 
-    def expect(self, seen: Sequence[SeenPicture]) -> None:
-        """Say that there will be a sequence with these pictures."""
-        with self._lock:
-            for picture in seen:
-                picture.uses += 1
+    def share(self, image: "ImageFile") -> SharedImage:
+        """Find an image among those that sequences hold, or begin to share it; only one thread does.
 
-    def features(self, seen: Sequence[SeenPicture]) -> list[Features]:
-        """What it makes of pictures. What another thread is at work on is waited for, not done twice."""
+        Raises:
+            ContentError: It is too oblong.
+        """
+        shared = self._shared.get(image)
+        if shared is None:
+            tokens = self.processor.tokens(image.width, image.height)
+            shared = self._shared[image] = SharedImage(image, next(self._numbers), tokens)
+        return shared
+
+    def expect(self, images: Sequence[SharedImage]) -> None:
+        """Say that there will be a sequence with these images."""
         with self._lock:
-            mine = [picture for picture in dict.fromkeys(seen) if picture.features is None]
-            for picture in mine:
-                picture.features = Future()
-            works = {picture: picture.features for picture in seen}
+            for image in images:
+                image.uses += 1
+
+    def features(self, images: Sequence[SharedImage]) -> list[Features]:
+        """Compute what it makes of images. What another thread computes is waited for, not done twice."""
+        with self._lock:
+            own = [image for image in dict.fromkeys(images) if image.features is None]
+            for image in own:
+                image.features = Future()
+            futures = {image: cast("Future[Features]", image.features) for image in images}
         try:
-            for batch in by_tokens([picture.tokens * self.processor.merge**2 for picture in mine], self.budget):
-                group = [mine[position] for position in batch]
-                for picture, features in zip(group, self._run(group), strict=True):
-                    _work(works[picture]).set_result(features)
+            for batch in by_tokens([image.tokens * self.processor.merge**2 for image in own], self.budget):
+                group = [own[position] for position in batch]
+                for image, features in zip(group, self._run(group), strict=True):
+                    futures[image].set_result(features)
         except BaseException as error:
             with self._lock:
-                for picture in mine:
-                    if not _work(works[picture]).done():
-                        _work(works[picture]).set_exception(error)
-                        picture.features = None  # whoever tries again starts anew
+                for image in own:
+                    if not futures[image].done():
+                        futures[image].set_exception(error)
+                        image.features = None  # whoever tries again starts anew
             raise
-        return [_work(works[picture]).result() for picture in seen]
+        return [futures[image].result() for image in images]
 
-    def release(self, seen: Sequence[SeenPicture]) -> None:
-        """Say that sequences with these pictures were run; features that no other one needs are given up."""
+    def release(self, images: Sequence[SharedImage]) -> None:
+        """Say that sequences with these images were run; features that no other one needs are given up."""
         with self._lock:
-            for picture in seen:
-                picture.uses -= 1
-                if picture.uses <= 0:
-                    picture.features = None
+            for image in images:
+                image.uses -= 1
+                if image.uses <= 0:
+                    image.features = None
 
-    def _run(self, seen: Sequence[SeenPicture]) -> list[Features]:
-        patches, grids = zip(*(self.processor.patches(picture.picture) for picture in seen), strict=True)
+    def _run(self, images: Sequence[SharedImage]) -> list[Features]:
+        patches, grids = zip(*(self.processor.patches(image.image) for image in images), strict=True)
         pixels = torch.cat(patches).to(self.model.device, self.model.dtype)
         out = self.model(
             pixels, grid_thw=to_device([(1, *grid) for grid in grids], self.model.device), return_dict=True
         )
         states = torch.stack([out.pooler_output, *out.deepstack_features])
-        parts = torch.split(states, [picture.tokens for picture in seen], dim=1)
+        parts = torch.split(states, [image.tokens for image in images], dim=1)
         merge = self.processor.merge
         return [
-            # A view would keep those of all pictures alive.
-            Features(part if len(seen) == 1 else part.clone(), (rows // merge, columns // merge))
+            # A view would keep those of all images alive.
+            Features(part if len(images) == 1 else part.clone(), (rows // merge, columns // merge))
             for part, (rows, columns) in zip(parts, grids, strict=True)
         ]
-
-
-def _work(work: "Future[Features] | None") -> "Future[Features]":
-    assert work is not None  # noqa: S101 - set when it was claimed
-    return work

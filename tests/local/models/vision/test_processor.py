@@ -83,7 +83,7 @@ class TestSettings:
         """The defaults of its class."""
         theirs = Qwen2VLImageProcessorPil()
         ours = ImageProcessor.of(Checkpoint(preprocessor_config={"patch_size": 14}))
-        assert (ours.least_pixels, ours.most_pixels) == (theirs.size["shortest_edge"], theirs.size["longest_edge"])
+        assert (ours.min_pixels, ours.max_pixels) == (theirs.size["shortest_edge"], theirs.size["longest_edge"])
         assert (ours.patch, ours.merge, ours.frames) == (14, theirs.merge_size, theirs.temporal_patch_size)
         assert (ours.mean, ours.std) == (tuple(theirs.image_mean), tuple(theirs.image_std))
         assert ours.scale == theirs.rescale_factor

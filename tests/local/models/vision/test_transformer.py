@@ -15,9 +15,9 @@ from rag_rerank import BackendRejected, ConfigError, Content, ContentError, Dead
 from rag_rerank.inputs.multimodal import Multimodal
 from rag_rerank.inputs.preparing import prepare
 from rag_rerank.local.loading import load
-from rag_rerank.local.models.model import Pace
-from rag_rerank.local.models.prompts import cut
+from rag_rerank.local.models.encoding import truncate
 from rag_rerank.local.models.vision.transformer import VisionTransformer
+from rag_rerank.local.transformer.batching import Batching
 from tests.pairs import largest_difference
 from tests.vision_models import (
     LEAST,
@@ -217,34 +217,36 @@ class TestWork:
     def test_a_picture_goes_through_the_tower_once(self, model):
         """That of a query for all batches, and documents' that are equal."""
         patches: list[int] = []
-        model.transformer.tower.model.register_forward_pre_hook(lambda _, given: patches.append(len(given[0])))
+        model.score_type.transformer.tower.model.register_forward_pre_hook(
+            lambda _, given: patches.append(len(given[0]))
+        )
         documents = [self.mixed(A), self.mixed(C, "x"), self.mixed(A, "x"), self.mixed(picture(256, 192, 1))]
         inputs = model.inputs([self.mixed(B)], documents)
         for sequence in inputs.sequences:
-            model.run([sequence])
+            model.score_type.run([sequence])
         assert sum(patches) == sum(image.width * image.height for image in (A, B, C)) // 16**2
 
     def test_what_the_tower_made_is_given_up_after_its_last_use(self, model):
         """A thousand pages would not fit into a GPU's memory. What a call needs again is kept."""
         inputs = model.inputs([self.mixed(B)], [self.mixed(A), self.mixed(C)])
-        [query, first], [_, second] = (sequence.seen for sequence in inputs.sequences)
-        model.run(inputs.sequences[:1])
+        [query, first], [_, second] = (sequence.images for sequence in inputs.sequences)
+        model.score_type.run(inputs.sequences[:1])
         assert (query.features is not None, first.features, second.features) == (True, None, None)
-        model.run(inputs.sequences[1:])
+        model.score_type.run(inputs.sequences[1:])
         assert (query.features, second.features) == (None, None)
         del inputs, query, first, second, _
-        assert len(model.prompts._known) == 0
+        assert len(model.score_type.transformer.tower._shared) == 0
 
     def test_two_threads_do_not_do_it_twice(self, model):
         """One waits for the other."""
         passes: list[int] = []
-        model.transformer.tower.model.register_forward_pre_hook(lambda _, given: passes.append(1))
+        model.score_type.transformer.tower.model.register_forward_pre_hook(lambda _, given: passes.append(1))
         sequences = model.inputs([self.mixed(A)], [str(number) for number in range(8)]).sequences
         barrier = threading.Barrier(4)
 
         def run(number: int) -> torch.Tensor:
             barrier.wait()
-            return model.run(sequences[2 * number : 2 * number + 2])
+            return model.score_type.run(sequences[2 * number : 2 * number + 2])
 
         with ThreadPoolExecutor(4) as pool:
             list(pool.map(run, range(4)))
@@ -253,24 +255,24 @@ class TestWork:
     def test_a_failure_is_not_kept(self, model):
         """The next try starts anew."""
         sequences = model.inputs(["q"], [self.mixed(A)]).sequences
-        broken = model.transformer.tower.model.register_forward_pre_hook(lambda *_: 1 / 0)
+        broken = model.score_type.transformer.tower.model.register_forward_pre_hook(lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
-            model.run(sequences)
+            model.score_type.run(sequences)
         broken.remove()
-        assert model.run(sequences).shape == (1, 1)
+        assert model.score_type.run(sequences).shape == (1, 1)
 
     def test_padded_batches_score_the_same(self, model):
         """Which are for devices without attention over rows."""
         documents = [self.mixed(*parts) for parts in DOCUMENTS.values() if any(p is A or p is C for p in parts)]
         sequences = model.inputs([self.mixed(B, "q")], [*documents, "text"]).sequences
-        tower, decoder = model.transformer.tower, model.transformer.decoder
-        in_a_row = model.run(sequences)
+        tower, decoder = model.score_type.transformer.tower, model.score_type.transformer.decoder
+        in_a_row = model.score_type.run(sequences)
         decoder.set_attn_implementation("sdpa")
         body = type("Body", (), {"visual": tower.model, "language_model": decoder})
-        padded = VisionTransformer.over(body, tower.processor, 0, Pace(4096), unpadded=False)
+        padded = VisionTransformer.of(body, tower.processor, 0, Batching(4096), unpadded=False)
         with torch.inference_mode():
             states = padded.states(sequences)
-        assert largest_difference((states.last() @ model.row).tolist(), in_a_row[:, 0].tolist()) <= LOGITS
+        assert largest_difference(model.score_type.head(states)[:, 0].tolist(), in_a_row[:, 0].tolist()) <= LOGITS
 
     def test_a_deadline_and_a_cancelled_task_end_it(self, folder: Path):
         """And those that come after are scored."""
@@ -310,16 +312,18 @@ class TestCuts:
             whole += 1
             assert len(sequence.ids) <= limit
             assert len(sequence.ids) >= limit - 1
-            assert sequence.cut
+            assert sequence.truncated
             assert sum(token < 0 for token in sequence.ids) == A.width * A.height // SIDE**2
-            assert model.prompts.prompts.tokenizer.decode(sequence.ids[-8:]).endswith("<|im_start|>assistant\n")
+            assert model.score_type.prompts.prompts.tokenizer.decode(sequence.ids[-8:]).endswith(
+                "<|im_start|>assistant\n"
+            )
         assert whole > 10
 
     def test_the_score_is_that_of_the_beginning(self, scorer: LocalScorer, plain: PlainTransformers):
         """As much of it as fits."""
         model = load(scorer._settings)
         [sequence] = model.inputs([QUERY], [prepare(content([A, self.LONG]), "documents")]).sequences
-        prompt = model.prompts.prompts.tokenizer.decode([token for token in sequence.ids if token >= 0])
+        prompt = model.score_type.prompts.prompts.tokenizer.decode([token for token in sequence.ids if token >= 0])
         beginning = prompt.rpartition("<|vision_end|>")[2].partition("<|im_end|>")[0]
         assert self.LONG.startswith(beginning)
         assert len(sequence.ids) == MAX_POSITIONS - 1  # room is measured with a document of one token
@@ -331,16 +335,16 @@ class TestCuts:
         page = picture(700, 500)
         with LocalScorer(folder, dtype="float32", max_length=200) as scorer:
             with pytest.raises(
-                ContentError, match=r"documents\[3\] holds a picture of 142 tokens.*max_pixels="
+                ContentError, match=r"documents\[3\] holds an image of 142 tokens.*max_pixels="
             ) as caught:
                 scorer.score(QUERY, ["a", "a", Image(B), Image(page)])
             pixels = int(str(caught.value).rpartition("max_pixels=")[2].rstrip(")"))
             assert len(scorer.score(QUERY, Image(page, max_pixels=pixels))) == 1
-            with pytest.raises(ContentError, match=r"queries holds a picture|queries\[0\] holds a picture"):
+            with pytest.raises(ContentError, match=r"queries holds an image|queries\[0\] holds an image"):
                 scorer.score(Image(page), ["a"])
-            with pytest.raises(ContentError, match=r"documents\[1\] holds 30 pictures .* not even small ones"):
+            with pytest.raises(ContentError, match=r"documents\[1\] holds 30 images .* not even small ones"):
                 scorer.score(QUERY, ["a", Content(*[Image(B)] * 30)])
-            with pytest.raises(ContentError, match=r"documents\[0\] holds a picture"):
+            with pytest.raises(ContentError, match=r"documents\[0\] holds an image"):
                 asyncio.run(scorer.ascore([content([A, "q"]), "q"], [Image(page), "a"]))
 
     def test_a_query_too_long_by_its_text_is_refused_as_ever(self, folder: Path):
@@ -357,7 +361,7 @@ class TestCuts:
         with LocalScorer(folder, dtype="float32", use_activation=False, max_tokens_per_doc=40) as scorer:
             scores = scorer.score(QUERY, [content(parts) for parts in documents])
         for parts, limit in zip(documents, (40 - 3, 40 - 6, 10**6), strict=True):
-            parts[-1] = cut(plain.tokenizer, parts[-1], limit)
+            parts[-1] = truncate(plain.tokenizer, parts[-1], limit)
         assert largest_difference(scores, [plain.logit([QUERY], parts) for parts in documents]) <= LOGITS
 
     def test_passages_are_of_text(self, folder: Path, plain: PlainTransformers):
@@ -395,7 +399,7 @@ class TestRefused:
 
     def test_ribbons(self, scorer: LocalScorer):
         """transformers and vLLM refuse them, too."""
-        with pytest.raises(ContentError, match=r"documents\[1\] holds a picture of 2 x 500 pixels.* 200 times as long"):
+        with pytest.raises(ContentError, match=r"documents\[1\] holds an image of 2 x 500 pixels.* 200 times as long"):
             scorer.score(QUERY, ["a", Image(picture(2, 500))])
 
     def test_a_placeholder_in_the_instruction(self, folder: Path):
