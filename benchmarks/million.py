@@ -86,15 +86,15 @@ class Watch:
     """Looks at a run from outside, and kills one of its actors in the middle.
 
     Attributes:
-        units: How many output files there will be.
-        killed: At how many finished units an actor was killed.
+        shards: How many output files there will be.
+        killed: At how many finished shards an actor was killed.
         peak_mb: The most memory of each kind of process.
         actors: The pids of all actors that there were.
     """
 
     process: psutil.Process
     target: Path
-    units: int
+    shards: int
     killed: int | None = None
     peak_mb: dict[str, int] = field(default_factory=dict)
     actors: set[int] = field(default_factory=set)
@@ -114,7 +114,7 @@ class Watch:
             # Shared memory, of which all show the same, is not counted for each.
             memory = child.memory_info()
             mb = (memory.rss - memory.shared) >> 20
-            if "ScoreUnits" in " ".join(child.cmdline()):
+            if "ScoreShards" in " ".join(child.cmdline()):
                 actors.append(child)
                 sums["actor"] = max(sums["actor"], mb)
             else:
@@ -122,18 +122,20 @@ class Watch:
         self.peak_mb = {name: max(mb, self.peak_mb.get(name, 0)) for name, mb in sums.items()}
         self.actors |= {actor.pid for actor in actors}
         finished = len(list(self.target.glob("*.parquet")))
-        if self.killed is None and finished >= self.units // 2 and actors:
+        if self.killed is None and finished >= self.shards // 2 and actors:
             os.kill(actors[0].pid, signal.SIGKILL)
             self.killed = finished
 
 
-def with_ray(model: Path, folder: Path, target: Path, actors: int, unit_lines: int, units: int) -> tuple[float, Watch]:
+def with_ray(
+    model: Path, folder: Path, target: Path, actors: int, shard_lines: int, shards: int
+) -> tuple[float, Watch]:
     """The command line's seconds, and what was seen of it."""
     command = [sys.executable, "-m", "rag_rerank.cli", "rerank", "--engine", "ray", "--num-actors", str(actors)]
-    command += ["--model", str(model), "--dtype", "float32", "--unit-lines", str(unit_lines)]
+    command += ["--model", str(model), "--dtype", "float32", "--shard-lines", str(shard_lines)]
     began = time.perf_counter()
     process = subprocess.Popen([*command, "--in", str(folder), "--out", str(target)])  # noqa: S603 - our own
-    watch = Watch(psutil.Process(process.pid), target, units)
+    watch = Watch(psutil.Process(process.pid), target, shards)
     thread = threading.Thread(target=watch.run)
     thread.start()
     code = process.wait()
@@ -148,10 +150,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--pairs", type=int, default=1_000_000)
     parser.add_argument("--actors", type=int, default=2)
-    parser.add_argument("--unit-lines", type=int, default=16_384)
+    parser.add_argument("--shard-lines", type=int, default=16_384)
     arguments = parser.parse_args()
-    pairs, unit_lines = arguments.pairs, arguments.unit_lines
-    assert unit_lines % GROUP == 0, f"units must be whole groups of {GROUP}"
+    pairs, shard_lines = arguments.pairs, arguments.shard_lines
+    assert shard_lines % GROUP == 0, f"shards must be whole groups of {GROUP}"
     console = Console(width=110, highlight=False)
     folder = FOLDER / f"{pairs}"
     files = make_pairs(folder / "in", pairs)
@@ -159,13 +161,13 @@ def main() -> None:
         from tests.models import make_bert_cross_encoder
 
         make_bert_cross_encoder(model)
-    units = sum(-(-pq.read_metadata(path).num_rows // unit_lines) for path in files)
-    console.print(f"{pairs:,} pairs in {len(files)} files, {units} units; load average {os.getloadavg()[0]:.1f}")
+    shards = sum(-(-pq.read_metadata(path).num_rows // shard_lines) for path in files)
+    console.print(f"{pairs:,} pairs in {len(files)} files, {shards} shards; load average {os.getloadavg()[0]:.1f}")
 
     shutil.rmtree(target := folder / "out", ignore_errors=True)
-    seconds, watch = with_ray(model, folder / "in", target, arguments.actors, unit_lines, units)
+    seconds, watch = with_ray(model, folder / "in", target, arguments.actors, shard_lines, shards)
     console.print(
-        f"Ray, {arguments.actors} actors, one killed after {watch.killed} units ({len(watch.actors)} processes in "
+        f"Ray, {arguments.actors} actors, one killed after {watch.killed} shards ({len(watch.actors)} processes in "
         f"all): {seconds:,.0f} s, {pairs / seconds:,.0f} pairs/s with starting and stopping Ray; load average "
         f"{os.getloadavg()[0]:.1f}; peak memory {', '.join(f'{name} {mb:,} MB' for name, mb in watch.peak_mb.items())}"
     )

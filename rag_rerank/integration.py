@@ -13,7 +13,7 @@ import os
 import threading
 import weakref
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Self, cast, dataclass_transform
@@ -221,24 +221,20 @@ def path_as_text(value: Any) -> Any:
 
 # What other rerankers of both frameworks call these settings.
 _ALIASES = {
-    alias: name
-    for name, aliases in {
-        "top_n": "top_k topn k n",
-        "model": "model_name model_id",
-        "base_url": "url api_base endpoint_url",
-        "api_key": "token auth_token",
-        "model_kwargs": "cross_encoder_kwargs",
-        "truncate_prompt_tokens": "truncate_text",
-        "timeout": "request_timeout",
-        "score_threshold": "threshold similarity_cutoff",
-        "use_activation": "normalize",
-        "chunk_size": "batch_size",
-        "cache_dir": "cache_folder",
-        "dtype": "use_fp16",
-        "max_length": "max_tokens",
-        "instruction": "query_instruction",
-    }.items()
-    for alias in aliases.split()
+    "top_n": "top_k topn k n",
+    "model": "model_name model_id",
+    "base_url": "url api_base endpoint_url",
+    "api_key": "token auth_token",
+    "model_kwargs": "cross_encoder_kwargs",
+    "truncate_prompt_tokens": "truncate_text",
+    "timeout": "request_timeout",
+    "score_threshold": "threshold similarity_cutoff",
+    "use_activation": "normalize",
+    "chunk_size": "batch_size",
+    "cache_dir": "cache_folder",
+    "dtype": "use_fp16",
+    "max_length": "max_tokens",
+    "instruction": "query_instruction",
 }
 
 
@@ -250,8 +246,9 @@ def did_you_mean(wrong: str, known: Iterable[str]) -> str:
         known: The names that there are.
     """
     names = list(known)
-    alias = "api_key" if wrong.endswith("api_key") else _ALIASES.get(wrong.lower())
-    likely = [alias] if alias in names else difflib.get_close_matches(wrong, names, n=1, cutoff=0.75)
+    meant = [name for name in names if wrong.lower() in _ALIASES.get(name, "").split()]
+    meant += ["api_key"] if wrong.endswith("api_key") and "api_key" in names else []
+    likely = meant or difflib.get_close_matches(wrong, names, n=1, cutoff=0.75)
     return f"did you mean {likely[0]}?" if likely else ""
 
 
@@ -266,7 +263,7 @@ def _plain(value: Any) -> Any:
 
 def _comparable(value: Any) -> Any:
     """Keep a setting as it is now, whatever becomes of a dict or list in it, with 1 and True told apart."""
-    if isinstance(value, Mapping):
+    if isinstance(value, dict):
         return {key: _comparable(each) for key, each in value.items()}
     if isinstance(value, list | tuple):
         return [_comparable(each) for each in value]
@@ -275,8 +272,8 @@ def _comparable(value: Any) -> Any:
 
 def _last_written(path: str | None) -> Any:
     """Tell a file or a folder from what may take its place; None for a model's name or a template's text."""
+    root = Path(path or "\0")
     with contextlib.suppress(OSError, ValueError):
-        root = Path(path or "\0")
-        files = [root, *sorted(root.glob("*")), *sorted(root.glob("*/*"))]
-        return [(file.name, status.st_mtime_ns, status.st_size) for file in files for status in [file.stat()]]
+        files = {file: file.stat() for file in [root, *root.glob("*"), *root.glob("*/*")]}
+        return {str(file): (status.st_mtime_ns, status.st_size) for file, status in files.items()}
     return None

@@ -74,10 +74,12 @@ def word_piece_tokenizer(
     )
 
 
-def make_bert_cross_encoder(folder: Path, *, num_labels: int = 1, safe: bool = True, **config: object) -> Path:
+def make_bert_cross_encoder(
+    folder: Path, *, num_labels: int = 1, safe: bool = True, seed: int = 0, **config: object
+) -> Path:
     """Save a two-layer BERT cross-encoder into `folder`, whose logits span several units."""
     tokenizer = word_piece_tokenizer()
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     model = BertForSequenceClassification(
         BertConfig(
             vocab_size=len(tokenizer),

@@ -2,25 +2,41 @@
 
 import os
 import signal
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from rag_rerank import Scorer
 from rag_rerank.errors import BackendUnavailable, DocumentRejected
+from rag_rerank.identity import PROBES
 
 
 class WordOverlap(Scorer):
-    """Scores a document by the share of the query's words that it has; counts its calls."""
+    """Scores a document by the share of the query's words that it has; counts its calls, without those of `identity`.
+
+    Args:
+        weight: What each score is multiplied by.
+        stop_at: The call in which Ctrl-C is pressed, from 0.
+        delay: Seconds that each call takes.
+        remote: Whether it says that it is on another machine.
+    """
 
     model_name = "word overlap"
 
-    def __init__(self) -> None:
+    def __init__(
+        self, *, weight: float = 1.0, stop_at: int | None = None, delay: float = 0.0, remote: bool = False
+    ) -> None:
         self.calls: list[tuple[list[str], list[str], float | None]] = []
+        self.weight, self.stop_at, self.delay, self.remote = weight, stop_at, delay, remote
 
     def _score(self, queries: list[str], documents: list[str], until: float | None) -> list[float]:
-        self.calls.append((queries, documents, until))
+        if not is_probe(documents):
+            if len(self.calls) == self.stop_at:
+                raise KeyboardInterrupt
+            self.calls.append((queries, documents, until))
+            time.sleep(self.delay)
         rows = queries * len(documents) if len(queries) == 1 else queries
-        return [overlap(query, document) for query, document in zip(rows, documents, strict=True)]
+        return [self.weight * overlap(query, document) for query, document in zip(rows, documents, strict=True)]
 
 
 class Answers(Scorer):
@@ -38,8 +54,8 @@ class Answers(Scorer):
 class Journal(WordOverlap):
     """Writes down each document that it scores; dies, refuses or is down where a document says so."""
 
-    def __init__(self, path: Path) -> None:
-        super().__init__()
+    def __init__(self, path: Path, *, weight: float = 1.0) -> None:
+        super().__init__(weight=weight)
         self.path = path
 
     def _score(self, queries: list[str], documents: list[str], until: float | None) -> list[float]:
@@ -52,13 +68,19 @@ class Journal(WordOverlap):
                 raise BackendUnavailable("nobody there", attempts=3)
         poisoned = [index for index, document in enumerate(documents) if "poison" in document]
         if poisoned:
-            raise DocumentRejected(f"documents{poisoned} rejected: odd", indices=poisoned)
-        with self.path.open("a") as file:
-            file.writelines(f"{document}\n" for document in documents)
+            raise DocumentRejected(f"documents{poisoned} rejected: odd", indices=poisoned, reason="odd")
+        if not is_probe(documents):
+            with self.path.open("a") as file:
+                file.writelines(f"{document}\n" for document in documents)
         return super()._score(queries, documents, until)
 
     def lines(self) -> list[str]:
         return self.path.read_text().splitlines()
+
+
+def is_probe(documents: Sequence[str]) -> bool:
+    """Tell the calls of `Scorer.identity`."""
+    return list(documents) == [document for _, document in PROBES]
 
 
 def overlap(query: str, document: str) -> float:

@@ -16,7 +16,7 @@ from rag_rerank import LocalScorer
 from rag_rerank.families import FAMILIES
 from rag_rerank.template import SHIPPED
 from tests.causal_models import make_causal_lm
-from tests.faulty_server import FaultyServer, Request, Steps, http
+from tests.faulty_server import FaultyServer, Request, Steps, http, oracle
 from tests.vllm_server import VLLMServer
 
 QUERY, DOCUMENTS = "capital of France", ["Bananas are yellow.", "Paris is the capital [of] France."]
@@ -30,6 +30,13 @@ def run(*arguments: str, stdin: str = "", **environment: str) -> subprocess.Comp
         text=True,
         check=False,
         env={**os.environ, "COLUMNS": "120", **environment},
+    )
+
+
+def run_bytes(*arguments: str, stdin: bytes) -> subprocess.CompletedProcess[bytes]:
+    command = [sys.executable, "-m", "rag_rerank.cli", *arguments]
+    return subprocess.run(
+        command, input=stdin, capture_output=True, check=False, env={**os.environ, "VLLM_API_KEY": ""}
     )
 
 
@@ -57,6 +64,39 @@ class TestLocal:
         first, second = map(json.loads, result.stdout.splitlines())
         assert first["scores"] == pytest.approx(local.score(QUERY, DOCUMENTS), abs=1e-5)
         assert second == {"scores": []}
+
+    def test_lines_of_stdin_are_those_of_a_file(self):
+        """A byte order mark, blank lines, CRLF, documents with a text, pairs; and what is wrong is said by its line."""
+        rows = [
+            {"query": "q", "documents": [{"text": "a", "url": "x"}, "b"]},
+            {"query": "q", "document": {"text": "a"}},
+            {"query": "ü", "documents": ["ß"]},
+        ]
+        encoded = [json.dumps(row, ensure_ascii=False).encode() for row in rows]
+        with FaultyServer() as server:
+            where = ["--base-url", server.base_url]
+            done = run_bytes("score", *where, stdin=b"\xef\xbb\xbf" + b"\r\n\r\n".join(encoded))
+            assert list(map(json.loads, done.stdout.splitlines())) == [
+                {"scores": [oracle("q", "a"), oracle("q", "b")]},
+                {"score": oracle("q", "a")},
+                {"scores": [oracle("ü", "ß")]},
+            ]
+            done = run_bytes("rerank", *where, stdin=encoded[1])
+            assert json.loads(done.stdout) == {"score": oracle("q", "a")}
+            done = run_bytes("rerank", *where, "--top-n", "1", stdin=encoded[1])
+            assert (done.returncode, b"stdin, line 1 is a pair" in done.stderr) == (2, True)
+            done = run_bytes("rerank", *where, stdin=encoded[0] + b"\n\n" + "ü".encode("latin-1"))
+            assert (done.returncode, b"stdin, line 3: 'utf-8' codec can't decode" in done.stderr) == (2, True)
+            assert len(done.stdout.splitlines()) == 1
+
+    @pytest.mark.parametrize("command", ["score", "rerank"])
+    def test_a_closed_stdin(self, command: str):
+        """As if nothing was piped in."""
+        shell = f"{sys.executable} -m rag_rerank.cli {command} --base-url http://127.0.0.1:9 <&-"
+        done = subprocess.run(["/bin/sh", "-c", shell], capture_output=True, text=True, check=False)
+        assert (done.returncode, done.stdout) == (2, "")
+        assert "pipe JSON Lines in" in done.stderr
+        assert "Traceback" not in done.stderr
 
     def test_rerank_takes_top_n_and_threshold(self, minilm: Path):
         """As Scorer.rerank does; --json writes one object."""
@@ -152,7 +192,12 @@ class TestMistakes:
             (["score", "q"], "", 2, "at least one document"),
             (["score"], "nope", 2, "stdin, line 1"),
             (["score"], '{"query": "q"}', 2, "stdin, line 1"),
-            (["rerank"], '{"query": "q", "documents": [null]}', 2, "documents[0] must be str, got NoneType"),
+            (
+                ["rerank"],
+                '{"query": "q", "documents": [null]}',
+                2,
+                'documents[0] must be str or an object with a "text", got NoneType',
+            ),
             (["rerank", "q", "d", "--top-n", "0"], "", 2, "top_n must be at least 1"),
             (["score", "q", "d", "--model", "/no/such/folder"], "", 2, "there is no folder"),
             (["score", "q", "d", "--base-url", "ftp://x"], "", 2, "http://"),
@@ -309,20 +354,43 @@ class TestFiles:
             )
             stderr = process.communicate(timeout=60)[1]
             assert process.returncode == 130, stderr
-            assert stderr == f"The finished lines are kept in {out}.partial: the same command goes on behind them.\n"
+            assert stderr == f"The finished lines are kept in {out}.partial: the same command continues behind them.\n"
             assert not out.exists()
             other = run(*files, "--top-n", "1", VLLM_API_KEY="")
-            assert (other.returncode, "top_n was None, is 1" in other.stderr) == (2, True)
+            assert (other.returncode, "top_n: 1, before None" in other.stderr) == (2, True)
             result = run(*files, VLLM_API_KEY="")
         assert result.returncode == 0, result.stderr
-        assert result.stderr.startswith(f"Going on behind line 2 of {source}.\n4 lines: 4 reranked (640 documents)")
+        assert result.stderr.startswith(f"Continuing behind line 2 of {source}.\n4 lines: 4 reranked (640 documents)")
         assert len(gzip.decompress(out.read_bytes()).splitlines()) == 4
         assert {path.name for path in source.parent.iterdir()} == {"in.jsonl", "out.jsonl.gz"}
+
+    @pytest.mark.parametrize(
+        ("content", "words"),
+        [
+            (json.dumps({"query": "q", "documents": []}).encode("utf-16"), "looks like UTF-16"),
+            (json.dumps({"query": "q", "documents": []}).encode("utf-16-le"), "looks like UTF-16"),
+            (b"query,document\na,b\n", "looks like CSV"),
+            (b'[{"query": "q", "document": "d"}]', "looks like one JSON array"),
+            (b'{\n  "query": "q"\n}', "looks like indented JSON"),
+            (gzip.compress(b"{}", mtime=0), "its name must end in .jsonl.gz"),
+            (b'{"question": "q", "document": "d"}', 'line 1: "query" must be str, got nothing'),
+        ],
+    )
+    def test_a_file_of_which_every_line_is_rejected(self, content: bytes, words: str, source: Path):
+        """Exit code 1, with the likely cause last."""
+        source.write_bytes(content)
+        with FaultyServer() as server:
+            files = ["--in", str(source), "--out", str(source.with_name("out.jsonl"))]
+            result = run("rerank", *files, "--base-url", server.base_url, VLLM_API_KEY="")
+        assert (result.returncode, result.stdout) == (1, "")
+        assert "error: every line was rejected: " in result.stderr.splitlines()[-1]
+        assert words in result.stderr.splitlines()[-1]
 
     @pytest.mark.parametrize(
         ("arguments", "words"),
         [
             (["--in", "a.jsonl"], "both --in and --out"),
+            (["--in", "a.jsonl", "--out", "/"], "/ must end in .jsonl"),
             (["q", "d", "--strict"], "both --in and --out"),
             (["q", "d", "--in", "a.jsonl", "--out", "b.jsonl"], "either a query"),
             (["--in", "/no/a.jsonl", "--out", "b.jsonl"], "there is no file"),

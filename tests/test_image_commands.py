@@ -27,7 +27,9 @@ SENT = {"content": [{"type": "image_url", "image_url": {"url": URL}}]}
 def folder(tmp_path: Path) -> Path:
     (tmp_path / "red.png").write_bytes(RED)
     (tmp_path / "PHOTO.JPEG").write_bytes(drawn.encoded(drawn.gradient((64, 48)), "JPEG"))
-    (tmp_path / "notes.txt").write_bytes(RED)
+    (tmp_path / "notes.txt").write_text("\ufeffNotes on red.", encoding="utf-8")
+    (tmp_path / "notes.bin").write_bytes(RED)
+    (tmp_path / "latin.txt").write_text("grün", encoding="latin-1")
     return tmp_path
 
 
@@ -47,28 +49,47 @@ class TestCommandLine:
     """Documents that are image files, named by who types the command."""
 
     def test_files_are_read_and_shown(self, folder: Path):
-        """By their sizes and names; what is no image file is a text."""
+        """Images by their sizes and names, texts by what they say; what names no such file is a text."""
         with FaultyServer() as server:
-            arguments = ("rerank", "which?", "red.png", "PHOTO.JPEG", "notes.txt", "--base-url", server.base_url)
+            arguments = (
+                "rerank",
+                "which?",
+                "red.png",
+                "PHOTO.JPEG",
+                "notes.txt",
+                "notes.bin",
+                "--base-url",
+                server.base_url,
+            )
             done = run(folder, *arguments)
             assert done.returncode == 0, done.stderr
             assert re.search(r"0 │ +[=▲▼ 0-9]+ │ [0-9. █▏▎▍▌▋▊▉]+ │ \[image 300x200\] red.png ", done.stdout)
             assert "[image 64x48] PHOTO.JPEG" in done.stdout
             assert server.score_requests[-1].content.keys() >= {"text_1", "text_2"}
             documents = [each for request in server.score_requests for each in request.documents]
-            assert "notes.txt" in documents
+            assert "Notes on red." in documents
+            assert "notes.bin" in documents
             assert SENT in documents
+            assert "Notes on red." in done.stdout
+            done = run(folder, "rerank", "which?", "latin.txt", "--base-url", server.base_url)
+            assert (done.returncode, "latin.txt is not text in UTF-8" in done.stderr) == (2, True)
 
-    def test_which_arguments_are_images(self, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys):
+    def test_which_arguments_are_files(self, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys):
         """Files that exist and end so; --text: none. One that is missing is told about."""
         monkeypatch.chdir(folder)
         (folder / "folder.png").mkdir()
-        given = ["red.png", "PHOTO.JPEG", "notes.txt", "none.png", "folder.png", "see red.png", "x" * 9000 + ".png"]
+        given = ["red.png", "PHOTO.JPEG", "notes.bin", "none.png", "folder.png", "see red.png", "x" * 9000 + ".png"]
         read = _read(given, as_text=False)
         assert read is not None
         assert [isinstance(each, Image) for each in read] == [True, True] + [False] * 5
         assert read[2:] == given[2:]
         assert capsys.readouterr().err.count("there is no file") == 2
+        assert _read(["notes.txt", "none.txt", "read notes.txt"], as_text=False) == [
+            "Notes on red.",
+            "none.txt",
+            "read notes.txt",
+        ]
+        assert capsys.readouterr().err.count("there is no file none.txt") == 1
         assert _read(given, as_text=True) == given
         assert _read(None, as_text=False) is None
 

@@ -20,17 +20,17 @@ from rag_rerank import LocalScorer, Scorer, VLLMScorer
 from rag_rerank.errors import BackendUnavailable, ConfigError
 from rag_rerank.files import Tally
 from rag_rerank.files.formats import Reader
-from rag_rerank.ray_data import Progress, ScoreBatch, Share, rejects_in, rerank_folder, score_dataset
+from rag_rerank.ray_data import Pool, Progress, ScoreBatch, rejects_in, rerank_folder, score_dataset
 from rag_rerank.ray_data.pool import equal_share
-from rag_rerank.ray_data.units import cut, sources_in
+from rag_rerank.ray_data.shards import cut, sources_in
 from tests.faulty_server import FaultyServer, Request, Steps, oracle
 from tests.models import CORPUS
 from tests.scorers import Journal
 
 ray = pytest.importorskip("ray")
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:ray.data")
-ONE, TWO = Share(actors=1), Share(actors=2)
-GROUP, UNIT, COUNT = 64, 128, 640
+ONE, TWO = Pool(actors=1), Pool(actors=2)
+GROUP, SHARD, COUNT = 64, 128, 640
 SINGLE_PROCESS = """
 import json, sys, torch
 from rag_rerank import LocalScorer
@@ -43,14 +43,15 @@ print(json.dumps(sum([scorer.score([r["query"] for r in g], [r["document"] for r
 ACTOR = """
 import sys
 from pathlib import Path
-from rag_rerank.ray_data.actor import ScoreUnits, outcome_of
-from rag_rerank.ray_data.record import Layout
-from rag_rerank.ray_data.units import cut
+from rag_rerank.ray_data.actor import ScoreShards, outcome_of
+from rag_rerank.ray_data.shards import Folders, cut
 from tests.scorers import Journal
 folder, out, journal = map(Path, sys.argv[1:])
-score = ScoreUnits(Journal(journal), Layout(folder, out), {"group": 2})
-for unit in cut(folder, ["a.jsonl"], 10):
-    outcome_of({"outcome": score({"item": [unit.as_text()]})["outcome"][0]})
+folders, shards = Folders(folder, out), cut(folder, ["a.jsonl"], 10)
+folders.own.mkdir(parents=True, exist_ok=True)
+score = ScoreShards(Journal(journal), folders, shards, {"group": 2}, run="this")
+for position, _ in enumerate(shards):
+    outcome_of({"outcome": score({"item": [position]})["outcome"][0]})
 """
 
 
@@ -92,7 +93,8 @@ class Threads(Scorer):
     def _score(self, queries: list[str], documents: list[str], until: float | None) -> list[float]:
         import torch
 
-        return [float(torch.get_num_threads()), float(os.environ["RAYON_NUM_THREADS"])]
+        threads = [float(torch.get_num_threads()), float(os.environ["RAYON_NUM_THREADS"])]
+        return (threads * len(documents))[: len(documents)]
 
 
 def write(path: Path, rows: list[dict[str, Any]]) -> None:
@@ -146,10 +148,10 @@ class TestScores:
         lists = [{"query": row["query"], "documents": ["other", row["document"]]} for row in pairs[:30]]
         write(folder / "deep" / "lists.jsonl", lists)
         scorer = LocalScorer(cross_encoder, dtype="float32")
-        tally = rerank_folder(scorer, folder, out, share=TWO, unit_lines=UNIT, group=GROUP)
+        tally = rerank_folder(scorer, folder, out, pool=TWO, shard_lines=SHARD, group=GROUP)
         assert tally == Tally(lines=COUNT + 30, ranked=COUNT + 30, documents=COUNT + 60)
         files = sorted(out.glob("*.parquet"))
-        assert [path.name for path in files] == [f"pairs-{first:012}.parquet" for first in range(0, COUNT, UNIT)]
+        assert [path.name for path in files] == [f"pairs-{first:012}.parquet" for first in range(0, COUNT, SHARD)]
         found = [row for path in files for row in parquet.read_table(path).to_pylist()]
         assert found == [row | {"score": score} for row, score in zip(pairs, expected, strict=True)]
         ranked = read(out / "deep")
@@ -161,7 +163,7 @@ class TestScores:
         """A long table of pairs; the rest of the columns stays."""
         dataset = ray.data.from_items(pairs, override_num_blocks=1)
         scorer = LocalScorer(cross_encoder, dtype="float32")
-        scored = score_dataset(dataset, scorer, share=Share(actors=1, cpus=1), batch_size=GROUP)
+        scored = score_dataset(dataset, scorer, pool=Pool(actors=1, cpus=1), batch_size=GROUP)
         rows = sorted(scored.take_all(), key=lambda row: row["id"])
         added = [{"score": score, "score_error": None} for score in expected]
         assert rows == [pair | new for pair, new in zip(pairs, added, strict=True)]
@@ -169,7 +171,7 @@ class TestScores:
     def test_an_actor_keeps_to_its_share_of_the_cores(self, folder: Path, out: Path):
         """Whatever OMP_NUM_THREADS says."""
         write(folder / "a.jsonl", [{"query": "q", "documents": ["threads of torch", "of tokenizers"]}])
-        rerank_folder(Threads(), folder, out, share=TWO)
+        rerank_folder(Threads(), folder, out, pool=TWO)
         assert [item["score"] for item in read(out)[0]["ranked"]] == [1.0, 1.0]
 
     def test_a_server_gets_the_key_of_the_actors_machine(self):
@@ -177,7 +179,7 @@ class TestScores:
         with FaultyServer() as server:
             scorer = VLLMScorer(server.base_url, api_key="k3y-of-the-driver")
             rows = [{"query": "q", "documents": ["a", "b", "c"]}]
-            (row,) = score_dataset(ray.data.from_items(rows), scorer, share=ONE, top_n=2).take_all()
+            (row,) = score_dataset(ray.data.from_items(rows), scorer, pool=ONE, top_n=2).take_all()
             keys = {request.headers["authorization"] for request in server.score_requests}
         scores = {document: oracle("q", document) for document in "abc"}
         best = sorted(scores, key=lambda document: -scores[document])[:2]
@@ -192,7 +194,7 @@ class TestDeaths:
         """Another one goes on behind the last group."""
         rows = numbered(40, _13="mortal")
         write(folder / "a.jsonl", rows)
-        tally = rerank_folder(journal, folder, out, share=TWO, unit_lines=10, group=2)
+        tally = rerank_folder(journal, folder, out, pool=TWO, shard_lines=10, group=2)
         assert journal.path.with_name("died").exists()
         assert (tally.lines, tally.ranked) == (40, 40)
         assert [row["document"] for row in read(out)] == [row["document"] for row in rows]
@@ -218,7 +220,7 @@ class TestPoison:
         write(folder / "a.jsonl", numbered(30, _17="poison"))
         with (folder / "a.jsonl").open("a") as file:
             file.write("nope\n\n")
-        tally = rerank_folder(journal, folder, out, share=ONE, unit_lines=10)
+        tally = rerank_folder(journal, folder, out, pool=ONE, shard_lines=10)
         assert (tally.lines, tally.ranked, tally.rejected, tally.blank) == (32, 29, 2, 1)
         assert [row["document"] for row in read(out)] == [str(number) for number in range(30) if number != 17]
         second, fourth = sorted(rejects_in(out).iterdir())
@@ -241,7 +243,7 @@ class TestPoison:
         ]
         with pytest.raises(ConfigError, match="there are text"):
             score(pa.table({"text": ["a"]}))
-        with pytest.raises(ConfigError, match="these are pairs"):
+        with pytest.raises(ConfigError, match="each row is a pair"):
             ScoreBatch(journal, top_n=1)(pa.table({"query": ["q"], "document": ["d"]}))
 
 
@@ -252,24 +254,27 @@ class TestGoingOn:
         """The back end's own comes out; what was scored is not scored again, and other runs keep out."""
         rows = numbered(40, _35="down")
         write(folder / "a.jsonl", rows)
-        options: dict[str, Any] = {"share": ONE, "unit_lines": 10, "group": 5}
+        options: dict[str, Any] = {"pool": ONE, "shard_lines": 10, "group": 5}
         with pytest.raises(BackendUnavailable, match="nobody there") as caught:
             rerank_folder(journal, folder, out, **options)
         assert caught.value.attempts == 3
         assert journal.lines() == [row["document"] for row in rows[:35]]
-        changes = {"group": 6, "top_n": 1, "unit_lines": 9, "settings": {"scorer": "b"}}
-        for name, value in changes.items():
-            with pytest.raises(ConfigError, match=f"{name.replace('settings', 'scorer')} was .*--restart"):
+        for name, value in {"group": 6, "top_n": 1, "shard_lines": 9}.items():
+            with pytest.raises(ConfigError, match=f"{name}: {value}, before .*--restart"):
                 rerank_folder(journal, folder, out, **(options | {name: value}))
+        with pytest.raises(ConfigError, match="scores of the probe: .*, before .*--restart"):
+            rerank_folder(Journal(journal.path, weight=0.5), folder, out, **options)
         journal.path.with_name("up").touch()
         seen: list[Progress] = []
         tally = rerank_folder(journal, folder, out, **options, progress=seen.append)
-        assert seen[0] == Progress(units=4, finished=3, tally=Tally(30, 30, 0, 30, 30))
+        assert seen[0] == Progress(shards=4, finished=3, tally=Tally(30, 30, 0, 30, 30))
         assert seen[-1].tally == tally == Tally(40, 40, 0, 40, 30)
         assert journal.lines() == [row["document"] for row in rows]
         assert rerank_folder(journal, folder, out, **options).resumed == 40
+        with pytest.raises(ConfigError, match="scores of the probe: .*, before .*--restart"):  # finished, it is, too
+            rerank_folder(Journal(journal.path, weight=0.5), folder, out, **options)
         write(folder / "b.jsonl", rows)
-        with pytest.raises(ConfigError, match="b.jsonl is new since this run began"):
+        with pytest.raises(ConfigError, match="b.jsonl: .* bytes of .*, before none"):
             rerank_folder(journal, folder, out, **options)
         assert rerank_folder(journal, folder, out, **options, restart=True) == Tally(80, 80, 0, 80, 0)
 
@@ -298,14 +303,14 @@ class TestGoingOn:
                 "--base-url",
                 server.base_url,
             ]
-            command += ["--num-actors", "2", "--unit-lines", "10", "--in", str(folder), "--out", str(out)]
+            command += ["--num-actors", "2", "--shard-lines", "10", "--in", str(folder), "--out", str(out)]
             environment = {**os.environ, "VLLM_API_KEY": ""}
             process = subprocess.Popen(
                 command, stderr=subprocess.PIPE, text=True, env={**environment, "RAY_ADDRESS": cluster}
             )
             stderr = process.communicate(timeout=60)[1]
             assert process.returncode == 130, stderr
-            assert f"What is finished is kept in {out}: the same command goes on behind it." in stderr
+            assert f"The finished shards are kept in {out}: the same command continues behind them." in stderr
             finished = {row["document"] for row in read(out)}
             assert finished
             before = len(asked)
@@ -339,24 +344,24 @@ class TestBefore:
         (folder.parent / "file").touch()
         before = sorted(folder.parent.rglob("*"))
         with pytest.raises(ConfigError, match=words):
-            rerank_folder(journal, folder.parent / source, folder.parent / target, share=TWO)
+            rerank_folder(journal, folder.parent / source, folder.parent / target, pool=TWO)
         assert sorted(folder.parent.rglob("*")) == before
 
     @pytest.mark.parametrize(
-        ("share", "words"),
+        ("pool", "words"),
         [({"actors": 3, "cpus": 1}, "3 actors of 1 CPUs .* only 2"), ({"gpus": 1, "actors": 1}, "don't fit")],
     )
-    def test_more_than_there_is(self, share: dict[str, Any], words: str, folder: Path, out: Path, journal: Journal):
+    def test_more_than_there_is(self, pool: dict[str, Any], words: str, folder: Path, out: Path, journal: Journal):
         """Ray would wait for it for ever."""
         write(folder / "a.jsonl", numbered(1))
         with pytest.raises(ConfigError, match=words):
-            rerank_folder(journal, folder, out, share=Share(**share))
+            rerank_folder(journal, folder, out, pool=Pool(**pool))
 
-    @pytest.mark.parametrize("share", [{"actors": 0}, {"cpus": -1}, {"gpus": float("nan")}])
-    def test_numbers_out_of_range(self, share: dict[str, Any]):
+    @pytest.mark.parametrize("pool", [{"actors": 0}, {"cpus": -1}, {"gpus": float("nan")}])
+    def test_numbers_out_of_range(self, pool: dict[str, Any]):
         """Named."""
-        with pytest.raises(ConfigError, match=next(iter(share))):
-            Share(**share)
+        with pytest.raises(ConfigError, match=next(iter(pool))):
+            Pool(**pool)
 
     @pytest.mark.parametrize(
         ("cpus", "actors", "each"),
@@ -371,26 +376,26 @@ class TestBefore:
         last=st.sampled_from([b"", b"no end"]),
         size=st.integers(1, 12),
     )
-    def test_units_are_all_lines_once(self, lines: list[bytes], last: bytes, size: int):
+    def test_shards_are_all_lines_once(self, lines: list[bytes], last: bytes, size: int):
         """In order, each file's own, none longer than asked for."""
         with TemporaryDirectory() as name:
             path = Path(name, "a.jsonl")
             path.write_bytes(b"".join([*lines, last]))
             folder, sources = sources_in(path)
-            units = cut(folder, sources, size)
-            read = [list(Reader(folder / unit.source, unit.part)) for unit in units]
-            assert [line for unit in read for line in unit] == list(Reader(path))
-            assert all(len(unit) == size for unit in read[:-1])
-            assert len({unit.target for unit in units}) == len(units)
+            shards = cut(folder, sources, size)
+            read = [list(Reader(folder / shard.source, shard.part)) for shard in shards]
+            assert [line for shard in read for line in shard] == list(Reader(path))
+            assert all(len(shard) == size for shard in read[:-1])
+            assert len({shard.name for shard in shards}) == len(shards)
 
     @given(rows=st.integers(0, 40), size=st.integers(1, 12), groups=st.integers(1, 50))
-    def test_units_of_parquet_too(self, rows: int, size: int, groups: int):
+    def test_shards_of_parquet_too(self, rows: int, size: int, groups: int):
         """Wherever its row groups end."""
         with TemporaryDirectory() as name:
             path = Path(name, "a.parquet")
             parquet.write_table(pa.table({"n": range(rows)}), path, row_group_size=groups)
-            units = cut(path.parent, [path.name], size)
-            read = [json.loads(line)["n"] for unit in units for line in Reader(path, unit.part)]
+            shards = cut(path.parent, [path.name], size)
+            read = [json.loads(line)["n"] for shard in shards for line in Reader(path, shard.part)]
         assert read == list(range(rows))
 
     def test_ray_is_imported_by_the_first_call(self):

@@ -3,7 +3,7 @@
 import json
 import pprint
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -26,22 +26,25 @@ from rag_rerank.cli.options import (
     PortOption,
     make_scorer,
 )
-from rag_rerank.cli.scoring_files import rerank_file_shown
-from rag_rerank.cli.scoring_with_ray import rerank_with_ray
+from rag_rerank.cli.scoring_files import rerank_one_file, rerank_with_ray
 from rag_rerank.display import Reranked, described
 from rag_rerank.errors import ConfigError
+from rag_rerank.files.rows import Line, Options, parse
 from rag_rerank.inputs.content import Image, Input
 from rag_rerank.ranking import Ranked
+from rag_rerank.ray_data import Pool
+from rag_rerank.ray_data.run import SHARD_LINES
 from rag_rerank.scorer import Scorer
 
 QueryArgument = Annotated[str | None, typer.Argument(help="The query; without one, JSON Lines are read from stdin.")]
 DocumentsArgument = Annotated[
-    list[str] | None, typer.Argument(help="The documents: texts, or image files, for a model that sees.")
+    list[str] | None, typer.Argument(help="The documents: texts, text files, or image files.")
 ]
 _IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+_TEXTS = (".txt", ".md")
 TextOption = Annotated[
     bool,
-    typer.Option("--text", help=f"Take documents for texts even if they name files ending in {', '.join(_IMAGES)}."),
+    typer.Option("--text", help=f"Score the names of files ending in {', '.join(_TEXTS + _IMAGES)}, not the files."),
 ]
 _FILES = "Files (with --in and --out)"
 InOption = Annotated[
@@ -55,7 +58,7 @@ ReorderOption = Annotated[
     bool, typer.Option("--reorder", rich_help_panel=_FILES, help="Put the documents themselves in the new order.")
 ]
 RestartOption = Annotated[
-    bool, typer.Option("--restart", rich_help_panel=_FILES, help="Throw away what an interrupted run has left.")
+    bool, typer.Option("--restart", rich_help_panel=_FILES, help="Discard what an interrupted run has left.")
 ]
 StrictOption = Annotated[
     bool, typer.Option("--strict", rich_help_panel=_FILES, help="Exit with 1 if lines were rejected.")
@@ -63,7 +66,7 @@ StrictOption = Annotated[
 _RAY = "Many processes (with --engine ray)"
 EngineOption = Annotated[
     Literal["local", "ray"],
-    typer.Option("--engine", rich_help_panel=_RAY, help="ray: --in and --out may be folders; see the README."),
+    typer.Option("--engine", rich_help_panel=_RAY, help="ray: --in and --out may be folders."),
 ]
 ActorsOption = Annotated[
     int | None, typer.Option("--num-actors", rich_help_panel=_RAY, help="Default: one for each GPU, or machine.")
@@ -74,11 +77,7 @@ CPUsOption = Annotated[
 GPUsOption = Annotated[
     float | None, typer.Option("--gpus-per-actor", rich_help_panel=_RAY, help="Default: 1 where there are any.")
 ]
-UnitOption = Annotated[
-    int | None,
-    typer.Option("--unit-lines", rich_help_panel=_RAY, help="Lines of one output file. Default: 16,384."),
-]
-_PATIENCE = 300.0  # seconds for a group of a file on a server: nobody waits for it, and a server may start again
+ShardOption = Annotated[int, typer.Option("--shard-lines", rich_help_panel=_RAY, help="Lines of one output file.")]
 
 
 def score(
@@ -98,18 +97,21 @@ def score(
 ) -> None:
     """Score documents against a query, in the order given.
 
-    Documents that are image files are read as images. Without arguments, each line of stdin is
-    {"query": ..., "documents": [...]} and becomes one line with "scores"; there, images are
-    {"content": [{"type": "image_url", "image_url": {"url": "data:..."}}]}, and no text is taken for a file.
+    Documents that name text or image files are read from them. Without arguments, each line of stdin is
+    {"query": ..., "documents": [...]} and becomes one line with "scores", or {"query": ..., "document": ...} and gets
+    a "score". There, images are {"content": [{"type": "image_url", "image_url": {"url": "data:..."}}]}, and no file
+    is read.
     """
     with make_scorer(model, base_url, host, port, device, dtype, logits, send_key_over_http) as scorer:
         if example:
             _show_example(scorer)
             return
         _answer(
+            scorer,
             query,
             _read(documents, as_text=text),
             as_json,
+            Options(),
             lambda query, documents: {"scores": scorer.score(query, documents)},
             lambda query, documents: _score_table(query, documents, scorer.score(query, documents)),
         )
@@ -119,7 +121,7 @@ def rerank(
     query: QueryArgument = None,
     documents: DocumentsArgument = None,
     text: TextOption = False,
-    top_n: Annotated[int | None, typer.Option(help="Keep the best so many.")] = None,
+    top_n: Annotated[int | None, typer.Option(help="How many to keep.")] = None,
     score_threshold: Annotated[float | None, typer.Option(help="Keep scores at or above it.")] = None,
     model: ModelOption = None,
     base_url: BaseURLOption = None,
@@ -139,47 +141,48 @@ def rerank(
     num_actors: ActorsOption = None,
     cpus_per_actor: CPUsOption = None,
     gpus_per_actor: GPUsOption = None,
-    unit_lines: UnitOption = None,
+    shard_lines: ShardOption = SHARD_LINES,
 ) -> None:
     """Order documents by relevance to a query, best first.
 
-    Documents that are image files are read as images. Without arguments, each line of stdin is
-    {"query": ..., "documents": [...]} and becomes one line with "ranked"; there, images are
-    {"content": [{"type": "image_url", "image_url": {"url": "data:..."}}]}, and no text is taken for a file.
-    With --in and --out, so does each line of a file, and each line of {"query": ..., "document": ...} gets a "score";
-    a run that was interrupted goes on where it stopped.
+    Documents that name text or image files are read from them. Without arguments, each line of stdin is
+    {"query": ..., "documents": [...]} and becomes one line with "ranked", or {"query": ..., "document": ...} and gets
+    a "score". There, images are {"content": [{"type": "image_url", "image_url": {"url": "data:..."}}]}, and no file
+    is read.
+
+    With --in and --out, each line of a file is itself with its "ranked" or "score". A run that was interrupted
+    continues where it stopped, if model, options and input are the same.
     """
-    options: dict[str, Any] = {"top_n": top_n, "score_threshold": score_threshold}
+    options = Options(top_n, score_threshold, reorder=reorder)
 
     def ranked(query: Input, documents: list[Input]) -> list[Ranked]:
-        return scorer.rerank(query, documents, **options)
+        return scorer.rerank(query, documents, top_n=top_n, score_threshold=score_threshold)
 
-    given = [value for value in (num_actors, cpus_per_actor, gpus_per_actor, unit_lines) if value is not None]
-    if given and engine != "ray":
-        raise ConfigError("--num-actors, --cpus-per-actor, --gpus-per-actor and --unit-lines go with --engine ray")
+    if (num_actors, cpus_per_actor, gpus_per_actor, shard_lines) != (None, None, None, SHARD_LINES) and engine != "ray":
+        raise ConfigError("--num-actors, --cpus-per-actor, --gpus-per-actor and --shard-lines go with --engine ray")
     paths = _paths(source, target, query is None and not as_json, reorder or restart or strict or engine == "ray")
     with make_scorer(model, base_url, host, port, device, dtype, logits, send_key_over_http) as scorer:
-        if paths:
-            where = base_url or ((host or port) and [f"{host}:{port}"])
-            options |= _unattended(model, where or None, dtype, logits)
-            if engine == "ray":
-                gpus = 0.0 if device == "cpu" and gpus_per_actor is None else gpus_per_actor
-                options |= {"reorder": reorder, "restart": restart, "unit_lines": unit_lines}
-                rerank_with_ray(scorer, *paths, options, (num_actors, cpus_per_actor, gpus), strict=strict)
-                return
-            rerank_file_shown(scorer, *paths, options | {"reorder": reorder, "restart": restart}, strict=strict)
-            return
-        _answer(
-            query,
-            _read(documents, as_text=text),
-            as_json,
-            lambda query, documents: {"ranked": [asdict(item) for item in ranked(query, documents)]},
-            lambda query, documents: Reranked(query, documents, ranked(query, documents), rows=None).__rich__(),
-        )
+        if paths and engine == "ray":
+            gpus = 0.0 if device == "cpu" and gpus_per_actor is None else gpus_per_actor
+            pool = Pool(num_actors, cpus_per_actor, gpus)
+            more = {"restart": restart, "pool": pool, "shard_lines": shard_lines}
+            rerank_with_ray(scorer, *paths, asdict(options) | more, strict=strict)
+        elif paths:
+            rerank_one_file(scorer, *paths, asdict(options) | {"restart": restart}, strict=strict)
+        else:
+            _answer(
+                scorer,
+                query,
+                _read(documents, as_text=text),
+                as_json,
+                options,
+                lambda query, documents: {"ranked": [asdict(item) for item in ranked(query, documents)]},
+                lambda query, documents: Reranked(query, documents, ranked(query, documents), rows=None).__rich__(),
+            )
 
 
 def _paths(source: Path | None, target: Path | None, alone: bool, other: bool) -> tuple[Path, Path] | None:
-    """From where to where, or None where no files are asked for.
+    """Find the files to read and to write, or None where no files are asked for.
 
     Args:
         source: --in.
@@ -196,24 +199,15 @@ def _paths(source: Path | None, target: Path | None, alone: bool, other: bool) -
     return source, target
 
 
-def _unattended(model: str | None, where: list[str] | None, dtype: str, logits: bool) -> dict[str, Any]:
-    """How long a call may take, and by what a later run is known as the same.
-
-    On which server a model runs does not matter to its scores; it only has to where nothing else says which model.
-    """
-    settings = {"model": model or where, "dtype": dtype, "logits": logits}
-    return {"settings": settings, "deadline": _PATIENCE if where else None}
-
-
 def _read(documents: list[str] | None, *, as_text: bool) -> list[Input] | None:
-    """The documents of the command line, those that are image files as images."""
+    """Read those documents of the command line that name files."""
     if documents is None or as_text:
         return None if documents is None else list(documents)
-    return [Image(Path(document)) if _is_image_file(document) else document for document in documents]
+    return [_content_of(document) if _is_file(document) else document for document in documents]
 
 
-def _is_image_file(document: str) -> bool:
-    if not document.lower().endswith(_IMAGES):
+def _is_file(document: str) -> bool:
+    if not document.lower().endswith(_TEXTS + _IMAGES):
         return False
     try:
         found = Path(document).is_file()
@@ -224,34 +218,54 @@ def _is_image_file(document: str) -> bool:
     return found
 
 
+def _content_of(document: str) -> Input:
+    if document.lower().endswith(_IMAGES):
+        return Image(Path(document))
+    try:
+        return Path(document).read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{document} is not text in UTF-8 ({error}); --text scores its name") from error
+
+
 def _answer(
+    scorer: Scorer,
     query: str | None,
     documents: list[Input] | None,
     as_json: bool,
+    options: Options,
     as_object: Callable[[Input, list[Input]], dict[str, Any]],
     as_table: Callable[[Input, list[Input]], Table],
 ) -> None:
-    """One table or object for the arguments, or one object for every line of stdin."""
-    if query is not None and not documents:
+    """Print one table or object for the arguments, or one object for every line of stdin."""
+    if query is None:
+        for line in _lines():
+            if line.is_pair:
+                options.refuse_pair(f"stdin, line {line.number} is a pair")
+                _print_json({"score": scorer.score(line.query, line.documents)[0]})
+            else:
+                _print_json(as_object(line.query, line.documents))
+    elif not documents:
         raise ConfigError("pass at least one document after the query, or nothing at all to read stdin")
-    if query is not None and documents and not as_json:
+    elif as_json:
+        _print_json(as_object(query, documents))
+    else:
         Console().print(as_table(query, documents))
-        return
-    asked: Iterable[tuple[Input, list[Input]]] = _lines() if query is None else [(query, documents or [])]
-    for one_query, many_documents in asked:
-        typer.echo(json.dumps(as_object(one_query, many_documents), ensure_ascii=False))
 
 
-def _lines() -> Iterator[tuple[Input, list[Input]]]:
-    """(query, documents) of every line of stdin."""
-    if sys.stdin.isatty():
+def _print_json(answer: dict[str, Any]) -> None:
+    typer.echo(json.dumps(answer, ensure_ascii=False))
+
+
+def _lines() -> Iterator[Line]:
+    """Read the lines of stdin as those of a file; what a file's rejects would have ends the command."""
+    if sys.stdin is None or sys.stdin.isatty():  # None: closed by the shell
         raise ConfigError("pass a query and documents, or pipe JSON Lines in; --help tells more")
-    for number, line in enumerate(sys.stdin, 1):
-        try:
-            row = json.loads(line)
-            yield row["query"], row["documents"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise ConfigError(f'stdin, line {number}: not an object with "query" and "documents" ({error})') from error
+    for number, raw in enumerate(sys.stdin.buffer, 1):
+        if raw.strip():
+            line = parse(number, raw)
+            if line.error is not None:
+                raise ConfigError(f"stdin, line {number}: {line.error}")
+            yield line
 
 
 def _score_table(query: Input, documents: list[Input], scores: list[float]) -> Table:
@@ -267,7 +281,7 @@ def _score_table(query: Input, documents: list[Input], scores: list[float]) -> T
 
 
 def _show_example(scorer: Scorer) -> None:
-    """The three input patterns, printed as vLLM's own example client of the score API prints them."""
+    """Print the three input patterns as vLLM's own example client of the score API prints them."""
     brazil, france = "What is the capital of Brazil?", "What is the capital of France?"
     answers = ["The capital of Brazil is Brasilia.", "The capital of France is Paris."]
     patterns: list[tuple[str, str | list[str], str | list[str]]] = [

@@ -1,6 +1,7 @@
 """``rag-rerank rerank --in --out``: a bar while it runs, and what came of it."""
 
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -12,29 +13,53 @@ from rich.text import Text
 
 from rag_rerank.errors import BackendError, ConfigError
 from rag_rerank.files import Tally, partial_of, rejects_of, rerank_file
+from rag_rerank.files.rows import likely_cause
+from rag_rerank.ray_data import Progress as RayProgress
+from rag_rerank.ray_data import rejects_in, rerank_folder
 from rag_rerank.scorer import Scorer
 
 
-def rerank_file_shown(scorer: Scorer, source: Path, target: Path, options: dict[str, Any], *, strict: bool) -> None:
-    """Rerank a file, with a bar on a terminal, and say on stderr what came of it or how to go on."""
+def rerank_one_file(scorer: Scorer, source: Path, target: Path, options: dict[str, Any], *, strict: bool) -> None:
+    """Rerank a file, with a bar on a terminal, and say on stderr what came of it or how to continue."""
     console = Console(stderr=True, highlight=False, soft_wrap=True)
-    kept = partial_of(target)
-    hint = f"The finished lines are kept in {kept}: the same command goes on behind them."
-    with bar_on(console) as bar:
+    with _bar(console) as bar:
         task = bar.add_task("", total=1.0, done="")
 
-        def progress(tally: Tally, share: float) -> None:
+        def progress(tally: Tally, fraction: float) -> None:
             if tally.resumed == tally.lines > 0:
-                console.print(Text(f"Going on behind line {tally.lines:,} of {source}."))
-            bar.update(task, completed=share, done=f"{tally.lines:,} lines, {tally.documents:,} documents")
+                console.print(Text(f"Continuing behind line {tally.lines:,} of {source}."))
+            bar.update(task, completed=fraction, done=f"{tally.lines:,} lines, {tally.documents:,} documents")
 
-        with ending_told(console, target, lambda: hint if kept.exists() else None):
+        with _told_how_to_continue(console, target, "lines"):
             tally = rerank_file(scorer, source, target, **options, progress=progress)
-    summarise(console, tally, target, rejects_of(target), strict=strict)
+    _summarise(console, tally, target, rejects_of(target), strict=strict)
 
 
-def bar_on(console: Console) -> Progress:
-    """A bar for tasks with a field ``done``, nothing where the console is no terminal."""
+def rerank_with_ray(scorer: Scorer, source: Path, target: Path, options: dict[str, Any], *, strict: bool) -> None:
+    """Rerank files over a pool of actors, with the same bar and words."""
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    began, at_first = time.monotonic(), 0
+    with _bar(console) as bar:
+        task = bar.add_task("", total=None, done="starting")
+
+        def progress(now: RayProgress) -> None:
+            nonlocal began, at_first
+            tally = now.tally
+            if tally.lines == tally.resumed:  # the first time
+                began, at_first = time.monotonic(), tally.documents
+                if now.finished:
+                    console.print(Text(f"{now.finished:,} of {now.shards:,} shards were finished before."))
+            speed = (tally.documents - at_first) / max(1e-3, time.monotonic() - began)
+            done = f"{now.finished:,} of {now.shards:,} shards, {tally.documents:,} documents, {speed:,.0f}/s"
+            bar.update(task, total=now.shards, completed=now.finished, done=done)
+
+        with _told_how_to_continue(console, target, "shards"):
+            tally = rerank_folder(scorer, source, target, **options, progress=progress)
+    _summarise(console, tally, target, rejects_in(target), strict=strict)
+
+
+def _bar(console: Console) -> Progress:
+    """Make a bar for tasks with a field ``done``; it shows nothing where the console is no terminal."""
     columns = (
         TextColumn("{task.fields[done]}"),
         BarColumn(),
@@ -45,13 +70,14 @@ def bar_on(console: Console) -> Progress:
 
 
 @contextmanager
-def ending_told(console: Console, target: Path, hint: Callable[[], str | None]) -> Iterator[None]:
-    """Around what can go on later: where it ends early, say how, by `hint`; after Ctrl-C, with exit code 130."""
+def _told_how_to_continue(console: Console, target: Path, what: str) -> Iterator[None]:
+    """Say how to continue, where a run ends early; after Ctrl-C, with exit code 130."""
     try:
         yield
     except (KeyboardInterrupt, BackendError) as error:
-        if (text := hint()) is not None:
-            console.print(Text(text))
+        kept = target if what == "shards" else partial_of(target)
+        if kept.exists():
+            console.print(Text(f"The finished {what} are kept in {kept}: the same command continues behind them."))
         if isinstance(error, KeyboardInterrupt):
             raise typer.Exit(130) from None
         raise
@@ -59,8 +85,8 @@ def ending_told(console: Console, target: Path, hint: Callable[[], str | None]) 
         raise ConfigError(f"{error.filename or target}: {error.strerror or error}") from error
 
 
-def summarise(console: Console, tally: Tally, target: Path, rejects: Path, *, strict: bool) -> None:
-    """What became of every line; what was rejected comes last, where it is seen; under `strict` with exit code 1."""
+def _summarise(console: Console, tally: Tally, target: Path, rejects: Path, *, strict: bool) -> None:
+    """Say what became of every line; exit with 1 if all were rejected, or under `strict` any."""
     blank = f", {tally.blank:,} blank" if tally.blank else ""
     console.print(
         Text(
@@ -68,7 +94,12 @@ def summarise(console: Console, tally: Tally, target: Path, rejects: Path, *, st
             f"{tally.rejected:,} rejected{blank}; written to {target}."
         )
     )
-    if tally.rejected:
-        console.print(Text(f"warning: {tally.rejected:,} rejected, see {rejects}", style="yellow"))
-    if strict and tally.rejected:
+    if not tally.rejected:
+        return
+    console.print(Text(f"warning: {tally.rejected:,} rejected, see {rejects}", style="yellow"))
+    if not tally.ranked:
+        first = min(path for path in rejects.rglob("*") if path.is_file()) if rejects.is_dir() else rejects
+        with first.open("rb") as file:
+            console.print(Text(f"error: every line was rejected: {likely_cause(file.readline())}", style="red"))
+    if strict or not tally.ranked:
         raise typer.Exit(1)

@@ -4,7 +4,7 @@ import gzip
 import json
 import shutil
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from itertools import islice
@@ -14,6 +14,7 @@ from typing import IO, Any, cast
 from rag_rerank.errors import ConfigError
 
 ENDINGS = (".jsonl", ".jsonl.gz", ".parquet")
+_BLOCK = 4 << 20  # bytes of lines that are made into one Parquet row group
 
 
 def check_name(path: Path) -> None:
@@ -25,7 +26,7 @@ def check_name(path: Path) -> None:
 
 
 def import_arrow(path: Path) -> Any:
-    """pyarrow, which reads and writes `path`; a ConfigError where it is not installed."""
+    """Import pyarrow, which reads and writes `path`; a ConfigError where it is not installed."""
     try:
         import_module("pyarrow.parquet")
         return import_module("pyarrow")
@@ -35,12 +36,12 @@ def import_arrow(path: Path) -> Any:
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """Some of the lines of a file, one behind the other.
+    """Consecutive lines of a file.
 
     Attributes:
-        first: How many come before them.
-        lines: How many they are; None: all that follow.
-        offset: How many bytes come before them, where that is known; 0 has them read. Without meaning for Parquet.
+        first: How many lines come before them.
+        lines: How many they are. None: all that follow.
+        offset: How many bytes come before them. 0: unknown, so that the lines before them are read. Not for Parquet.
     """
 
     first: int = 0
@@ -49,7 +50,7 @@ class Part:
 
     @property
     def end(self) -> int | None:
-        """How many lines there are up to their end, for slices."""
+        """The number of lines up to and including the last one, for slices."""
         return None if self.lines is None else self.first + self.lines
 
 
@@ -57,20 +58,20 @@ WHOLE = Part()
 
 
 class Reader:
-    """The lines of a file as bytes; a row of Parquet is the line of JSON that it would be.
+    """The lines of a file as bytes; a row of Parquet becomes the line of JSON that it would be.
 
     Args:
-        path: Its name says the format.
+        path: The file. Its ending says the format; what is neither Parquet nor gzip is read as lines.
         part: Which of its lines.
         columns: The only columns of Parquet to read; None reads all.
 
     Attributes:
-        share: How much of the file was read, 0 to 1; of a part, how much of the file up to where it is.
+        fraction: How much of the file was read, 0 to 1; of a part, up to where it is in the file.
     """
 
     def __init__(self, path: Path, part: Part = WHOLE, *, columns: Sequence[str] | None = None) -> None:
         self._path, self._part, self._columns = path, part, columns
-        self.share = 0.0
+        self.fraction = 0.0
 
     def __iter__(self) -> Iterator[bytes]:
         return self._rows() if self._path.suffix == ".parquet" else self._lines()
@@ -85,7 +86,7 @@ class Reader:
                     lines.seek(self._part.offset)
                     first = 0
                 for line in islice(lines, first, None if count is None else first + count):
-                    self.share = file.tell() / size  # gzip: of what is packed
+                    self.fraction = file.tell() / size  # gzip: of the compressed bytes
                     yield line
             except (EOFError, zlib.error, gzip.BadGzipFile) as error:
                 raise ConfigError(f"{self._path} is damaged: {error}") from error
@@ -97,14 +98,14 @@ class Reader:
                 total = max(1, file.metadata.num_rows)
                 number, groups = _row_groups(file.metadata, self._part)
                 for batch in file.iter_batches(batch_size=64, row_groups=groups, columns=self._columns):
-                    # What the part leaves out is not made into objects.
+                    # Rows outside of the part are not made into Python objects.
                     skipped = min(len(batch), max(0, self._part.first - number))
                     left = len(batch) if self._part.end is None else max(0, self._part.end - number)
                     number += skipped
                     for row in batch.slice(skipped, left - skipped).to_pylist():
                         number += 1
-                        self.share = number / total
-                        yield encoded(row)
+                        self.fraction = number / total
+                        yield encode(row)
                     if left < len(batch):
                         return
         except arrow.ArrowException as error:
@@ -112,7 +113,7 @@ class Reader:
 
 
 def _row_groups(metadata: Any, part: Part) -> tuple[int, list[int]]:
-    """How many rows come before the first row group that a part has rows of, and all such groups."""
+    """Find the row groups that hold rows of a part, and how many rows come before the first of them."""
     groups: list[int] = []
     before = number = 0
     for group in range(metadata.num_row_groups):
@@ -125,8 +126,8 @@ def _row_groups(metadata: Any, part: Part) -> tuple[int, list[int]]:
     return before, groups
 
 
-def rows_of(path: Path) -> int:
-    """How many rows a Parquet file has."""
+def count_rows(path: Path) -> int:
+    """Count the rows of a Parquet file."""
     arrow = import_arrow(path)
     try:
         return int(arrow.parquet.read_metadata(path).num_rows)
@@ -134,56 +135,86 @@ def rows_of(path: Path) -> int:
         raise ConfigError(f"{path} is damaged: {error}") from error
 
 
-def encoded(row: object) -> bytes:
-    """`row` as a line of JSON in UTF-8. What JSON has no word for, dates from Parquet for instance, is its text."""
+def encode(row: object) -> bytes:
+    """Write `row` as a line of JSON in UTF-8. Values that JSON lacks, such as dates from Parquet, become text."""
     try:
         return json.dumps(row, ensure_ascii=False, default=str).encode() + b"\n"
     except UnicodeEncodeError:  # a lone surrogate, which JSON can only escape
         return json.dumps(row, default=str).encode() + b"\n"
 
 
-def write_as(lines: Path, target: Path, ending: str, source: Path) -> None:
-    """Write the JSON lines of one file into another in the format that `ending` names.
+def compress(lines: Path, target: Path) -> None:
+    """Gzip a file; the same lines make the same bytes."""
+    with (
+        lines.open("rb") as plain,
+        target.open("wb") as file,
+        gzip.GzipFile(filename="", mode="wb", fileobj=file, mtime=0) as packed,
+    ):
+        shutil.copyfileobj(plain, packed, 1 << 20)
+
+
+class Columns:
+    """The columns of a Parquet file, found out from its lines before it is written.
 
     Args:
-        lines: The JSON lines.
-        target: What to write.
-        ending: ``".parquet"``, else it is packed by gzip.
-        source: What the lines were made from: from Parquet to Parquet, columns keep their types, those that JSON has.
-
-    Raises:
-        ConfigError: Parquet has no type for a column, such as one of texts here and objects there.
+        target: The file to write.
+        source: What the lines are made from. From Parquet to Parquet, columns keep those types that JSON has, too.
     """
-    if ending == ".parquet":
-        _write_parquet(lines, target, source)
-        return
-    with (
-        lines.open("rb") as unpacked,
-        target.open("wb") as file,
-        gzip.GzipFile(filename="", mode="wb", fileobj=file, mtime=0) as packed,  # the same lines make the same file
-    ):
-        shutil.copyfileobj(unpacked, packed, 1 << 20)
 
+    def __init__(self, target: Path, source: Path) -> None:
+        self._arrow, self._target = import_arrow(target), target
+        self._kept = _kept_types(self._arrow, source)
+        self._schema = self._arrow.schema(list(self._kept.items()))
 
-def _write_parquet(lines: Path, target: Path, source: Path) -> None:
-    """In two passes: the first finds out the columns and their types, of which any line may have more."""
-    arrow = import_arrow(target)
-    try:
-        known = _kept_types(arrow, source)
-        schema = arrow.schema(list(known.items()))
-        for table in _tables(arrow, lines, known):
-            schema = arrow.unify_schemas([schema, table.schema], promote_options="permissive")
-        with arrow.parquet.ParquetWriter(target, schema) as writer:
-            for table in _tables(arrow, lines, dict(zip(schema.names, schema.types, strict=True))):
-                writer.write_table(table.select(schema.names))
-    except arrow.ArrowException as error:
-        raise ConfigError(f"{target.name}: no Parquet of these lines: {error}. Name a .jsonl file instead") from error
+    def add(self, lines: Iterable[bytes]) -> None:
+        """Take the columns of more lines.
+
+        Raises:
+            ConfigError: Parquet has no type for a column, such as one of texts here and objects there.
+        """
+        try:
+            table = self._table(lines, self._kept)
+            schemas = [self._schema, table.schema]
+            self._schema = self._arrow.unify_schemas(schemas, promote_options="permissive")
+        except self._arrow.ArrowException as error:
+            raise self._refusal(error) from error
+
+    def add_file(self, lines: Path) -> None:
+        """Take the columns of all lines of a file."""
+        with lines.open("rb") as file:
+            while block := file.readlines(_BLOCK):
+                self.add(block)
+
+    def write(self, lines: Path, target: Path) -> None:
+        """Write lines, all of which were added, as Parquet."""
+        types = dict(zip(self._schema.names, self._schema.types, strict=True))
+        try:
+            with lines.open("rb") as file, self._arrow.parquet.ParquetWriter(target, self._schema) as writer:
+                while block := file.readlines(_BLOCK):
+                    writer.write_table(self._table(block, types).select(self._schema.names))
+        except self._arrow.ArrowException as error:
+            raise self._refusal(error) from error
+
+    def _table(self, lines: Iterable[bytes], types: Mapping[str, Any]) -> Any:
+        rows = [json.loads(line) for line in lines]
+        names = dict.fromkeys([*types, *(name for row in rows for name in row)])
+        columns = [self._column(name, [row.get(name) for row in rows], types.get(name)) for name in names]
+        return self._arrow.Table.from_arrays(columns, names=list(names))
+
+    def _column(self, name: str, values: list[Any], kind: Any) -> Any:
+        try:
+            return self._arrow.array(values, type=kind)
+        except self._arrow.ArrowException as error:
+            raise type(error)(f"column {name}: {error}") from error
+
+    def _refusal(self, error: Exception) -> ConfigError:
+        return ConfigError(f"{self._target.name}: no Parquet of these lines: {error}. Name a .jsonl file instead")
 
 
 def _kept_types(arrow: Any, source: Path) -> dict[str, Any]:
-    """The types of a Parquet file's columns whose values are the same after JSON, and of what is added to them.
+    """Find the types of a Parquet file's columns that JSON has, too, and of the columns that are added.
 
-    Files made from parts of one file have the same columns then, also where a part has nothing but nulls in one.
+    Files made from parts of one file then have the same columns, also where a part has only nulls in one.
     """
     if source.suffix != ".parquet":
         return {}
@@ -201,15 +232,3 @@ def _is_json(types: Any, kind: Any) -> bool:
         return all(_is_json(types, field.type) for field in kind)
     tests = "is_boolean", "is_integer", "is_float32", "is_float64", "is_string", "is_large_string"
     return any(getattr(types, test)(kind) for test in tests)
-
-
-def _tables(arrow: Any, lines: Path, types: Mapping[str, Any]) -> Iterator[Any]:
-    """The lines as tables of about 4 MB, with these columns, and those that they have beside them."""
-    with lines.open("rb") as file:
-        while some := file.readlines(4 << 20):
-            rows = [json.loads(line) for line in some]
-            names = dict.fromkeys([*types, *(name for row in rows for name in row)])
-            yield arrow.Table.from_arrays(
-                [arrow.array([row.get(name) for row in rows], type=types.get(name)) for name in names],
-                names=list(names),
-            )

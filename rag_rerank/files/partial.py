@@ -1,32 +1,35 @@
-"""What a run has finished, on the disk, so that the next one can go on."""
+"""What a run has finished, kept on disk so that the next run can continue."""
 
 import json
 import os
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Self
 
 from rag_rerank.errors import ConfigError
-from rag_rerank.files.formats import write_as
+from rag_rerank.files.formats import Columns, compress
+from rag_rerank.identity import Identity
 
 if sys.platform != "win32":
     import fcntl
 
+START_OVER = "--restart (in Python restart=True) discards it and starts over"
+
 
 @dataclass(frozen=True, slots=True)
 class Tally:
-    """How far a run is.
+    """The progress of a run, counted.
 
     Attributes:
         lines: Lines read, blank ones included.
         ranked: Lines reranked and written.
         rejected: Lines that are in the rejects.
         documents: Documents of the lines reranked.
-        resumed: How many of `lines` an earlier run had done.
+        resumed: How many of `lines` an earlier run had finished.
     """
 
     lines: int = 0
@@ -37,67 +40,91 @@ class Tally:
 
     @property
     def blank(self) -> int:
-        """Lines with nothing on them, which are passed over."""
+        """Lines with nothing on them, which are skipped."""
         return self.lines - self.ranked - self.rejected
 
 
 def partial_of(target: Path) -> Path:
-    """Where the finished lines are while `target` is not complete."""
+    """Name the file that holds the finished lines until `target` is complete."""
     return target.with_name(f"{target.name}.partial")
 
 
 def rejects_of(target: Path) -> Path:
-    """Where the lines are that could not be reranked: ``{"line": number, "error": why, "raw": the line}``."""
+    """Name the file of the lines that could not be reranked: ``{"line": number, "error": why, "raw": the line}``."""
     return target.with_name(f"{target.name}.rejects.jsonl")
 
 
 class Partial:
-    """The finished lines of one run, which no other process can write meanwhile.
+    """The finished lines of one run, locked against other processes.
 
     Args:
         target: The output that they are to become.
-        identity: What the run is made from, as JSON values.
-        restart: Throw away what is there.
-        patience: Seconds to wait for another process that writes it: one that was killed on another machine of a
-            cluster may take a moment to end.
+        source: The input that they are made from.
+        facts: The input and the options of the run, as text.
+        identify: Tells who the scorer is; asked before anything on disk is changed.
+        restart: Discard what is there.
+        lock_timeout: Seconds to wait for another process that writes the same output.
 
     Attributes:
-        tally: How far the run is; at first what an earlier run of the same identity has left.
+        tally: The progress; at first that of an earlier run with the same facts and the same scorer.
+        identity: Who the scorer is.
 
     Raises:
-        ConfigError: What is there is of another identity, was changed, or another process writes it.
+        ConfigError: What is there is of another run or scorer, was changed, or another process writes it.
+        BackendError: The scorer did not answer who it is; what is there stays.
     """
 
-    def __init__(self, target: Path, identity: dict[str, Any], *, restart: bool, patience: float = 0.0) -> None:
+    def __init__(
+        self,
+        target: Path,
+        source: Path,
+        facts: Mapping[str, str],
+        identify: Callable[[], Identity],
+        *,
+        restart: bool,
+        lock_timeout: float = 0.0,
+    ) -> None:
         self.tally = Tally()
-        self._target, self._identity = target, identity
+        self._target, self._facts = target, facts
         self._path = partial_of(target)
         self._state = self._path.with_name(f"{self._path.name}.json")
         self._rejects_path = partial_of(rejects_of(target))
+        self._columns = Columns(target, source) if target.suffix == ".parquet" else None
         begun = self._path.exists()
         self._ranked = self._path.open("a+b")
+        if not lock(self._ranked, self._path, time.monotonic() + lock_timeout):
+            self._ranked.close()
+            raise ConfigError(f"{target} is being written by another process")
+        # With some of the three only, a run was killed when it had finished, between two of the last renamings.
+        begun = begun and self._rejects_path.exists() and self._state.exists()
+        self._rejects = self._rejects_path.open("a+b")
         try:
-            self._lock(time.monotonic() + patience)
-            # With some of them only, a run was killed when it had finished, between two of the last renamings.
-            begun = begun and self._rejects_path.exists() and self._state.exists()
-            self._rejects = self._rejects_path.open("a+b")
-            if begun and not restart:
-                self._resume()
-            else:
+            state = self._read_state() if begun and not restart else None
+            if state is not None:
+                refuse_changes(self._path, Identity(state["facts"]), Identity(facts))
+            self.identity = identify()
+            if state is None:
                 self._begin()
+            else:
+                self._resume(state)
         except BaseException:
-            self.close()
+            self._close(keep=begun)
             raise
 
     def add(self, ranked: Sequence[bytes], rejects: Sequence[bytes], documents: int, *, lines: int) -> None:
-        """Keep the results of a group, for good when this returns.
+        """Keep the results of a group; they are on disk when this returns.
 
         Args:
             ranked: Lines for the output.
             rejects: Lines for the rejects.
             documents: Documents of the lines reranked.
             lines: The number of the group's last line.
+
+        Raises:
+            ConfigError: The output is Parquet, which has no type for a column of these lines; nothing was kept of them.
         """
+        if self._columns is not None:
+            self._columns.add(ranked)
         for file, added in ((self._ranked, ranked), (self._rejects, rejects)):
             if added:
                 file.writelines(added)
@@ -111,38 +138,31 @@ class Partial:
             documents=done.documents + documents,
         )
         sizes = {"bytes": self._ranked.tell(), "rejects_bytes": self._rejects.tell()}
-        state = {"made_from": self._identity, **asdict(self.tally), **sizes}
+        state = {"facts": self._facts, "scorer": self.identity.to_dict(), "tally": asdict(self.tally), **sizes}
         write_whole(self._state, json.dumps(state).encode())
 
-    def finish(self, source: Path) -> None:
-        """Put the output in its place, all at once, and the rejects, or remove those of an earlier output.
-
-        Args:
-            source: What it was made from.
-        """
-        self.close()
-        made = self._path
+    def finish(self) -> None:
+        """Put the output in its place, all at once, and the rejects, or remove those of an earlier output."""
+        self._close(keep=True)
+        finished = self._path
         if self._target.suffix != ".jsonl":
-            made = self._path.with_name(f"{self._path.name}.new")
+            finished = self._path.with_name(f"{self._path.name}.new")
             try:
-                write_as(self._path, made, self._target.suffix, source)
-                with made.open("rb+") as file:
+                if self._columns is None:
+                    compress(self._path, finished)
+                else:
+                    self._columns.write(self._path, finished)
+                with finished.open("rb+") as file:
                     _sync(file)
             except BaseException:
-                made.unlink(missing_ok=True)
+                finished.unlink(missing_ok=True)
                 raise
         if self.tally.rejected:
             self._rejects_path.replace(rejects_of(self._target))
         else:
             rejects_of(self._target).unlink(missing_ok=True)
-        made.replace(self._target)
+        finished.replace(self._target)
         self._remove()
-
-    def close(self) -> None:
-        """Give back the files. What is not kept for good goes when a run goes on or begins anew."""
-        self._ranked.close()
-        if hasattr(self, "_rejects"):
-            self._rejects.close()
 
     def __enter__(self) -> Self:
         return self
@@ -150,51 +170,59 @@ class Partial:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.close()
-        if kind is not None and not self._state.exists():  # nothing was done: leave no empty files
+        if not self._ranked.closed:
+            self._close(keep=self.tally.lines > 0)
+
+    def _close(self, *, keep: bool) -> None:
+        if not keep:  # while it is locked, so that these files are no other process's
             self._remove()
+        self._ranked.close()
+        self._rejects.close()
 
     def _remove(self) -> None:
-        # The state first: without it, the others are thrown away by the next run, and never taken for unfinished.
+        # The state first: without it, the next run takes the others for nothing that it could continue.
         for path in (self._state, self._rejects_path, self._path):
             path.unlink(missing_ok=True)
 
-    def _lock(self, until: float) -> None:
-        """Keep other processes out until the file is closed, by whatever end of this one."""
-        if not lock(self._ranked, self._path, until):
-            raise ConfigError(f"{self._target} is being written by another process")
-
     def _begin(self) -> None:
         self._state.unlink(missing_ok=True)
-        self._ranked.truncate(0)
-        self._rejects.truncate(0)
+        for file in (self._ranked, self._rejects):
+            file.seek(0)  # truncating leaves the position, from which `tell` counts, where it was
+            file.truncate()
 
-    def _resume(self) -> None:
-        """Go back to the last group that was kept, if it is as it was left."""
+    def _read_state(self) -> dict[str, Any]:
         try:
             state = json.loads(self._state.read_bytes())
-            made_from, sizes = state.pop("made_from"), (state.pop("bytes"), state.pop("rejects_bytes"))
-            tally = Tally(**state)
+            state["tally"], state["scorer"] = Tally(**state["tally"]), Identity.from_dict(state["scorer"])
+            state["sizes"] = state["bytes"], state["rejects_bytes"]
+            dict[str, str](state["facts"])
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ConfigError(f"{self._state} can't be read; --restart begins anew") from error
-        if changed := differences(made_from, self._identity):
-            raise ConfigError(f"{self._path} is of another run ({changed}); --restart throws it away")
-        expected = tally.ranked, tally.rejected
-        if (_lines_in(self._ranked, sizes[0]), _lines_in(self._rejects, sizes[1])) != expected:
-            raise ConfigError(f"{self._path} or its rejects were changed since; --restart begins anew")
+            raise ConfigError(f"{self._state} can't be read; {START_OVER}") from error
+        else:
+            return dict(state)
+
+    def _resume(self, state: Mapping[str, Any]) -> None:
+        """Go back to the end of the last group that was kept, if the scorer and the files are as they were then."""
+        refuse_changes(self._path, state["scorer"], self.identity)
+        tally, sizes = state["tally"], state["sizes"]
+        counted = _lines_in(self._ranked, sizes[0]), _lines_in(self._rejects, sizes[1])
+        if counted != (tally.ranked, tally.rejected):
+            raise ConfigError(f"{self._path} or its rejects were changed since; {START_OVER}")
         self._ranked.truncate(sizes[0])
         self._rejects.truncate(sizes[1])
         self.tally = replace(tally, resumed=tally.lines)
+        if self._columns is not None:
+            self._columns.add_file(self._path)
 
 
-def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    """What a run is made from that an earlier one was not, in words; nothing where they are the same."""
-    names = [name for name in {**before, **now} if before.get(name) != now.get(name)]
-    return "; ".join(f"{name} was {before.get(name)!r}, is {now.get(name)!r}" for name in names)
+def refuse_changes(path: Path, before: Identity, now: Identity) -> None:
+    """Refuse to continue what another run or another scorer began, with a ConfigError that says what differs."""
+    if changes := now.differences(before):
+        raise ConfigError(f"{path} was begun by another run ({'; '.join(changes)}); {START_OVER}")
 
 
 def write_whole(path: Path, data: bytes) -> None:
-    """Write a file so that it is there whole or not at all, and for good when this returns."""
+    """Write a file so that it is there whole or not at all; it is on disk when this returns."""
     with (new := path.with_name(f"{path.name}.new")).open("wb") as file:
         file.write(data)
         _sync(file)
@@ -202,7 +230,7 @@ def write_whole(path: Path, data: bytes) -> None:
 
 
 def lock(file: IO[bytes], path: Path, until: float) -> bool:
-    """Keep other processes out of a file until it is closed, by whatever end of this one.
+    """Keep other processes out of a file until it is closed, however this process ends.
 
     Args:
         file: The file.
@@ -217,7 +245,7 @@ def lock(file: IO[bytes], path: Path, until: float) -> bool:
     while True:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # One that finished between our opening and our locking may have renamed this very file.
+            # A process that finished between our opening and our locking may have renamed this very file.
             return os.path.samestat(os.fstat(file.fileno()), path.stat())
         except FileNotFoundError:
             return False
@@ -233,7 +261,7 @@ def _sync(file: IO[bytes]) -> None:
 
 
 def _lines_in(file: IO[bytes], size: int) -> int:
-    """How many lines end in the first `size` bytes; -1 if there are fewer bytes."""
+    """Count the lines that end in the first `size` bytes; -1 if there are fewer bytes."""
     file.seek(0)
     count = 0
     while size and (block := file.read(min(size, 1 << 20))):

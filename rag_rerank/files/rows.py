@@ -1,31 +1,76 @@
-"""One row of the input: read, ranked with others, written; and whose fault it is when the back end refuses some."""
+"""One line of the input: parsed, ranked in one call with others, written."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rag_rerank.errors import AuthError, BackendRejected, BadReply, DocumentRejected
-from rag_rerank.files.formats import encoded
+from rag_rerank.errors import (
+    AuthError,
+    BackendError,
+    BackendUnavailable,
+    BadReply,
+    ConfigError,
+    DeadlineExceeded,
+    RerankError,
+)
+from rag_rerank.files.formats import encode
+from rag_rerank.identity import PROBES
 from rag_rerank.inputs.preparing import prepare
 from rag_rerank.ranking import Ranked
 from rag_rerank.scorer import Scorer
 
-_HARMLESS = "what is a panda?", "a bear"  # what any back end in working order scores
+_PROBE = PROBES[0][0], [document for query, document in PROBES if query == PROBES[0][0]]
+SERVER_DEADLINE = 300.0  # seconds for a call where nobody waits for the answer, and a server may be starting again
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What is made of the scores of each line: arguments of `Scorer.rerank_batch`, which are for lists of documents.
+
+    Attributes:
+        top_n: How many to keep of each list; None keeps all.
+        score_threshold: Keep only scores at or above it.
+        instruction: The task, in place of the scorer's own.
+        reorder: Put the documents themselves in the order of their ranks.
+        deadline: Seconds that a call to the scorer may take; None: 300 on a server, no limit for a local model.
+    """
+
+    top_n: int | None = None
+    score_threshold: float | None = None
+    instruction: str | None = None
+    reorder: bool = False
+    deadline: float | None = None
+
+    def check(self, scorer: Scorer) -> None:
+        """Refuse wrong options before any work, as `Scorer.rerank` does."""
+        scorer.rerank("", [], top_n=self.top_n, score_threshold=self.score_threshold, instruction=self.instruction)
+
+    def refuse_pair(self, name: str) -> None:
+        """Refuse options that mean nothing for a query with one document, with a ConfigError."""
+        if (self.top_n, self.score_threshold, self.reorder) != (None, None, False):
+            raise ConfigError(
+                f'{name} of a query and a document: top_n, score_threshold and reorder are for lines with "documents"'
+            )
+
+    def facts(self) -> dict[str, str]:
+        """Write down what decides about the output."""
+        names = "top_n", "score_threshold", "instruction", "reorder"
+        return {name: str(getattr(self, name)) for name in names}
 
 
 @dataclass(slots=True)
 class Line:
-    """One line of the input, and what becomes of it: `ranked` or `error`.
+    """One line of the input, and its result: `ranked` or `error`.
 
     Attributes:
         number: Its number in the file, from 1.
-        raw: As it was read.
-        row: What it says; a query with "documents", or a pair: a query with one "document".
-        query: As the scorer takes it: a text, or content with images, which have been read.
-        documents: Its documents, likewise.
-        ranked: How they rank.
-        error: Why they don't.
+        raw: The bytes that were read.
+        row: Its fields: a query with "documents", or a pair: a query with one "document".
+        query: The query, prepared for the scorer: a text, or content with images, which have been read.
+        documents: Its documents, prepared likewise.
+        ranked: Their ranking.
+        error: Why there is none.
     """
 
     number: int
@@ -41,37 +86,37 @@ class Line:
         """Whether it has one document, which gets a score and no rank."""
         return "documents" not in self.row
 
-    def result(self, reorder: bool) -> bytes:
-        """The line of the output."""
+    def result(self, *, reorder: bool) -> bytes:
+        """Write the line of the output."""
         ranked = self.ranked or []
         if self.is_pair:
-            return encoded(self.row | {"score": ranked[0].score})
+            return encode(self.row | {"score": ranked[0].score})
         added: dict[str, Any] = {"ranked": [{"index": item.index, "score": item.score} for item in ranked]}
         if reorder:
             added["documents"] = [self.row["documents"][item.index] for item in ranked]
-        return encoded(self.row | added)
+        return encode(self.row | added)
 
     def reject(self) -> bytes:
-        """The line of the rejects."""
-        # Bytes that are no UTF-8 stay, as lone surrogates: raw.encode(errors="surrogateescape") has them back.
+        """Write the line of the rejects."""
+        # Bytes that are not UTF-8 become lone surrogates: raw.encode(errors="surrogateescape") restores them.
         raw = self.raw.decode(errors="surrogateescape")
-        return encoded({"line": self.number, "error": self.error, "raw": raw})
+        return encode({"line": self.number, "error": self.error, "raw": raw})
 
 
-def parsed(number: int, raw: bytes) -> Line:
-    """The line with this number of its file; with an `error` where it is none that can be scored."""
+def parse(number: int, raw: bytes) -> Line:
+    """Read the line with this number of its file; it gets an `error` if it can't be scored."""
     raw = raw.rstrip(b"\r\n")
     try:
         row = json.loads(raw.decode("utf-8-sig" if number == 1 else "utf-8"))
         return Line(number, raw, row, *_contents(row))
-    except json.JSONDecodeError as error:  # whose own text calls every line the first
+    except json.JSONDecodeError as error:  # its own text calls every line the first
         return Line(number, raw, {}, "", [], error=f"not JSON: {error.msg} (character {error.pos + 1})")
-    except (ValueError, TypeError, RecursionError) as error:  # no UTF-8, no such object, a bad image, nested too deep
+    except (ValueError, TypeError, RecursionError) as error:  # not UTF-8, wrong fields, a bad image, nested too deep
         return Line(number, raw, {}, "", [], error=str(error))
 
 
 def _contents(row: Any) -> tuple[Any, list[Any]]:
-    """A line's query and documents, or a ValueError or TypeError that says what is wrong with the line."""
+    """Read a line's query and documents; a ValueError or TypeError says what is wrong with the line."""
     if isinstance(row, dict) and "document" in row and "documents" not in row:
         document = _content_of(row["document"], "document")
         query, _ = _contents({**row, "documents": []})
@@ -87,7 +132,7 @@ def _contents(row: Any) -> tuple[Any, list[Any]]:
 
 
 def _content_of(document: Any, name: str) -> Any:
-    """What of a line's document is scored: its text, or its content with images."""
+    """Find what of a line's document is scored: its text, or its content with images."""
     content: Any = document.get("text") if isinstance(document, dict) else document
     if content is None and _has_parts(document):
         content = document
@@ -97,58 +142,100 @@ def _content_of(document: Any, name: str) -> Any:
 
 
 def _has_parts(value: Any) -> bool:
-    """Whether it is content with images, as vLLM and OpenAI write it."""
+    """Tell content with images, as vLLM and OpenAI write it."""
     return isinstance(value, dict) and isinstance(value.get("content"), list)
 
 
-def rank(scorer: Scorer, lines: list[Line], options: Mapping[str, Any]) -> None:
-    """Give each line its `ranked`, or its `error` where the back end works but can't score that line."""
+def rank(scorer: Scorer, lines: Sequence[Line], options: Options, *, probe: bool = False) -> list[float]:
+    """Give each line without an error its ranking; or its error, if the back end works but can't score that line.
+
+    Args:
+        scorer: Scores all lines in one call.
+        lines: The lines.
+        options: What is made of the scores.
+        probe: Whether to score a known query with two documents in the same call.
+
+    Returns:
+        The scores of these two; empty without `probe`.
+
+    Raises:
+        BackendError: The failure is not the fault of single lines.
+    """
+    lines = [line for line in lines if line.error is None]
     if not lines:
-        return
-    try:
-        found = scorer.rerank_batch([line.query for line in lines], [line.documents for line in lines], **options)
-    except AuthError:
-        raise
-    except (BackendRejected, BadReply) as error:
-        _blame(error, lines)
-        if any(line.error is not None for line in lines):
-            rank(scorer, [line for line in lines if line.error is None], options)
-        elif len(lines) > 1:  # it doesn't say which
-            rank(scorer, lines[: len(lines) // 2], options)
-            rank(scorer, lines[len(lines) // 2 :], options)
+        return []
+    queries, documents = [line.query for line in lines], [line.documents for line in lines]
+    if probe:
+        queries.append(_PROBE[0])
+        documents.append(_PROBE[1])
+    deadline = SERVER_DEADLINE if options.deadline is None and scorer.remote else options.deadline
+    # The threshold comes later: it is not for the probe.
+    outcomes = scorer.rerank_batch(
+        queries, documents, instruction=options.instruction, on_error="return", deadline=deadline
+    )
+    known = outcomes.pop() if probe else []
+    if isinstance(known, RerankError):
+        raise known
+    errors = [outcome for outcome in outcomes if isinstance(outcome, RerankError)]
+    for error in errors:
+        if _concerns_all(error):
+            raise error
+    if errors and not probe and not any(outcome and isinstance(outcome, list) for outcome in outcomes):
+        scorer.score(*PROBES[0], deadline=deadline)  # nothing has a score: this raises if the lines are not to blame
+    for line, outcome in zip(lines, outcomes, strict=True):
+        if isinstance(outcome, RerankError):
+            line.error = _reason(outcome, line)
         else:
-            scorer.score(*_HARMLESS, deadline=options["deadline"])  # raises where it is not the line's fault
-            lines[0].error = str(error)
-    else:
-        for line, ranked in zip(lines, found, strict=True):
-            line.ranked = ranked
+            threshold = options.score_threshold
+            kept = outcome if threshold is None else [item for item in outcome if (item.score or 0.0) >= threshold]
+            line.ranked = kept[: options.top_n]
+    return [item.score or 0.0 for item in sorted(known, key=lambda item: item.index)]
 
 
-def _blame(error: BackendRejected | BadReply, lines: list[Line]) -> None:
-    """Set the `error` of lines with documents that the error names; its positions count those of all lines."""
-    rejected = set(error.indices) if isinstance(error, DocumentRejected) else set()
-    reason = error.message.rpartition(" rejected: ")[2]  # without the positions
-    start = 0
-    for line in lines:
-        positions = [position for position in range(len(line.documents)) if start + position in rejected]
-        if positions:
-            names = "document" if line.is_pair else ", ".join(f"documents[{position}]" for position in positions)
-            line.error = f"{names} rejected: {reason}"
-        start += len(line.documents)
+def _concerns_all(error: RerankError) -> bool:
+    """Tell failures that no line can cause. An HTTP status of 500 can be the fault of one document."""
+    if isinstance(error, BackendUnavailable):
+        return error.status != 500
+    return isinstance(error, AuthError | DeadlineExceeded)
 
 
-def results(lines: list[Line], reorder: bool) -> tuple[list[bytes], list[bytes], int]:
-    """Lines for the output, lines for the rejects, and how many documents the former had."""
+def _reason(error: RerankError, line: Line) -> str:
+    """Say why a line has no ranking, with the positions of its documents that are to blame."""
+    if not isinstance(error, BackendError) or not error.indices:
+        return str(error)
+    names = "document" if line.is_pair else ", ".join(f"documents[{position}]" for position in error.indices)
+    return f"{names} {'' if isinstance(error, BadReply) else 'rejected: '}{error.reason or error.message}"
+
+
+def results(lines: Sequence[Line], *, reorder: bool) -> tuple[list[bytes], list[bytes], int]:
+    """Write lines for the output and lines for the rejects, and count the documents of the former."""
     ranked: list[bytes] = []
     rejects: list[bytes] = []
     documents = 0
     for line in lines:
         if line.error is None:
             try:
-                ranked.append(line.result(reorder))
+                ranked.append(line.result(reorder=reorder))
                 documents += len(line.documents)
                 continue
             except RecursionError as error:  # nested as deep as could just be read
                 line.error = str(error)
         rejects.append(line.reject())
     return ranked, rejects, documents
+
+
+def likely_cause(reject: bytes) -> str:
+    """Guess from its first reject why a whole file was rejected, and say what to do."""
+    found = json.loads(reject)
+    raw = found["raw"].lstrip("\ufeff \t")
+    if raw.startswith("\x1f\udc8b"):
+        return "the file is compressed; its name must end in .jsonl.gz"
+    if "\0" in raw or raw.startswith(("\udcff\udcfe", "\udcfe\udcff")):
+        return "the file looks like UTF-16; convert it with: iconv -f UTF-16 -t UTF-8"
+    if raw.startswith("["):
+        return "the file looks like one JSON array; make it one object a line with: jq -c '.[]'"
+    if raw.strip() == "{":
+        return "the file looks like indented JSON; make it one object a line with: jq -c ."
+    if not raw.startswith("{") and any(mark in raw for mark in ",;\t"):
+        return 'the file looks like CSV; convert it to one JSON object a line, with "query" and "documents"'
+    return f"line {found['line']}: {found['error']}"

@@ -1,20 +1,19 @@
 """From one file to the other: lines in groups, groups to the scorer, results and rejects to the disk."""
 
-import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 from rag_rerank.errors import ConfigError
 from rag_rerank.files.formats import WHOLE, Part, Reader, check_name
-from rag_rerank.files.partial import Partial, Tally
-from rag_rerank.files.rows import Line, parsed, rank, results
+from rag_rerank.files.partial import START_OVER, Partial, Tally, refuse_changes
+from rag_rerank.files.rows import SERVER_DEADLINE, Line, Options, parse, rank, results
+from rag_rerank.identity import Identity
 from rag_rerank.scorer import Scorer
 
 GROUP = 256  # documents of one call to the scorer: enough to fill its batches, soon enough done to lose little
-_GROUP_BYTES = 8 << 20  # fewer where they are long: this much of the input is in memory, and one line
+_GROUP_BYTES = 8 << 20  # a group ends here, too, so that this much of the input and one line are in memory
 
 
 def rerank_file(
@@ -24,66 +23,95 @@ def rerank_file(
     *,
     top_n: int | None = None,
     score_threshold: float | None = None,
+    instruction: str | None = None,
     reorder: bool = False,
     deadline: float | None = None,
-    settings: Mapping[str, Any] | None = None,
     restart: bool = False,
     group: int = GROUP,
     part: Part = WHOLE,
-    patience: float = 0.0,
-    progress: Callable[[Tally, float], None] = lambda tally, share: None,
+    lock_timeout: float = 0.0,
+    progress: Callable[[Tally, float], None] = lambda tally, fraction: None,
 ) -> Tally:
-    """Rerank every line of a file, or go on where an interrupted run of the same stopped.
+    """Rerank every line of a file, or continue where an interrupted run of the same stopped.
+
+    A run is continued only by the same scorer, as `Scorer.identity` tells, with the same options and the same input.
+    While a server scores, a known query with two documents is part of each call; if their scores change, the server is
+    asked anew who it is, and another model ends the run before the group is kept.
 
     Args:
         scorer: Does the reranking.
         source: Lines of ``{"query": str, "documents": [str or {"text": str, ...}], ...}``, as .jsonl or .jsonl.gz, or
             rows of the same as .parquet. Or pairs, with a ``"document"`` instead; they get a ``"score"``. For a model
-            that sees, a query or document may be ``{"content": [part, ...]}`` with images as data URLs, or as http(s)
-            URLs, which the server fetches; no file is read for one.
+            that reads images, a query or document may be ``{"content": [part, ...]}`` with images as data URLs, or as
+            http(s) URLs, which the server fetches; no file is read for one.
         target: What to write, with such an ending, in the same order: the same objects with ``"ranked": [{"index",
-            "score"}]``. Where it is there already, it is replaced at the end.
+            "score"}]``. An existing file is replaced at the end.
         top_n: How many to keep of each line; None keeps all.
         score_threshold: Keep only scores at or above it.
+        instruction: As in `Scorer.rerank`, for all lines.
         reorder: Put the documents themselves in the order of ``ranked``, those that it has; its ``index`` still
             counts the documents of the input.
-        deadline: Seconds that a call to the scorer may take.
-        settings: What else decides about the result, such as the model; JSON values. Runs that differ in them, or in
-            the input's name, size or time, don't go on from each other.
-        restart: Throw away what an interrupted run has left.
+        deadline: Seconds that a call to the scorer may take. None: 300 on a server, no limit for a local model.
+        restart: Discard what an interrupted run has left.
         group: Documents of one call to the scorer.
         part: Which lines of the input, to share a file between processes.
-        patience: Seconds to wait for another process that writes the same output to end.
-        progress: Called at the start and after each group, with the share of the input that was read, 0 to 1.
+        lock_timeout: Seconds to wait for another process that writes the same output to end.
+        progress: Called at the start and after each group, with the fraction of the input that was read, 0 to 1.
 
     Returns:
         The count of everything: ``lines == ranked + rejected + blank``.
 
     Raises:
         TypeError, ValueError: As `Scorer.rerank`, for wrong options.
-        ConfigError: A file can't be used as asked, or what is left of another run is in the way.
+        ConfigError: A file can't be used as asked, what is left is of another run or scorer, or the scorer changed.
         BackendError: No scores, and not through the fault of single lines; what was finished stays for the next run.
         OSError: A file can't be read or written.
     """
-    options = {"top_n": top_n, "score_threshold": score_threshold}
-    scorer.rerank("", [], **options)  # type: ignore[arg-type]  # refuses wrong options before any work
+    options = Options(top_n, score_threshold, instruction, reorder, deadline)
+    options.check(scorer)
     _check_files(source, target)
-    found = identity_of(source)
-    identity = {**found, **options, "reorder": reorder, "group": group, **(settings or {})}
+    before = input_facts(source)
+    facts = before | options.facts() | {"group": str(group)}
     if part != WHOLE:
-        identity["part"] = asdict(part)
-    with Partial(target, json.loads(json.dumps(identity)), restart=restart, patience=patience) as partial:
+        facts["part"] = str(asdict(part))
+    with Partial(target, source, facts, scorer.identity, restart=restart, lock_timeout=lock_timeout) as partial:
         reader = Reader(source, part)
+        check = _SameScorer(scorer, partial.identity, target, deadline)
         progress(partial.tally, 0.0)
         for number, lines in _groups(islice(enumerate(reader, 1), partial.tally.lines, None), group, part.first):
-            _check_pairs(lines, top_n, score_threshold, reorder)
-            rank(scorer, [line for line in lines if line.error is None], {**options, "deadline": deadline})
-            partial.add(*results(lines, reorder), lines=number)
-            progress(partial.tally, reader.share)
-        if identity_of(source) != found:
-            raise ConfigError(f"{source} was changed while it was read; --restart begins anew")
-        partial.finish(source)
+            for line in lines:
+                if line.is_pair and line.error is None:
+                    options.refuse_pair(f"line {line.number} is a pair")
+            check(rank(scorer, lines, options, probe=check.probes))
+            partial.add(*results(lines, reorder=reorder), lines=number)
+            progress(partial.tally, reader.fraction)
+        if input_facts(source) != before:
+            raise ConfigError(f"{source} was changed while it was read; {START_OVER}")
+        partial.finish()
     return partial.tally
+
+
+class _SameScorer:
+    """Checks that the server that answers is the one that the run began with.
+
+    Two more documents in a call of 256 cost 0.8 %. In half precision their scores depend on the rest of the call, so
+    that a difference alone says nothing: `Scorer.identity`, whose call is always the same, decides.
+
+    Attributes:
+        probes: Whether to score the probe with each group: for servers, which may be replaced while the run waits.
+    """
+
+    def __init__(self, scorer: Scorer, identity: Identity, target: Path, deadline: float | None) -> None:
+        self._scorer, self._identity, self._target = scorer, identity, target
+        self._deadline = SERVER_DEADLINE if deadline is None else deadline
+        self._scores: Sequence[float] | None = None
+        self.probes = scorer.remote and identity.steady
+
+    def __call__(self, scores: Sequence[float]) -> None:
+        """Refuse another scorer; `scores` are those of the probe, empty if it was not scored."""
+        if scores and (self._scores is None or Identity({}, scores).differences(Identity({}, self._scores))):
+            refuse_changes(self._target, self._identity, self._scorer.identity(deadline=self._deadline))
+            self._scores = scores
 
 
 def _check_files(source: Path, target: Path) -> None:
@@ -99,39 +127,28 @@ def _check_files(source: Path, target: Path) -> None:
         raise ConfigError(f"{source} would be replaced by its own result; name another output")
 
 
-def identity_of(source: Path) -> dict[str, Any]:
-    """What tells an input from another: name, size, time of the last change."""
+def input_facts(source: Path) -> dict[str, str]:
+    """Tell an input from another: name, size, time of the last change."""
     stat = source.stat()
-    return {"input": source.name, "size": stat.st_size, "mtime": stat.st_mtime_ns}
-
-
-def _check_pairs(lines: list[Line], top_n: int | None, score_threshold: float | None, reorder: bool) -> None:
-    if (top_n, score_threshold, reorder) == (None, None, False):
-        return
-    for line in lines:
-        if line.is_pair and line.error is None:
-            raise ConfigError(
-                f"line {line.number} is a pair of a query and a document: top_n, score_threshold and reorder are for "
-                'lines with "documents"'
-            )
+    return {"input": source.name, "size": str(stat.st_size), "mtime": str(stat.st_mtime_ns)}
 
 
 def _groups(numbered: Iterable[tuple[int, bytes]], documents: int, before: int) -> Iterator[tuple[int, list[Line]]]:
-    """(number of the last line, lines that are not blank), some `documents` at a time; `before` lines aren't counted.
+    """Yield the number of the last line, and the lines that are not blank, about `documents` documents at a time.
 
     Where a group ends depends on nothing before it, so that a resumed run makes the same groups: in half precision, a
-    score can depend on the batch.
+    score can depend on the batch. Line numbers count from 1 behind the `before` lines that the part leaves out.
     """
     group: list[Line] = []
-    number = count = texts = size = 0
+    number = lines = texts = size = 0
     for number, raw in numbered:
-        count += 1
+        lines += 1
         if raw.strip():
-            group.append(parsed(before + number, raw))
+            group.append(parse(before + number, raw))
             texts += len(group[-1].documents)
             size += len(raw)
-        if texts >= documents or size >= _GROUP_BYTES or count >= documents:
+        if texts >= documents or size >= _GROUP_BYTES or lines >= documents:
             yield number, group
-            group, count, texts, size = [], 0, 0, 0
-    if count:
+            group, lines, texts, size = [], 0, 0, 0
+    if lines:
         yield number, group

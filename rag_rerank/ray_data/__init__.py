@@ -2,21 +2,21 @@
 
     import ray
     from rag_rerank import LocalScorer
-    from rag_rerank.ray_data import Share, rerank_folder, score_dataset
+    from rag_rerank.ray_data import Pool, rerank_folder, score_dataset
 
-    rerank_folder(LocalScorer("BAAI/bge-reranker-v2-m3"), Path("pairs/"), Path("scored/"), share=Share(actors=8))
+    rerank_folder(LocalScorer("BAAI/bge-reranker-v2-m3"), Path("pairs/"), Path("scored/"), pool=Pool(actors=8))
 
     pairs = ray.data.read_parquet("s3://bucket/pairs")       # columns query, document
-    score_dataset(pairs, LocalScorer("BAAI/bge-reranker-v2-m3"), share=Share(actors=8)).write_parquet("s3://bucket/scored")
+    score_dataset(pairs, LocalScorer("BAAI/bge-reranker-v2-m3"), pool=Pool(actors=8)).write_parquet("s3://bucket/scored")
 
-`rerank_folder` is what ``rag-rerank rerank --engine ray`` runs: files to files, which goes on where it was interrupted.
+`rerank_folder` is what ``rag-rerank rerank --engine ray`` runs: files to files; it continues where it was interrupted.
 `score_dataset` is a step between others of a pipeline in Ray Data. Needs the extra `ray`; Ray is imported by the first
 call. On a cluster (``RAY_ADDRESS``), the package is installed on every node.
 """
 
 from rag_rerank.ray_data.batches import ScoreBatch, score_dataset
-from rag_rerank.ray_data.pool import Share
-from rag_rerank.ray_data.record import rejects_in
+from rag_rerank.ray_data.pool import Pool
 from rag_rerank.ray_data.run import Progress, rerank_folder
+from rag_rerank.ray_data.shards import rejects_in
 
-__all__ = ["Progress", "ScoreBatch", "Share", "rejects_in", "rerank_folder", "score_dataset"]
+__all__ = ["Progress", "ScoreBatch", "Pool", "rejects_in", "rerank_folder", "score_dataset"]

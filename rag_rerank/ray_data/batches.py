@@ -1,18 +1,15 @@
 """A step of a pipeline in Ray Data: batches of rows, and the same with scores."""
 
-from collections.abc import Mapping
 from importlib import import_module
 from typing import Any
 
 from rag_rerank.errors import ConfigError
-from rag_rerank.files.formats import encoded
-from rag_rerank.files.rows import parsed, rank
-from rag_rerank.ray_data.pool import ANY, Share, import_ray, limit_threads, pool_options
+from rag_rerank.files.formats import encode
+from rag_rerank.files.rows import Options, parse, rank
+from rag_rerank.ray_data.pool import DEFAULT_POOL, Pool, import_ray, limit_threads, pool_options
 from rag_rerank.scorer import Scorer
-from rag_rerank.vllm import VLLMScorer
 
 BATCH_SIZE = 256  # rows
-PATIENCE = 300.0  # seconds for a call to a server: nobody waits for it, and a server may start again
 
 
 class ScoreBatch:
@@ -27,6 +24,7 @@ class ScoreBatch:
             reads its key from ``VLLM_API_KEY`` on the actor's machine.
         top_n: How many to keep of each list; None keeps all.
         score_threshold: Keep only scores at or above it, of lists.
+        instruction: As in `Scorer.rerank`.
         deadline: Seconds that a batch may take; None: 300 on a server, no limit for a local model.
 
     Raises:
@@ -40,38 +38,42 @@ class ScoreBatch:
         *,
         top_n: int | None = None,
         score_threshold: float | None = None,
+        instruction: str | None = None,
         deadline: float | None = None,
     ) -> None:
-        scorer.rerank("", [], top_n=top_n, score_threshold=score_threshold)  # refuses wrong options before any work
+        self._options = Options(top_n, score_threshold, instruction, deadline=deadline)
+        self._options.check(scorer)
         limit_threads()
         self._scorer = scorer
-        self._options = {
-            "top_n": top_n,
-            "score_threshold": score_threshold,
-            "deadline": patience(scorer) if deadline is None else deadline,
-        }
 
     def __call__(self, batch: Any) -> Any:
-        """The batch, a pyarrow.Table, with its new columns."""
+        """Score a pyarrow.Table; returns it with its new columns."""
         pyarrow: Any = import_module("pyarrow")  # Ray Data brings it
 
-        names = _columns(batch.schema.names, self._options)
-        rows = batch.select(names).to_pylist()
+        names = batch.schema.names
+        kind = "documents" if "documents" in names else "document"
+        if "query" not in names or kind not in names:
+            raise ConfigError(
+                f'there must be columns "query" and "documents" or "document"; there are {", ".join(names)}'
+            )
+        if kind == "document":
+            self._options.refuse_pair("each row is a pair")
         # The rows go through JSON, so that a row means here what it means in a file.
-        lines = [parsed(number, encoded(row)) for number, row in enumerate(rows, 1)]
-        rank(self._scorer, [line for line in lines if line.error is None], self._options)
-        errors = pyarrow.array([line.error for line in lines], pyarrow.string())
-        if names[1] == "document":
+        rows = batch.select(["query", kind]).to_pylist()
+        lines = [parse(number, encode(row)) for number, row in enumerate(rows, 1)]
+        rank(self._scorer, lines, self._options)
+        if kind == "document":
             scores = [line.ranked[0].score if line.ranked else None for line in lines]
             added = {"score": pyarrow.array(scores, pyarrow.float64())}
         else:
-            kind = pyarrow.list_(pyarrow.struct({"index": pyarrow.int64(), "score": pyarrow.float64()}))
-            found = [
+            item = pyarrow.struct({"index": pyarrow.int64(), "score": pyarrow.float64()})
+            ranked = [
                 None if line.ranked is None else [{"index": item.index, "score": item.score} for item in line.ranked]
                 for line in lines
             ]
-            added = {"ranked": pyarrow.array(found, kind)}
-        for name, column in {**added, "score_error": errors}.items():
+            added = {"ranked": pyarrow.array(ranked, pyarrow.list_(item))}
+        added["score_error"] = pyarrow.array([line.error for line in lines], pyarrow.string())
+        for name, column in added.items():
             if name in batch.schema.names:
                 batch = batch.drop_columns([name])
             batch = batch.append_column(name, column)
@@ -79,26 +81,17 @@ class ScoreBatch:
 
 
 def score_dataset(
-    dataset: Any,
-    scorer: Scorer,
-    *,
-    share: Share = ANY,
-    batch_size: int = BATCH_SIZE,
-    top_n: int | None = None,
-    score_threshold: float | None = None,
-    deadline: float | None = None,
+    dataset: Any, scorer: Scorer, *, pool: Pool = DEFAULT_POOL, batch_size: int = BATCH_SIZE, **options: Any
 ) -> Any:
     """Score a Ray Dataset over a pool of actors, as `ScoreBatch` does.
 
     Args:
         dataset: A ``ray.data.Dataset`` of rows or pairs.
         scorer: Goes to every actor by its settings alone; not loaded here.
-        share: How many actors, and what each gets of the machines. One that dies is started again, and what it was at
-            is done again.
+        pool: How many actors, and what each gets of the machines. One that dies is started again, and its batch is
+            scored again.
         batch_size: Rows of one call to the scorer. In float32 a score depends on it in the seventh digit.
-        top_n: As in `ScoreBatch`.
-        score_threshold: As in `ScoreBatch`.
-        deadline: As in `ScoreBatch`.
+        **options: Of `ScoreBatch`.
 
     Returns:
         The ``ray.data.Dataset`` with more columns; nothing has run yet.
@@ -108,28 +101,12 @@ def score_dataset(
         TypeError, ValueError: As `Scorer.rerank`, for wrong options.
     """
     ray = import_ray()
-    settings = {"top_n": top_n, "score_threshold": score_threshold}
-    scorer.rerank("", [], **settings)  # type: ignore[arg-type]  # refuses wrong options before any work
+    ScoreBatch(scorer, **options)  # refuses wrong options before any work
     return dataset.map_batches(
         ScoreBatch,
         fn_constructor_args=(scorer,),
-        fn_constructor_kwargs={**settings, "deadline": deadline},
+        fn_constructor_kwargs=options,
         batch_size=batch_size,
         batch_format="pyarrow",
-        **pool_options(ray, scorer, share),
+        **pool_options(ray, scorer, pool),
     )
-
-
-def patience(scorer: Scorer) -> float | None:
-    """Seconds that a call may take where nobody waits for it."""
-    return PATIENCE if isinstance(scorer, VLLMScorer) else None
-
-
-def _columns(names: list[str], options: Mapping[str, Any]) -> list[str]:
-    if "query" not in names or not {"documents", "document"} & set(names):
-        raise ConfigError(f'there must be columns "query" and "documents" or "document"; there are {", ".join(names)}')
-    if "documents" in names:
-        return ["query", "documents"]
-    if (options["top_n"], options["score_threshold"]) != (None, None):
-        raise ConfigError('top_n and score_threshold are for rows with "documents"; these are pairs')
-    return ["query", "document"]

@@ -1,4 +1,4 @@
-"""Ray itself: found, started where none runs, and what an actor gets of the machines."""
+"""Ray itself: imported, started where none runs, and what an actor gets of the machines."""
 
 import logging
 import math
@@ -12,15 +12,10 @@ from typing import Any
 
 from rag_rerank.errors import ConfigError
 from rag_rerank.scorer import Scorer
-from rag_rerank.vllm import VLLMScorer
 
 
 def import_ray() -> Any:
-    """The module ``ray`` with ``ray.data``.
-
-    Raises:
-        ConfigError: It is not installed.
-    """
+    """Import ``ray`` with ``ray.data``; a ConfigError where it is not installed."""
     try:
         import_module("ray.data")
         return import_module("ray")
@@ -30,7 +25,7 @@ def import_ray() -> Any:
 
 @contextmanager
 def connected() -> Iterator[Any]:
-    """The module ``ray``, connected to what is running, to the cluster at ``RAY_ADDRESS``, or to a new local one.
+    """Connect to the Ray that is running, to the cluster at ``RAY_ADDRESS``, or to a new local one.
 
     Ray that was started here is stopped at the end, and is quiet in between.
 
@@ -56,7 +51,7 @@ def connected() -> Iterator[Any]:
 
 @contextmanager
 def quiet(ray: Any) -> Iterator[None]:
-    """No bars and no notes of Ray Data on the terminal, for datasets made meanwhile; warnings are logged as always."""
+    """Keep the bars and notes of Ray Data off the terminal, for datasets made meanwhile; warnings are logged."""
     context = ray.data.DataContext.get_current().copy()
     context.enable_progress_bars = context.print_on_execution_start = False
     logger = logging.getLogger("ray.data")
@@ -70,15 +65,15 @@ def quiet(ray: Any) -> Iterator[None]:
 
 
 @dataclass(frozen=True, slots=True)
-class Share:
+class Pool:
     """How many actors there are, and what each gets of the machines.
 
     Attributes:
         actors: How many. None: one for each GPU, or one for each machine where there are none.
         cpus: CPUs of each, and threads of its scorer. None: an equal share of all there are; but at most one for a
-            `VLLMScorer`, which only waits.
+            `remote` scorer, which only waits.
         gpus: GPUs of each; a part of one, such as 0.5, lets several share it. None: one where there are any, but none
-            for a `VLLMScorer`.
+            for a `remote` scorer.
 
     Raises:
         ConfigError: A number is out of range.
@@ -91,36 +86,34 @@ class Share:
     def __post_init__(self) -> None:
         if self.actors is not None and (isinstance(self.actors, bool) or self.actors < 1):
             raise ConfigError(f"actors must be 1 or more, got {self.actors!r}")
-        for name, least in (("cpus", 0.0), ("gpus", 0.0)):
-            value = getattr(self, name)
-            if value is not None and not least <= value < math.inf:
+        for name, value in (("cpus", self.cpus), ("gpus", self.gpus)):
+            if value is not None and not 0 <= value < math.inf:
                 raise ConfigError(f"{name} must be 0 or more, got {value!r}")
 
 
-ANY = Share()
+DEFAULT_POOL = Pool()
 
 
-def pool_options(ray: Any, scorer: Scorer, share: Share, tasks: int | None = None) -> dict[str, Any]:
-    """Options of ``map_batches`` for a pool of actors that each have a scorer.
+def pool_options(ray: Any, scorer: Scorer, pool: Pool, tasks: int | None = None) -> dict[str, Any]:
+    """Make the options of ``map_batches`` for a pool of actors that each have a scorer.
 
     Args:
         ray: The module.
         scorer: What each actor has.
-        share: What is asked for.
+        pool: What is asked for.
         tasks: How many there will be, where that is known: no more actors are started. What each gets stays the same,
-            so that the last units of a run are scored as the others.
+            so that the last shards of a run are scored as the others.
 
     Raises:
         ConfigError: The machines don't have so much.
     """
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    asks = isinstance(scorer, VLLMScorer)
     all_gpus = int(sum(node.get("GPU", 0.0) for node in nodes))
-    gpus = float(all_gpus > 0 and not asks) if share.gpus is None else share.gpus
-    actors = share.actors or (int(all_gpus / gpus) if gpus else len(nodes))
-    cpus = share.cpus
+    gpus = float(all_gpus > 0 and not scorer.remote) if pool.gpus is None else pool.gpus
+    actors = pool.actors or (int(all_gpus / gpus) if gpus else len(nodes))
+    cpus = pool.cpus
     if cpus is None:
-        cpus = min(equal_share([node.get("CPU", 0.0) for node in nodes], actors), 1.0 if asks else math.inf)
+        cpus = min(equal_share([node.get("CPU", 0.0) for node in nodes], actors), 1.0 if scorer.remote else math.inf)
     fitting = sum(_fitting(node, cpus, gpus) for node in nodes)
     if fitting < actors:
         has = "; ".join(f"{node.get('CPU', 0):g} CPUs, {node.get('GPU', 0):g} GPUs" for node in nodes)
@@ -138,11 +131,10 @@ def pool_options(ray: Any, scorer: Scorer, share: Share, tasks: int | None = Non
 
 
 def equal_share(cpus: list[float], actors: int) -> float:
-    """The CPUs of each actor, such that all fit on nodes that have so many; a whole number where there is one each."""
-    most = int(max(cpus, default=0.0))
-    for share in range(most, 0, -1):
-        if sum(int(have // share) for have in cpus) >= actors:
-            return float(share)
+    """Find the CPUs of each actor, such that all fit on nodes with these; a whole number where there is one each."""
+    for each in range(int(max(cpus, default=0.0)), 0, -1):
+        if sum(int(node // each) for node in cpus) >= actors:
+            return float(each)
     together = -(-actors // max(1, sum(map(int, cpus))))  # actors of one CPU
     return 10_000 // together / 10_000  # Ray counts no finer
 

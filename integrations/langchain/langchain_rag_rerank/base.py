@@ -15,15 +15,7 @@ from langchain_core.runnables.config import get_config_list
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
-from langchain_rag_rerank.documents import (
-    RerankInput,
-    RerankResult,
-    as_documents,
-    check,
-    contents_of,
-    copies,
-    positions,
-)
+from langchain_rag_rerank.documents import RerankInput, RerankResult, as_documents, check, contents_of, copies, places
 from rag_rerank import BackendError, Closeable, ContentError, Input, Ranked, RerankError, Scorer, did_you_mean
 
 T = TypeVar("T")
@@ -147,14 +139,14 @@ class BaseReranker(NoOtherFields, BaseDocumentCompressor, RunnableSerializable[R
         Raises what `invoke` does.
         """
         given = {"query": query, "documents": as_documents(documents, needs_text=self.document_formatter is None)}
-        return self._rank(self._prepare(given, None, options), positions)
+        return self._rank(self._prepare(given, None, options), places)
 
     async def arerank(
         self, documents: Iterable[Document | Input], query: Input, **options: Unpack[CallOptions]
     ) -> list[RerankResult]:
         """Rerank without blocking the event loop and without a thread per call; see `rerank`."""
         given = {"query": query, "documents": as_documents(documents, needs_text=self.document_formatter is None)}
-        return await self._arank(self._prepare(given, None, options), positions)
+        return await self._arank(self._prepare(given, None, options), places)
 
     def batch(
         self, inputs: list[RerankInput], config: Configs = None, *, return_exceptions: bool = False, **kwargs: Any

@@ -127,7 +127,7 @@ def contents_of(documents: Sequence[Document], formatter: Callable[[Document], A
     return contents
 
 
-def positions(_: Sequence[Document], ranked: Sequence[Ranked]) -> list[RerankResult]:
+def places(_: Sequence[Document], ranked: Sequence[Ranked]) -> list[RerankResult]:
     """Give the places and scores of the documents that were kept."""
     return [{"index": place.index, "relevance_score": place.score} for place in ranked]
 

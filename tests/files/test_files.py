@@ -17,10 +17,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rag_rerank.errors import AuthError, BackendRejected, BackendUnavailable, BadReply, ConfigError, DocumentRejected
+from rag_rerank.errors import (
+    AuthError,
+    BackendRejected,
+    BackendUnavailable,
+    BadReply,
+    ConfigError,
+    DeadlineExceeded,
+    DocumentRejected,
+)
 from rag_rerank.files import Tally, partial_of, rejects_of, rerank_file
 from rag_rerank.files.formats import Part
-from tests.scorers import Answers, WordOverlap
+from tests.scorers import Answers, WordOverlap, is_probe
 
 ROWS: list[dict[str, Any]] = [
     {"query": "giant panda", "documents": ["a bear", "the giant panda", "a panda"], "id": 7, "tags": [None, 1.5]},
@@ -162,12 +170,22 @@ class TestRows:
         first, second = parquet.read_table(out).to_pylist()
         assert (first["extra"], second["extra"], second["id"]) == (None, {"a": 1}, None)
         source.write_bytes(lines(*ROWS))
-        with pytest.raises(ConfigError, match="no Parquet of these lines"):
-            rerank_file(WordOverlap(), source, out)
-        assert len(read(partial_of(out))) == 3
-        with pytest.raises(ConfigError, match="no Parquet of these lines"):
-            rerank_file(Answers(lambda documents: 1 // 0), source, out)  # goes on, with nothing left to score
-        assert not list(source.parent.glob("*.new"))
+        scorer = WordOverlap()
+        with pytest.raises(ConfigError, match="no Parquet of these lines: column documents"):
+            rerank_file(scorer, source, out)
+        assert len(scorer.calls) == 1
+
+    def test_parquet_finds_out_early(self, source: Path, target: Path):
+        """In the group with the first value that has no place, also of a run that continues; then nothing is scored."""
+        rows = [{"query": "q", "document": "d", "n": "many" if number > 5 else number} for number in range(9)]
+        source.write_bytes(lines(*rows))
+        out = target.with_suffix(".parquet")
+        for calls in (4, 1):
+            scorer = WordOverlap()
+            with pytest.raises(ConfigError, match="no Parquet of these lines.*n.*Name a .jsonl file"):
+                rerank_file(scorer, source, out, group=2)
+            assert len(scorer.calls) == calls
+            assert len(read(partial_of(out))) == 6
 
     def test_parquet_without_pyarrow(self, source: Path, monkeypatch: pytest.MonkeyPatch):
         """The way out is named, before anything is scored."""
@@ -230,7 +248,7 @@ class TestRejects:
         source.write_bytes(b"nope\n")
         rerank_file(WordOverlap(), source, target)
         with pytest.raises(KeyboardInterrupt):
-            rerank_file(Stopping(0), source.with_name("in.jsonl.gz"), target)
+            rerank_file(WordOverlap(stop_at=0), source.with_name("in.jsonl.gz"), target)
         assert left(source.parent) == {"in.jsonl", "in.jsonl.gz", "out.jsonl", "out.jsonl.rejects.jsonl"}
         source.with_name("in.jsonl.gz").unlink()
         source.write_bytes(lines(*ROWS))
@@ -240,7 +258,9 @@ class TestRejects:
     @pytest.mark.parametrize(
         "error",
         [
-            lambda bad, scores: DocumentRejected(f"documents[{bad[0]}] rejected: odd", indices=bad, scores=scores),
+            lambda bad, scores: DocumentRejected(
+                f"documents[{bad[0]}] rejected: odd", indices=bad, scores=scores, reason="odd"
+            ),
             lambda bad, scores: BackendRejected("odd"),
             lambda bad, scores: BadReply("odd"),
         ],
@@ -258,12 +278,32 @@ class TestRejects:
         if isinstance(error([0], []), DocumentRejected):
             assert rejects[0]["error"] == "documents[1] rejected: odd"
 
-    @pytest.mark.parametrize("error", [BackendRejected("no"), AuthError("no"), BackendUnavailable("no")])
-    def test_a_back_end_that_does_not_work_is_no_lines_fault(self, error: Exception, source: Path, target: Path):
-        """The run ends; nothing was rejected, and nothing is left of a run that did nothing."""
+    @pytest.mark.parametrize("later", [False, True])
+    @pytest.mark.parametrize(
+        "error", [BackendRejected("no"), AuthError("no"), BackendUnavailable("no"), DeadlineExceeded("no")]
+    )
+    def test_a_back_end_that_does_not_work_is_no_lines_fault(
+        self, error: Exception, later: bool, source: Path, target: Path
+    ):
+        """At once, or as soon as it was asked who it is: the run ends, nothing is rejected, and nothing is left."""
+
+        def answer(documents: list[str]) -> list[float]:
+            if is_probe(documents) and later:
+                return [0.0] * len(documents)
+            raise error
+
         with pytest.raises(type(error)):
-            rerank_file(rejecting("", lambda bad, scores: error), source, target)
+            rerank_file(Answers(answer), source, target)
         assert left(source.parent) == {"in.jsonl"}
+
+    @pytest.mark.parametrize("error", [AuthError("no"), BackendUnavailable("no"), DeadlineExceeded("no")])
+    def test_what_no_line_can_cause_ends_the_run(self, error: Exception, source: Path, target: Path):
+        """Also where only some of a group's lines have met it; the groups before are kept."""
+        source.write_bytes(lines(ROWS[0], ROWS[0], {"query": "q", "documents": ["bad"]}, ROWS[0]))
+        with pytest.raises(type(error)):
+            rerank_file(rejecting("bad", lambda bad, scores: error), source, target, group=4)
+        assert len(read(partial_of(target))) == 2
+        assert not rejects_of(target).exists()
 
 
 class TestFiles:
@@ -306,19 +346,6 @@ class TestFiles:
         assert not target.exists()
 
 
-class Stopping(WordOverlap):
-    """Is interrupted in its `last` call."""
-
-    def __init__(self, last: int) -> None:
-        super().__init__()
-        self.last = last
-
-    def _score(self, queries: list[str], documents: list[str], until: float | None) -> list[float]:
-        if len(self.calls) == self.last:
-            raise KeyboardInterrupt
-        return super()._score(queries, documents, until)
-
-
 row = st.one_of(
     st.builds(
         lambda query, documents: lines({"query": query, "documents": documents}),
@@ -347,7 +374,7 @@ class TestResuming:
             expected = rerank_file(WordOverlap(), source, whole, group=group)
             for stop in stops:
                 try:
-                    rerank_file(Stopping(stop), source, target, group=group)
+                    rerank_file(WordOverlap(stop_at=stop), source, target, group=group)
                     break
                 except KeyboardInterrupt:
                     assert not target.exists()
@@ -366,7 +393,7 @@ class TestResuming:
     def test_nothing_is_scored_twice(self, source: Path, target: Path):
         """And progress says where it goes on."""
         with pytest.raises(KeyboardInterrupt):
-            rerank_file(Stopping(1), source, target, group=1)
+            rerank_file(WordOverlap(stop_at=1), source, target, group=1)
         seen: list[tuple[Tally, float]] = []
         scorer = WordOverlap()
         rerank_file(scorer, source, target, group=1, progress=lambda *now: seen.append(now))
@@ -377,19 +404,22 @@ class TestResuming:
     @pytest.mark.parametrize(
         ("change", "words"),
         [
-            ({"top_n": 1}, "top_n was None, is 1"),
-            ({"settings": {"model": "b"}}, "model was 'a', is 'b'"),
-            ({"settings": {}}, "model was 'a', is None"),
-            ({"touch": True}, "mtime was"),
+            ({"top_n": 1}, "top_n: 1, before None"),
+            ({"score_threshold": 0.5}, "score_threshold: 0.5, before None"),
+            ({"reorder": True}, "reorder: True, before False"),
+            ({"group": 2}, "group: 2, before 1"),
+            ({"weight": 0.5}, "scores of the probe: .*, before "),
+            ({"touch": True}, "mtime: 1, before"),
             ({"cut": True}, "were changed since"),
             ({"state": True}, "can't be read"),
         ],
     )
     def test_another_run_is_not_gone_on_with(self, change: dict[str, Any], words: str, source: Path, target: Path):
         """What differs is named; restart throws it away."""
-        options: dict[str, Any] = {"settings": {"model": "a"}, "group": 1}
+        options: dict[str, Any] = {"group": 1}
+        scorer = WordOverlap(weight=change.pop("weight", 1.0))
         with pytest.raises(KeyboardInterrupt):
-            rerank_file(Stopping(1), source, target, **options)
+            rerank_file(WordOverlap(stop_at=1), source, target, **options)
         if change.pop("touch", False):
             os.utime(source, ns=(1, 1))
         if change.pop("cut", False):
@@ -397,10 +427,13 @@ class TestResuming:
         if change.pop("state", False):
             partial_of(target).with_name("out.jsonl.partial.json").write_bytes(b"[]")
         options |= change
+        before = {path.name: path.read_bytes() for path in source.parent.iterdir()}
         with pytest.raises(ConfigError, match=words) as caught:
-            rerank_file(WordOverlap(), source, target, **options)
+            rerank_file(scorer, source, target, **options)
         assert "--restart" in str(caught.value)
-        assert rerank_file(WordOverlap(), source, target, restart=True, **options) == Tally(3, 3, 0, 5, 0)
+        assert scorer.calls == []
+        assert {path.name: path.read_bytes() for path in source.parent.iterdir()} == before
+        assert rerank_file(scorer, source, target, restart=True, **options) == Tally(3, 3, 0, 5, 0)
 
     def test_an_input_that_changes_meanwhile(self, source: Path, target: Path):
         """The result would be of no file that ever was."""
@@ -427,24 +460,22 @@ class TestResuming:
         """SIGKILL, anywhere: three times, and the fourth run ends in the bytes of one that nobody killed."""
         source.write_bytes(lines(*({**ROWS[0], "id": number} for number in range(300)), b"nope\n"))
         script = (
-            "import sys, time; from pathlib import Path; from rag_rerank.files import rerank_file;"
+            "import sys; from pathlib import Path; from rag_rerank.files import rerank_file;"
             "from tests.scorers import WordOverlap\n"
-            "class Slow(WordOverlap):\n"
-            "    def _score(self, *pairs): time.sleep(0.01); return super()._score(*pairs)\n"
-            "rerank_file(Slow(), Path(sys.argv[1]), Path(sys.argv[2]), group=3)"
+            "rerank_file(WordOverlap(delay=0.01), Path(sys.argv[1]), Path(sys.argv[2]), group=3)"
         )
         state = partial_of(target).with_name("out.jsonl.partial.json")
         done = 0
         for _ in range(3):
             process = subprocess.Popen([sys.executable, "-c", script, str(source), str(target)])
             until = time.monotonic() + 30
-            while not state.exists() or json.loads(state.read_bytes())["lines"] < done + 20:
+            while not state.exists() or json.loads(state.read_bytes())["tally"]["lines"] < done + 20:
                 assert process.poll() is None
                 assert time.monotonic() < until
                 time.sleep(0.01)
             process.send_signal(signal.SIGKILL)
             process.wait()
-            done = json.loads(state.read_bytes())["lines"]
+            done = json.loads(state.read_bytes())["tally"]["lines"]
             assert not target.exists()
         assert rerank_file(WordOverlap(), source, target, group=3).resumed == done
         whole = target.with_name("whole.jsonl")

@@ -1,0 +1,223 @@
+"""The input cut into shards, and where the files of a run are in the folder of its output."""
+
+import json
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from rag_rerank.errors import ConfigError
+from rag_rerank.files import Tally
+from rag_rerank.files.formats import ENDINGS, Part, check_name, count_rows
+from rag_rerank.files.partial import START_OVER, lock, refuse_changes, write_whole
+from rag_rerank.files.run import input_facts
+from rag_rerank.identity import Identity
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """Lines of one file, which one actor scores into a file of their own.
+
+    Attributes:
+        source: The file, as its path below the folder of the input.
+        part: Which lines of it.
+    """
+
+    source: str
+    part: Part
+
+    @property
+    def name(self) -> str:
+        """The path of its output below the folder of the output: that of the file, with the first line's number."""
+        path = Path(self.source)
+        ending = next(ending for ending in ENDINGS if path.name.endswith(ending))
+        return path.with_name(f"{path.name.removesuffix(ending)}-{self.part.first:012}{ending}").as_posix()
+
+
+def rejects_in(target: Path) -> Path:
+    """Name the folder of the lines that can't be scored: ``{"line": number, "error": why, "raw": the line}``.
+
+    It has a file for each shard that has any. Its name begins with ``_``, as does that of the run's own folder: Arrow,
+    Spark and Ray Data skip them when they read the output.
+    """
+    return target / "_rejects"
+
+
+@dataclass(frozen=True, slots=True)
+class Folders:
+    """Where the files of a run are.
+
+    Attributes:
+        source: The folder of the input.
+        target: The folder of the output.
+    """
+
+    source: Path
+    target: Path
+
+    @property
+    def own(self) -> Path:
+        """The folder that the run keeps for itself."""
+        return self.target / "_rag_rerank"
+
+    def output(self, shard: Shard) -> Path:
+        """Name the output of a shard; it exists when the shard is finished, and is complete."""
+        return self.target / shard.name
+
+    def rejects(self, shard: Shard) -> Path:
+        """Name the rejects of a shard, if it has any."""
+        return rejects_in(self.target) / f"{shard.name}.jsonl"
+
+    def work(self, shard: Shard) -> Path:
+        """Name what becomes the output of a shard."""
+        return self.own / "work" / shard.name
+
+    def progress(self, shard: Shard) -> Path:
+        """Name the file that says how far a shard is, and how many actors have died at it."""
+        return self.own / "progress" / f"{shard.name}.json"
+
+    def tally(self, shard: Shard) -> Tally:
+        """Read how far a shard is."""
+        path = self.progress(shard)
+        try:
+            return Tally(**json.loads(path.read_bytes())["tally"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ConfigError(f"{path} can't be read; {START_OVER}") from error
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Make the folder of the output, if it can be used, and keep other runs out of it."""
+        target = self.target
+        if not target.parent.is_dir():
+            raise ConfigError(f"there is no folder {target.parent}")
+        if target.exists() and not target.is_dir():
+            raise ConfigError(f"{target} is a file; with several actors, the output is a folder")
+        if target.is_dir() and not self.own.is_dir() and any(target.iterdir()):
+            raise ConfigError(f"{target} holds other files; name a folder that is new or empty")
+        self.own.mkdir(parents=True, exist_ok=True)
+        with (self.own / "lock").open("ab") as file:
+            if not lock(file, self.own / "lock", until=0.0):
+                raise ConfigError(f"{target} is being written by another run")
+            yield
+
+    def begin(self, sources: list[str], options: Mapping[str, str], shard_lines: int, *, restart: bool) -> list[Shard]:
+        """Find the shards of this run: those that an earlier run of the same wrote down, or new ones.
+
+        Raises:
+            ConfigError: What was written down is of another run, or can't be read.
+        """
+        path, facts = self.own / "run.json", self._facts(sources, options)
+        try:
+            before = json.loads(path.read_bytes()) if path.exists() else None
+            shards = [Shard(source, Part(**part)) for source, part in before["shards"]] if before else []
+            begun = Identity(dict(before["facts"])) if before else None
+        except (ValueError, KeyError, TypeError) as error:
+            raise ConfigError(f"{path} can't be read; name another folder") from error
+        if restart:
+            for shard in shards:
+                self.output(shard).unlink(missing_ok=True)
+                self.rejects(shard).unlink(missing_ok=True)
+            self.clean("work", "progress")
+            # Last, when there is no output left that could be taken for one of another scorer.
+            self.scorer.unlink(missing_ok=True)
+            begun = None
+        if begun is not None:
+            refuse_changes(self.target, begun, Identity(facts))
+            return shards
+        shards = cut(self.source, sources, shard_lines)
+        record = {"facts": facts, "shards": [(shard.source, asdict(shard.part)) for shard in shards]}
+        write_whole(path, json.dumps(record).encode())
+        return shards
+
+    @property
+    def scorer(self) -> Path:
+        """The file that says who the scorer is; the first actor writes it, all others compare."""
+        return self.own / "scorer.json"
+
+    def finish(self, sources: list[str], options: Mapping[str, str]) -> None:
+        """Check that the input is what it was, and remove what only an unfinished run needs."""
+        begun = json.loads((self.own / "run.json").read_bytes())
+        refuse_changes(self.target, Identity(begun["facts"]), Identity(self._facts(sources, options)))
+        self.clean("work")
+
+    def clean(self, *names: str) -> None:
+        """Remove folders of the run."""
+        for name in names:
+            shutil.rmtree(self.own / name, ignore_errors=True)
+
+    def _facts(self, sources: list[str], options: Mapping[str, str]) -> dict[str, str]:
+        files = {source: input_facts(self.source / source) for source in sources}
+        return dict(options) | {name: f"{facts['size']} bytes of {facts['mtime']}" for name, facts in files.items()}
+
+
+def sources_in(source: Path) -> tuple[Path, list[str]]:
+    """Find the folder of the input, and the paths of its files below it, in the order of their names.
+
+    Args:
+        source: A file, or a folder with files, also in folders inside. Names that begin with ``_`` or ``.`` are
+            skipped, as by Spark and Arrow.
+
+    Raises:
+        ConfigError: There is nothing to read.
+    """
+    if source.is_file():
+        check_name(source)
+        return source.parent, [source.name]
+    if not source.is_dir():
+        raise ConfigError(f"there is no file or folder {source}")
+    found = []
+    for path in sorted(source.rglob("*")):
+        inside = path.relative_to(source)
+        if path.name.endswith(ENDINGS) and path.is_file() and not any(part[0] in "_." for part in inside.parts):
+            check_name(path)
+            found.append(inside.as_posix())
+    if not found:
+        raise ConfigError(f"{source} has no files that end in {', '.join(ENDINGS)}")
+    return source, found
+
+
+def cut(folder: Path, sources: list[str], lines: int) -> list[Shard]:
+    """Cut files into shards.
+
+    Args:
+        folder: Where the files are.
+        sources: The paths of the files below it.
+        lines: Lines of a shard; the last of a file may have fewer. A gzipped file is one shard, however long, since it
+            can't be read from its middle.
+
+    Raises:
+        ConfigError: A file is damaged.
+    """
+    return [Shard(source, part) for source in sources for part in _parts(folder / source, lines)]
+
+
+def _parts(path: Path, lines: int) -> Iterator[Part]:
+    if path.suffix == ".gz":
+        yield Part()
+    elif path.suffix == ".parquet":
+        rows = count_rows(path)
+        yield from (Part(first, min(lines, rows - first)) for first in range(0, rows, lines))
+    else:
+        yield from _line_parts(path, lines)
+
+
+def _line_parts(path: Path, lines: int) -> Iterator[Part]:
+    """Find where each part of so many lines begins; the file is read once, in blocks."""
+    number = first = offset = position = 0
+    ended = True
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            here, left = 0, block.count(b"\n")
+            while number + left >= first + lines:
+                for _ in range(wanted := first + lines - number):
+                    here = block.index(b"\n", here) + 1
+                yield Part(first, lines, offset)
+                number, left = number + wanted, left - wanted
+                first, offset = number, position + here
+            number += left
+            position += len(block)
+            ended = block.endswith(b"\n")
+    number += not ended
+    if number > first:
+        yield Part(first, number - first, offset)

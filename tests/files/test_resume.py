@@ -1,0 +1,236 @@
+"""Durable state: a run is killed, changed and continued at random, and never mixes two scorers."""
+
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, ClassVar
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from rag_rerank.errors import ConfigError
+from rag_rerank.files import Tally, partial_of, rejects_of, rerank_file
+from tests.scorers import WordOverlap
+
+pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="no fork, no flock")
+
+INPUTS = [
+    b"".join(
+        line.encode() + b"\n"
+        for number in range(count)
+        for line in (
+            json.dumps({"query": "giant panda", "documents": ["a bear", f"panda {number}", "the giant panda"]}),
+            "" if number % 3 else "nope",
+        )
+    )
+    for count in (3, 6)
+]
+OPTIONS: list[dict[str, Any]] = [{}, {"top_n": 1}, {"score_threshold": 0.4}, {"group": 4}]
+
+
+def killed_at(point: int, work: Callable[[], Any]) -> int:
+    """Do `work` in a process of its own that SIGKILL ends before it changes the disk for the `point`-th time.
+
+    Returns:
+        The exit code: 0 if it came to its end before, -SIGKILL if it was killed, 2 for a ConfigError.
+    """
+    process = os.fork()
+    if process == 0:
+        code, left = 3, [point]
+        try:
+
+            def counted(change: Callable[..., Any]) -> Callable[..., Any]:
+                def counting(*arguments: Any, **options: Any) -> Any:
+                    left[0] -= 1
+                    if left[0] < 0:
+                        os.kill(os.getpid(), signal.SIGKILL)
+                    return change(*arguments, **options)
+
+                return counting
+
+            os.fsync = counted(os.fsync)
+            for name in ("replace", "unlink"):
+                setattr(Path, name, counted(getattr(Path, name)))
+            work()
+            code = 0
+        except ConfigError:
+            code = 2
+        finally:
+            os._exit(code)
+    return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+
+
+class Swapped(WordOverlap):
+    """A server that is replaced by another after so many calls."""
+
+    def __init__(self, after: int, **settings: Any) -> None:
+        super().__init__(**settings)
+        self.after = after
+
+    def _score(self, queries: list[str], documents: list[str], until: float | None) -> list[float]:
+        if len(self.calls) >= self.after:
+            self.weight = 0.5
+        return super()._score(queries, documents, until)
+
+
+Swapped.__module__, Swapped.__qualname__ = WordOverlap.__module__, WordOverlap.__qualname__  # the same scorer
+
+
+class Runs(RuleBasedStateMachine):
+    """Runs over one input and one output.
+
+    The output is that of the last run that was finished, byte for byte, and what a run left behind is continued only
+    by what began it.
+    """
+
+    undisturbed: ClassVar[dict[Any, tuple[bytes, bytes]]] = {}
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patch = pytest.MonkeyPatch()
+        self.patch.setattr(os, "fsync", lambda file: None)  # SIGKILL takes nothing back that was written
+        self.folder = TemporaryDirectory()
+        self.source, self.target = (Path(self.folder.name, name) for name in ("in.jsonl", "out.jsonl"))
+        self.weight, self.input, self.options = 1.0, 0, OPTIONS[0]
+        self.begun: Any = (
+            None  # what the lines in the partial are made of; None: there are none that could be continued
+        )
+        self.outputs: list[bytes | None] = [None]  # what the output may be
+        self.times = 0
+
+    def teardown(self) -> None:
+        self.folder.cleanup()
+        self.patch.undo()
+
+    @property
+    def now(self) -> Any:
+        return self.weight, self.source.stat().st_mtime_ns, self.options
+
+    @property
+    def state(self) -> Path:
+        return partial_of(self.target).with_name("out.jsonl.partial.json")
+
+    def expected(self) -> tuple[bytes, bytes]:
+        """The output of a run that nothing disturbs, and its rejects."""
+        key = self.weight, self.input, str(self.options)
+        if key not in self.undisturbed:
+            with TemporaryDirectory() as folder:
+                target = Path(folder, "out.jsonl")
+                rerank_file(WordOverlap(weight=self.weight), self.source, target, **{"group": 2} | self.options)
+                self.undisturbed[key] = target.read_bytes(), rejects_of(target).read_bytes()
+        return self.undisturbed[key]
+
+    def run(self, scorer: WordOverlap, *, restart: bool = False) -> Tally:
+        return rerank_file(scorer, self.source, self.target, restart=restart, **{"group": 2} | self.options)
+
+    @initialize()
+    def first_input(self) -> None:
+        self.change_input()
+
+    @rule()
+    def change_input(self) -> None:
+        self.input = 1 - self.input
+        self.times += 1
+        self.source.write_bytes(INPUTS[self.input])
+        os.utime(self.source, ns=(self.times, self.times))
+
+    @rule(weight=st.sampled_from([0.25, 1.0]))
+    def change_weights(self, weight: float) -> None:
+        self.weight = weight
+
+    @rule(options=st.sampled_from(OPTIONS))
+    def change_options(self, options: dict[str, Any]) -> None:
+        self.options = options
+
+    @rule(torn=st.binary(min_size=1, max_size=20))
+    @precondition(lambda self: self.begun is not None)
+    def tear(self, torn: bytes) -> None:
+        """Half a write was left behind what was kept."""
+        for path in (partial_of(self.target), partial_of(rejects_of(self.target))):
+            with path.open("ab") as file:
+                file.write(torn)
+
+    @rule(point=st.integers(0, 40), restart=st.booleans())
+    def kill(self, point: int, restart: bool) -> None:
+        """By SIGKILL, at any point at which a run changes the disk."""
+        with self.settling():
+            refused, before = self.begun not in (None, self.now) and not restart, self.files()
+            code = killed_at(point, lambda: self.run(WordOverlap(weight=self.weight), restart=restart))
+            if refused:
+                assert (code, self.files()) == (2, before)
+            elif code == 0:
+                self.finished()
+            else:
+                assert code == -signal.SIGKILL
+                self.outputs.append(self.expected()[0])
+
+    @rule(stop_at=st.integers(0, 4), restart=st.booleans())
+    def interrupt(self, stop_at: int, restart: bool) -> None:
+        """By Ctrl-C, unless it comes to its end before."""
+        scorer = WordOverlap(weight=self.weight, stop_at=stop_at)
+        with self.settling():
+            if self.begun not in (None, self.now) and not restart:
+                before = self.files()
+                with pytest.raises(ConfigError, match=r", before .*; --restart"):
+                    self.run(scorer)
+                assert (scorer.calls, self.files()) == ([], before)
+                return
+            try:
+                self.run(scorer, restart=restart)
+            except KeyboardInterrupt:
+                return
+            self.finished()
+
+    @rule(after=st.integers(1, 5))
+    @precondition(lambda self: self.begun in (None, self.now))
+    def swap(self, after: int) -> None:
+        """The server is replaced in the middle of a run, which is refused, unless it was over."""
+        scorer = Swapped(after, weight=self.weight, remote=True)
+        with self.settling():
+            refusal = None
+            try:
+                self.run(scorer)
+            except ConfigError as error:
+                refusal = str(error)
+            if refusal is None:
+                assert len(scorer.calls) <= after
+                self.finished()
+            else:
+                assert "scores of the probe" in refusal
+
+    def finished(self) -> None:
+        output, rejects = self.expected()
+        assert rejects_of(self.target).read_bytes() == rejects
+        assert not [name for name in self.files() if "partial" in name]
+        self.outputs = [output]
+
+    @contextmanager
+    def settling(self) -> Iterator[None]:
+        """Find out whether a run has left something that the next one would continue."""
+        before = self.state.read_bytes() if self.state.exists() else None
+        yield
+        left = self.state, partial_of(self.target), partial_of(rejects_of(self.target))
+        if not all(path.exists() for path in left):
+            self.begun = None
+        elif self.state.read_bytes() != before:
+            self.begun = self.now
+
+    def files(self) -> dict[str, bytes]:
+        return {path.name: path.read_bytes() for path in Path(self.folder.name).iterdir()}
+
+    @invariant()
+    def nothing_is_mixed(self) -> None:
+        output = self.target.read_bytes() if self.target.exists() else None
+        assert output in self.outputs
+        self.outputs = [output]
+
+
+class TestRuns(Runs.TestCase):
+    settings = settings(max_examples=60, stateful_step_count=20)
