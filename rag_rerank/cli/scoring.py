@@ -184,11 +184,7 @@ def rerank(
 def _paths(source: Path | None, target: Path | None, alone: bool, other: bool) -> tuple[Path, Path] | None:
     """Find the files to read and to write, or None where no files are asked for.
 
-    Args:
-        source: --in.
-        target: --out.
-        alone: Whether nothing is asked for that does not go with files.
-        other: Whether something is asked for that goes with files only.
+    `alone`: nothing is asked for that does not go with files. `other`: something that goes with files only.
     """
     if source is None and target is None and not other:
         return None

@@ -112,13 +112,7 @@ class Partial:
             raise
 
     def add(self, ranked: Sequence[bytes], rejects: Sequence[bytes], documents: int, *, lines: int) -> None:
-        """Keep the results of a group; they are on disk when this returns.
-
-        Args:
-            ranked: Lines for the output.
-            rejects: Lines for the rejects.
-            documents: Documents of the lines reranked.
-            lines: The number of the group's last line.
+        """Keep the results of a group up to this line; they are on disk when this returns.
 
         Raises:
             ConfigError: The output is Parquet, which has no type for a column of these lines; nothing was kept of them.
@@ -230,15 +224,10 @@ def write_whole(path: Path, data: bytes) -> None:
 
 
 def lock(file: IO[bytes], path: Path, until: float) -> bool:
-    """Keep other processes out of a file until it is closed, however this process ends.
-
-    Args:
-        file: The file.
-        path: Where it is.
-        until: When to give up, on the clock of `time.monotonic`.
+    """Keep other processes out of a file until it is closed, however this process ends; on Windows, do nothing.
 
     Returns:
-        Whether it is locked. On Windows always, with nothing done.
+        Whether it was locked until then, on the clock of `time.monotonic`.
     """
     if sys.platform == "win32":
         return True

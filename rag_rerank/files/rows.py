@@ -26,15 +26,7 @@ SERVER_DEADLINE = 300.0  # seconds for a call where nobody waits for the answer,
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """What is made of the scores of each line: arguments of `Scorer.rerank_batch`, which are for lists of documents.
-
-    Attributes:
-        top_n: How many to keep of each list; None keeps all.
-        score_threshold: Keep only scores at or above it.
-        instruction: The task, in place of the scorer's own.
-        reorder: Put the documents themselves in the order of their ranks.
-        deadline: Seconds that a call to the scorer may take; None: 300 on a server, no limit for a local model.
-    """
+    """How lines are ranked; see `rerank_file`."""
 
     top_n: int | None = None
     score_threshold: float | None = None
@@ -61,16 +53,10 @@ class Options:
 
 @dataclass(slots=True)
 class Line:
-    """One line of the input, and its result: `ranked` or `error`.
+    """One line of the input, by its number from 1, and its result: `ranked`, or the `error` that says why not.
 
-    Attributes:
-        number: Its number in the file, from 1.
-        raw: The bytes that were read.
-        row: Its fields: a query with "documents", or a pair: a query with one "document".
-        query: The query, prepared for the scorer: a text, or content with images, which have been read.
-        documents: Its documents, prepared likewise.
-        ranked: Their ranking.
-        error: Why there is none.
+    `row` has its fields: a query with "documents", or a pair, a query with one "document". `query` and `documents` are
+    prepared for the scorer: texts, or content with images, which have been read.
     """
 
     number: int
@@ -147,16 +133,10 @@ def _has_parts(value: Any) -> bool:
 
 
 def rank(scorer: Scorer, lines: Sequence[Line], options: Options, *, probe: bool = False) -> list[float]:
-    """Give each line without an error its ranking; or its error, if the back end works but can't score that line.
-
-    Args:
-        scorer: Scores all lines in one call.
-        lines: The lines.
-        options: What is made of the scores.
-        probe: Whether to score a known query with two documents in the same call.
+    """Give each line its ranking; or its error, if the back end works but can't score that line.
 
     Returns:
-        The scores of these two; empty without `probe`.
+        With `probe`, the scores of a known query with two documents, which are part of the same call.
 
     Raises:
         BackendError: The failure is not the fault of single lines.

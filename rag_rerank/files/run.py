@@ -94,11 +94,8 @@ def rerank_file(
 class _SameScorer:
     """Checks that the server that answers is the one that the run began with.
 
-    Two more documents in a call of 256 cost 0.8 %. In half precision their scores depend on the rest of the call, so
-    that a difference alone says nothing: `Scorer.identity`, whose call is always the same, decides.
-
-    Attributes:
-        probes: Whether to score the probe with each group: for servers, which may be replaced while the run waits.
+    The probe's two documents in a call of 256 cost 0.8 %. In half precision their scores depend on the rest of the
+    call, so a difference alone proves nothing: `Scorer.identity`, whose call is always the same, decides.
     """
 
     def __init__(self, scorer: Scorer, identity: Identity, target: Path, deadline: float | None) -> None:
