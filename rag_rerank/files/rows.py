@@ -21,7 +21,7 @@ from rag_rerank.ranking import Ranked
 from rag_rerank.scorer import Scorer
 
 _PROBE = PROBES[0][0], [document for query, document in PROBES if query == PROBES[0][0]]
-SERVER_DEADLINE = 300.0  # seconds for a call where nobody waits for the answer, and a server may be starting again
+_SERVER_DEADLINE = 300.0  # seconds for a call where nobody waits for the answer, and a server may be starting again
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +37,10 @@ class Options:
     def check(self, scorer: Scorer) -> None:
         """Refuse wrong options before any work, as `Scorer.rerank` does."""
         scorer.rerank("", [], top_n=self.top_n, score_threshold=self.score_threshold, instruction=self.instruction)
+
+    def deadline_of(self, scorer: Scorer) -> float | None:
+        """Find how long a call to this scorer may take."""
+        return _SERVER_DEADLINE if self.deadline is None and scorer.remote else self.deadline
 
     def refuse_pair(self, name: str) -> None:
         """Refuse options that mean nothing for a query with one document, with a ConfigError."""
@@ -148,7 +152,7 @@ def rank(scorer: Scorer, lines: Sequence[Line], options: Options, *, probe: bool
     if probe:
         queries.append(_PROBE[0])
         documents.append(_PROBE[1])
-    deadline = SERVER_DEADLINE if options.deadline is None and scorer.remote else options.deadline
+    deadline = options.deadline_of(scorer)
     # The threshold comes later: it is not for the probe.
     outcomes = scorer.rerank_batch(
         queries, documents, instruction=options.instruction, on_error="return", deadline=deadline
