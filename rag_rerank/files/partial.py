@@ -55,19 +55,14 @@ def rejects_of(target: Path) -> Path:
 
 
 class Partial:
-    """The finished lines of one run, locked against other processes.
+    """The finished lines of one run over `source`, which are to become `target`; locked against other processes.
 
     Args:
-        target: The output that they are to become.
-        source: The input that they are made from.
         facts: The input and the options of the run, as text.
         identify: Tells who the scorer is; asked before anything on disk is changed.
-        restart: Discard what is there.
-        lock_timeout: Seconds to wait for another process that writes the same output.
 
     Attributes:
         tally: The progress; at first that of an earlier run with the same facts and the same scorer.
-        identity: Who the scorer is.
 
     Raises:
         ConfigError: What is there is of another run or scorer, was changed, or another process writes it.
