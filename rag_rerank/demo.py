@@ -4,9 +4,7 @@ This is where everything comes together, so it is the one module of the package 
 imports them where it shows that they return what `Scorer.rerank` returns.
 """
 
-import logging
 from collections.abc import Callable, Mapping
-from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -118,43 +116,23 @@ def _agreement(scorer: Scorer, evaluation: Evaluation, queries: list[str]) -> Ta
     return table
 
 
-def _langchain_order(scorer: Scorer, query: str, candidates: Mapping[str, str]) -> list[str]:
-    """List document ids as ``ContextualCompressionRetriever`` returns them."""
-    from langchain_classic.retrievers import ContextualCompressionRetriever
+def _langchain_order(scorer: Scorer, query: str, documents: Mapping[str, str]) -> list[str]:
+    """List document ids as a retriever's compressor returns them."""
     from langchain_core.documents import Document
-    from langchain_core.retrievers import BaseRetriever
 
     from langchain_rag_rerank import ScorerReranker
 
-    class Candidates(BaseRetriever):
-        def _get_relevant_documents(self, query: str, **_: Any) -> list[Document]:
-            return [Document(id=name, page_content=text) for name, text in candidates.items()]
-
-    retriever = ContextualCompressionRetriever(
-        base_compressor=ScorerReranker(scorer=scorer, top_n=None), base_retriever=Candidates()
-    )
-    return [str(document.id) for document in retriever.invoke(query)]
+    candidates = [Document(id=name, page_content=text) for name, text in documents.items()]
+    ranked = ScorerReranker(scorer=scorer, top_n=None).compress_documents(candidates, query)
+    return [str(document.id) for document in ranked]
 
 
-def _llama_index_order(scorer: Scorer, query: str, candidates: Mapping[str, str]) -> list[str]:
-    """List node ids as a query engine returns them, with no model to write the answer."""
-    from llama_index.core.llms import MockLLM
-    from llama_index.core.query_engine import RetrieverQueryEngine
-    from llama_index.core.response_synthesizers.no_text import NoText
-    from llama_index.core.retrievers import BaseRetriever
-    from llama_index.core.schema import NodeWithScore, QueryBundle, TextNode
+def _llama_index_order(scorer: Scorer, query: str, documents: Mapping[str, str]) -> list[str]:
+    """List node ids as a query engine's postprocessor returns them."""
+    from llama_index.core.schema import NodeWithScore, TextNode
 
     from llama_index.postprocessor.rag_rerank import ScorerReranker
 
-    class Candidates(BaseRetriever):
-        def _retrieve(self, query_bundle: QueryBundle) -> list[NodeWithScore]:
-            return [NodeWithScore(node=TextNode(id_=name, text=text)) for name, text in candidates.items()]
-
-    logging.getLogger("llama_index").setLevel(logging.WARNING)
-    engine = RetrieverQueryEngine.from_args(
-        Candidates(),
-        llm=MockLLM(),
-        response_synthesizer=NoText(llm=MockLLM()),  # response_mode="no_text" would ask for an OpenAI key
-        node_postprocessors=[ScorerReranker(scorer=scorer, top_n=None)],
-    )
-    return [node.node_id for node in engine.query(query).source_nodes]
+    nodes = [NodeWithScore(node=TextNode(id_=name, text=text)) for name, text in documents.items()]
+    ranked = ScorerReranker(scorer=scorer, top_n=None).postprocess_nodes(nodes, query_str=query)
+    return [node.node_id for node in ranked]

@@ -20,12 +20,11 @@ from rag_rerank.errors import (
     DocumentRejected,
     RerankError,
 )
+from rag_rerank.inputs import NEUTRAL
 from rag_rerank.inputs.multimodal import Prepared
 
 E = TypeVar("E", bound=BackendError)
 
-NEUTRAL = "a"
-"""A text that no model or server refuses: what becomes of it is due to what stands around it."""
 _PROBE = [NEUTRAL]
 
 Outcome = float | RerankError

@@ -26,7 +26,7 @@ def test_reranking_helps_and_the_terminal_shows_it(local: LocalScorer):
 
 
 def test_both_frameworks_return_the_same_order(local: LocalScorer):
-    """LangChain's retriever and LlamaIndex's query engine, on every query that is shown."""
+    """LangChain's compressor and LlamaIndex's postprocessor, on every query that is shown."""
     shown = demonstrate(local, 3)[1]
     assert shown.count("same order") == 2 * 3
     assert "differs" not in shown

@@ -32,7 +32,7 @@ from rag_rerank import (
     scorer,
 )
 from rag_rerank.backoff import BackOff
-from rag_rerank.isolation import NEUTRAL
+from rag_rerank.inputs import NEUTRAL
 from tests.scorers import WordOverlap
 
 MOVING = [BackendUnavailable("nobody home"), BadReply("no JSON"), DeadlineExceeded("too slow")]

@@ -25,7 +25,7 @@ from rag_rerank import (
     RerankError,
     Scorer,
 )
-from rag_rerank.isolation import NEUTRAL
+from rag_rerank.inputs import NEUTRAL
 from tests import drawn
 
 

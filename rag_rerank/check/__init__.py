@@ -10,11 +10,11 @@ serves).
 
 from collections.abc import Iterator
 
+from rag_rerank import VLLMScorer
 from rag_rerank.check import access, scores, service
 from rag_rerank.check.checked_server import CheckedServer
 from rag_rerank.check.finding import Finding, Verdict, failure
 from rag_rerank.errors import RerankError
-from rag_rerank.vllm import VLLMScorer
 
 __all__ = ["Finding", "Verdict", "check"]
 

@@ -15,7 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 
 from rag_rerank.cli.options import DeviceOption, DtypeOption, KeyOverHTTPOption, make_scorer
 from rag_rerank.errors import BackendError, ConfigError
-from rag_rerank.isolation import NEUTRAL
+from rag_rerank.inputs import NEUTRAL
 from rag_rerank.scorer import Scorer
 
 if TYPE_CHECKING:

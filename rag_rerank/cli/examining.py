@@ -10,10 +10,10 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from rag_rerank import VLLMScorer
 from rag_rerank.check import Finding
 from rag_rerank.check import check as examine
 from rag_rerank.cli.options import KeyOverHTTPOption
-from rag_rerank.vllm import VLLMScorer
 
 _MARKS = {"good": ("✓", "green"), "note": ("·", "cyan"), "warning": ("!", "yellow"), "problem": ("✗", "red")}
 

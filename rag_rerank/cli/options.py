@@ -4,14 +4,10 @@ from typing import Annotated
 
 import typer
 
-from rag_rerank.errors import ConfigError
-from rag_rerank.local import LocalScorer
-from rag_rerank.local.scorer import DEFAULT_MODEL
-from rag_rerank.scorer import Scorer
-from rag_rerank.vllm import VLLMScorer
+from rag_rerank import ConfigError, LocalScorer, LocalSettings, Scorer, VLLMScorer
 
 ModelOption = Annotated[
-    str | None, typer.Option(help=f"Hub id or folder ({DEFAULT_MODEL} if none), or the name on the server.")
+    str | None, typer.Option(help=f"Hub id or folder ({LocalSettings.model} if none), or the name on the server.")
 ]
 BaseURLOption = Annotated[
     list[str] | None,
@@ -49,7 +45,7 @@ def make_scorer(
             raise ConfigError("--device and --dtype are for local models; a server has chosen its own")
         return VLLMScorer(base_url, model=model, use_activation=use_activation, send_key_over_http=send_key_over_http)
     return LocalScorer(
-        model or DEFAULT_MODEL,
+        model or LocalSettings.model,
         device=device,
         dtype=dtype,  # type: ignore[arg-type]  # checked by LocalScorer
         use_activation=use_activation,

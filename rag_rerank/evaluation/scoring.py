@@ -15,7 +15,7 @@ from pathlib import Path
 from rag_rerank.errors import BackendError, ConfigError, DeadlineExceeded
 from rag_rerank.evaluation.cache import ScoreCache
 from rag_rerank.identity import PROBES, Identity
-from rag_rerank.isolation import NEUTRAL
+from rag_rerank.inputs import NEUTRAL
 from rag_rerank.scorer import Scorer
 
 TIMED_QUERIES = 200

@@ -16,10 +16,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 from rag_rerank.errors import BackendRejected, BackendUnavailable, DocumentRejected
+from rag_rerank.inputs import NEUTRAL
 from rag_rerank.inputs.images import BLANK
 from rag_rerank.inputs.multimodal import Link, Multimodal, Prepared, hidden
 from rag_rerank.inputs.preparing import text_only
-from rag_rerank.isolation import NEUTRAL
 from rag_rerank.vllm.exchange import Exchange
 from rag_rerank.vllm.steps import Steps, Together
 from rag_rerank.vllm.wire import API, Answer, Encoded, Options, Sent, ServerFacts, read_answer, scoring_request

@@ -44,7 +44,7 @@ FIRST_PAUSE, LONGEST_PAUSE = 0.5, 8.0  # seconds
 LONGEST_RETRY_AFTER = 120.0
 """Seconds that a server may ask for; what asks for more is told to the caller at once, as openai's client does."""
 ID_PREFIX = "rag-rerank-"
-"""By which a reply to another request of ours is known even on servers that we haven't seen echo an id."""
+"""By which a reply to another request of ours is known, also on servers that have not echoed an id yet."""
 
 
 @dataclass(frozen=True, slots=True)

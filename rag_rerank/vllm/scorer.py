@@ -43,7 +43,7 @@ class VLLMScorer(Scorer):
     Args:
         base_url: The server's address, with or without ``/v1`` or ``/score`` at its end; or several, which are asked
             in turn. One that does not answer is left alone for 1, 2, 4 ... 30 s, and its requests go to another. None
-            reads ``VLLM_BASE_URL`` from the environment (several are parted by commas), and is
+            reads ``VLLM_BASE_URL`` from the environment (several are separated by commas), and is
             ``http://localhost:8000`` where that is not set.
         model: The name that the servers serve the model under. None takes the only one.
         api_key: Sent as bearer token. None reads ``VLLM_API_KEY`` from the environment, never another service's
@@ -73,8 +73,8 @@ class VLLMScorer(Scorer):
             statuses 408, 429 and 5xx, or an invalid reply. At once with another server or after a connection broke;
             else with full jitter over 0.5 s, doubling, or when the server says (Retry-After). After a request that
             failed in all its tries, requests get one each, until one is answered.
-        chunk_size: Most documents in one request.
-        max_concurrency: Most requests of one call at once. Neither changes a score.
+        chunk_size: How many documents a request may have.
+        max_concurrency: How many requests of one call may be under way at once. Neither changes a score.
         max_waiting_calls: How many calls may be unfinished at a time in this process; one more is refused at once with
             `BackendUnavailable`. None: any number, of which a server that is asked for more than it can do answers
             none in time, for each waits behind all others (see docs/pages/scaling.md).

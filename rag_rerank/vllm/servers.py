@@ -16,7 +16,7 @@ class Server:
         endpoint: Its address.
         back_off: Whether it answers.
         facts: What it told about itself; None before it was asked, and after it was gone.
-        echoes_ids: Whether it has been seen to give a request's id back.
+        echoes_ids: Whether it has given a request's id back.
     """
 
     def __init__(self, endpoint: Endpoint) -> None:

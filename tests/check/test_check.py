@@ -4,7 +4,6 @@ import contextlib
 import json
 import math
 import socket
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -616,13 +615,13 @@ class TestService:
         ("seconds", "verdict", "says"),
         [
             (0.0, "good", "Documents of 100 words: 1 in "),
-            (0.45, "warning", "more than a third of the 1.2 s"),
+            (1.5, "warning", "more than a third of the 4 s"),
             (5, "problem", "100 documents of 100 words took longer"),
         ],
     )
     def test_speed(self, seconds: float, verdict: str, says: str):
         """Against the time that a call may take."""
-        found = examine(Fake(overrides=self._slow(seconds)), timeout=1.2)["Speed"]
+        found = examine(Fake(overrides=self._slow(seconds)), timeout=4)["Speed"]
         assert found.verdict == verdict
         assert says in found.says
 
@@ -669,7 +668,7 @@ class TestRealServers:
 
     def test_minilm_is_well(self, vllm_minilm: VLLMServer):
         """A bi-encoder that understands questions."""
-        with VLLMScorer(vllm_minilm.base_url) as scorer:
+        with VLLMScorer(vllm_minilm.base_url, timeout=600) as scorer:  # on a busy machine it may be slow
             of_minilm = {finding.title: finding for finding in check(scorer)}
         assert list(of_minilm) == TITLES
         assert verdicts(of_minilm) == {"Key": "note"}
@@ -679,7 +678,7 @@ class TestRealServers:
 
     def test_random_weights_do_not_pass(self, vllm_cross_encoder: VLLMServer):
         """All is well with that server but its model; and its key guards /v1 only."""
-        with VLLMScorer(vllm_cross_encoder.base_url, api_key=vllm_cross_encoder.api_key) as scorer:
+        with VLLMScorer(vllm_cross_encoder.base_url, api_key=vllm_cross_encoder.api_key, timeout=600) as scorer:
             of_cross_encoder = {finding.title: finding for finding in check(scorer)}
         assert list(of_cross_encoder) == TITLES
         # The model is another one in each run: one in twenty gets 6 answers of 12 right, which is a warning.
@@ -692,10 +691,9 @@ class TestRealServers:
     def test_without_its_key(self, vllm_cross_encoder: VLLMServer):
         """It ends early."""
         with VLLMScorer(vllm_cross_encoder.base_url) as scorer:
-            began = time.monotonic()
-            *_, last = check(scorer)
-        assert (last.title, last.verdict) == ("Key", "problem")
-        assert time.monotonic() - began < 5
+            findings = list(check(scorer))
+        assert [finding.title for finding in findings] == ["Reachable", "Version", "Key"]
+        assert findings[-1].verdict == "problem"
 
     def test_two_servers_of_different_models(self, vllm_minilm: VLLMServer, vllm_cross_encoder: VLLMServer):
         """As after a mistake in a deployment."""

@@ -4,12 +4,14 @@ import inspect
 import itertools
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -17,9 +19,9 @@ from rag_rerank import VLLMScorer
 from rag_rerank.cli import evaluating
 from rag_rerank.evaluation import DEFAULT_MEASURES, Collection, evaluate, read_run
 from rag_rerank.identity import PROBES
-from rag_rerank.isolation import NEUTRAL
+from rag_rerank.inputs import NEUTRAL
 from tests.evaluation.collections import JUDGMENTS, QUERIES, write_small
-from tests.faulty_server import FaultyServer, Request, Steps, on_scores, right
+from tests.faulty_server import FaultyServer, Request, Steps, http, on_scores, right, scores
 from tests.vllm_server import VLLMServer
 
 
@@ -107,6 +109,65 @@ class TestCommand:
         assert written["systems"][0]["depths"][0]["means"] == pytest.approx(
             {name: found.systems[0].deepest.mean(name) for name in found.measures}, abs=1e-3
         )
+
+
+class TestOtherScorers:
+    """The same command with another scorer: nothing of the first one's is taken for its own."""
+
+    def figures(self, home: Path, *arguments: str | Path) -> tuple[dict[str, Any], str]:
+        result = run(home, *arguments, "--depth", "3", "--json", home / "x.json")
+        assert result.returncode == 0, result.stderr
+        (system,) = json.loads((home / "x.json").read_text())["systems"]
+        return system, result.stderr
+
+    def test_replaced_weights(self, tmp_path: Path, folder: Path, cross_encoder: Path):
+        """Of the same size, in the same folder; and back to the first."""
+        from safetensors.torch import load_file, save_file
+
+        model = tmp_path / "model"
+        shutil.copytree(cross_encoder, model)
+        weights = load_file(model / "model.safetensors")
+        arguments = [folder, "--model", model, "--dtype"]
+        first, told = self.figures(tmp_path, *arguments, "float32")
+        assert "scored anew" not in told
+        assert self.figures(tmp_path, *arguments, "float32")[0]["pairs_scored"] == 0
+        save_file(
+            {name: -2 * tensor for name, tensor in weights.items()}, model / "model.safetensors", {"format": "pt"}
+        )
+        second, told = self.figures(tmp_path, *arguments, "float32")
+        assert "is not the scorer whose scores are cached; scored anew: " in told
+        whole, _ = self.figures(tmp_path, *arguments, "float32", "--no-cache")
+        assert second["depths"][0]["per_query"] == whole["depths"][0]["per_query"]
+        assert second["pairs_scored"] == first["pairs_scored"] > 0
+        save_file(weights, model / "model.safetensors", {"format": "pt"})
+        again, _ = self.figures(tmp_path, *arguments, "float32")
+        assert again["depths"][0]["per_query"] == first["depths"][0]["per_query"]
+
+    def test_a_killed_run_goes_on_with_another_model_behind_the_url(self, tmp_path: Path, folder: Path):
+        """All is scored anew, and said why."""
+        process: subprocess.Popen[bytes] | None = None
+
+        def kill(request: Request) -> Steps | None:
+            if request.queries[0] in list(QUERIES.values())[1:] and process is not None:
+                process.kill()
+            return None
+
+        def other(request: Request) -> Steps:
+            answer = scores(request)
+            for row in answer["data"]:
+                row["score"] = 1 - row["score"]
+            return [http(json.dumps(answer))]
+
+        with FaultyServer(on_scores(kill)) as server:
+            process = subprocess.Popen(
+                command(folder, "--base-url", server.base_url), env=environment(tmp_path), stderr=subprocess.DEVNULL
+            )
+            assert process.wait(60) == -signal.SIGKILL
+            server.behave = on_scores(other)
+            resumed, told = self.figures(tmp_path, folder, "--base-url", server.base_url)
+            whole, _ = self.figures(tmp_path, folder, "--base-url", server.base_url, "--no-cache")
+        assert "is not the scorer whose scores are cached; scored anew: scores of the probe" in told
+        assert (resumed["pairs_cached"], resumed["depths"][0]["per_query"]) == (0, whole["depths"][0]["per_query"])
 
 
 class TestEnds:

@@ -21,14 +21,14 @@ def exact(query: str, documents: list[str]) -> list[float]:
     return [oracle(query, document) for document in documents]
 
 
-class TestPieces:
+class TestChunks:
     """A call is cut into requests that hold not too much."""
 
     @pytest.mark.parametrize(
         ("count", "size", "sizes"),
         [(1, 1, [1]), (5, 128, [5]), (4, 2, [2, 2]), (5, 2, [2, 2, 1]), (128, 128, [128]), (129, 128, [128, 1])],
     )
-    def test_a_piece_has_at_most_chunk_size_documents(self, count: int, size: int, sizes: list[int]):
+    def test_a_chunk_has_at_most_chunk_size_documents(self, count: int, size: int, sizes: list[int]):
         """In the caller's order, and every one of them once."""
         world = World(chunk_size=size)
         assert world.score("q", texts(count)) == exact("q", texts(count))
@@ -127,7 +127,7 @@ class TestConcurrency:
     """Some requests at once, never more than allowed."""
 
     @pytest.mark.parametrize(("concurrency", "rounds"), [(1, 10), (3, 4), (4, 3), (10, 1), (99, 1)])
-    def test_pieces_are_sent_side_by_side(self, concurrency: int, rounds: int):
+    def test_chunks_are_sent_side_by_side(self, concurrency: int, rounds: int):
         """Ten requests of one second each."""
         world = World(Server(seconds=1.0), chunk_size=1, max_concurrency=concurrency)
         assert world.score("q", texts(10)) == exact("q", texts(10))
@@ -175,7 +175,7 @@ class TestConcurrency:
         assert len(world.sent) <= 12
 
     def test_what_is_found_on_the_way_is_shared_too(self):
-        """Halves of a refused piece are done by whichever branch is free."""
+        """Halves of a refused chunk are done by whichever branch is free."""
         world = World(Server(bad=["document 000"], seconds=1.0), chunk_size=16, max_concurrency=2)
         with pytest.raises(DocumentRejected):
             world.score("q", texts(64))
@@ -206,7 +206,7 @@ class TestIsolation:
 
     @pytest.mark.parametrize("position", [0, 1, 15, 16, 30, 31])
     def test_one_bad_document_of_32_costs_11_requests_more(self, position: int):
-        """Row 18: the piece, the question whether anything is accepted, and two for each of five halvings."""
+        """Row 18: the chunk, the question whether anything is accepted, and two for each of five halvings."""
         assert requests_for([position], count=32, size=32) == 12
 
     def test_it_costs_one_less_where_something_was_accepted_before(self):
@@ -218,7 +218,7 @@ class TestIsolation:
         assert [len(sent.documents) for sent in world.sent] == [32, 1]
 
     def test_a_server_that_refuses_everything_is_asked_twice(self):
-        """Row 19: the piece and one harmless document; the refusal of the piece is the answer."""
+        """Row 19: the chunk and one harmless document; the refusal of the chunk is the answer."""
         reply = refusal(400, "unknown parameter")
         world = World(always(reply))
         with pytest.raises(BackendRejected, match="answered 400: unknown parameter") as caught:
@@ -227,7 +227,7 @@ class TestIsolation:
         assert [len(sent.documents) for sent in world.sent] == [32, 1]
         assert world.sent[1].content["text_1"] == "q"
 
-    def test_a_server_that_refuses_everything_is_asked_no_more_by_pieces_side_by_side(self):
+    def test_a_server_that_refuses_everything_is_asked_no_more_by_chunks_side_by_side(self):
         """Each asks twice at most."""
         world = World(always(refusal(400, "unknown parameter"), 1.0), chunk_size=32)
         with pytest.raises(BackendRejected, match="unknown parameter"):
@@ -235,7 +235,7 @@ class TestIsolation:
         assert len(world.sent) == 8
 
     @pytest.mark.parametrize("positions", [(0, 32, 64), (31, 63, 95), (5, 50, 99), (0, 97, 98)])
-    def test_three_bad_documents_in_three_pieces_cost_33_requests_at_most(self, positions: tuple[int, ...]):
+    def test_three_bad_documents_in_three_chunks_cost_33_requests_at_most(self, positions: tuple[int, ...]):
         """Row 20: 37 in all."""
         assert requests_for(positions, count=100, size=32) <= 37
 
@@ -244,7 +244,7 @@ class TestIsolation:
         assert requests_for([0], count=1, size=32) == 2
 
     def test_all_documents_may_be_bad(self):
-        """Where a harmless one is accepted: every piece of the tree, and the question."""
+        """Where a harmless one is accepted: every chunk of the tree, and the question."""
         assert requests_for(range(8), count=8, size=8) == 16
 
     @pytest.mark.parametrize("status", [400, 422])
@@ -477,7 +477,7 @@ class TestFitting:
         queries = ["q" * length for length in range(1, 7)]
         world.score(queries, ["x" * 100] * 6, fit=True)
         assert world.most_at_once == 3
-        assert world.elapsed == 2 + 1 + 2 + 2  # who it is, whether there is a template, six queries, six pieces
+        assert world.elapsed == 2 + 1 + 2 + 2  # who it is, whether there is a template, six queries, six chunks
 
     @pytest.mark.parametrize("templated", [None, True])
     def test_measuring_takes_no_servers_turn(self, templated: bool | None):
@@ -585,7 +585,7 @@ class TestFitting:
         assert len(world.sent) == 1 + accepted
 
     def test_a_document_that_is_rejected_all_the_same_is_found(self):
-        """Its piece keeps its cut."""
+        """Its chunk keeps its cut."""
         bad = "bad" * 50
         world = World(Server(template=20, window=64, bad=[bad]), known=False)
         with pytest.raises(DocumentRejected) as caught:

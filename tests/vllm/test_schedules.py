@@ -211,25 +211,25 @@ class Setting:
         """How many requests for scores the call may need, if each is answered at once.
 
         Pieces are full but for the last of each group; groups are documents of one query (rerank API) that are cut
-        alike (fitting: at what their query leaves, or not at all). A bad document makes as many pieces be replaced by
-        two as its piece can be halved; where any piece may be refused, it may fall apart into single documents.
-        Beside pieces there are one question of each branch whether anything is accepted, one about a template, and one
+        alike (fitting: at what their query leaves, or not at all). A bad document makes as many chunks be replaced by
+        two as its chunk can be halved; where any chunk may be refused, it may fall apart into single documents.
+        Beside chunks there are one question of each branch whether anything is accepted, one about a template, and one
         for each query.
         """
         count, queries = len(self.documents), len(set(self.asked))
         groups = (queries if self.api == "rerank" or self.fit else 1) * (2 if self.fit else 1)
-        pieces = min(count, count // self.chunk_size + groups)
+        chunks = min(count, count // self.chunk_size + groups)
         halvings = len(self.bad_indices) * math.ceil(math.log2(min(count, self.chunk_size)))
         if self.most < min(count, self.chunk_size) or self.may_be_accused:
             halvings = count - 1
-        questions = min(pieces, self.max_concurrency) + (1 + queries if self.fit else 0)
-        return pieces + 2 * min(halvings, count - 1) + questions
+        questions = min(chunks, self.max_concurrency) + (1 + queries if self.fit else 0)
+        return chunks + 2 * min(halvings, count - 1) + questions
 
     def check_requests(self) -> None:
         """None is tried too often, and none is sent for nothing."""
         tries, sent = 1 + self.max_retries, self.world.score_requests
-        pieces = Counter(tuple(request.documents) for request in sent)
-        assert all(count <= tries for documents, count in pieces.items() if documents != ("a",))
+        chunks = Counter(tuple(request.documents) for request in sent)
+        assert all(count <= tries for documents, count in chunks.items() if documents != ("a",))
         # What was not a fault was the answer; but not where it did not fit a former answer by another model.
         faults = len(self.met) + sum(host in self.dead for host in self.world.hosts)
         assert OTHER_MODEL in self.met or len(sent) <= self.most_asked + faults
@@ -312,7 +312,7 @@ def test_after_any_schedule_of_faults_servers_that_work_are_asked_and_give_the_r
 
 @settings(max_examples=500)
 @given(schedules, st.randoms(use_true_random=False))
-def test_pieces_order_and_duplicates_change_no_score(setting: Setting, random: Random):
+def test_chunks_order_and_duplicates_change_no_score(setting: Setting, random: Random):
     """Row 71: cut, shuffled or repeated, whenever answers come, a pair's score is the same."""
     calm = replace(setting, calm=256, dead=frozenset(), bad=frozenset(), deadline=None, attempt_timeout=None)
     order = [random.randrange(len(calm.texts)) for _ in range(2 * len(calm.texts))]

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Self
 
 from rag_rerank.errors import BackendRejected
-from rag_rerank.isolation import NEUTRAL
+from rag_rerank.inputs import NEUTRAL
 from rag_rerank.local.models.encoding import Truncation, encode, truncate
 from rag_rerank.local.transformer.batching import TokenSequence
 from rag_rerank.template import Template

@@ -105,9 +105,11 @@ class TestRequests:
         """vLLM answers 500 where the place of an image is cut off; texts in the same list are cut as ever."""
         scorer = VLLMScorer(server.base_url, truncate_prompt_tokens=100, use_activation=False)
         assert scorer.score("q", ["a", Image(RED)]) == exact("q", "a", sent(RED))
-        plain, seen = sorted((request.content for request in server.score_requests), key=lambda body: len(str(body)))
-        assert plain.keys() - seen.keys() == {"truncate_prompt_tokens"}
-        assert seen["use_activation"] is False
+        plain, beside_image = sorted(
+            (request.content for request in server.score_requests), key=lambda body: len(str(body))
+        )
+        assert plain.keys() - beside_image.keys() == {"truncate_prompt_tokens"}
+        assert beside_image["use_activation"] is False
 
     @pytest.mark.parametrize(("limit", "kept"), [(40, 2), (31, 1), (32, 2), (16, 1), (15, 0)])
     def test_texts_beside_images_are_cut_where_that_leaves_their_places(
