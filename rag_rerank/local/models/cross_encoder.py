@@ -47,14 +47,13 @@ class PairModel:
 
     @torch.inference_mode()
     def run(self, sequences: Sequence[TokenSequence]) -> Tensor:
-        """Compute logits ``[len(sequences), labels]``."""
-        return self.head(self.transformer.states(sequences)).float()
+        """Compute logits ``[len(sequences), 1]``."""
+        logits = self.head(self.transformer.states(sequences)).float()
+        # Of two, the second says "relevant": its share in their softmax is the sigmoid of the difference.
+        return logits if logits.shape[1] == 1 else logits[:, 1:] - logits[:, :1]
 
     def _scores(self, logits: Tensor) -> list[float]:
-        # Of two labels, the second says "relevant": its softmax is the sigmoid of the difference.
-        scores: list[float] = self.activation(
-            logits[:, -1] if logits.shape[1] == 1 else logits[:, 1] - logits[:, 0]
-        ).tolist()
+        scores: list[float] = self.activation(logits[:, 0]).tolist()
         return scores
 
 
