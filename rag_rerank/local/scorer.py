@@ -4,7 +4,9 @@ Constructing one takes microseconds, so that adapters and command lines can buil
 """
 
 import asyncio
+import atexit
 import os
+import threading
 import time
 import weakref
 from collections.abc import Mapping, Sequence
@@ -21,6 +23,19 @@ from rag_rerank.scorer import Scorer
 from rag_rerank.template import Template
 
 DEFAULT_MODEL = "cross-encoder/ms-marco-MiniLM-L6-v2"
+
+
+_engines: "weakref.WeakSet[Engine]" = weakref.WeakSet()
+_threads: "weakref.WeakSet[threading.Thread]" = weakref.WeakSet()
+
+
+@atexit.register
+def _end_threads() -> None:
+    """Wait for all engines' threads to end: none must run on into the interpreter's shutdown."""
+    for engine in list(_engines):
+        engine.stop()
+    for thread in list(_threads):
+        thread.join()
 
 
 class LocalScorer(Scorer):
@@ -139,8 +154,9 @@ class LocalScorer(Scorer):
     def _start(self) -> None:
         settings = self._settings  # not self: the thread must not keep the scorer alive
         self._engine = Engine(lambda: _load(settings), name=settings.model)
-        # The thread must not outlive a scorer that nobody closed, nor run on into interpreter shutdown.
-        weakref.finalize(self, self._engine.close)
+        weakref.finalize(self, self._engine.stop)  # of a scorer that nobody closed
+        _engines.add(self._engine)
+        _threads.add(self._engine.thread)
 
     @property
     def model_name(self) -> str:

@@ -1,11 +1,13 @@
 """LocalScorer: the real MiniLM against sentence-transformers, and a tiny cross-encoder against transformers."""
 
 import asyncio
+import gc
 import json
 import math
 import multiprocessing
 import pickle
 import shutil
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -373,10 +375,31 @@ class TestCallers:
         """Nobody has to close it."""
         scorer = LocalScorer(cross_encoder)
         scorer.score("q", "d")
-        thread = scorer._engine._thread
+        thread = scorer._engine.thread
         del scorer
         thread.join(10)
         assert not thread.is_alive()
+
+    def test_a_scorer_may_be_collected_by_one_of_its_own_threads(self, cross_encoder: Path, monkeypatch):
+        """The garbage collector runs in any thread: nothing is waited for there."""
+        scorer = LocalScorer(cross_encoder)
+        scorer.score("q", "d")
+        model, thread, dropped = scorer._engine.model.score_type, scorer._engine.thread, threading.Event()
+        run = type(model).run
+
+        def run_and_collect(model: object, sequences: object) -> object:
+            dropped.wait(10)
+            gc.collect()
+            return run(model, sequences)
+
+        monkeypatch.setattr(type(model), "run", run_and_collect)
+        future = scorer._engine.submit(["q"], ["a", "b"])
+        scorer.itself = scorer
+        del scorer, model
+        dropped.set()
+        thread.join(10)
+        assert not thread.is_alive()
+        assert future.done()
 
     def test_warming_up_loads_the_model(self, cross_encoder: Path, tmp_path: Path):
         """And reports what is wrong with it before the first query does."""

@@ -9,6 +9,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, cast
 
 import torch
+from huggingface_hub import try_to_load_from_cache
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -115,9 +116,9 @@ class Checkpoint:
         adapter = folder / "adapter_config.json"
         base = json.loads(adapter.read_bytes()).get("base_model_name_or_path") if adapter.is_file() else None
         if base is not None and not Path(base).is_dir():
-            base = Path(
-                str(cached_file(base, "config.json", cache_dir=self._settings.cache_dir, local_files_only=True))
-            ).parent
+            # None where it is not in the cache: then nothing has loaded it.
+            config = try_to_load_from_cache(base, "config.json", cache_dir=self._settings.cache_dir)
+            base = Path(config).parent if isinstance(config, str) else None
         return fingerprint(folder, base and Path(base))
 
     def _is_small(self) -> bool:

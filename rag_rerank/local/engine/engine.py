@@ -42,6 +42,9 @@ class Engine:
     Args:
         load: Makes the model; called in the thread when the first work comes, and again after it failed.
         name: For the thread's name and for errors.
+
+    Attributes:
+        thread: The thread.
     """
 
     def __init__(self, load: Callable[[], Model], *, name: str) -> None:
@@ -52,8 +55,8 @@ class Engine:
         self._closing = threading.Event()
         # The thread holds the loop, not the engine: whoever drops the engine can have it collected and closed.
         self._loop = _Loop(load, self._inbox, self._closing, name)
-        self._thread = threading.Thread(target=self._loop.run, name=f"rag_rerank {name}", daemon=True)
-        self._thread.start()
+        self.thread = threading.Thread(target=self._loop.run, name=f"rag_rerank {name}", daemon=True)
+        self.thread.start()
 
     @property
     def model(self) -> Model | None:
@@ -76,13 +79,17 @@ class Engine:
             call.fail(error)
         return call.future
 
+    def stop(self) -> None:
+        """Close without waiting and without a lock: a finaliser may run in any thread, one of the engine's too."""
+        self._closing.set()
+        self._inbox.put(None)
+
     def close(self) -> None:
         """Stop after the batch that is running; work that waits fails."""
         with self._lock:
-            self._closing.set()
-            self._inbox.put(None)
-        if threading.current_thread() is not self._thread:
-            self._thread.join()
+            self.stop()
+        if threading.current_thread() is not self.thread:
+            self.thread.join()
 
     def _finished(self, call: WaitingCall) -> None:
         with self._lock:

@@ -169,7 +169,7 @@ class TestLife:
         assert running.result(5) == [4.0]
         with pytest.raises(RerankError, match="closed"):
             waiting.result(5)
-        assert not engine._thread.is_alive()
+        assert not engine.thread.is_alive()
         with pytest.raises(RerankError, match="closed"):
             engine.submit(["q"], ["too late"]).result(5)
 
