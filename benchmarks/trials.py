@@ -1,6 +1,6 @@
 """What was tried for speed on the CPU and is not in the package, beside what is: int8 and torch.compile.
 
-    .venv/bin/python -m benchmarks.trials [--shape minilm] [--rounds 5]
+    .venv/bin/python -m benchmarks.trials [--model minilm] [--rounds 5]
 
 Same weights, same batches, interleaved; ratios are per round against the package's own float32. Agreement is Kendall's
 tau to float32 over all pairs of a round.
@@ -109,11 +109,11 @@ def contestants(folder: str, console: Console) -> dict[str, Run]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--shape", default="minilm")
+    parser.add_argument("--model", default="minilm")
     parser.add_argument("--rounds", type=int, default=5)
     arguments = parser.parse_args()
     console = Console(width=120)
-    folder = str(folder_of(arguments.shape))
+    folder = str(folder_of(arguments.model))
     runs = contestants(folder, console)
     model = load(LocalScorer(folder, dtype="float32")._settings)
     calls = Texts("passages").calls(Load(1, 100))
@@ -138,7 +138,7 @@ def main() -> None:
                 first[name] = took
         for name, own in scores.items():
             taus[name].append(kendall(own, scores["float32"]))
-    table = Table(title=f"{arguments.shape}: 1 query x 100 passages, {arguments.rounds} rounds")
+    table = Table(title=f"{arguments.model}: 1 query x 100 passages, {arguments.rounds} rounds")
     for column in ("", "p50 ms", "times float32 [min-max]", "tau", "first call s"):
         table.add_column(column, justify="left" if not column else "right")
     for name, times in seconds.items():

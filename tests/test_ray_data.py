@@ -23,7 +23,7 @@ from rag_rerank.files.formats import Reader
 from rag_rerank.ray_data import Pool, Progress, ScoreBatch, rejects_in, rerank_folder, score_dataset
 from rag_rerank.ray_data.pool import equal_share
 from rag_rerank.ray_data.shards import cut, sources_in
-from tests.faulty_server import FaultyServer, Request, Steps, oracle
+from tests.faulty_server import FaultyServer, Request, Steps, http, oracle, scores
 from tests.models import CORPUS
 from tests.scorers import Journal
 
@@ -279,12 +279,18 @@ class TestGoingOn:
         assert rerank_folder(journal, folder, out, **options, restart=True) == Tally(80, 80, 0, 80, 0)
 
     def test_after_ctrl_c_on_the_command_line(self, cluster: str, folder: Path, out: Path):
-        """On the cluster at RAY_ADDRESS first, then, without one, on one of its own."""
+        """On the cluster at RAY_ADDRESS first, then on one of its own; in between, changes are refused."""
         write(folder / "a.jsonl", numbered(60))
         process: subprocess.Popen[str] | None = None
         asked: list[str] = []
+        swapped = False
 
         def behave(request: Request) -> Steps | None:
+            if swapped and request.wants_scores:  # the server behind the URL has another model
+                answer = scores(request)
+                for item in answer["data"]:
+                    item["score"] /= 2
+                return [http(json.dumps(answer))]
             if request.wants_scores:
                 asked.extend(request.documents)
                 if len(asked) > 30 and process is not None and process.poll() is None:
@@ -314,6 +320,17 @@ class TestGoingOn:
             finished = {row["document"] for row in read(out)}
             assert finished
             before = len(asked)
+            on_cluster = {**environment, "RAY_ADDRESS": cluster}
+            left = {path: path.read_bytes() for path in out.rglob("*.jsonl")}
+            other = subprocess.run(
+                [*command, "--top-n", "1"], capture_output=True, text=True, env=on_cluster, check=False
+            )
+            assert (other.returncode, "top_n: 1, before None" in other.stderr) == (2, True), other.stderr
+            swapped = True
+            other = subprocess.run(command, capture_output=True, text=True, env=on_cluster, check=False)
+            assert (other.returncode, "before" in other.stderr, "--restart" in other.stderr) == (2, True, True)
+            assert {path: path.read_bytes() for path in out.rglob("*.jsonl")} == left
+            swapped = False
             again = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
         assert again.returncode == 0, again.stderr
         assert f"60 lines: 60 reranked (60 documents), 0 rejected; written to {out}." in again.stderr

@@ -26,7 +26,7 @@ from rag_rerank.cli.options import (
     PortOption,
     make_scorer,
 )
-from rag_rerank.cli.scoring_files import rerank_one_file, rerank_with_ray
+from rag_rerank.cli.scoring_files import rerank_files
 from rag_rerank.display import Reranked, described
 from rag_rerank.errors import ConfigError
 from rag_rerank.files.rows import Line, Options, parse
@@ -162,13 +162,12 @@ def rerank(
         raise ConfigError("--num-actors, --cpus-per-actor, --gpus-per-actor and --shard-lines go with --engine ray")
     paths = _paths(source, target, query is None and not as_json, reorder or restart or strict or engine == "ray")
     with make_scorer(model, base_url, host, port, device, dtype, logits, send_key_over_http) as scorer:
-        if paths and engine == "ray":
-            gpus = 0.0 if device == "cpu" and gpus_per_actor is None else gpus_per_actor
-            pool = Pool(num_actors, cpus_per_actor, gpus)
-            more = {"restart": restart, "pool": pool, "shard_lines": shard_lines}
-            rerank_with_ray(scorer, *paths, asdict(options) | more, strict=strict)
-        elif paths:
-            rerank_one_file(scorer, *paths, asdict(options) | {"restart": restart}, strict=strict)
+        if paths:
+            more: dict[str, Any] = {"restart": restart}
+            if engine == "ray":
+                gpus = 0.0 if device == "cpu" and gpus_per_actor is None else gpus_per_actor
+                more |= {"pool": Pool(num_actors, cpus_per_actor, gpus), "shard_lines": shard_lines}
+            rerank_files(scorer, *paths, asdict(options) | more, ray=engine == "ray", strict=strict)
         else:
             _answer(
                 scorer,
@@ -184,11 +183,7 @@ def rerank(
 def _paths(source: Path | None, target: Path | None, alone: bool, other: bool) -> tuple[Path, Path] | None:
     """Find the files to read and to write, or None where no files are asked for.
 
-    Args:
-        source: --in.
-        target: --out.
-        alone: Whether nothing is asked for that does not go with files.
-        other: Whether something is asked for that goes with files only.
+    `alone`: nothing is asked for that does not go with files. `other`: something that goes with files only.
     """
     if source is None and target is None and not other:
         return None

@@ -1,6 +1,5 @@
 """``rag-rerank rerank --in --out``: a bar while it runs, and what came of it."""
 
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,43 +18,32 @@ from rag_rerank.ray_data import rejects_in, rerank_folder
 from rag_rerank.scorer import Scorer
 
 
-def rerank_one_file(scorer: Scorer, source: Path, target: Path, options: dict[str, Any], *, strict: bool) -> None:
-    """Rerank a file, with a bar on a terminal, and say on stderr what came of it or how to continue."""
+def rerank_files(
+    scorer: Scorer, source: Path, target: Path, options: dict[str, Any], *, ray: bool, strict: bool
+) -> None:
+    """Rerank a file, or with Ray a folder; show a bar, and on stderr what came of it or how to continue."""
     console = Console(stderr=True, highlight=False, soft_wrap=True)
     with _bar(console) as bar:
-        task = bar.add_task("", total=1.0, done="")
+        task = bar.add_task("", total=1.0, done="starting")
 
-        def progress(tally: Tally, fraction: float) -> None:
+        def of_file(tally: Tally, fraction: float) -> None:
             if tally.resumed == tally.lines > 0:
                 console.print(Text(f"Continuing behind line {tally.lines:,} of {source}."))
             bar.update(task, completed=fraction, done=f"{tally.lines:,} lines, {tally.documents:,} documents")
 
-        with _told_how_to_continue(console, target, "lines"):
-            tally = rerank_file(scorer, source, target, **options, progress=progress)
-    _summarise(console, tally, target, rejects_of(target), strict=strict)
+        def of_folder(now: RayProgress) -> None:
+            finished = f"{now.finished:,} of {now.shards:,} shards"
+            if now.tally.lines == now.tally.resumed > 0:
+                console.print(Text(f"{finished} were finished before."))
+            done = f"{finished}, {now.tally.documents:,} documents"
+            bar.update(task, completed=now.finished / max(1, now.shards), done=done)
 
-
-def rerank_with_ray(scorer: Scorer, source: Path, target: Path, options: dict[str, Any], *, strict: bool) -> None:
-    """Rerank files over a pool of actors, with the same bar and words."""
-    console = Console(stderr=True, highlight=False, soft_wrap=True)
-    began, at_first = time.monotonic(), 0
-    with _bar(console) as bar:
-        task = bar.add_task("", total=None, done="starting")
-
-        def progress(now: RayProgress) -> None:
-            nonlocal began, at_first
-            tally = now.tally
-            if tally.lines == tally.resumed:  # the first time
-                began, at_first = time.monotonic(), tally.documents
-                if now.finished:
-                    console.print(Text(f"{now.finished:,} of {now.shards:,} shards were finished before."))
-            speed = (tally.documents - at_first) / max(1e-3, time.monotonic() - began)
-            done = f"{now.finished:,} of {now.shards:,} shards, {tally.documents:,} documents, {speed:,.0f}/s"
-            bar.update(task, total=now.shards, completed=now.finished, done=done)
-
-        with _told_how_to_continue(console, target, "shards"):
-            tally = rerank_folder(scorer, source, target, **options, progress=progress)
-    _summarise(console, tally, target, rejects_in(target), strict=strict)
+        with _told_how_to_continue(console, target, "shards" if ray else "lines"):
+            if ray:
+                tally = rerank_folder(scorer, source, target, **options, progress=of_folder)
+            else:
+                tally = rerank_file(scorer, source, target, **options, progress=of_file)
+    _summarise(console, tally, target, rejects_in(target) if ray else rejects_of(target), strict=strict)
 
 
 def _bar(console: Console) -> Progress:

@@ -48,11 +48,6 @@ class Part:
     lines: int | None = None
     offset: int = 0
 
-    @property
-    def end(self) -> int | None:
-        """The number of lines up to and including the last one, for slices."""
-        return None if self.lines is None else self.first + self.lines
-
 
 WHOLE = Part()
 
@@ -93,37 +88,27 @@ class Reader:
 
     def _rows(self) -> Iterator[bytes]:
         arrow = import_arrow(self._path)
+        part = self._part
         try:
             with arrow.parquet.ParquetFile(self._path) as file:
-                total = max(1, file.metadata.num_rows)
-                number, groups = _row_groups(file.metadata, self._part)
-                for batch in file.iter_batches(batch_size=64, row_groups=groups, columns=self._columns):
-                    # Rows outside of the part are not made into Python objects.
-                    skipped = min(len(batch), max(0, self._part.first - number))
-                    left = len(batch) if self._part.end is None else max(0, self._part.end - number)
-                    number += skipped
-                    for row in batch.slice(skipped, left - skipped).to_pylist():
-                        number += 1
-                        self.fraction = number / total
-                        yield encode(row)
-                    if left < len(batch):
-                        return
+                total = file.metadata.num_rows
+                end = total if part.lines is None else min(total, part.first + part.lines)
+                number = 0
+                for group in range(file.num_row_groups):
+                    rows = file.metadata.row_group(group).num_rows
+                    if number + rows <= part.first or number >= end:
+                        number += rows
+                        continue
+                    for batch in file.iter_batches(64, row_groups=[group], columns=self._columns):
+                        skipped = min(len(batch), max(0, part.first - number))
+                        # Rows outside of the part are not made into Python objects.
+                        wanted = batch.slice(skipped, max(0, end - number - skipped))
+                        for position, row in enumerate(wanted.to_pylist(), number + skipped + 1):
+                            self.fraction = position / total
+                            yield encode(row)
+                        number += len(batch)
         except arrow.ArrowException as error:
             raise ConfigError(f"{self._path} is damaged: {error}") from error
-
-
-def _row_groups(metadata: Any, part: Part) -> tuple[int, list[int]]:
-    """Find the row groups that hold rows of a part, and how many rows come before the first of them."""
-    groups: list[int] = []
-    before = number = 0
-    for group in range(metadata.num_row_groups):
-        rows = metadata.row_group(group).num_rows
-        if number + rows > part.first and (part.end is None or number < part.end):
-            groups.append(group)
-        elif not groups:
-            before += rows
-        number += rows
-    return before, groups
 
 
 def count_rows(path: Path) -> int:

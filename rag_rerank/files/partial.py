@@ -55,19 +55,14 @@ def rejects_of(target: Path) -> Path:
 
 
 class Partial:
-    """The finished lines of one run, locked against other processes.
+    """The finished lines of one run over `source`, which are to become `target`; locked against other processes.
 
     Args:
-        target: The output that they are to become.
-        source: The input that they are made from.
         facts: The input and the options of the run, as text.
         identify: Tells who the scorer is; asked before anything on disk is changed.
-        restart: Discard what is there.
-        lock_timeout: Seconds to wait for another process that writes the same output.
 
     Attributes:
         tally: The progress; at first that of an earlier run with the same facts and the same scorer.
-        identity: Who the scorer is.
 
     Raises:
         ConfigError: What is there is of another run or scorer, was changed, or another process writes it.
@@ -112,13 +107,7 @@ class Partial:
             raise
 
     def add(self, ranked: Sequence[bytes], rejects: Sequence[bytes], documents: int, *, lines: int) -> None:
-        """Keep the results of a group; they are on disk when this returns.
-
-        Args:
-            ranked: Lines for the output.
-            rejects: Lines for the rejects.
-            documents: Documents of the lines reranked.
-            lines: The number of the group's last line.
+        """Keep the results of a group up to this line; they are on disk when this returns.
 
         Raises:
             ConfigError: The output is Parquet, which has no type for a column of these lines; nothing was kept of them.
@@ -230,15 +219,10 @@ def write_whole(path: Path, data: bytes) -> None:
 
 
 def lock(file: IO[bytes], path: Path, until: float) -> bool:
-    """Keep other processes out of a file until it is closed, however this process ends.
-
-    Args:
-        file: The file.
-        path: Where it is.
-        until: When to give up, on the clock of `time.monotonic`.
+    """Keep other processes out of a file until it is closed, however this process ends; on Windows, do nothing.
 
     Returns:
-        Whether it is locked. On Windows always, with nothing done.
+        Whether it was locked until then, on the clock of `time.monotonic`.
     """
     if sys.platform == "win32":
         return True

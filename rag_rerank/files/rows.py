@@ -21,20 +21,12 @@ from rag_rerank.ranking import Ranked
 from rag_rerank.scorer import Scorer
 
 _PROBE = PROBES[0][0], [document for query, document in PROBES if query == PROBES[0][0]]
-SERVER_DEADLINE = 300.0  # seconds for a call where nobody waits for the answer, and a server may be starting again
+_SERVER_DEADLINE = 300.0  # seconds for a call where nobody waits for the answer, and a server may be starting again
 
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """What is made of the scores of each line: arguments of `Scorer.rerank_batch`, which are for lists of documents.
-
-    Attributes:
-        top_n: How many to keep of each list; None keeps all.
-        score_threshold: Keep only scores at or above it.
-        instruction: The task, in place of the scorer's own.
-        reorder: Put the documents themselves in the order of their ranks.
-        deadline: Seconds that a call to the scorer may take; None: 300 on a server, no limit for a local model.
-    """
+    """How lines are ranked; see `rerank_file`."""
 
     top_n: int | None = None
     score_threshold: float | None = None
@@ -45,6 +37,10 @@ class Options:
     def check(self, scorer: Scorer) -> None:
         """Refuse wrong options before any work, as `Scorer.rerank` does."""
         scorer.rerank("", [], top_n=self.top_n, score_threshold=self.score_threshold, instruction=self.instruction)
+
+    def deadline_of(self, scorer: Scorer) -> float | None:
+        """Find how long a call to this scorer may take."""
+        return _SERVER_DEADLINE if self.deadline is None and scorer.remote else self.deadline
 
     def refuse_pair(self, name: str) -> None:
         """Refuse options that mean nothing for a query with one document, with a ConfigError."""
@@ -61,16 +57,10 @@ class Options:
 
 @dataclass(slots=True)
 class Line:
-    """One line of the input, and its result: `ranked` or `error`.
+    """One line of the input, by its number from 1, and its result: `ranked`, or the `error` that says why not.
 
-    Attributes:
-        number: Its number in the file, from 1.
-        raw: The bytes that were read.
-        row: Its fields: a query with "documents", or a pair: a query with one "document".
-        query: The query, prepared for the scorer: a text, or content with images, which have been read.
-        documents: Its documents, prepared likewise.
-        ranked: Their ranking.
-        error: Why there is none.
+    `row` has its fields: a query with "documents", or a pair, a query with one "document". `query` and `documents` are
+    prepared for the scorer: texts, or content with images, which have been read.
     """
 
     number: int
@@ -147,16 +137,10 @@ def _has_parts(value: Any) -> bool:
 
 
 def rank(scorer: Scorer, lines: Sequence[Line], options: Options, *, probe: bool = False) -> list[float]:
-    """Give each line without an error its ranking; or its error, if the back end works but can't score that line.
-
-    Args:
-        scorer: Scores all lines in one call.
-        lines: The lines.
-        options: What is made of the scores.
-        probe: Whether to score a known query with two documents in the same call.
+    """Give each line its ranking; or its error, if the back end works but can't score that line.
 
     Returns:
-        The scores of these two; empty without `probe`.
+        With `probe`, the scores of a known query with two documents, which are part of the same call.
 
     Raises:
         BackendError: The failure is not the fault of single lines.
@@ -168,7 +152,7 @@ def rank(scorer: Scorer, lines: Sequence[Line], options: Options, *, probe: bool
     if probe:
         queries.append(_PROBE[0])
         documents.append(_PROBE[1])
-    deadline = SERVER_DEADLINE if options.deadline is None and scorer.remote else options.deadline
+    deadline = options.deadline_of(scorer)
     # The threshold comes later: it is not for the probe.
     outcomes = scorer.rerank_batch(
         queries, documents, instruction=options.instruction, on_error="return", deadline=deadline

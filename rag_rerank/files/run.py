@@ -1,6 +1,6 @@
 """From one file to the other: lines in groups, groups to the scorer, results and rejects to the disk."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
@@ -8,7 +8,7 @@ from pathlib import Path
 from rag_rerank.errors import ConfigError
 from rag_rerank.files.formats import WHOLE, Part, Reader, check_name
 from rag_rerank.files.partial import START_OVER, Partial, Tally, refuse_changes
-from rag_rerank.files.rows import SERVER_DEADLINE, Line, Options, parse, rank, results
+from rag_rerank.files.rows import Line, Options, parse, rank, results
 from rag_rerank.identity import Identity
 from rag_rerank.scorer import Scorer
 
@@ -76,42 +76,24 @@ def rerank_file(
         facts["part"] = str(asdict(part))
     with Partial(target, source, facts, scorer.identity, restart=restart, lock_timeout=lock_timeout) as partial:
         reader = Reader(source, part)
-        check = _SameScorer(scorer, partial.identity, target, deadline)
+        probe, known = scorer.remote and partial.identity.steady, Identity({})
         progress(partial.tally, 0.0)
         for number, lines in _groups(islice(enumerate(reader, 1), partial.tally.lines, None), group, part.first):
             for line in lines:
                 if line.is_pair and line.error is None:
                     options.refuse_pair(f"line {line.number} is a pair")
-            check(rank(scorer, lines, options, probe=check.probes))
+            # The probe's two documents in a call of 256 cost 0.8 %. In half precision their scores depend on the rest
+            # of the call, so a difference alone proves nothing: `identity`, whose call is always the same, decides.
+            probed = Identity({}, rank(scorer, lines, options, probe=probe))
+            if probed.probes and probed.differences(known):
+                refuse_changes(target, partial.identity, scorer.identity(deadline=options.deadline_of(scorer)))
+                known = probed
             partial.add(*results(lines, reorder=reorder), lines=number)
             progress(partial.tally, reader.fraction)
         if input_facts(source) != before:
             raise ConfigError(f"{source} was changed while it was read; {START_OVER}")
         partial.finish()
     return partial.tally
-
-
-class _SameScorer:
-    """Checks that the server that answers is the one that the run began with.
-
-    Two more documents in a call of 256 cost 0.8 %. In half precision their scores depend on the rest of the call, so
-    that a difference alone says nothing: `Scorer.identity`, whose call is always the same, decides.
-
-    Attributes:
-        probes: Whether to score the probe with each group: for servers, which may be replaced while the run waits.
-    """
-
-    def __init__(self, scorer: Scorer, identity: Identity, target: Path, deadline: float | None) -> None:
-        self._scorer, self._identity, self._target = scorer, identity, target
-        self._deadline = SERVER_DEADLINE if deadline is None else deadline
-        self._scores: Sequence[float] | None = None
-        self.probes = scorer.remote and identity.steady
-
-    def __call__(self, scores: Sequence[float]) -> None:
-        """Refuse another scorer; `scores` are those of the probe, empty if it was not scored."""
-        if scores and (self._scores is None or Identity({}, scores).differences(Identity({}, self._scores))):
-            refuse_changes(self._target, self._identity, self._scorer.identity(deadline=self._deadline))
-            self._scores = scores
 
 
 def _check_files(source: Path, target: Path) -> None:

@@ -21,14 +21,9 @@ _LOCK_TIMEOUT = 60.0  # seconds in which a process that is being killed on anoth
 
 
 class ScoreShards:
-    """Scores shards: the class that ``map_batches`` gets, of which each actor makes one.
+    """Scores shards with the options of `rerank_file`: the class that ``map_batches`` gets; each actor makes one.
 
-    Args:
-        scorer: Loads its model in the actor, with the first shard.
-        folders: Where the files are.
-        shards: All shards of the run.
-        options: Of `rerank_file`.
-        run: Tells the actors of this run from those of earlier ones.
+    `run` tells the actors of this run from those of earlier ones.
     """
 
     def __init__(

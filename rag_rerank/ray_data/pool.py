@@ -25,13 +25,7 @@ def import_ray() -> Any:
 
 @contextmanager
 def connected() -> Iterator[Any]:
-    """Connect to the Ray that is running, to the cluster at ``RAY_ADDRESS``, or to a new local one.
-
-    Ray that was started here is stopped at the end, and is quiet in between.
-
-    Raises:
-        ConfigError: Ray is not installed, or there is no cluster at the address.
-    """
+    """Connect to the Ray that is running, to the cluster at ``RAY_ADDRESS``, or to a new local one, for this block."""
     ray = import_ray()
     if ray.is_initialized():
         yield ray
@@ -95,17 +89,10 @@ DEFAULT_POOL = Pool()
 
 
 def pool_options(ray: Any, scorer: Scorer, pool: Pool, tasks: int | None = None) -> dict[str, Any]:
-    """Make the options of ``map_batches`` for a pool of actors that each have a scorer.
+    """Make the options of ``map_batches`` for a pool of actors; a ConfigError if the machines don't have so much.
 
-    Args:
-        ray: The module.
-        scorer: What each actor has.
-        pool: What is asked for.
-        tasks: How many there will be, where that is known: no more actors are started. What each gets stays the same,
-            so that the last shards of a run are scored as the others.
-
-    Raises:
-        ConfigError: The machines don't have so much.
+    No more actors are started than there are tasks. What each gets stays the same, so that the last shards of a run
+    are scored as the others.
     """
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     all_gpus = int(sum(node.get("GPU", 0.0) for node in nodes))

@@ -5,6 +5,7 @@ import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 
 from rag_rerank.errors import ConfigError
@@ -17,12 +18,7 @@ from rag_rerank.identity import Identity
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """Lines of one file, which one actor scores into a file of their own.
-
-    Attributes:
-        source: The file, as its path below the folder of the input.
-        part: Which lines of it.
-    """
+    """Lines of one file, by its path below the folder of the input; one actor scores them into a file of their own."""
 
     source: str
     part: Part
@@ -46,12 +42,7 @@ def rejects_in(target: Path) -> Path:
 
 @dataclass(frozen=True, slots=True)
 class Folders:
-    """Where the files of a run are.
-
-    Attributes:
-        source: The folder of the input.
-        target: The folder of the output.
-    """
+    """Where the files of a run are, from the folder of the input and that of the output."""
 
     source: Path
     target: Path
@@ -85,6 +76,11 @@ class Folders:
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ConfigError(f"{path} can't be read; {START_OVER}") from error
 
+    @property
+    def scorer(self) -> Path:
+        """The file that says who the scorer is; the first actor writes it, all others compare."""
+        return self.own / "scorer.json"
+
     @contextmanager
     def locked(self) -> Iterator[None]:
         """Make the folder of the output, if it can be used, and keep other runs out of it."""
@@ -102,49 +98,36 @@ class Folders:
             yield
 
     def begin(self, sources: list[str], options: Mapping[str, str], shard_lines: int, *, restart: bool) -> list[Shard]:
-        """Find the shards of this run: those that an earlier run of the same wrote down, or new ones.
-
-        Raises:
-            ConfigError: What was written down is of another run, or can't be read.
-        """
+        """Find the shards of this run: those that an earlier run of the same wrote down, or new ones."""
         path, facts = self.own / "run.json", self._facts(sources, options)
+        shards, begun = [], None
         try:
-            before = json.loads(path.read_bytes()) if path.exists() else None
-            shards = [Shard(source, Part(**part)) for source, part in before["shards"]] if before else []
-            begun = Identity(dict(before["facts"])) if before else None
+            if path.exists():
+                before = json.loads(path.read_bytes())
+                shards = [Shard(source, Part(**part)) for source, part in before["shards"]]
+                begun = Identity(dict(before["facts"]))
         except (ValueError, KeyError, TypeError) as error:
             raise ConfigError(f"{path} can't be read; name another folder") from error
-        if restart:
-            for shard in shards:
-                self.output(shard).unlink(missing_ok=True)
-                self.rejects(shard).unlink(missing_ok=True)
-            self.clean("work", "progress")
-            # Last, when there is no output left that could be taken for one of another scorer.
-            self.scorer.unlink(missing_ok=True)
-            begun = None
-        if begun is not None:
+        if begun is not None and not restart:
             refuse_changes(self.target, begun, Identity(facts))
             return shards
+        for shard in shards:
+            self.output(shard).unlink(missing_ok=True)
+            self.rejects(shard).unlink(missing_ok=True)
+        for name in ("work", "progress"):
+            shutil.rmtree(self.own / name, ignore_errors=True)
+        # When there is no output left that could be taken for one of another scorer.
+        self.scorer.unlink(missing_ok=True)
         shards = cut(self.source, sources, shard_lines)
         record = {"facts": facts, "shards": [(shard.source, asdict(shard.part)) for shard in shards]}
         write_whole(path, json.dumps(record).encode())
         return shards
 
-    @property
-    def scorer(self) -> Path:
-        """The file that says who the scorer is; the first actor writes it, all others compare."""
-        return self.own / "scorer.json"
-
     def finish(self, sources: list[str], options: Mapping[str, str]) -> None:
         """Check that the input is what it was, and remove what only an unfinished run needs."""
         begun = json.loads((self.own / "run.json").read_bytes())
         refuse_changes(self.target, Identity(begun["facts"]), Identity(self._facts(sources, options)))
-        self.clean("work")
-
-    def clean(self, *names: str) -> None:
-        """Remove folders of the run."""
-        for name in names:
-            shutil.rmtree(self.own / name, ignore_errors=True)
+        shutil.rmtree(self.own / "work", ignore_errors=True)
 
     def _facts(self, sources: list[str], options: Mapping[str, str]) -> dict[str, str]:
         files = {source: input_facts(self.source / source) for source in sources}
@@ -154,12 +137,7 @@ class Folders:
 def sources_in(source: Path) -> tuple[Path, list[str]]:
     """Find the folder of the input, and the paths of its files below it, in the order of their names.
 
-    Args:
-        source: A file, or a folder with files, also in folders inside. Names that begin with ``_`` or ``.`` are
-            skipped, as by Spark and Arrow.
-
-    Raises:
-        ConfigError: There is nothing to read.
+    Names that begin with ``_`` or ``.`` are skipped, as by Spark and Arrow.
     """
     if source.is_file():
         check_name(source)
@@ -178,17 +156,7 @@ def sources_in(source: Path) -> tuple[Path, list[str]]:
 
 
 def cut(folder: Path, sources: list[str], lines: int) -> list[Shard]:
-    """Cut files into shards.
-
-    Args:
-        folder: Where the files are.
-        sources: The paths of the files below it.
-        lines: Lines of a shard; the last of a file may have fewer. A gzipped file is one shard, however long, since it
-            can't be read from its middle.
-
-    Raises:
-        ConfigError: A file is damaged.
-    """
+    """Cut files into shards of so many lines; a gzipped file is one, since it can't be read from its middle."""
     return [Shard(source, part) for source in sources for part in _parts(folder / source, lines)]
 
 
@@ -203,21 +171,10 @@ def _parts(path: Path, lines: int) -> Iterator[Part]:
 
 
 def _line_parts(path: Path, lines: int) -> Iterator[Part]:
-    """Find where each part of so many lines begins; the file is read once, in blocks."""
-    number = first = offset = position = 0
-    ended = True
+    """Find where each part of so many lines begins; the file is read once."""
+    first = offset = 0
     with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            here, left = 0, block.count(b"\n")
-            while number + left >= first + lines:
-                for _ in range(wanted := first + lines - number):
-                    here = block.index(b"\n", here) + 1
-                yield Part(first, lines, offset)
-                number, left = number + wanted, left - wanted
-                first, offset = number, position + here
-            number += left
-            position += len(block)
-            ended = block.endswith(b"\n")
-    number += not ended
-    if number > first:
-        yield Part(first, number - first, offset)
+        while sizes := list(map(len, islice(file, lines))):
+            yield Part(first, len(sizes), offset)
+            first += len(sizes)
+            offset += sum(sizes)

@@ -16,7 +16,7 @@ from rag_rerank.files import partial_of
 from tests.faulty_server import FaultyServer, Request, Steps, http, scores
 from tests.models import make_bert_cross_encoder
 
-LINES = 1500
+LINES = 800
 
 
 def command(*arguments: str | Path) -> list[str]:
