@@ -159,11 +159,6 @@ class Halves:
         )
 
 
-def prefixed(prompt: str | None, texts: list[str]) -> list[str]:
-    """Each text with a prompt before it, as embedding models want it."""
-    return [prompt + text for text in texts] if prompt else texts
-
-
 def _at_last_line(text: str) -> tuple[str, str]:
     """`text` cut behind its last line break: no tokenizer joins words over it, so the halves have all its tokens."""
     end = text.rfind("\n") + 1

@@ -3,7 +3,6 @@
 import base64
 import json
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -37,11 +36,6 @@ class Multimodal:
         """Its images that were read here."""
         return [part for part in self.parts if isinstance(part, ImageFile)]
 
-    @cached_property
-    def wire(self) -> dict[str, Any]:
-        """As vLLM's score API takes it (``ScoreMultiModalParam``); images as data URLs, encoded once."""
-        return {"content": [_wire(part) for part in self.parts]}
-
     @property
     def size(self) -> int:
         """About how many bytes `encoded` has, without encoding."""
@@ -50,7 +44,7 @@ class Multimodal:
         )
 
     def encoded(self) -> bytes:
-        """Write `wire` as JSON; made from the images' bytes and not kept, for it takes a third more than they."""
+        """Write it as vLLM's score API takes it (``ScoreMultiModalParam``), as JSON; not kept: a third more than the images."""
         return b'{"content": [' + b", ".join(_encoded(part) for part in self.parts) + b"]}"
 
 

@@ -138,7 +138,16 @@ class TestContent:
         assert mixed.text == "one\ntwo"
         assert [type(part) for part in mixed.parts] == [str, ImageFile, str, ImageFile, Link]
         assert all(image.data == PNG for image in mixed.images)
-        assert json.loads(mixed.encoded()) == mixed.wire
+        image = {"type": "image_url", "image_url": {"url": URL}}
+        assert json.loads(mixed.encoded()) == {
+            "content": [
+                {"type": "text", "text": "one"},
+                image,
+                {"type": "text", "text": "two"},
+                image,
+                {"type": "video_url", "video_url": {"url": "https://a.example/v.mp4"}},
+            ]
+        }
         assert abs(mixed.size - len(mixed.encoded())) < 300
 
     @given(st.lists(st.text(max_size=20), min_size=1, max_size=5))
