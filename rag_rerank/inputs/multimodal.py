@@ -44,7 +44,7 @@ class Multimodal:
         )
 
     def encoded(self) -> bytes:
-        """Write it as vLLM's score API takes it (``ScoreMultiModalParam``), as JSON; not kept: a third more than the images."""
+        """Write it as JSON for vLLM's score API (``ScoreMultiModalParam``); not kept, for it takes more than the images."""
         return b'{"content": [' + b", ".join(_encoded(part) for part in self.parts) + b"]}"
 
 
