@@ -25,7 +25,7 @@ from transformers.modeling_layers import GenericForSequenceClassification
 from rag_rerank.errors import ConfigError
 from rag_rerank.local.checkpoint.checkpoint import check_exists
 from rag_rerank.local.checkpoint.fingerprint import TOKENIZER_FILES
-from rag_rerank.local.models.decoder import token_ids
+from rag_rerank.local.models.decoder import LOGIT_OPTIONS, token_ids
 
 Method = Literal["two-token", "single-token"]
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -33,8 +33,6 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 _TOKENS = {"two-token": ("false", "true"), "single-token": ("true",)}
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _HEAD, _EMBEDDINGS, _SCORE = "lm_head.weight", "model.embed_tokens.weight", "score.weight"
-# What a language model's config may do to its logits after the output matrix: a classifier would not.
-_LOGIT_OPTIONS = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
 _DROPPED_ENTRIES = {
     # of generation
     *("do_sample", "temperature", "top_k", "top_p", "typical_p", "max_length", "min_length", "max_new_tokens"),
@@ -227,7 +225,7 @@ def _classifier(name: str, config: PreTrainedConfig) -> str:
     known: Any = CLASSIFIERS.get(type(config), None)
     if getattr(known, "__name__", None) != wanted or not issubclass(known, GenericForSequenceClassification):
         raise ConfigError(f"{name!r} is a {architecture}, for which transformers has no {wanted} that can score alike")
-    for option in _LOGIT_OPTIONS:
+    for option in LOGIT_OPTIONS:
         if getattr(config, option, None) not in {None, 1}:
             raise ConfigError(f"{name!r} has {option} in its config: its logits are more than the output matrix gives")
     if getattr(config, "quantization_config", None) is not None:

@@ -78,10 +78,17 @@ def make_causal_lm(
 
 
 def make_decoder_classifier(
-    folder: Path, kind: str, *, seed: int = 0, dtype: torch.dtype = torch.float32, max_shard_size: str = "1GB"
+    folder: Path,
+    kind: str,
+    *,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+    max_shard_size: str = "1GB",
+    num_labels: int = 1,
 ) -> Path:
-    """Save a two-layer ``*ForSequenceClassification`` with one label, as `make_causal_lm` does."""
-    return _save(AutoModelForSequenceClassification, folder, kind, seed, dtype, max_shard_size, num_labels=1)
+    """Save a two-layer ``*ForSequenceClassification``, as `make_causal_lm` does."""
+    auto = AutoModelForSequenceClassification
+    return _save(auto, folder, kind, seed, dtype, max_shard_size, num_labels=num_labels)
 
 
 def byte_level_tokenizer(kind: str) -> PreTrainedTokenizerFast:

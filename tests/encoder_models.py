@@ -19,7 +19,9 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from rag_rerank.local.models.late_interaction import LateInteraction, read_projection
+from rag_rerank.local.checkpoint.declaration import Layer
+from rag_rerank.local.models.late_interaction import LateInteraction, TokenEmbedder
+from rag_rerank.local.models.layers import read_layers
 from rag_rerank.local.transformer.batching import Batching
 from rag_rerank.local.transformer.transformer import make_transformer
 from tests.models import MAX_LENGTH, widen, word_piece_tokenizer
@@ -103,11 +105,14 @@ def load_late_interaction(
 ) -> LateInteraction:
     """A ColBERT of this module, ready to score; `dtype` is the encoder's."""
     model, tokenizer = AutoModel.from_pretrained(folder, dtype=dtype).eval(), AutoTokenizer.from_pretrained(folder)
-    config = folder / "1_Dense" / "config.json"
-    dense = {"1_Dense": json.loads(config.read_text())} if config.exists() else {}
-    projection = read_projection(folder.joinpath, dense)
-    transformer = make_transformer(model, tokenizer.pad_token_id, Batching(token_budget))
-    return LateInteraction(transformer, tokenizer, MAX_LENGTH, projection, normalize)
+    layers = [Layer("Dense", "1_Dense" if (folder / "1_Dense").exists() else ""), Layer("Normalize")]
+    embedder = TokenEmbedder(
+        make_transformer(model, tokenizer.pad_token_id, Batching(token_budget)),
+        tokenizer,
+        MAX_LENGTH,
+        layers=read_layers(folder.joinpath, layers if normalize else layers[:1]),
+    )
+    return LateInteraction(embedder, embedder)
 
 
 def _random(auto: Any, kind: str, **options: object) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:

@@ -2,7 +2,9 @@
 
 import hashlib
 import json
-from dataclasses import dataclass, field
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import torch
@@ -17,28 +19,26 @@ from transformers import (
 
 from rag_rerank.errors import ConfigError
 from rag_rerank.families import Family, find_family
-from rag_rerank.local.checkpoint.checkpoint import Checkpoint, max_length, module_kind
+from rag_rerank.local.checkpoint.chat import ChatTemplate
+from rag_rerank.local.checkpoint.checkpoint import Checkpoint, max_length
+from rag_rerank.local.checkpoint.declaration import IDENTITY, SIGMOID, Declaration, Pooling, Route, Side
 from rag_rerank.local.hardware import choose_batching, choose_device
-from rag_rerank.local.models.bi_encoder import BiEncoder, pooling_of
-from rag_rerank.local.models.cross_encoder import (
-    Activation,
-    Head,
-    PairModel,
-    Whole,
-    classification_head,
-    own_activation,
-)
-from rag_rerank.local.models.decoder import last_token_head, score_row, token_ids, token_row
+from rag_rerank.local.models.bi_encoder import BiEncoder, Embedder
+from rag_rerank.local.models.cross_encoder import Head, PairModel, Whole, classification_head
+from rag_rerank.local.models.decoder import answer_head, check_answer_head, last_token_head, score_row, token_ids
 from rag_rerank.local.models.encoding import Truncation
-from rag_rerank.local.models.late_interaction import LateInteraction, is_late_interaction, read_projection
+from rag_rerank.local.models.late_interaction import LateInteraction, TokenEmbedder
+from rag_rerank.local.models.layers import Activation, activation, config_activation, pool, read_layers
 from rag_rerank.local.models.model import Model, ScoreType
-from rag_rerank.local.models.prompts import Prompts
+from rag_rerank.local.models.prompts import ChatPrompts, Prompts
 from rag_rerank.local.models.vision.processor import ImageProcessor
 from rag_rerank.local.models.vision.prompts import ImagePrompts
 from rag_rerank.local.models.vision.transformer import MODEL_TYPES, VisionTransformer
 from rag_rerank.local.settings import Settings
-from rag_rerank.local.transformer.transformer import Transformer, known, make_transformer
+from rag_rerank.local.transformer.transformer import States, Transformer, Unpadded, known, make_transformer
 from rag_rerank.template import Template
+
+logger = logging.getLogger(__name__)
 
 # Arguments of from_pretrained that say where files come from and where weights go, not what they are.
 _NO_FACTS = (
@@ -61,7 +61,7 @@ def load(settings: Settings) -> Model:
         flags = family.vllm_flags.replace("{template}", f"{family.template}")
         raise ConfigError(f"{checkpoint.name!r} runs on vLLM only: vllm serve {checkpoint.name} {flags}")
     loading = _Loading(checkpoint, settings, family, device)
-    kind = _kind(checkpoint, settings.score_type)
+    kind = _kind(checkpoint)
     score_type: ScoreType = getattr(loading, kind.replace("-", "_"))()
     template = loading.template
     asked = f"{checkpoint.name!r}, without a template," if template is None else f"the template {template.name!r}"
@@ -95,29 +95,28 @@ def _facts(settings: Settings) -> dict[str, str]:
     return {name: json.dumps(value, sort_keys=True, default=repr) for name, value in facts.items()}
 
 
-def _kind(checkpoint: Checkpoint, asked: str) -> str:
-    """Tell what the checkpoint is, checked against what the caller says."""
+def _kind(checkpoint: Checkpoint) -> str:
+    """Tell how the checkpoint is run."""
+    declared = checkpoint.declaration
+    if declared.kind != "cross-encoder":
+        return declared.kind
+    if declared.document.pooling is not None:
+        return "modular"
     architecture = (*checkpoint.architectures, "(none)")[0]
-    modules = [module_kind(module) for module in checkpoint.modules or []]
-    if asked == "late-interaction" or (asked == "auto" and is_late_interaction(architecture, modules)):
-        return "late-interaction"
-    classifier = architecture.endswith("ForSequenceClassification")
     reads_images = checkpoint.config.model_type in MODEL_TYPES
-    if asked == "bi-encoder" or (asked == "auto" and not classifier and modules):
-        return "bi-encoder"
     if architecture.endswith("ForCausalLM"):
         return "causal"
     if architecture.endswith("ForConditionalGeneration") and reads_images:
         return "vision"
-    if not classifier:
+    if not architecture.endswith("ForSequenceClassification"):
         raise ConfigError(
             f"{checkpoint.name!r} is a {architecture}: neither a *ForSequenceClassification nor a *ForCausalLM nor a "
             "sentence-transformers or ColBERT model. Pass a reranker such as cross-encoder/ms-marco-MiniLM-L6-v2."
         )
-    if checkpoint.config.num_labels != 1:
+    if (checkpoint.config.num_labels or 1) > 2:
         raise ConfigError(
-            f"{checkpoint.name!r} has {checkpoint.config.num_labels} labels; a reranker has one. "
-            "It classifies, it does not score relevance."
+            f"{checkpoint.name!r} has {checkpoint.config.num_labels} labels; a reranker has one, or two of which the "
+            "second says relevant. It classifies, it does not score relevance."
         )
     return "vision" if reads_images else "classifier"
 
@@ -129,6 +128,7 @@ class _Loading:
     Attributes:
         facts: What was found out on the way that can change a score.
         template: The template to prompt with, if any; set on the way.
+        encoders: The transformers that are loaded, by their folders.
     """
 
     checkpoint: Checkpoint
@@ -137,15 +137,17 @@ class _Loading:
     device: torch.device
     facts: dict[str, str] = field(default_factory=dict)
     template: Template | None = None
+    encoders: dict[str, tuple[PreTrainedModel, Transformer]] = field(default_factory=dict)
 
     def classifier(self) -> ScoreType:
-        """Load a model with a one-label head: that of an encoder is called "classifier", that of a decoder "score"."""
+        """Load a model with a head: that of an encoder is called "classifier", that of a decoder "score"."""
         model = self._model(AutoModelForSequenceClassification)
         score = getattr(model, "score", None)
         self._choose_template(needed=isinstance(score, torch.nn.Linear))
         # A checkpoint's own code may read its score from elsewhere (nemotron: the mean): that runs as it is.
         if isinstance(score, torch.nn.Linear) and type(model).__module__.startswith("transformers."):
-            return self._pair_model(model, last_token_head(score.weight[0].detach().float()))
+            weight = score.weight.detach().float()
+            return self._pair_model(model, last_token_head(weight[-1] - weight[0] if len(weight) > 1 else weight[0]))
         if known(_body(model)):
             return self._pair_model(model, classification_head(model))
         whole = Whole(model, self.checkpoint.tokenizer.pad_token_id or 0, choose_batching(self.device))
@@ -155,26 +157,41 @@ class _Loading:
         """Load a model that answers with a word."""
         ids = self._answers()
         model = self._model(AutoModelForCausalLM)
-        return self._pair_model(model, last_token_head(token_row(model, ids)))
+        head = answer_head(model, ids)
+        check_answer_head(model, head, ids, self.checkpoint.name)
+        return self._pair_model(model, head)
+
+    def modular(self) -> ScoreType:
+        """Load a transformer with a head of modules."""
+        route = self.checkpoint.declaration.document
+        head = self._head(
+            route, read_layers(self.checkpoint.file, route.layers).to(self.device), self.settings.query_prompt
+        )
+        model = self._model(AutoModel)
+        self._choose_template(needed=False)
+        transformer = self._transformer(model)
+        if isinstance(transformer, Unpadded) and cast("Pooling", route.pooling).modes != ("lasttoken",):
+            transformer = replace(transformer, share=False)  # of a shared prefix there is but one state a token
+        return PairModel(self._prompts(model), self._activation(), transformer, head)
 
     def vision(self) -> ScoreType:
         """Load a model that reads images, and answers with a word or has a head that transformers has no class for."""
         processor = ImageProcessor.of(self.checkpoint)
         if self.checkpoint.architectures[0].endswith("ForSequenceClassification"):
             self._choose_template(needed=True)
-            row = score_row(self.checkpoint).to(self.device)
+            head = last_token_head(score_row(self.checkpoint).to(self.device))
             model = self._model(AutoModel)
         else:
             ids = self._answers()
             model = self._model(AutoModelForImageTextToText)
-            row = token_row(model, ids)
+            head = answer_head(model, ids)
         pad_id = self.checkpoint.tokenizer.pad_token_id
         transformer = VisionTransformer.of(_body(model), processor, pad_id, choose_batching(self.device))
         prompts = ImagePrompts(self._prompts(model), transformer.tower)
-        return PairModel(prompts, self._activation(), transformer, last_token_head(row))
+        return PairModel(prompts, self._activation(), transformer, head)
 
-    def _model(self, auto: Any) -> PreTrainedModel:
-        model = self.checkpoint.model(auto, self.device)
+    def _model(self, auto: Any, checkpoint: Checkpoint | None = None) -> PreTrainedModel:
+        model = (checkpoint or self.checkpoint).model(auto, self.device)
         self.facts |= {"dtype": str(model.dtype).removeprefix("torch."), "device": model.device.type}
         return model
 
@@ -185,66 +202,141 @@ class _Loading:
         """Find the tokens of the words, and the template: what is wrong with them is told before gigabytes are read."""
         # vLLM's name for the words, in --hf-overrides; a checkpoint may have it in its own config.
         tokens = self.settings.classifier_tokens or getattr(self.checkpoint.config, "classifier_from_token", None)
-        tokens = tokens or (self.family.tokens if self.family is not None else ())
-        if not tokens:
-            raise ConfigError(
-                f"{self.checkpoint.name!r} is a {self.checkpoint.architectures[0]} that is no known reranker. If it is "
-                'one, pass template= with its prompt and classifier_tokens= with its answer, such as ("no", "yes").'
-            )
+        if self.settings.classifier_tokens is None and self.checkpoint.declaration.answers:
+            ids = list(self.checkpoint.declaration.answers)
+            tokens = [f"{token}" for token in self.checkpoint.tokenizer.convert_ids_to_tokens(ids)]
+        else:
+            tokens = tokens or (self.family.tokens if self.family is not None else ())
+            if not tokens:
+                raise ConfigError(
+                    f"{self.checkpoint.name!r} is a {self.checkpoint.architectures[0]} that is no known reranker. If "
+                    "it is one, pass template= with its prompt and classifier_tokens= with its answer, such as "
+                    '("no", "yes").'
+                )
+            ids = token_ids(self.checkpoint.tokenizer, tokens, self.checkpoint.name)
         self.facts["classifier tokens"] = json.dumps(list(tokens))
-        ids = token_ids(self.checkpoint.tokenizer, tokens, self.checkpoint.name)
         self._choose_template(needed=True)
         return ids
 
     def bi_encoder(self) -> ScoreType:
-        """Load a sentence-transformers folder of transformer, pooling and perhaps normalisation."""
-        checkpoint = self.checkpoint
-        if checkpoint.modules is None:
+        """Load a sentence-transformers folder of transformer, pooling and more."""
+        declared = self.checkpoint.declaration
+        if not declared.modular:
             raise ConfigError(
-                f"{checkpoint.name!r} has no modules.json, so how its token states become an embedding is unknown. "
-                "Pass a sentence-transformers model, or a cross-encoder."
+                f"{self.checkpoint.name!r} has no modules.json, so how its token states become an embedding is "
+                "unknown. Pass a sentence-transformers model, or a cross-encoder."
             )
-        paths = {module_kind(module): str(module["path"]) for module in checkpoint.modules}
-        if paths.keys() - {"Transformer", "Pooling", "Normalize"} or "Pooling" not in paths:
-            raise ConfigError(
-                f"{checkpoint.name!r} is made of {', '.join(paths)}; as a bi-encoder only Transformer, Pooling and "
-                "Normalize are supported"
-            )
-        return BiEncoder(
-            *self._encoder(),
-            pooling_of(checkpoint.json(f"{paths['Pooling']}/config.json") or {}),
-            bool(checkpoint.sentence_config.get("do_lower_case", False)),
-        )
+        settings = self.settings
+        query = self._embedder(declared.query, settings.query_prompt)
+        if declared.query == declared.document and settings.query_prompt == settings.document_prompt:
+            return BiEncoder(query, query, declared.similarity)
+        return BiEncoder(query, self._embedder(declared.document, settings.document_prompt), declared.similarity)
 
     def late_interaction(self) -> ScoreType:
-        """Load a ColBERT: an encoder and a projection, beside it or in ``Dense`` folders of its own."""
-        checkpoint = self.checkpoint
-        paths = [str(module["path"]) for module in checkpoint.modules or [] if module_kind(module) == "Dense"]
-        dense = {path: checkpoint.json(f"{path}/config.json") or {} for path in paths}
-        projection = read_projection(checkpoint.file, dense).to(self.device)
-        normalize = self.settings.use_activation is not False
-        self.facts["normalize"] = str(normalize)
-        return LateInteraction(*self._encoder(), projection, normalize)
+        """Load a ColBERT: an encoder and a projection, beside it or in folders of its own."""
+        declared = self.checkpoint.declaration
+        if self.settings.late_interaction == "vllm":
+            declared = declared.as_vllm()
+        self.facts["late interaction"] = (
+            f"{self.settings.late_interaction}, {self.settings.use_activation is not False}"
+        )
+        query = self._token_embedder(declared, "query", self.settings.query_prompt)
+        document = self._token_embedder(declared, "document", self.settings.document_prompt)
+        return LateInteraction(query, document, declared.similarity == "meanmaxsim")
 
-    def _encoder(self) -> tuple[Transformer, PreTrainedTokenizerBase, int]:
-        """Load a model without a head, its tokenizer, and its longest input."""
-        model = self._model(AutoModel)
-        return self._transformer(model), self.checkpoint.tokenizer, self._max_length(model)
+    def _embedder(self, route: Route, own_prompt: str | None) -> Embedder:
+        layers = read_layers(self.checkpoint.file, route.layers).to(self.device)
+        head = self._head(route, layers, own_prompt, self.checkpoint.declaration.dimensions)
+        return Embedder(**self._encoder(route, own_prompt), head=head)
+
+    def _token_embedder(self, declared: Declaration, side: Side, own_prompt: str | None) -> TokenEmbedder:
+        route = declared.query if side == "query" else declared.document
+        normalize = self.settings.use_activation is not False
+        layers = [layer for layer in route.token_layers if normalize or layer.kind != "Normalize"]
+        tokenizer = self.checkpoint.at(route).tokenizer
+        expansion = declared.expansion if side == "query" else None
+        token = expansion and expansion.token
+        filler = tokenizer.convert_tokens_to_ids(token) if token else tokenizer.mask_token_id
+        if filler is None and token is None:
+            filler = tokenizer.eos_token_id
+        if expansion is not None and (filler is None or (token and filler == tokenizer.unk_token_id)):
+            raise ConfigError(
+                f"{self.checkpoint.name!r} declares a query_expansion with {token or 'its mask'}, "
+                "which its tokenizer lacks"
+            )
+        return TokenEmbedder(
+            **self._encoder(
+                route, own_prompt, declared.markers, unpadded=declared.expansion is None or declared.expansion.attend
+            ),
+            layers=read_layers(self.checkpoint.file, layers).to(self.device),
+            skipped=_known_ids(tokenizer, declared.skipped_words) if side in declared.skipped_in else frozenset(),
+            kept=frozenset(declared.kept_ids) if side == "document" else frozenset(),
+            expand_to=expansion.length if expansion else 0,
+            expand_with=cast("int", filler or 0),
+            attend=expansion is None or expansion.attend,
+        )
+
+    def _head(
+        self, route: Route, layers: torch.nn.Module, own_prompt: str | None, dimensions: int | None = None
+    ) -> Callable[[States], torch.Tensor]:
+        """Make a vector of a text's states; of a cross-encoder's, logits."""
+        token_layers = read_layers(self.checkpoint.file, route.token_layers).to(self.device)
+        pooling, tokenizer = cast("Pooling", route.pooling), self.checkpoint.at(route).tokenizer
+        prompt = route.prompt if own_prompt is None else own_prompt
+        skip = 0
+        if prompt and not pooling.include_prompt:
+            ids = tokenizer(prompt)["input_ids"]
+            skip = len(ids) - (ids[-1] in tokenizer.all_special_ids)
+
+        def head(states: States) -> torch.Tensor:
+            states = replace(states, tokens=token_layers(states.tokens.float()))
+            vectors: torch.Tensor = layers(pool(states, pooling, skip))[:, :dimensions]
+            return vectors
+
+        return head
+
+    def _encoder(
+        self, route: Route, own_prompt: str | None, markers: Sequence[str] = (), *, unpadded: bool = True
+    ) -> dict[str, Any]:
+        """Load a transformer without a head, its tokenizer, and what it reads."""
+        checkpoint = self.checkpoint.at(route)
+        if route.folder not in self.encoders:
+            model = self._model(AutoModel, checkpoint)
+            pad_id, batching = checkpoint.tokenizer.pad_token_id, choose_batching(self.device)
+            self.encoders[route.folder] = model, make_transformer(model, pad_id, batching, unpadded=unpadded)
+        model, transformer = self.encoders[route.folder]
+        marker, prompt = _marker(checkpoint.tokenizer, route.prompt, markers) if own_prompt is None else (None, "")
+        return {
+            "transformer": transformer,
+            "tokenizer": checkpoint.tokenizer,
+            "max_length": self._max_length(model, route),
+            "prompt": prompt,
+            "marker": marker,
+            "lower_case": route.lower_case,
+        }
 
     def _transformer(self, model: PreTrainedModel) -> Transformer:
         return make_transformer(model, self.checkpoint.tokenizer.pad_token_id, choose_batching(self.device))
 
-    def _max_length(self, model: PreTrainedModel) -> int:
-        limit = max_length(self.checkpoint, model, self.settings.max_length)
-        if self.settings.max_length is None and self.family is not None and self.family.max_length is not None:
-            limit = min(limit, self.family.max_length)
+    def _max_length(self, model: PreTrainedModel, route: Route) -> int:
+        asked = self.settings.max_length
+        limit = max_length(self.checkpoint.at(route), model, route.max_length, asked)
+        if asked is None and not self.checkpoint.declaration.modular and self.family is not None:
+            limit = min(limit, self.family.max_length or limit)
         self.facts["max_length"] = str(limit)
         return limit
 
     def _prompts(self, model: PreTrainedModel) -> Prompts:
         truncation: Truncation = "longest_first" if self.settings.max_tokens_per_doc is None else "only_second"
-        limit, variables = self._max_length(model), self.settings.variables
-        return Prompts(self.checkpoint.tokenizer, limit, self.template, variables, truncation)
+        declared, tokenizer = self.checkpoint.declaration, self.checkpoint.tokenizer
+        variables = {**tokenizer.special_tokens_map, **self.settings.variables}
+        limit = self._max_length(model, declared.document)
+        if not isinstance(self.template, ChatTemplate):
+            prompt = declared.document.prompt if self.settings.query_prompt is None else ""
+            return Prompts(tokenizer, limit, self.template, variables, truncation, prompt)
+        if self.template.system and variables.get("instruction") is None:
+            variables["instruction"] = declared.instruction
+        return ChatPrompts(tokenizer, limit, self.template, variables, truncation)
 
     def _choose_template(self, *, needed: bool) -> None:
         """Take the caller's template, the family's, or one for scoring that the checkpoint brings."""
@@ -255,9 +347,11 @@ class _Loading:
     def _find_template(self, *, needed: bool) -> Template | None:
         if isinstance(self.settings.template, Template) or self.settings.template is None:
             return self.settings.template
+        chat, saved = self.checkpoint.declaration.document.chat, self.checkpoint.tokenizer.chat_template
+        if chat is not None and isinstance(saved, str):
+            return ChatTemplate.of(chat, saved)
         if self.family is not None and self.family.template is not None:
             return Template.load(self.family.template)
-        saved = self.checkpoint.tokenizer.chat_template
         # Most checkpoints inherit a chat template from the model that they were made of; one for scoring has its roles.
         if isinstance(saved, str) and any(
             f"{mark}query{mark}" in saved and f"{mark}document{mark}" in saved for mark in "\"'"
@@ -272,14 +366,57 @@ class _Loading:
         return None
 
     def _activation(self) -> Activation:
-        own = torch.nn.Identity() if self.settings.use_activation is False else own_activation(self.checkpoint.config)
-        self.facts["activation"] = getattr(own, "__name__", type(own).__name__).lower()
+        name = IDENTITY if self.settings.use_activation is False else self._activation_name()
+        own = activation(name, f"{self.checkpoint.name!r}")
+        self.facts["activation"] = name.rpartition(".")[2].lower()
         if self.family is None or (self.family.logit_scale, self.family.logit_bias) == (1.0, 0.0):
             return own
         scale, bias = self.family.logit_scale, self.family.logit_bias
         self.facts["activation"] += f" of logits * {scale} + {bias}"
         return lambda logits: own(logits * scale + bias)  # without the activation, too: so does vLLM
 
+    def _activation_name(self) -> str:
+        """Find the scale of the default score, and say so once where others have another."""
+        name, declared = config_activation(self.checkpoint.config), self.checkpoint.declaration.activation
+        answers = (
+            not self.checkpoint.architectures[0].endswith("ForSequenceClassification")
+            and self.checkpoint.declaration.document.pooling is None
+        )
+        if (
+            getattr(self.checkpoint.config, "num_labels", 1) == 2
+            and not answers
+            and self.checkpoint.declaration.document.pooling is None
+        ):
+            return SIGMOID  # the second label's probability
+        chosen = name or (None if answers else declared) or SIGMOID
+        if declared is not None and declared != chosen:
+            logger.warning(
+                "%s: scores are the %s of logits, as vLLM has them; sentence-transformers has their %s. "
+                "use_activation=False gives the logits.",
+                *(self.checkpoint.name, chosen.rpartition(".")[2], declared.rpartition(".")[2]),
+            )
+        return chosen
+
 
 def _body(model: PreTrainedModel) -> PreTrainedModel:
     return cast("PreTrainedModel", model.base_model)
+
+
+def _known_ids(tokenizer: PreTrainedTokenizerBase, words: Sequence[str]) -> frozenset[int]:
+    """Find the ids of those words that are tokens: the unknown token is not skipped for a word that is none."""
+    ids = {word: cast("int | None", tokenizer.convert_tokens_to_ids(word)) for word in words}
+    return frozenset(
+        id_
+        for word, id_ in ids.items()
+        if id_ is not None and (id_ != tokenizer.unk_token_id or word == tokenizer.unk_token)
+    )
+
+
+def _marker(tokenizer: PreTrainedTokenizerBase, prompt: str, markers: Sequence[str]) -> tuple[int | None, str]:
+    """Split a prompt into the token that it began with in training, if it did with one, and the rest."""
+    vocabulary = tokenizer.get_vocab()
+    for marker in markers:
+        for token in (marker, *marker.split()[:1]):
+            if token in vocabulary and prompt.startswith(token):
+                return vocabulary[token], prompt[len(token) :]
+    return None, prompt

@@ -18,7 +18,7 @@ from rag_rerank.errors import ContentError, DeadlineExceeded
 from rag_rerank.inputs.multimodal import Link, Prepared
 from rag_rerank.local.engine.engine import Engine
 from rag_rerank.local.models.model import Model, Side
-from rag_rerank.local.settings import Dtype, LongDocuments, ScoreType, Settings
+from rag_rerank.local.settings import Dtype, LateInteractionRule, LongDocuments, ScoreType, Settings
 from rag_rerank.scorer import Scorer
 from rag_rerank.template import Template
 
@@ -75,6 +75,9 @@ class LocalScorer(Scorer):
             as vLLM does; ``"max-passage"`` reads all of it, in passages that overlap by half, and gives it the score of
             the best (MaxP, Dai and Callan 2019, https://arxiv.org/abs/1905.09217). Twice the work for its length.
             A document with images is one passage.
+        late_interaction: ``"declared"`` compares the tokens of queries and documents as a ColBERT's authors do: with
+            the prefixes, the filling up with ``[MASK]``, the lengths and the punctuation left out that the checkpoint
+            declares. ``"vllm"`` goes by none of that, as vLLM does. Without effect on other models.
         max_waiting_calls: How many calls may be unfinished at a time; one more is refused at once.
         revision: Branch, tag or commit on the hub.
         trust_remote_code: Whether code from the checkpoint may run. Only ever on by this argument.
@@ -117,6 +120,7 @@ class LocalScorer(Scorer):
         max_tokens_per_query: int | None = None,
         max_tokens_per_doc: int | None = None,
         long_documents: LongDocuments = "truncate",
+        late_interaction: LateInteractionRule = "declared",
         max_waiting_calls: int = 1024,
         revision: str | None = None,
         trust_remote_code: bool = False,
@@ -141,6 +145,7 @@ class LocalScorer(Scorer):
             max_tokens_per_query=max_tokens_per_query,
             max_tokens_per_doc=max_tokens_per_doc,
             long_documents=long_documents,
+            late_interaction=late_interaction,
             max_waiting_calls=max_waiting_calls,
             revision=revision,
             trust_remote_code=trust_remote_code,

@@ -11,6 +11,7 @@ from rag_rerank.template import Template
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 ScoreType = Literal["auto", "cross-encoder", "bi-encoder", "late-interaction"]
 LongDocuments = Literal["truncate", "max-passage"]
+LateInteractionRule = Literal["declared", "vllm"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,6 +37,7 @@ class Settings:
     max_tokens_per_query: int | None
     max_tokens_per_doc: int | None
     long_documents: LongDocuments
+    late_interaction: LateInteractionRule
     max_waiting_calls: int
     revision: str | None
     trust_remote_code: bool
@@ -47,7 +49,12 @@ class Settings:
     def __post_init__(self) -> None:
         if not self.model:
             raise ConfigError("model is empty; pass a hub id or a folder")
-        for name, allowed in (("dtype", Dtype), ("score_type", ScoreType), ("long_documents", LongDocuments)):
+        for name, allowed in (
+            ("dtype", Dtype),
+            ("score_type", ScoreType),
+            ("long_documents", LongDocuments),
+            ("late_interaction", LateInteractionRule),
+        ):
             if getattr(self, name) not in get_args(allowed):
                 raise ConfigError(f"{name} must be one of {', '.join(get_args(allowed))}; got {getattr(self, name)!r}")
         for name in ("max_length", "max_tokens_per_query", "max_tokens_per_doc"):

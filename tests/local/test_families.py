@@ -8,7 +8,8 @@ from safetensors.torch import save_file
 from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer
 
 from rag_rerank import ConfigError, LocalScorer
-from rag_rerank.local.models.late_interaction import is_late_interaction, read_projection
+from rag_rerank.local.checkpoint.declaration import Layer, read_declaration
+from rag_rerank.local.models.layers import read_layers
 from tests.encoder_models import (
     KINDS,
     VECTOR_SIZE,
@@ -84,7 +85,8 @@ class TestBiEncoders:
 
 def max_sim(folder: Path, queries: list[str], documents: list[str], *, normalize: bool) -> list[float]:
     """The score of late interaction, written out."""
-    projection = read_projection(folder.joinpath, {"1_Dense": {}} if (folder / "1_Dense").exists() else {})[0].weight
+    dense = Layer("Dense", "1_Dense" if (folder / "1_Dense").exists() else "")
+    [projection] = read_layers(folder.joinpath, [dense]).parameters()
 
     def vectors(texts: list[str]) -> list[torch.Tensor]:
         projected = [output.last_hidden_state[0] @ projection.T for output in one_by_one(folder, AutoModel, texts)]
@@ -106,7 +108,7 @@ class TestLateInteraction:
     @pytest.mark.parametrize("use_activation", [None, False])
     def test_scores_are_sums_of_the_best_dot_products(self, folder: Path, use_activation: bool | None, texts):
         """Over all tokens of the query, special ones too; relative to their size, which use_activation=False frees."""
-        with LocalScorer(folder, dtype="float32", use_activation=use_activation) as scorer:
+        with LocalScorer(folder, dtype="float32", use_activation=use_activation, late_interaction="vllm") as scorer:
             ours = scorer.score(*texts)
         expected = max_sim(folder, *texts, normalize=use_activation is not False)
         assert ours == pytest.approx(expected, rel=1e-6, abs=TOLERANCE)  # they go up to 80
@@ -131,7 +133,7 @@ class TestWork:
     def ran(self, model, queries: list[str], documents: list[str], batch: int = 4) -> tuple[list[int], list[float]]:
         """How many sequences each forward pass had, and the scores, in batches of `batch` documents."""
         passes: list[int] = []
-        cls = model.tokenizer.cls_token_id
+        cls = model.document.tokenizer.cls_token_id
         model.transformer.model.register_forward_pre_hook(
             lambda _, __, options: passes.append(int((options["input_ids"] == cls).sum())), with_kwargs=True
         )
@@ -183,10 +185,13 @@ class TestReading:
     )
     def test_what_is_late_interaction(self, architecture: str, modules: list[str], expected: bool):
         """Named so, or PyLate's folder: a projection and no pooling."""
-        assert is_late_interaction(architecture, modules) is expected
+        listed = [{"type": f"sentence_transformers.models.{kind}", "path": kind} for kind in modules]
+        config = {"architectures": [architecture]}
+        files = {"modules.json": listed or None, "config.json": config, "Transformer/config.json": config}
+        assert (read_declaration("x", files.get).kind == "late-interaction") is expected
 
     def test_dense_modules_follow_each_other(self, tmp_path: Path):
-        """With their biases, where they have them."""
+        """With their biases, where they have them, and their activations."""
         first = {"weight": torch.randn(5, 4), "bias": torch.randn(5)}
         second = {"weight": torch.randn(3, 5)}
         for folder, weights in {"1_Dense": first, "2_Dense": second}.items():
@@ -195,31 +200,32 @@ class TestReading:
                 {f"linear.{name}": weight for name, weight in weights.items()}, tmp_path / folder / "model.safetensors"
             )
         states = torch.randn(7, 4)
-        projected = read_projection(tmp_path.joinpath, {"1_Dense": {}, "2_Dense": {}})(states)
-        expected = (states @ first["weight"].T + first["bias"]) @ second["weight"].T
+        layers = [Layer("Dense", "1_Dense", "torch.nn.modules.activation.Tanh"), Layer("Dense", "2_Dense")]
+        projected = read_layers(tmp_path.joinpath, layers)(states)
+        expected = torch.tanh(states @ first["weight"].T + first["bias"]) @ second["weight"].T
         assert torch.allclose(projected, expected, atol=1e-6)
+
+    @pytest.mark.parametrize("size", [4, 5])
+    def test_a_residual_connection_is_added(self, size: int, tmp_path: Path):
+        """Projected, where the sizes differ."""
+        weights = {"linear.weight": torch.randn(size, 4)}
+        if size != 4:
+            weights["residual.weight"] = torch.randn(size, 4)
+        save_file(weights, tmp_path / "model.safetensors")
+        states = torch.randn(7, 4)
+        made = read_layers(tmp_path.joinpath, [Layer("Dense", residual=True)])(states)
+        beside = states @ weights["residual.weight"].T if size != 4 else states
+        assert torch.allclose(made, states @ weights["linear.weight"].T + beside, atol=1e-6)
 
     def test_jinas_name_for_the_projection_is_known(self, tmp_path: Path):
         """As in vLLM."""
         save_file({"colbert_linear.weight": torch.randn(VECTOR_SIZE, 8)}, tmp_path / "model.safetensors")
-        assert read_projection(tmp_path.joinpath, {})[0].out_features == VECTOR_SIZE
-
-    @pytest.mark.parametrize(
-        ("config", "message"),
-        [
-            ({"activation_function": "torch.nn.modules.activation.Tanh"}, "1_Dense has the activation Tanh"),
-            ({"use_residual": True}, "1_Dense has a residual connection"),
-        ],
-    )
-    def test_what_is_more_than_linear_is_refused(self, config: dict[str, object], message: str, tmp_path: Path):
-        """It would be silently left out."""
-        with pytest.raises(ConfigError, match=message):
-            read_projection(tmp_path.joinpath, {"1_Dense": config})
+        assert read_layers(tmp_path.joinpath, [Layer("Dense")])(torch.zeros(1, 8)).shape == (1, VECTOR_SIZE)
 
     def test_a_missing_projection_is_named(self, tmp_path: Path):
         """No file, or a file of something else."""
         with pytest.raises(ConfigError, match=r"no 1_Dense/model\.safetensors"):
-            read_projection(lambda _: None, {"1_Dense": {}})
+            read_layers(lambda _: None, [Layer("Dense", "1_Dense")])
         save_file({"bert.weight": torch.zeros(1)}, tmp_path / "model.safetensors")
         with pytest.raises(ConfigError, match=r"holds no linear\.weight"):
-            read_projection(tmp_path.joinpath, {})
+            read_layers(tmp_path.joinpath, [Layer("Dense")])

@@ -228,6 +228,9 @@ class TestRefused:
     def test_weights_that_are_missing(self, minilm: Path, tmp_path: Path):
         """An encoder posing as a cross-encoder would get a random head and random scores."""
         folder = edited(minilm, tmp_path / "m", architectures=["BertForSequenceClassification"], num_labels=1)
+        with pytest.raises(ConfigError, match=r"modules\.json ends with sentence_embedding"):
+            LocalScorer(folder).score("q", "d")
+        (folder / "modules.json").unlink()
         with pytest.raises(ConfigError, match=r"no weights for .*classifier"):
             LocalScorer(folder).score("q", "d")
 
@@ -291,7 +294,7 @@ class TestPooling:
 
     @pytest.mark.parametrize(
         "config",
-        [{"pooling_mode": mode} for mode in ("mean", "cls", "max", "lasttoken")]
+        [{"pooling_mode": mode} for mode in ("mean", "cls", "max", "lasttoken", ["mean", "max"])]
         + [{"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": False}, {"pooling_mode_max_tokens": True}],
     )
     def test_each_is_that_of_sentence_transformers(self, config: dict[str, object], minilm: Path, tmp_path: Path):
@@ -308,11 +311,11 @@ class TestPooling:
             assert largest_difference(scorer.score(QUERY, documents), cosines) <= 1e-5
 
     def test_one_that_is_not_supported_is_named(self, minilm: Path, tmp_path: Path):
-        """Several at once, for example."""
+        """With the file and the field."""
         folder = tmp_path / "m"
         shutil.copytree(minilm, folder)
-        (folder / "1_Pooling" / "config.json").write_text(json.dumps({"pooling_mode": ["mean", "max"]}))
-        with pytest.raises(ConfigError, match=r"mean \+ max"):
+        (folder / "1_Pooling" / "config.json").write_text(json.dumps({"pooling_mode": "median"}))
+        with pytest.raises(ConfigError, match=r"1_Pooling/config\.json: pooling_mode is median"):
             LocalScorer(folder).score("q", "d")
 
 

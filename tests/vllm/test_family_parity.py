@@ -63,7 +63,7 @@ def texts() -> tuple[list[str], list[str]]:
 def scored(server: VLLMServer, *texts: str | list[str], **options: object) -> tuple[list[float], list[float]]:
     """The scores of both sides."""
     with (
-        LocalScorer(server.folder, dtype="float32", **options) as local,
+        LocalScorer(server.folder, dtype="float32", late_interaction="vllm", **options) as local,
         VLLMScorer(server.base_url, **options) as remote,
     ):
         return local.score(*texts), remote.score(*texts)

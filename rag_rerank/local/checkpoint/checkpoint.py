@@ -1,11 +1,12 @@
 """Reading a checkpoint, from the hub or a folder: config, weights, tokenizer; or an error that says what is missing."""
 
+import copy
 import functools
 import json
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -22,6 +23,7 @@ from transformers.utils import logging as transformers_logging
 from transformers.utils.hub import cached_file
 
 from rag_rerank.errors import ConfigError
+from rag_rerank.local.checkpoint.declaration import Route, read_declaration
 from rag_rerank.local.checkpoint.fingerprint import fingerprint
 from rag_rerank.local.hardware import choose_dtype
 from rag_rerank.local.settings import Settings
@@ -51,11 +53,22 @@ class Checkpoint:
         check_exists(name)
         if Path(name).is_dir() and not any(Path(name, file).is_file() for file in ("config.json", "modules.json")):
             raise ConfigError(f"the folder {name!r} holds no model: neither config.json nor modules.json is in it")
-        self.modules: list[dict[str, Any]] | None = self.json("modules.json")
-        paths = [str(module["path"]) for module in self.modules or [] if module_kind(module) == "Transformer"]
-        self.transformer = (*paths, "")[0]  # the folder within the checkpoint where the transformer is
+        kind = None if settings.score_type == "auto" else settings.score_type
+        self.declaration = read_declaration(name, self.json, kind)
+        self.transformer = self.declaration.document.folder  # within the checkpoint
+        self.tokenizer_options = self.declaration.document.tokenizer_options
         self.config: PreTrainedConfig = self._read(AutoConfig.from_pretrained, subfolder=self.transformer, **self._code)
         self.architectures: tuple[str, ...] = tuple(self.config.architectures or ())
+
+    def at(self, route: Route) -> "Checkpoint":
+        """Give the same with the transformer of another route."""
+        if route.folder == self.transformer:
+            return self
+        other = copy.copy(self)
+        other.__dict__.pop("tokenizer", None)
+        other.transformer, other.tokenizer_options = route.folder, route.tokenizer_options
+        other.config = self._read(AutoConfig.from_pretrained, subfolder=route.folder, **self._code)
+        return other
 
     def file(self, path: str) -> Path | None:
         """Find where a file of the checkpoint lies on this machine; None where it has no such file."""
@@ -71,11 +84,6 @@ class Checkpoint:
             return json.loads(found.read_text(encoding="utf-8"))
         except ValueError as error:
             raise ConfigError(f"{path} of {self.name!r} is not valid JSON: {error}") from error
-
-    @functools.cached_property
-    def sentence_config(self) -> dict[str, Any]:
-        """What sentence-transformers wrote about its tokenizer, if anything."""
-        return self.json(str(PurePosixPath(self.transformer, "sentence_bert_config.json"))) or {}
 
     def model(self, auto: Any, device: torch.device) -> PreTrainedModel:
         """Load the weights, complete, on the device, in evaluation mode."""
@@ -106,7 +114,10 @@ class Checkpoint:
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The checkpoint's tokenizer."""
         tokenizer: PreTrainedTokenizerBase = self._read(
-            AutoTokenizer.from_pretrained, subfolder=self.transformer, **self._code, **self._settings.tokenizer_kwargs
+            AutoTokenizer.from_pretrained,
+            subfolder=self.transformer,
+            **self._code,
+            **{**self.tokenizer_options, **self._settings.tokenizer_kwargs},
         )
         return tokenizer
 
@@ -156,18 +167,22 @@ def _without_bars() -> Iterator[None]:
             set_hook(previous)
 
 
-def module_kind(module: dict[str, Any]) -> str:
-    """Take ``Pooling`` of ``sentence_transformers.models.Pooling``: the path before it changed over the versions."""
-    return str(module.get("type", "")).rpartition(".")[2]
+def max_length(checkpoint: Checkpoint, model: PreTrainedModel, declared: int | None, asked: int | None) -> int:
+    """Find the longest input in tokens.
 
+    Args:
+        checkpoint: The model's.
+        model: Its positions are the utmost.
+        declared: What sentence-transformers' files say; it goes before what the tokenizer says.
+        asked: What the caller says.
 
-def max_length(checkpoint: Checkpoint, model: PreTrainedModel, asked: int | None) -> int:
-    """Find the longest input in tokens that positions, tokenizer, sentence-transformers and the caller all allow."""
+    Raises:
+        ConfigError: The caller asks for more than the model was made for.
+    """
     config = checkpoint.config.get_text_config()  # itself, where there is no tower beside it
     limits = [int(getattr(config, "max_position_embeddings", 0) or 0)]
     limits += [count for _, count in position_tables(model)]
-    limits.append(int(checkpoint.sentence_config.get("max_seq_length") or 0))
-    limits.append(int(min(checkpoint.tokenizer.model_max_length, 10**9)))  # "no limit" is written as 10**30
+    limits.append(declared or int(min(checkpoint.tokenizer.model_max_length, 10**9)))  # "no limit" is written as 10**30
     limit = min(value for value in limits if value > 0)
     if asked is not None and asked > limit:
         raise ConfigError(f"max_length={asked} is more than {checkpoint.name!r} was made for: {limit} tokens")

@@ -57,10 +57,12 @@ def _files(folder: Path) -> list[Path]:
     found = set(folder.iterdir())
     try:
         modules: Any = json.loads((folder / "modules.json").read_bytes())
-        for module in modules:
-            if module.get("path"):
-                found.update((folder / str(module["path"])).rglob("*"))
-    except (OSError, ValueError, TypeError, AttributeError):
+        router = folder / "router_config.json"  # where it comes first, its modules' folders are beside it
+        parted = json.loads(router.read_bytes())["types"] if router.is_file() else ()
+        for path in (*(module.get("path") for module in modules), *parted):
+            if path:
+                found.update((folder / str(path)).rglob("*"))
+    except (OSError, ValueError, TypeError, AttributeError, KeyError):
         pass  # no sentence-transformers folder; what is wrong with its file, loading says
     return sorted(
         path

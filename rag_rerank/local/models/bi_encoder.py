@@ -1,82 +1,104 @@
-"""Bi-encoders: each text embedded by itself, the score is the cosine of query and document.
+"""Bi-encoders: each text embedded by itself, the score is how alike the embeddings of query and document are.
 
-Weaker than a cross-encoder of the same size but cheaper, and what an embedding model served by vLLM answers to
-``/score``. No prompts are added, as vLLM adds none.
+Weaker than a cross-encoder of the same size but cheaper. An embedding model served by vLLM answers the cosine to
+``/score``, and adds no prompts.
 """
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import cast
 
 import torch
 from torch import Tensor
 
-from rag_rerank.errors import ConfigError
 from rag_rerank.local.models.encoding import TextEncoder
 from rag_rerank.local.models.model import Inputs
 from rag_rerank.local.transformer.batching import TokenSequence
-from rag_rerank.local.transformer.transformer import States, largest_of_each
+from rag_rerank.local.transformer.transformer import States, Transformer
 
-Pooling = Callable[[States], Tensor]
-"""From the states of a batch to float32 ``[sequences, size]``."""
+
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
+class Embedder(TextEncoder):
+    """An encoder, and what makes one vector of a text's states."""
+
+    head: Callable[[States], Tensor]
+
+    def embed(self, sequences: Sequence[TokenSequence]) -> Tensor:
+        """Compute vectors, float32 ``[len(sequences), size]``."""
+        return self.head(self.transformer.states(sequences))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Text(TokenSequence):
+    """A text, and what embeds it."""
+
+    embedder: Embedder
 
 
 @dataclass(frozen=True, slots=True)
-class BiEncoder(TextEncoder):
-    """An encoder with the pooling of a sentence-transformers folder.
+class BiEncoder:
+    """Embeds queries and documents, each in its own way or both in one.
 
     Attributes:
-        pooling: Makes one vector of a sequence's states.
-        lower_case: Whether texts are lowered before the tokenizer sees them (``do_lower_case`` of old folders).
+        query, document: What embeds them; one object where both are embedded in one way.
+        similarity: One of `SIMILARITIES`.
     """
 
-    pooling: Pooling
-    lower_case: bool = False
+    query: Embedder
+    document: Embedder
+    similarity: str = "cosine"
+
+    @property
+    def transformer(self) -> Transformer:
+        """The documents'."""
+        return self.document.transformer
+
+    def document_space(self, queries: list[str], _instruction: str | None = None) -> list[int]:
+        """Count the tokens of a document that are read, whatever the query."""
+        return [self.document.space()] * len(queries)
 
     def inputs(self, queries: list[str], documents: list[str], _instruction: str | None = None) -> Inputs:
         """Make one sequence per different text: a query that 100 documents share is embedded once."""
-        rows = {text: row for row, text in enumerate(dict.fromkeys(queries + documents))}
-        texts = [text.lower() for text in rows] if self.lower_case else list(rows)
-        query_rows, document_rows = [rows[text] for text in queries], [rows[text] for text in documents]
+        wanted = [(self.query, text) for text in queries] + [(self.document, text) for text in documents]
+        rows = {key: row for row, key in enumerate(dict.fromkeys(wanted))}
+        query_rows, document_rows = (
+            [rows[key] for key in keys] for keys in (wanted[: len(queries)], wanted[len(queries) :])
+        )
+        sequences: list[TokenSequence] = []
+        for embedder, keys in itertools.groupby(rows, key=lambda key: key[0]):
+            sequences += (
+                _Text(ids=text.ids, types=text.types, truncated=text.truncated, embedder=embedder)
+                for text in embedder.encode([text for _, text in keys])
+            )
+        compare = SIMILARITIES[self.similarity]
 
-        def cosines(embeddings: Tensor) -> list[float]:
-            scores: list[float] = (embeddings[query_rows] * embeddings[document_rows]).sum(dim=1).tolist()
-            return scores
+        def scores(embeddings: Tensor) -> list[float]:
+            as_list: list[float] = compare(embeddings[query_rows], embeddings[document_rows]).tolist()
+            return as_list
 
-        return Inputs(self.encode(texts), cosines)
+        return Inputs(sequences, scores)
 
     @torch.inference_mode()
     def run(self, sequences: Sequence[TokenSequence]) -> Tensor:
-        """Compute unit embeddings ``[len(sequences), size]``, pooled in float32 whatever the model computes in."""
-        return torch.nn.functional.normalize(self.pooling(self.transformer.states(sequences)), dim=1)
+        """Compute embeddings, float32 ``[len(sequences), size]``."""
+        texts = cast("Sequence[_Text]", sequences)  # the engine hands back what `inputs` made
+        rows_of: dict[Embedder, list[int]] = {}
+        for row, text in enumerate(texts):
+            rows_of.setdefault(text.embedder, []).append(row)
+        parts = [embedder.embed([texts[row] for row in rows]) for embedder, rows in rows_of.items()]
+        order = torch.tensor([row for rows in rows_of.values() for row in rows]).argsort()
+        return parts[0] if len(parts) == 1 else torch.cat(parts)[order]
 
 
-def _max(states: States) -> Tensor:
-    tokens, owners = states.flat()
-    return largest_of_each(tokens.float(), owners, len(states.lengths))
+def _cosine(queries: Tensor, documents: Tensor) -> Tensor:
+    return torch.nn.functional.cosine_similarity(queries, documents, eps=1e-12)
 
 
-_POOLINGS: dict[str, Pooling] = {
-    "mean": States.mean,
-    "max": _max,
-    "cls": lambda states: states.first().float(),
-    "lasttoken": lambda states: states.last().float(),
+SIMILARITIES: Mapping[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "cosine": _cosine,
+    "dot": lambda queries, documents: (queries * documents).sum(dim=1),
+    "euclidean": lambda queries, documents: -(queries - documents).norm(dim=1),
+    "manhattan": lambda queries, documents: -(queries - documents).abs().sum(dim=1),
 }
-
-
-def pooling_of(config: Mapping[str, Any]) -> Pooling:
-    """Find the pooling that ``1_Pooling/config.json`` names: in ``pooling_mode``, or in older files by one flag each.
-
-    Raises:
-        ConfigError: A mode other than mean, max, cls and lasttoken, or several at once.
-    """
-    modes = config.get("pooling_mode")
-    if modes is None:
-        flags = [key for key, value in config.items() if key.startswith("pooling_mode_") and value is True]
-        modes = [flag.removeprefix("pooling_mode_").removesuffix("_tokens").removesuffix("_token") for flag in flags]
-    names = [modes] if isinstance(modes, str) else list(modes)
-    if len(names) != 1 or names[0] not in _POOLINGS:
-        raise ConfigError(
-            f"pooling {' + '.join(names) or '(none)'} is not supported; these are: {', '.join(sorted(_POOLINGS))}"
-        )
-    return _POOLINGS[names[0]]
+"""From the vectors of queries and documents, ``[pairs, size]`` each, to scores."""

@@ -14,13 +14,11 @@ from rag_rerank.local.transformer.batching import TokenSequence
 from rag_rerank.local.transformer.transformer import Padded, States, Transformer
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig
-
     from rag_rerank.local.models.vision.prompts import ImagePrompts
 
 Activation = Callable[[Tensor], Tensor]
 Head = Callable[[States], Tensor]
-"""From the states of a batch to logits ``[sequences, 1]``."""
+"""From the states of a batch to logits ``[sequences, labels]``, of one label or two."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +48,9 @@ class PairModel:
     @torch.inference_mode()
     def run(self, sequences: Sequence[TokenSequence]) -> Tensor:
         """Compute logits ``[len(sequences), 1]``."""
-        return self.head(self.transformer.states(sequences)).float()
+        logits = self.head(self.transformer.states(sequences)).float()
+        # Of two, the second says "relevant": its share in their softmax is the sigmoid of the difference.
+        return logits if logits.shape[1] == 1 else logits[:, 1:] - logits[:, :1]
 
     def _scores(self, logits: Tensor) -> list[float]:
         scores: list[float] = self.activation(logits[:, 0]).tolist()
@@ -90,29 +90,3 @@ def classification_head(model: Any) -> Head:
     if pooling == "late":  # the logits of all tokens, averaged
         return lambda states: states.mean(layers)
     raise ConfigError(f"classifier_pooling={pooling!r} is not supported; these are: bos, cls, late, mean")
-
-
-def own_activation(config: "PreTrainedConfig") -> Activation:
-    """Find the activation that a checkpoint asks for, as vLLM finds it.
-
-    In this order: ``problem_type``; the torch module that sentence-transformers wrote into the config (``Identity`` for
-    ms-marco models of old: then scores are logits, not within 0 and 1); else sigmoid, as for one label everywhere.
-    (vLLM 0.32, ``model_executor/layers/pooler/activations.py``.)
-
-    Raises:
-        ConfigError: The config names something outside ``torch.nn.modules``.
-    """
-    problem_type = getattr(config, "problem_type", None)
-    if problem_type == "regression":
-        return torch.nn.Identity()
-    if problem_type in ("single_label_classification", "multi_label_classification"):
-        return torch.sigmoid
-    name = (getattr(config, "sentence_transformers", None) or {}).get("activation_fn")
-    name = name or getattr(config, "sbert_ce_default_activation_function", None)
-    if name is None:
-        return torch.sigmoid
-    module = getattr(torch.nn, name.rpartition(".")[2], None) if name.startswith("torch.nn.modules.") else None
-    if not (isinstance(module, type) and issubclass(module, torch.nn.Module)):
-        raise ConfigError(f"the checkpoint asks for the activation {name!r}, which is not in torch.nn.modules")
-    activation: Activation = module()
-    return activation

@@ -9,11 +9,13 @@ of 150,000 rows at most two are ever computed.
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+import torch
 from safetensors import safe_open
 from torch import Tensor
 
 from rag_rerank.errors import ConfigError
 from rag_rerank.local.models.cross_encoder import Head
+from rag_rerank.local.transformer.transformer import States
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -21,6 +23,12 @@ if TYPE_CHECKING:
     from rag_rerank.local.checkpoint.checkpoint import Checkpoint
 
 _SCORE = "score.weight"
+
+LOGIT_OPTIONS = (
+    *("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap"),
+    *("logit_scale", "logits_scaling", "lm_head_multiplier"),
+)
+"""What a causal model's config may do to its logits behind the output matrix; a classifier doesn't."""
 
 
 def last_token_head(row: Tensor) -> Head:
@@ -53,11 +61,47 @@ def token_ids(tokenizer: "PreTrainedTokenizerBase", tokens: Sequence[str], name:
     return ids
 
 
-def token_row(model: "PreTrainedModel", ids: Sequence[int]) -> Tensor:
-    """Take the row that scores with one token, or with the second of two against the first; float32."""
-    weight: Tensor = model.get_output_embeddings().weight  # type: ignore[no-untyped-call]
-    rows = weight[list(ids)].detach().float()
-    return rows[0] if len(ids) == 1 else rows[1] - rows[0]
+def answer_head(model: "PreTrainedModel", ids: Sequence[int]) -> Head:
+    """Take from a causal model what makes logits of its last state, for its answers only; float32.
+
+    Args:
+        model: With its output layer.
+        ids: ``(true,)`` or ``(false, true)``; there is a logit for each.
+    """
+    output: Any = model.get_output_embeddings()  # type: ignore[no-untyped-call]
+    rows = output.weight[list(ids)].detach().float()
+    bias = getattr(output, "bias", None)
+    offset = torch.zeros(len(ids), device=rows.device) if bias is None else bias[list(ids)].detach().float()
+    options = {name: getattr(model.config.get_text_config(), name, None) for name in LOGIT_OPTIONS}
+    scale = (options["logit_scale"] or 1) * (options["lm_head_multiplier"] or 1) / (options["logits_scaling"] or 1)
+    cap = options["final_logit_softcapping"] or options["logits_soft_cap"] or options["output_logit_soft_cap"]
+
+    def head(states: States) -> Tensor:
+        logits = (states.last().float() @ rows.T + offset) * scale
+        capped: Tensor = logits if cap is None else cap * torch.tanh(logits / cap)
+        return capped
+
+    return head
+
+
+@torch.inference_mode()
+def check_answer_head(model: "PreTrainedModel", head: Head, ids: Sequence[int], name: str) -> None:
+    """Compare the logits of `answer_head` with the model's own, on a few tokens.
+
+    Raises:
+        ConfigError: They differ by more than rounding: the model does more to its states than we know of.
+    """
+    tokens = torch.arange(1, 9, device=model.device).unsqueeze(0)
+    theirs = model(input_ids=tokens).logits[0, -1, list(ids)].float()
+    states = model.base_model(input_ids=tokens).last_hidden_state[0]
+    place = torch.tensor([len(states) - 1], device=states.device)
+    ours = head(States(states, place, place, [1]))[0]
+    rounding = 1e-3 if model.dtype == torch.float32 else 0.05
+    if not torch.allclose(ours, theirs, rtol=rounding, atol=rounding):
+        raise ConfigError(
+            f"{name!r} is a {type(model).__name__}, whose logits are more than its last states and output matrix give "
+            f"({ours.tolist()} for {theirs.tolist()}): it can't be scored by its answer"
+        )
 
 
 def score_row(checkpoint: "Checkpoint") -> Tensor:

@@ -1,7 +1,7 @@
 """From text to tokens: what all score types have in common."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import itertools
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 from rag_rerank.local.transformer.batching import TokenSequence
@@ -67,18 +67,49 @@ def truncate(tokenizer: "PreTrainedTokenizerBase", text: str, max_tokens: int) -
     return text
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class TextEncoder:
-    """What score types have in common that read queries and documents apart."""
+    """What turns the texts of one side, queries or documents, into states.
+
+    Attributes:
+        max_length: Longest sequence, in tokens.
+        prompt: What stands before each text.
+        marker: A token that stands before the prompt.
+        lower_case: Whether texts are lowered before the tokenizer sees them.
+    """
 
     transformer: "Transformer"
     tokenizer: "PreTrainedTokenizerBase"
     max_length: int
+    prompt: str = ""
+    marker: int | None = None
+    lower_case: bool = False
 
-    def document_space(self, queries: Sequence[str], _instruction: str | None = None) -> list[int]:
-        """Count the tokens of a document that are read, whatever the query."""
-        return [self.max_length - self.tokenizer.num_special_tokens_to_add()] * len(queries)
+    def space(self) -> int:
+        """Count the tokens of a text that are read."""
+        return self.max_length - self.prompt_length() - (self.tokenizer.num_special_tokens_to_add() - self._leading())
+
+    def prompt_length(self) -> int:
+        """Count the tokens up to the end of the prompt."""
+        prompt: list[int] = self.tokenizer(self.prompt, add_special_tokens=False)["input_ids"] if self.prompt else []
+        return self._leading() + (self.marker is not None) + len(prompt)
 
     def encode(self, texts: list[str]) -> list[TokenSequence]:
-        """Tokenise texts."""
-        return encode(self.tokenizer, texts, None, self.max_length)
+        """Tokenise texts, each behind the prompt."""
+        texts = [self.prompt + (text.lower() if self.lower_case else text) for text in texts]
+        if self.marker is None:
+            return encode(self.tokenizer, texts, None, self.max_length)
+        marker, at = [self.marker], self._leading()
+        return [
+            replace(
+                sequence,
+                ids=sequence.ids[:at] + marker + sequence.ids[at:],
+                types=sequence.types and [*sequence.types, 0],
+            )
+            for sequence in encode(self.tokenizer, texts, None, self.max_length - 1)
+        ]
+
+    def _leading(self) -> int:
+        """How many special tokens stand before a text."""
+        first, second = (self.tokenizer(text, verbose=False)["input_ids"] for text in ("a", "7"))
+        return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(first, second, strict=False)))

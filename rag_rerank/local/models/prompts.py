@@ -4,6 +4,7 @@ What is too long is cut from the document, never from the query or the template:
 reranker's score is read, and vLLM's own ``truncate_prompt_tokens`` would cut just that.
 """
 
+import itertools
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Self
@@ -31,6 +32,7 @@ class Prompts:
         template: None encodes query and document as the tokenizer's pair.
         variables: For the template, such as the instruction.
         truncation: From which of a plain pair the tokens beyond `max_length` are cut.
+        prompt: What stands before the query of a plain pair.
     """
 
     tokenizer: "PreTrainedTokenizerBase"
@@ -38,6 +40,7 @@ class Prompts:
     template: Template | None = None
     variables: Mapping[str, Any] = field(default_factory=dict)
     truncation: Truncation = "longest_first"
+    prompt: str = ""
 
     def instructed(self, instruction: str | None) -> Self:
         """Give the same with a call's own instruction; None keeps the scorer's."""
@@ -75,7 +78,8 @@ class Prompts:
         """Count the tokens of a document that fit beside each query."""
         if self.template is None:
             special = self.tokenizer.num_special_tokens_to_add(pair=True)
-            taken = [len(ids) + special for ids in self._ids(list(queries), add_special_tokens=False)]
+            texts = [self.prompt + query for query in queries]
+            taken = [len(ids) + special for ids in self._ids(texts, add_special_tokens=False)]
         else:
             # Measured with a document rather than without, because that is what can be measured on a server, too.
             prompts = [self.template.render(query, NEUTRAL, self.variables) for query in queries]
@@ -83,6 +87,7 @@ class Prompts:
         return [self.max_length - tokens for tokens in taken]
 
     def _pairs(self, queries: list[str], documents: list[str]) -> list[TokenSequence]:
+        queries = [self.prompt + query for query in queries]
         sequences = encode(self.tokenizer, queries, documents, self.max_length, self.truncation)
         # vLLM tokenises pair by pair, and tokenizer(query, "") takes the empty document for none: [CLS] q [SEP] instead
         # of [CLS] q [SEP] [SEP]. Another score (4e-3 in one logit), so we do as the server does.
@@ -112,6 +117,31 @@ class Prompts:
             texts, add_special_tokens=add_special_tokens, padding=False, return_attention_mask=False, verbose=False
         )["input_ids"]
         return ids
+
+
+@dataclass(frozen=True, slots=True)
+class ChatPrompts(Prompts):
+    """Makes the token sequences that sentence-transformers makes with a checkpoint's own chat template.
+
+    The template says itself where special tokens go. What is too long is cut from the end of all that stands before the
+    template's last tokens, which are the same for all prompts.
+    """
+
+    def _shortened(self, template: Template, ids: list[int], query: str, document: str, space: int) -> list[int]:
+        if len(ids) <= self.max_length:
+            return ids
+        if space < 1:
+            raise no_space(self.max_length)
+        # Two prompts that have nothing in common but the template.
+        first, second = self._ids([template.render(text, text, self.variables) for text in ("0", "1 2 3 4")])
+        alike = itertools.takewhile(
+            lambda pair: pair[0] == pair[1], zip(reversed(first), reversed(second), strict=False)
+        )
+        end = sum(1 for _ in alike)
+        return ids[: self.max_length - end] + ids[len(ids) - end :]
+
+    def _ids(self, texts: list[str], *, add_special_tokens: bool = False) -> list[list[int]]:
+        return super(ChatPrompts, self)._ids(texts, add_special_tokens=add_special_tokens)
 
 
 def no_space(max_length: int) -> BackendRejected:

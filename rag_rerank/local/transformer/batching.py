@@ -14,12 +14,14 @@ class TokenSequence:
         group: The same for prompts that begin alike: those of one query and instruction. A decoder runs what they have
             in common once.
         truncated: Whether the text was longer than what the model reads.
+        unattended: How many tokens at the end no token attends to; `Padded` only.
     """
 
     ids: list[int]
     types: list[int] | None = None
     group: Hashable | None = None
     truncated: bool = False
+    unattended: int = 0
 
 
 @dataclass(frozen=True, slots=True)

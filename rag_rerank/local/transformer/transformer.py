@@ -125,9 +125,17 @@ def known(model: "PreTrainedModel") -> bool:
     return model.config.model_type in ENCODERS | DECODERS and type(model).__module__.startswith("transformers.")
 
 
+def is_causal(model: "PreTrainedModel") -> bool:
+    """Tell whether a decoder's tokens attend only to those before them, which its config may turn off."""
+    config = model.config
+    return getattr(config, "is_causal", None) is not False and not getattr(config, "use_bidirectional_attention", None)
+
+
 def _can_unpad(model: "PreTrainedModel") -> bool:
     if model.config._attn_implementation not in ("sdpa", "eager", NAME):
         return False  # the caller asked for another
+    if model.config.model_type in DECODERS and not is_causal(model):
+        return False  # its tokens attend to those behind them: nothing can be shared, and transformers knows how
     if model.device.type == "cuda" and _soft_capped(model):
         return False  # the varlen kernel has no soft cap
     return available(model.device, model.dtype)
@@ -157,9 +165,10 @@ class Padded:
     def inputs(self, sequences: Sequence[TokenSequence]) -> dict[str, Tensor]:
         """Make what the model takes, int64 ``[len(sequences), longest]`` each."""
         longest = max(len(sequence.ids) for sequence in sequences)
+        attended = [len(sequence.ids) - sequence.unattended for sequence in sequences]
         rows = {
             "input_ids": [sequence.ids + [self.pad_id] * (longest - len(sequence.ids)) for sequence in sequences],
-            "attention_mask": [[1] * len(sequence.ids) + [0] * (longest - len(sequence.ids)) for sequence in sequences],
+            "attention_mask": [[1] * count + [0] * (longest - count) for count in attended],
         }
         if sequences[0].types is not None:
             rows["token_type_ids"] = [

@@ -1,0 +1,51 @@
+"""A tokenizer's own chat template as a score template, rendered as sentence-transformers does."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Self
+
+from rag_rerank.local.checkpoint.declaration import Chat
+from rag_rerank.template import Template
+
+# By these sentence-transformers knows a template that reads the content of a message as a list of parts.
+_PARTS = ("content[0]", ".type", "'type'", '"type"', "item.type", "message.content[")
+
+
+@dataclass(frozen=True, slots=True)
+class ChatTemplate(Template):
+    """A chat template with messages of the roles ``query`` and ``document``.
+
+    Attributes:
+        structured: Whether the content of a message is a list of parts.
+        system: Whether an instruction is the system's message; if not, it is a variable.
+        variables: What the template is given besides.
+    """
+
+    structured: bool = False
+    system: bool = True
+    variables: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, chat: Chat, source: str) -> Self:
+        """Make the template of a checkpoint that declares one.
+
+        Raises:
+            ConfigError: The template fails, or leaves the query or the document out.
+        """
+        structured = chat.form == "structured" or (chat.form == "auto" and any(part in source for part in _PARTS))
+        made = cls("chat_template", source, structured, variables=chat.variables)
+        return made if made.takes("instruction") else replace(made, system=False)
+
+    def _given(self, query: str, document: str, variables: dict[str, Any]) -> dict[str, Any]:
+        messages = {"query": query, "document": document}
+        if self.system and variables.get("instruction"):
+            variables = dict(variables)
+            messages = {"system": variables.pop("instruction"), **messages}
+        contents = {
+            role: [{"type": "text", "text": text}] if self.structured else text for role, text in messages.items()
+        }
+        return {
+            **self.variables,
+            **variables,
+            "messages": [{"role": role, "content": content} for role, content in contents.items()],
+        }

@@ -1,0 +1,209 @@
+"""What sentence-transformers puts behind a transformer: pooling, Dense, LayerNorm, activations; all in float32."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from rag_rerank.errors import ConfigError
+from rag_rerank.local.checkpoint.declaration import IDENTITY, SIGMOID, Layer, Pooling
+from rag_rerank.local.transformer.transformer import States, largest_of_each
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+Activation = Callable[[Tensor], Tensor]
+
+
+def activation(name: str, where: str) -> Activation:
+    """Return the activation of a torch class that works on each number alone.
+
+    Args:
+        name: Its full name, such as ``torch.nn.modules.activation.Sigmoid``.
+        where: The file and field that name it, for errors.
+
+    Raises:
+        ConfigError: It is none of `torch.nn`, or mixes the scores of several documents.
+    """
+    found = getattr(nn, name.rpartition(".")[2], None) if name.startswith("torch.nn.") else None
+    numbers = torch.tensor([[-1.0, 2.0]])
+    try:
+        made: Activation = found()  # type: ignore[misc]
+        alone = torch.stack([made(number) for number in numbers[0]])
+        if torch.equal(made(numbers)[0], alone):
+            return made
+    except (TypeError, RuntimeError, ValueError, IndexError):
+        pass
+    raise ConfigError(
+        f"{where} asks for the activation {name!r}, which is none of torch.nn that works on each number alone"
+    )
+
+
+def config_activation(config: "PreTrainedConfig") -> str | None:
+    """Find the activation that a ``config.json`` names, as vLLM finds it; None where it names none.
+
+    In this order: ``problem_type``; the torch module that sentence-transformers wrote into the config (``Identity`` for
+    ms-marco models of old: then scores are logits, not within 0 and 1). (vLLM 0.32,
+    ``model_executor/layers/pooler/activations.py``.)
+    """
+    problem_type = getattr(config, "problem_type", None)
+    if problem_type == "regression":
+        return IDENTITY
+    if problem_type in ("single_label_classification", "multi_label_classification"):
+        return SIGMOID
+    named: str | None = (getattr(config, "sentence_transformers", None) or {}).get("activation_fn")
+    return named or getattr(config, "sbert_ce_default_activation_function", None)
+
+
+def read_layers(file: Callable[[str], str | Path | None], layers: Sequence[Layer]) -> nn.Sequential:
+    """Read modules with their weights, float32 on the CPU.
+
+    Args:
+        file: The local path of a file of the checkpoint, or None where it has no such file.
+        layers: In order.
+
+    Raises:
+        ConfigError: Weights are missing or damaged, or see `activation`.
+    """
+    return nn.Sequential(*(_module(file, layer) for layer in layers)).requires_grad_(False)
+
+
+class _Residual(nn.Module):
+    """A Dense that adds its input, projected if the sizes differ, to its output."""
+
+    def __init__(self, dense: nn.Module, projection: nn.Module) -> None:
+        super().__init__()
+        self.dense, self.projection = dense, projection
+
+    def forward(self, vectors: Tensor) -> Tensor:
+        made: Tensor = self.dense(vectors) + self.projection(vectors)
+        return made
+
+
+class _Activation(nn.Module):
+    def __init__(self, function: Activation) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, vectors: Tensor) -> Tensor:
+        return self.function(vectors)
+
+
+class _Normalize(nn.Module):
+    def forward(self, vectors: Tensor) -> Tensor:
+        return nn.functional.normalize(vectors, dim=-1)
+
+
+def _module(file: Callable[[str], str | Path | None], layer: Layer) -> nn.Module:
+    if layer.kind == "Normalize":
+        return _Normalize()
+    path = f"{layer.folder}/model.safetensors".removeprefix("/")
+    weights = _weights(path, file(path))
+    if layer.kind == "LayerNorm":
+        norm = nn.LayerNorm(len(weights["norm.weight"]))
+        norm.load_state_dict({name.removeprefix("norm."): weight for name, weight in weights.items()})
+        return norm
+    dense = nn.Sequential(
+        _linear(path, weights, ("linear.", "colbert_linear.")),
+        _Activation(activation(layer.activation, f"{layer.folder}/config.json")),
+    )
+    if not layer.residual:
+        return dense
+    square = "residual.weight" not in weights
+    return _Residual(dense, nn.Identity() if square else _linear(path, weights, ("residual.",)))
+
+
+def _linear(path: str, weights: dict[str, Tensor], prefixes: Sequence[str]) -> nn.Linear:
+    prefix = next((prefix for prefix in prefixes if f"{prefix}weight" in weights), None)
+    if prefix is None:
+        raise ConfigError(f"{path} holds no {prefixes[0]}weight, the projection that the checkpoint declares")
+    weight, bias = weights[f"{prefix}weight"], weights.get(f"{prefix}bias")
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, dtype=torch.float32)
+    linear.load_state_dict({"weight": weight} | ({} if bias is None else {"bias": bias}))
+    return linear
+
+
+def _weights(name: str, path: str | Path | None) -> dict[str, Tensor]:
+    if path is None:
+        raise ConfigError(f"the checkpoint has no {name}; only safetensors weights are read, pickle can run code")
+    try:
+        with safe_open(path, framework="pt") as opened:
+            names = [key for key in opened.keys() if key.partition(".")[0] in _OWN]  # noqa: SIM118
+            return {key: opened.get_tensor(key).float() for key in names}
+    except SafetensorError as error:
+        raise ConfigError(f"{name} holds no safetensors weights ({error}): copy the file anew") from error
+
+
+_OWN = ("linear", "colbert_linear", "residual", "norm")
+
+
+def pool(states: States, pooling: Pooling, skip: int = 0) -> Tensor:
+    """Make one vector of the states of each sequence.
+
+    Args:
+        states: Of a batch.
+        pooling: How.
+        skip: How many tokens at the beginning of each sequence don't count.
+
+    Returns:
+        float32 ``[sequences, modes * size]``.
+    """
+    return torch.cat([_POOLINGS[mode](states, skip) for mode in pooling.modes], dim=1)
+
+
+def _counted(states: States, skip: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Select the states that count, float32, with the sequence that each is of and its place in it, from 1."""
+    tokens, owners = states.flat()
+    counts = states.lasts - states.firsts + 1
+    places = torch.arange(len(owners), device=owners.device) - (counts.cumsum(0) - counts)[owners] + 1
+    kept = places > skip
+    return tokens[kept].float(), owners[kept], places[kept]
+
+
+def _sums(values: Tensor, owners: Tensor, count: int) -> Tensor:
+    return values.new_zeros(count, *values.shape[1:]).index_add_(0, owners, values)
+
+
+def _mean(states: States, skip: int, power: float = 1.0) -> Tensor:
+    tokens, owners, _ = _counted(states, skip)
+    count = len(states.lengths)
+    counts = _sums(torch.ones_like(tokens[:, 0]), owners, count).clamp(min=1e-9)
+    return _sums(tokens, owners, count) / (counts**power).unsqueeze(1)
+
+
+def _root_mean(states: States, skip: int) -> Tensor:
+    return _mean(states, skip, 0.5)
+
+
+def _weighted_mean(states: States, skip: int) -> Tensor:
+    tokens, owners, places = _counted(states, skip)
+    weights, count = places.float().unsqueeze(1), len(states.lengths)
+    return _sums(tokens * weights, owners, count) / _sums(weights, owners, count).clamp(min=1e-9)
+
+
+def _max(states: States, skip: int) -> Tensor:
+    tokens, owners, _ = _counted(states, skip)
+    return largest_of_each(tokens, owners, len(states.lengths))
+
+
+def _first(states: States, skip: int) -> Tensor:
+    # Where nothing but the prompt is left, sentence-transformers takes the first token of all.
+    places = torch.where(states.firsts + skip > states.lasts, states.firsts, states.firsts + skip)
+    return states.tokens[places].float()
+
+
+def _last(states: States, skip: int) -> Tensor:
+    return states.last().float()
+
+
+_POOLINGS: dict[str, Callable[[States, int], Tensor]] = {
+    "cls": _first,
+    "max": _max,
+    "mean": _mean,
+    "mean_sqrt_len_tokens": _root_mean,
+    "weightedmean": _weighted_mean,
+    "lasttoken": _last,
+}
