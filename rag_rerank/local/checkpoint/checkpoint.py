@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import importlib.util
 import json
 import threading
 from collections.abc import Iterator
@@ -11,6 +12,7 @@ from typing import Any, cast
 
 import torch
 from huggingface_hub import try_to_load_from_cache
+from safetensors import SafetensorError, safe_open
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -51,6 +53,8 @@ class Checkpoint:
         }
         self._code = {"trust_remote_code": settings.trust_remote_code}
         check_exists(name)
+        if Path(name, "snapshots").is_dir():
+            raise ConfigError(f"{name!r} is a folder of the hub's cache; pass the one in its snapshots, or the hub id")
         if Path(name).is_dir() and not any(Path(name, file).is_file() for file in ("config.json", "modules.json")):
             raise ConfigError(f"the folder {name!r} holds no model: neither config.json nor modules.json is in it")
         kind = None if settings.score_type == "auto" else settings.score_type
@@ -88,6 +92,7 @@ class Checkpoint:
     def model(self, auto: Any, device: torch.device) -> PreTrainedModel:
         """Load the weights, complete, on the device, in evaluation mode."""
         loaded: PreTrainedModel
+        self._check_files()
         with _without_bars() if self._is_small() else nullcontext():
             loaded, report = self._read(
                 auto.from_pretrained,
@@ -105,6 +110,7 @@ class Checkpoint:
                 f"{self.name!r} has no weights for {', '.join(sorted(missing)[:3])}: not a trained "
                 f"{type(loaded).__name__}. Pass a reranker, or score_type= for what it is."
             )
+        self._check_tokenizer(loaded)
         # Module's own methods: those that transformers puts before them have lost their types.
         torch.nn.Module.to(loaded, device)
         torch.nn.Module.eval(loaded)
@@ -131,6 +137,45 @@ class Checkpoint:
             config = try_to_load_from_cache(base, "config.json", cache_dir=self._settings.cache_dir)
             base = Path(config).parent if isinstance(config, str) else None
         return fingerprint(folder, base and Path(base))
+
+    def _check_files(self) -> None:
+        """Raise ConfigError for weights that would be read wrongly, or not at all."""
+        if self.declaration.adapter and importlib.util.find_spec("peft") is None:
+            raise ConfigError(
+                f"{self.name!r} has an adapter (adapter_config.json), without which its scores are others: "
+                "pip install peft, or merge the adapter into its model and pass that"
+            )
+        folder = Path(self.name, self.transformer)
+        weights, pickles = list(folder.glob("*.safetensors")), list(folder.glob("*.bin"))
+        if pickles and not weights and not self.declaration.adapter:
+            raise ConfigError(
+                f"{str(pickles[0])!r} holds pickled weights, which can run code, and there are no safetensors beside "
+                "it: load it with transformers where that does no harm, call save_pretrained, and pass the result"
+            )
+        for path in weights:
+            with path.open("rb") as file:
+                if file.read(24).startswith(b"version https://git-lfs"):
+                    raise ConfigError(f"{str(path)!r} is a pointer of Git LFS, not the weights: git lfs pull")
+            try:
+                with safe_open(path, framework="pt"):
+                    pass
+            except SafetensorError as error:
+                raise ConfigError(f"{str(path)!r} is damaged ({error}): copy it anew") from error
+
+    def _check_tokenizer(self, model: PreTrainedModel) -> None:
+        """Raise ConfigError for a tokenizer of another model, or one that transformers made up for missing files."""
+        rows = getattr(model.get_input_embeddings(), "num_embeddings", None)
+        if rows is not None and len(self.tokenizer) > rows:
+            raise ConfigError(
+                f"the tokenizer of {self.name!r} has {len(self.tokenizer)} tokens, but the model only {rows}: "
+                "its tokenizer files are another model's"
+            )
+        ids = self.tokenizer("the city of 1 . 的 и", add_special_tokens=False)["input_ids"]
+        if not set(ids) - {self.tokenizer.unk_token_id}:
+            raise ConfigError(
+                f"the tokenizer of {self.name!r} knows no word at all: copy the model's tokenizer.json, or vocab.txt "
+                "and the like, beside its config.json"
+            )
 
     def _is_small(self) -> bool:
         """Tell whether this is a folder with few weights: nothing is downloaded and little is read."""

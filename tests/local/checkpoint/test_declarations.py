@@ -4,7 +4,9 @@ Each is made of a tiny random model with that library's own `save_pretrained`, o
 scores are compared with its own, in float32: to 1e-5 of a score's size, and of 1 for smaller ones.
 """
 
+import importlib.util
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -537,3 +539,60 @@ class TestRefusals:
         MultiVectorEncoder(modules=[*modules, HierarchicalTokenPooling(2.0)]).save_pretrained(folder)
         with pytest.raises(ConfigError, match="has a HierarchicalTokenPooling"):
             ours(folder, texts)
+
+
+class TestFiles:
+    """What is missing or not what it seems is told with the file and the remedy, before anything is scored."""
+
+    @pytest.fixture
+    def cross_encoder(self, base, folder: str) -> str:
+        shutil.copytree(base("bert", AutoModelForSequenceClassification, num_labels=1), folder)
+        return folder
+
+    def test_a_tokenizer_that_transformers_makes_up(self, cross_encoder: str, texts):
+        """Of five tokens, to which every word is unknown; tokenizer.json alone is enough for it to be right."""
+        before = ours(cross_encoder, texts)
+        Path(cross_encoder, "tokenizer_config.json").unlink()
+        assert ours(cross_encoder, texts, max_length=MAX_LENGTH) == before
+        Path(cross_encoder, "tokenizer.json").unlink()
+        with pytest.raises(ConfigError, match=r"knows no word at all: copy the model's tokenizer\.json"):
+            ours(cross_encoder, texts)
+
+    def test_a_tokenizer_of_another_model(self, cross_encoder: str, texts):
+        """With more tokens than the model has."""
+        tokenizer = AutoTokenizer.from_pretrained(cross_encoder)
+        tokenizer.add_tokens(["anothertoken"])
+        tokenizer.save_pretrained(cross_encoder)
+        with pytest.raises(ConfigError, match="has 2001 tokens, but the model only 2000"):
+            ours(cross_encoder, texts)
+
+    def test_an_adapter_without_peft(self, cross_encoder: str, texts, monkeypatch: pytest.MonkeyPatch):
+        """Its model alone would score otherwise."""
+        find = importlib.util.find_spec
+        monkeypatch.setattr(
+            "importlib.util.find_spec", lambda name, *rest: None if name == "peft" else find(name, *rest)
+        )
+        Path(cross_encoder, "adapter_config.json").write_text("{}")
+        with pytest.raises(ConfigError, match="pip install peft, or merge"):
+            ours(cross_encoder, texts)
+
+    def test_weights_that_are_none(self, cross_encoder: str, texts):
+        """A pointer of Git LFS, a damaged file, a pickle."""
+        weights = Path(cross_encoder, "model.safetensors")
+        weights.write_bytes(weights.read_bytes()[:500])
+        with pytest.raises(ConfigError, match=r"model\.safetensors' is damaged"):
+            ours(cross_encoder, texts)
+        weights.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+        with pytest.raises(ConfigError, match=r"model\.safetensors' is a pointer of Git LFS"):
+            ours(cross_encoder, texts)
+        weights.rename(weights.with_name("pytorch_model.bin"))
+        with pytest.raises(ConfigError, match=r"pytorch_model\.bin' holds pickled weights"):
+            ours(cross_encoder, texts)
+
+    def test_a_copied_folder_of_the_hubs_cache(self, cross_encoder: str, tmp_path: Path, texts):
+        """The checkpoint is further down."""
+        snapshots = tmp_path / "models--org--name" / "snapshots"
+        shutil.copytree(cross_encoder, snapshots / "0123")
+        with pytest.raises(ConfigError, match="is a folder of the hub's cache"):
+            ours(str(snapshots.parent), texts)
+        assert len(ours(str(snapshots / "0123"), texts)) == 12
