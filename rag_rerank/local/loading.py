@@ -65,13 +65,17 @@ def load(settings: Settings) -> Model:
     score_type: ScoreType = getattr(loading, kind.replace("-", "_"))()
     template = loading.template
     asked = f"{checkpoint.name!r}, without a template," if template is None else f"the template {template.name!r}"
-    takes_instruction = template is not None and template.takes("instruction")
+    no_instruction = None
+    if template is None or not template.takes("instruction"):
+        no_instruction = f"{asked} has no place for an instruction"
+        if settings.instruction is not None:
+            raise ConfigError(no_instruction)
     return Model(
         score_type=score_type,
         tokenizer=checkpoint.tokenizer,
         facts={"score type": kind, **loading.facts, **_facts(settings), **checkpoint.fingerprint()},
         text_only=None if kind == "vision" else f"holds an image or a video, but {checkpoint.name} reads text only",
-        no_instruction=None if takes_instruction else f"{asked} has no place for an instruction",
+        no_instruction=no_instruction,
         max_tokens_per_query=settings.max_tokens_per_query,
         max_tokens_per_doc=settings.max_tokens_per_doc,
         passages=settings.long_documents == "max-passage",

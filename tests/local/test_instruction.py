@@ -153,7 +153,7 @@ class TestNoPlace:
     def test_is_a_wrong_setting(
         self, make: Callable[[Path], Path], options: dict[str, Any], words: str, tmp_path: Path
     ):
-        """Sync, async, and under passthrough; without one the model scores."""
+        """Sync, async, and under passthrough, also the scorer's own; without one the model scores."""
         with LocalScorer(make(tmp_path / "m"), **options) as scorer:
             with pytest.raises(ConfigError, match=words):
                 scorer.score("q", ["a", "b"], instruction="i")
@@ -162,3 +162,5 @@ class TestNoPlace:
             with pytest.raises(ConfigError, match=words):
                 scorer.rerank_batch(["q", "r"], [["a"], ["b"]], instruction="i", on_error="passthrough")
             assert len(scorer.score("q", ["a", "b"])) == 2
+        with LocalScorer(tmp_path / "m", instruction="i", **options) as scorer, pytest.raises(ConfigError, match=words):
+            scorer.score("q", ["a", "b"])
