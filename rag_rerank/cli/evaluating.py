@@ -4,7 +4,9 @@ import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from importlib.util import find_spec
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 from urllib.parse import urlsplit
@@ -13,7 +15,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-from rag_rerank.cli.options import DeviceOption, DtypeOption, KeyOverHTTPOption, make_scorer
+from rag_rerank.cli.options import DeviceOption, DtypeOption, KeyOverHTTPOption, ScorerOptions
 from rag_rerank.errors import BackendError, ConfigError
 from rag_rerank.inputs import NEUTRAL
 from rag_rerank.scorer import Scorer
@@ -73,7 +75,8 @@ def evaluate(
         stack.enter_context(_resumable(kept=where is not False))
         scorers: dict[str, Scorer] = {}
         if collection.documents:
-            for name, scorer in _scorers(model, base_url, device, dtype, send_key_over_http):
+            options = ScorerOptions(device=device, dtype=dtype, send_key_over_http=send_key_over_http)
+            for name, scorer in _scorers(model, base_url, options):
                 scorers[_distinct(name, scorers)] = stack.enter_context(scorer)
         evaluation = package.evaluate(
             collection,
@@ -103,31 +106,24 @@ def _collection(folder: File, run: File, qrels: File, deepest: int, *, bare: boo
         return Collection({}, dict.fromkeys(judgments, ""), judgments, run.name), candidates
     if folder is None and qrels is not None:
         raise ConfigError("judgments alone are not enough: name a collection's FOLDER, or a --run")
-    documents = None
-    if candidates is not None:
-        documents = {document for ranking in candidates.values() for document in list(ranking)[:deepest]}
-    return Collection.load(folder or collection_folder(), qrels=qrels, documents=documents), candidates
+    found = None if candidates is None else {each for by in candidates.values() for each in islice(by, deepest)}
+    return Collection.load(folder or collection_folder(), qrels=qrels, documents=found), candidates
 
 
 def _scorers(
-    models: Sequence[str] | None,
-    urls: Sequence[str] | None,
-    device: str | None,
-    dtype: str,
-    send_key_over_http: bool,
+    models: Sequence[str] | None, urls: Sequence[str] | None, options: ScorerOptions
 ) -> Iterator[tuple[str, Scorer]]:
     """Yield (name, scorer) of each model and each server; a server that does not answer fails now."""
-    if urls and not models and (device is not None or dtype != "auto"):
-        raise ConfigError("--device and --dtype are for local models; a server has chosen its own")
     if not (models or urls):
         from rag_rerank.embedded import minilm_folder
 
-        yield "all-MiniLM-L6-v2", make_scorer(str(minilm_folder()), None, None, None, device, dtype, logits=False)
+        yield "all-MiniLM-L6-v2", replace(options, model=str(minilm_folder())).make()
     for model in models or ():
-        name = Path(model).resolve().name if Path(model).is_dir() else model
-        yield name, make_scorer(model, None, None, None, device, dtype, logits=False)
+        yield Path(model).resolve().name if Path(model).is_dir() else model, replace(options, model=model).make()
+    if models:  # for which --device and --dtype are
+        options = replace(options, device=None, dtype="auto")
     for url in urls or ():
-        server = make_scorer(None, [url], None, None, None, "auto", False, send_key_over_http)
+        server = replace(options, base_url=[url]).make()
         server.score(NEUTRAL, NEUTRAL)
         yield f"{server.model_name} on {urlsplit(url).netloc.rpartition('@')[2]}", server
 

@@ -7,7 +7,7 @@ In the output's folder, beside the finished files (which appear whole, under nam
 """
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, astuple, dataclass, replace
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -114,9 +114,8 @@ def rerank_folder(
             now = Progress(len(shards), now.finished + bool(left), _sum((now.tally, tally)))
             progress(now)
         if now.finished < now.shards:  # Ray skips blocks that fail where DataContext.max_errored_blocks says so
-            raise BackendError(
-                f"{now.shards - now.finished} of {now.shards} shards were not finished; the same call continues"
-            )
+            left_over = f"{now.shards - now.finished} of {now.shards} shards were not finished"
+            raise BackendError(f"{left_over}; the same call continues")
         folders.finish(sources, facts)
     return now.tally
 
@@ -138,12 +137,9 @@ def _run(
             for row in outcomes.iter_rows():
                 yield outcome_of(row)
         except ray.exceptions.RayError as error:
-            raise BackendError(
-                f"Ray gave up: {str(error).strip().splitlines()[-1]}",
-                remedy="What was finished is kept: the same command continues behind it.",
-            ) from error
+            remedy = "What was finished is kept: the same command continues behind it."
+            raise BackendError(f"Ray gave up: {str(error).strip().splitlines()[-1]}", remedy=remedy) from error
 
 
 def _sum(tallies: Iterable[Tally]) -> Tally:
-    counts = [[getattr(tally, field.name) for field in fields(Tally)] for tally in tallies]
-    return Tally(*map(sum, zip(*counts, strict=True)))
+    return Tally(*map(sum, zip(*map(astuple, tallies), strict=True)))
