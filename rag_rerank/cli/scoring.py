@@ -21,7 +21,6 @@ from rag_rerank.display import Reranked, described
 from rag_rerank.errors import ConfigError
 from rag_rerank.files.rows import Line, Options, parse
 from rag_rerank.inputs.content import Image, Input
-from rag_rerank.ranking import Ranked
 from rag_rerank.ray_data import Pool
 from rag_rerank.ray_data.run import SHARD_LINES
 from rag_rerank.scorer import Scorer
@@ -31,13 +30,13 @@ _TEXTS = (".txt", ".md")
 _TEXT_HELP = f"Score the names of files ending in {', '.join(_TEXTS + _IMAGES)}, not the files."
 _QUERY_HELP = "The query; without one, JSON Lines are read from stdin."
 QueryArgument = Annotated[str | None, typer.Argument(help=_QUERY_HELP)]
-DocumentsArgument = Annotated[
-    list[str] | None, typer.Argument(help="The documents: texts, text files, or image files.")
-]
+_DOCUMENTS_HELP = "The documents: texts, text files, or image files."
+DocumentsArgument = Annotated[list[str] | None, typer.Argument(help=_DOCUMENTS_HELP)]
 TextOption = Annotated[bool, typer.Option("--text", help=_TEXT_HELP)]
 JSONOption = Annotated[bool, typer.Option("--json", help="JSON Lines instead of a table.")]
 _file_option = partial(typer.Option, rich_help_panel="Files (with --in and --out)")
 _ray_option = partial(typer.Option, rich_help_panel="Many processes (with --engine ray)")
+_OUT_HELP = 'The same with "ranked", in any of these formats.'
 _IN_HELP = 'Lines of {"query", "documents"}: .jsonl, .jsonl.gz, .parquet.'
 
 
@@ -58,19 +57,16 @@ def score(
     a "score". There, images are {"content": [{"type": "image_url", "image_url": {"url": "data:..."}}]}, and no file
     is read.
     """
+
+    def answer(query: Input, documents: list[Input], as_table: bool) -> Any:
+        scores = scorer.score(query, documents)
+        return _score_table(query, documents, scores) if as_table else {"scores": scores}
+
     with chosen.make() as scorer:
         if example:
             _show_example(scorer)
-            return
-        _answer(
-            scorer,
-            query,
-            _read(documents, as_text=text),
-            as_json,
-            Options(),
-            lambda query, documents: {"scores": scorer.score(query, documents)},
-            lambda query, documents: _score_table(query, documents, scorer.score(query, documents)),
-        )
+        else:
+            _answer(scorer, query, _read(documents, as_text=text), as_json, Options(), answer)
 
 
 @takes_scorer()
@@ -84,9 +80,7 @@ def rerank(
     chosen: ScorerOptions,
     as_json: JSONOption = False,
     source: Annotated[Path | None, _file_option("--in", help=_IN_HELP)] = None,
-    target: Annotated[
-        Path | None, _file_option("--out", help='The same with "ranked", in any of these formats.')
-    ] = None,
+    target: Annotated[Path | None, _file_option("--out", help=_OUT_HELP)] = None,
     reorder: Annotated[bool, _file_option("--reorder", help="Put the documents themselves in the new order.")] = False,
     restart: Annotated[bool, _file_option("--restart", help="Discard what an interrupted run has left.")] = False,
     strict: Annotated[bool, _file_option("--strict", help="Exit with 1 if lines were rejected.")] = False,
@@ -108,8 +102,11 @@ def rerank(
     """
     options = Options(top_n, score_threshold, reorder=reorder)
 
-    def ranked(query: Input, documents: list[Input]) -> list[Ranked]:
-        return scorer.rerank(query, documents, top_n=top_n, score_threshold=score_threshold)
+    def answer(query: Input, documents: list[Input], as_table: bool) -> Any:
+        ranked = scorer.rerank(query, documents, top_n=top_n, score_threshold=score_threshold)
+        if as_table:
+            return Reranked(query, documents, ranked, rows=None).__rich__()
+        return {"ranked": [asdict(item) for item in ranked]}
 
     if (num_actors, cpus_per_actor, gpus_per_actor, shard_lines) != (None, None, None, SHARD_LINES) and engine != "ray":
         raise ConfigError("--num-actors, --cpus-per-actor, --gpus-per-actor and --shard-lines go with --engine ray")
@@ -122,15 +119,7 @@ def rerank(
                 more |= {"pool": Pool(num_actors, cpus_per_actor, gpus), "shard_lines": shard_lines}
             rerank_files(scorer, *paths, asdict(options) | more, ray=engine == "ray", strict=strict)
         else:
-            _answer(
-                scorer,
-                query,
-                _read(documents, as_text=text),
-                as_json,
-                options,
-                lambda query, documents: {"ranked": [asdict(item) for item in ranked(query, documents)]},
-                lambda query, documents: Reranked(query, documents, ranked(query, documents), rows=None).__rich__(),
-            )
+            _answer(scorer, query, _read(documents, as_text=text), as_json, options, answer)
 
 
 def _paths(source: Path | None, target: Path | None, alone: bool, other: bool) -> tuple[Path, Path] | None:
@@ -178,23 +167,22 @@ def _answer(
     documents: list[Input] | None,
     as_json: bool,
     options: Options,
-    as_object: Callable[[Input, list[Input]], dict[str, Any]],
-    as_table: Callable[[Input, list[Input]], Table],
+    answer: Callable[[Input, list[Input], bool], Any],
 ) -> None:
-    """Print one table or object for the arguments, or one object for every line of stdin."""
+    """Print one table or object for the arguments, or one object for every line of stdin, as `answer` makes them."""
     if query is None:
         for line in _lines():
             if line.is_pair:
                 options.refuse_pair(f"stdin, line {line.number} is a pair")
                 _print_json({"score": scorer.score(line.query, line.documents)[0]})
             else:
-                _print_json(as_object(line.query, line.documents))
+                _print_json(answer(line.query, line.documents, False))
     elif not documents:
         raise ConfigError("pass at least one document after the query, or nothing at all to read stdin")
     elif as_json:
-        _print_json(as_object(query, documents))
+        _print_json(answer(query, documents, False))
     else:
-        Console().print(as_table(query, documents))
+        Console().print(answer(query, documents, True))
 
 
 def _print_json(answer: dict[str, Any]) -> None:

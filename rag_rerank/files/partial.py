@@ -89,10 +89,13 @@ class Partial:
             if state is not None:
                 refuse_changes(self._path, Identity(state["facts"]), Identity(facts))
             self.identity = identify()
-            if state is None:
-                self._begin()
-            else:
+            if state is not None:
                 self._resume(state)
+            else:
+                self._state.unlink(missing_ok=True)
+                for file in (self._ranked, self._rejects):
+                    file.seek(0)  # truncating leaves the position, from which `tell` counts, where it was
+                    file.truncate()
         except BaseException:
             self._close(keep=begun)
             raise
@@ -152,12 +155,6 @@ class Partial:
         # The state first: without it, the next run takes the others for nothing that it could continue.
         for path in (self._state, self._rejects_path, self._path):
             path.unlink(missing_ok=True)
-
-    def _begin(self) -> None:
-        self._state.unlink(missing_ok=True)
-        for file in (self._ranked, self._rejects):
-            file.seek(0)  # truncating leaves the position, from which `tell` counts, where it was
-            file.truncate()
 
     def _read_state(self) -> dict[str, Any]:
         try:

@@ -1,9 +1,8 @@
 """A folder of files in, a folder of files out: cut into shards, which go to actors; the next run does what is left.
 
-In the output's folder, beside the finished files (which appear whole, under names that depend on the input alone):
-
-    _rejects/           the lines that can't be scored, a file for each shard that has any
-    _rag_rerank/        run.json and scorer.json, what and who the run is made from; and what its actors work at
+In the output's folder, beside the finished files (which appear whole, under names that depend on the input alone), are
+_rejects/, with a file for each shard that has lines that can't be scored, and _rag_rerank/, with run.json and
+scorer.json, what and who the run is made from, and what its actors work at.
 """
 
 from collections.abc import Callable, Iterable, Iterator
