@@ -110,7 +110,9 @@ class Client:
 
         def once() -> Steps[Reply | Failure]:
             connect = min(self.rules.connect_timeout, self.timeout)
-            return (yield Send(self.servers.endpoints[0], request, self.timeout, connect, lambda _: True))
+            sent = Send(self.servers.endpoints[0], request, self.timeout, connect, lambda _: True)
+            outcome: Reply | Failure = yield sent
+            return outcome
 
         return self.transport.run(once())
 
