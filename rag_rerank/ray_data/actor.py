@@ -63,7 +63,7 @@ class ScoreShards:
     def _score(self, shard: Shard) -> Tally:
         """Make the shard's output, unless it exists: the actor before this one may have died a moment too late."""
         folders = self._folders
-        output, work, rejects = folders.output(shard), folders.work(shard), folders.rejects(shard)
+        output, work, rejects = folders.output(shard), folders.own / "work" / shard.name, folders.rejects(shard)
         if not output.exists():
             for path in (output, work, rejects, folders.progress(shard)):
                 path.parent.mkdir(parents=True, exist_ok=True)

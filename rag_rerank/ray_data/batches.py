@@ -66,7 +66,7 @@ class ScoreBatch:
             added = {"score": pyarrow.array(scores, pyarrow.float64())}
         else:
             item = pyarrow.struct({"index": pyarrow.int64(), "score": pyarrow.float64()})
-            ranked = [line.ranked and [asdict(item) for item in line.ranked] for line in lines]
+            ranked = [None if line.ranked is None else [asdict(item) for item in line.ranked] for line in lines]
             added = {"ranked": pyarrow.array(ranked, pyarrow.list_(item))}
         added["score_error"] = pyarrow.array([line.error for line in lines], pyarrow.string())
         batch = batch.drop_columns([name for name in added if name in names])

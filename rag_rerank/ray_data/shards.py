@@ -56,10 +56,6 @@ class Folders:
         """Name the rejects of a shard, if it has any."""
         return rejects_in(self.target) / f"{shard.name}.jsonl"
 
-    def work(self, shard: Shard) -> Path:
-        """Name what becomes the output of a shard."""
-        return self.own / "work" / shard.name
-
     def progress(self, shard: Shard) -> Path:
         """Name the file that says how far a shard is, and how many actors have died at it."""
         return self.own / "progress" / f"{shard.name}.json"
