@@ -1,13 +1,10 @@
 """How a call goes: cut into requests, over-long documents cut, documents found that the server refuses.
 
-What the server refuses (400, 413, 422) is looked into here, with fewer requests than the core would need: documents of
-a like length are tried together, and the other requests of the call go on. What it fails at (500, a reply that is
-none) the core narrows down, as for any back end.
+What the server refuses (400, 413, 422) is looked into here, with fewer requests than the core needs for what the server
+fails at (500, a reply that is none): documents of a like length are tried together, and the other requests go on.
 
 The prompt of a pair with an image in it is never truncated: vLLM answers 500 where an image's place in it is cut off,
 and cuts its end otherwise. Texts beside images are cut where asked for, with tokens left for these places.
-
-A generator (`rag_rerank.vllm.steps`): no socket and no clock of its own.
 """
 
 import re
@@ -24,8 +21,8 @@ from rag_rerank.vllm.exchange import Exchange
 from rag_rerank.vllm.steps import Steps, Together
 from rag_rerank.vllm.wire import API, Answer, Encoded, Options, Sent, ServerFacts, read_answer, scoring_request
 
+# Of one request, where it has more than one document: about 10 ms of encoding, in which an event loop stands still.
 MAX_BYTES = 8 << 20
-"""Of one request, where it has more than one document: about 10 ms of encoding, in which an event loop stands still."""
 NEUTRAL_IMAGE = Multimodal((BLANK,))
 # The most tokens of an image or video in the prompt: Qwen-VL 3, Phi-3-vision 5. It stands before the text.
 IMAGE_TOKENS = 16
@@ -41,20 +38,14 @@ _READS_TEXT_ONLY = re.compile("MultiModalParam is not supported|only supports te
 class Call:
     """The scoring of some pairs.
 
-    Attributes:
-        exchange: Gets requests answered.
-        queries: One for all documents, or one each.
-        documents: At least one.
-        options: What requests say beside them.
-        api: What is asked.
-        fit: Whether to cut what is too long for the model. Where the server puts pairs into a template, documents are
-            cut at the tokens that template and query leave (``max_tokens_per_doc``): vLLM's own truncation would cut
-            the end of the prompt, where the score is read. Else the server cuts the longer of query and document.
+    With `fit`, what is too long for the model is cut. Where the server puts pairs into a template, documents are cut at
+    the tokens that template and query leave (``max_tokens_per_doc``): vLLM's own truncation would cut the end of the
+    prompt, where the score is read. Else the server cuts the longer of query and document.
     """
 
     exchange: Exchange
-    queries: Sequence[Prepared]
-    documents: Sequence[Prepared]
+    queries: Sequence[Prepared]  # one for all documents, or one each
+    documents: Sequence[Prepared]  # at least one
     options: Options
     api: API = "score"
     fit: bool = False
@@ -67,11 +58,9 @@ class Call:
         self._scores = [None] * len(self.documents)
 
     def score(self) -> Steps[list[float]]:
-        """Score each document, in order; NaN where the server gave no finite score.
+        """Score each document, in order, not finite where the server gave no finite score; raises as the exchange.
 
-        Raises:
-            DocumentRejected: The server takes the request, but not with these documents.
-            BackendError, ConfigError: As the exchange raises them.
+        Raises DocumentRejected where the server takes the request, but not with these documents.
         """
         limits = yield from self._document_limits()
         chunks = deque(self._chunks(limits))
@@ -163,9 +152,7 @@ class Call:
             error.remedy = (
                 "The text beside an image is cut only by max_tokens_per_doc=; or scale it down (max_pixels=)."
             )
-        elif (
-            error.status == 500
-        ):  # vLLM's answer to an address out of reach, and to images that its model can't take in
+        elif error.status == 500:  # vLLM's for an address out of reach, and for images that its model can't take in
             error.remedy = "Can the server reach its url, and does the model take in images of that shape?"
 
     def _blames_documents(
@@ -207,9 +194,8 @@ class Call:
         indices = sorted(self._refusals)
         first = self._refusals[indices[0]]
         several = f" and {len(indices) - 1} more" if len(indices) > 1 else ""
-        error = self.exchange.error(
-            DocumentRejected, f"documents[{indices[0]}]{several} rejected: {first.message}", first.remedy
-        )
+        said = f"documents[{indices[0]}]{several} rejected: {first.message}"
+        error = self.exchange.error(DocumentRejected, said, first.remedy)
         error.indices, error.scores, error.status = tuple(indices), tuple(self._scores), first.status
         error.reason, error.endpoint = first.message, first.endpoint
         error.__cause__ = first
@@ -249,10 +235,7 @@ class Call:
         return limits
 
     def _may_be_long(self, position: int, window: int | None) -> bool:
-        """Tell whether a pair is to be cut, and could have more tokens than the model reads.
-
-        No tokenizer makes more tokens than bytes.
-        """
+        """Tell whether a pair is to be cut, and could exceed the window: no tokenizer makes more tokens than bytes."""
         query, document = self._query(position), self.documents[position]
         if not (isinstance(query, str) and isinstance(document, str)):
             return False
@@ -281,11 +264,9 @@ class Call:
             cause, tokens = refusal, window
         if tokens is None or tokens < window:
             return None if tokens is None else window - tokens
-        error = self.exchange.error(
-            BackendRejected,
-            f"a query and its template leave no token for a document of the {window} that the model reads",
-            "Shorten the query or instruction, or set max_tokens_per_query.",
-        )
+        said = f"a query and its template leave no token for a document of the {window} that the model reads"
+        remedy = "Shorten the query or instruction, or set max_tokens_per_query."
+        error = self.exchange.error(BackendRejected, said, remedy)
         error.whole = True
         raise error from cause
 
@@ -300,12 +281,13 @@ class Call:
     ) -> Steps[Answer]:
         """Get one request answered. `positions` are the documents' among the caller's."""
         asked, sent = [self._sent(query) for query in queries], [self._sent(document) for document in documents]
-        answer = yield from self.exchange.ask(
-            lambda facts, request_id: scoring_request(self.api, facts, asked, sent, options, request_id),
-            lambda body: read_answer(self.api, body, positions),
-            takes_turn=takes_turn,
+        return (
+            yield from self.exchange.ask(
+                lambda facts, request_id: scoring_request(self.api, facts, asked, sent, options, request_id),
+                lambda body: read_answer(self.api, body, positions),
+                takes_turn=takes_turn,
+            )
         )
-        return answer
 
     def _sent(self, value: Prepared) -> Sent:
         """Encode what is more than text, once; it is kept until it has its score."""
@@ -351,6 +333,4 @@ def _links(inputs: Sequence[Prepared]) -> list[Link]:
 def _has_image(inputs: Sequence[Prepared]) -> bool:
     """Tell whether there is an image in any of them; videos don't count."""
     parts = [part for each in inputs if isinstance(each, Multimodal) for part in each.parts]
-    return any(
-        not isinstance(part, str | Link) or (isinstance(part, Link) and part.kind == "image_url") for part in parts
-    )
+    return any(part.kind == "image_url" if isinstance(part, Link) else not isinstance(part, str) for part in parts)

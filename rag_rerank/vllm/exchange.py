@@ -1,14 +1,11 @@
-"""How one request gets its answer: from which server, in how many tries, in what time, and what is no answer.
-
-A generator (`rag_rerank.vllm.steps`): no socket and no clock of its own.
-"""
+"""How one request gets its answer: from which server, in how many tries, in what time, and what is no answer."""
 
 import math
 import random
 import time
 import uuid
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from datetime import UTC
 from email.utils import parsedate_to_datetime
 from typing import Any, Literal, TypeVar
@@ -41,10 +38,10 @@ T = TypeVar("T")
 E = TypeVar("E", bound=BackendError)
 
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 8.0  # seconds
+# Seconds that a server may ask for; what asks for more is told to the caller at once, as openai's client does.
 LONGEST_RETRY_AFTER = 120.0
-"""Seconds that a server may ask for; what asks for more is told to the caller at once, as openai's client does."""
+# By which a reply to another request of ours is known, also on servers that have not echoed an id yet.
 ID_PREFIX = "rag-rerank-"
-"""By which a reply to another request of ours is known, also on servers that have not echoed an id yet."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,71 +55,48 @@ class Rules:
     attempt_timeout: float | None = None
 
 
+@dataclass(eq=False)
 class _MayPass(Exception):
-    """A failure that another try may not meet.
+    """A failure that another try may not meet: at once on a new connection, after a pause, or with another server."""
 
-    Attributes:
-        error: What the caller gets if there is no other try.
-        again: ``soon``: at once, on a new connection; ``later``: after a pause; ``elsewhere``: not with this server.
-        after: Seconds that the server wants to be left alone.
-        answer: What the caller gets instead of the error: a well-formed answer with a score that is not finite.
-    """
-
-    def __init__(
-        self,
-        error: BackendError,
-        again: Literal["soon", "later", "elsewhere"] = "later",
-        after: float | None = None,
-        answer: Any = None,
-    ) -> None:
-        self.error, self.again, self.after, self.answer = error, again, after, answer
+    error: BackendError  # what the caller gets if there is no other try
+    again: Literal["soon", "later", "elsewhere"] = "later"
+    after: float | None = None  # seconds that the server wants to be left alone
+    answer: Any = None  # what the caller gets instead of the error: well-formed, with a score that is not finite
 
 
 class _ModelMissing(BackendRejected):
     """The server does not know the model's name."""
 
 
+@dataclass(eq=False)
 class Exchange:
-    """The requests of one call.
+    """The requests of one call. Tests replace what tells time, chance and ids."""
 
-    Args:
-        servers: The servers.
-        rules: How requests go.
-        until: When the call must be over, on `clock`; None for no limit.
-        model: The name to ask for; None takes the only one that is served.
-        clock, now, jitter, new_id: Monotonic seconds, the date, a number in [0, 1), a request's id; replaced in tests.
-    """
+    servers: Servers
+    rules: Rules
+    _: KW_ONLY
+    until: float | None  # when the call must be over, on `clock`
+    model: str | None = None  # None takes the only one that is served
+    clock: Callable[[], float] = time.monotonic
+    now: Callable[[], float] = time.time
+    jitter: Callable[[], float] = random.random  # noqa: S311 - in [0, 1); spreads retries, guards nothing
+    new_id: Callable[[], str] = lambda: ID_PREFIX + uuid.uuid4().hex
 
-    def __init__(
-        self,
-        servers: Servers,
-        rules: Rules,
-        *,
-        until: float | None,
-        model: str | None = None,
-        clock: Callable[[], float] = time.monotonic,
-        now: Callable[[], float] = time.time,
-        jitter: Callable[[], float] = random.random,  # noqa: S311 - spreads retries, guards nothing
-        new_id: Callable[[], str] = lambda: ID_PREFIX + uuid.uuid4().hex,
-    ) -> None:
-        self.rules = rules
-        self.servers = servers
-        self._model = model
-        self._clock, self._now, self._jitter, self._new_id = clock, now, jitter, new_id
-        self._began = clock()
-        self._until = math.inf if until is None else until
+    def __post_init__(self) -> None:
+        self._began = self.clock()
         self._attempts = 0
         self._answered_by: str | None = None
-        self._attempt_timeout = rules.attempt_timeout or math.inf
-        if rules.attempt_timeout is None and len(servers) > 1:
+        self._attempt_timeout = self.rules.attempt_timeout or math.inf
+        if self.rules.attempt_timeout is None and len(self.servers) > 1:
             # A server that hangs (vLLM does after SIGTERM) must leave time for the next one.
-            self._attempt_timeout = max(0.001, self._left() / (1 + rules.max_retries))
+            self._attempt_timeout = max(0.001, self._left() / (1 + self.rules.max_retries))
 
     @property
     def model_name(self) -> str:
         """What is asked, as far as that is known."""
         facts = self.servers.facts
-        return self._model or ("the model" if facts is None else facts.model)
+        return self.model or ("the model" if facts is None else facts.model)
 
     def describe(self) -> Steps[ServerFacts]:
         """Learn what one of the servers tells about itself; asked once."""
@@ -131,27 +105,21 @@ class Exchange:
     def ask(
         self, make: Callable[[ServerFacts, str], Request], read: Callable[[bytes], Answer], *, takes_turn: bool = True
     ) -> Steps[Answer]:
-        """Get a request answered.
+        """Get a request answered: made for a server and with an id, and read, or BadReply raised.
 
-        Args:
-            make: The request to a server, with this id.
-            read: The answer in a body; raises BadReply.
-            takes_turn: As in `Servers.choose`.
-
-        Returns:
-            The answer. It has scores that are not finite only if it had in the last try.
+        The answer has scores that are not finite only if it had in the last try.
         """
 
         def attempt(server: Server) -> Steps[Answer]:
             facts = yield from self._described(server)
-            sent_id = self._new_id()
+            sent_id = self.new_id()
             request = make(facts, sent_id)
             try:
                 answer = yield from self._once(server, request, lambda body: self._own(server, read(body), sent_id))
             except _ModelMissing:
                 server.facts = None  # it was started again with another model
                 missing = yield from self._missing(server, facts.model)
-                raise missing if self._model is not None else _MayPass(missing, "soon") from None
+                raise missing if self.model is not None else _MayPass(missing, "soon") from None
             if not all(map(math.isfinite, answer.scores)):
                 raise _MayPass(self._error(server, BadReply, "a score is not finite"), answer=answer)
             return answer
@@ -160,7 +128,7 @@ class Exchange:
 
     def error(self, kind: type[E], message: str, remedy: str | None = None) -> E:
         """Make an error that concerns the whole call, with where, how many attempts and how long."""
-        elapsed = self._clock() - self._began
+        elapsed = self.clock() - self._began
         return kind(message, endpoint=self.servers.label, attempts=self._attempts, elapsed=elapsed, remedy=remedy)
 
     def _missing(self, server: Server, model: str) -> Steps[BackendRejected]:
@@ -183,7 +151,7 @@ class Exchange:
         tried: list[Server] = []
         paused: dict[Server, float] = {}  # until when
         while True:
-            now = self._clock()
+            now = self.clock()
             busy = [server for server, until in paused.items() if until > now]
             server = self.servers.choose(tried, busy, takes_turn=takes_turn)
             tried.append(server)
@@ -197,7 +165,7 @@ class Exchange:
                         return answer
                     self.servers.down = len(tried) >= tries
                     raise failure.error from failure.error.__cause__
-                paused[server] = self._clock() + (failure.after or 0.0)
+                paused[server] = self.clock() + (failure.after or 0.0)
             if pause > 0:
                 yield Sleep(pause)
 
@@ -212,7 +180,7 @@ class Exchange:
         if failure.again == "soon" and len(tried) == 1:
             return 0.0
         bound: float = min(LONGEST_PAUSE, FIRST_PAUSE * 2 ** (len(tried) - 1))
-        return self._jitter() * bound  # full jitter: callers that failed together do not come back together
+        return self.jitter() * bound  # full jitter: callers that failed together do not come back together
 
     def _once(self, server: Server, request: Request, read: Callable[[bytes], T]) -> Steps[T]:
         """Send a request and read its answer, or raise."""
@@ -231,13 +199,8 @@ class Exchange:
                 faults.append(fault)
             return not faults
 
-        outcome: Reply | Failure = yield Send(
-            server.endpoint,
-            request,
-            None if timeout == math.inf else timeout,
-            min(self.rules.connect_timeout, timeout),
-            judge,
-        )
+        limits = None if timeout == math.inf else timeout, min(self.rules.connect_timeout, timeout)
+        outcome: Reply | Failure = yield Send(server.endpoint, request, *limits, judge)
         self._attempts += 1
         if isinstance(outcome, Failure):
             raise self._failed(server, outcome)
@@ -253,9 +216,9 @@ class Exchange:
     def _failed(self, server: Server, failure: Failure) -> Exception:
         """Make the error for no answer."""
         if self._left() < 0.001:  # the caller's time was up, which says nothing about the server
-            message = "the server had not answered when the deadline passed"
+            text = "the server had not answered when the deadline passed"
             remedy = "Allow more time (deadline= or timeout=) or pass fewer documents."
-            error: BackendError = self._error(server, DeadlineExceeded, message, remedy)
+            error: BackendError = self._error(server, DeadlineExceeded, text, remedy)
             error.__cause__ = failure.cause
             return error
         if failure.kind == "unread":
@@ -264,8 +227,7 @@ class Exchange:
             return _MayPass(error)
         server.failed(gone=failure.kind == "connect")
         again: Literal["soon", "later", "elsewhere"] = "later"
-        remedy = "Is the vLLM server running there, and has it finished loading?"
-        text = failure.text
+        text, remedy = failure.text, "Is the vLLM server running there, and has it finished loading?"
         if failure.kind == "broken":
             again = "soon"  # most often a kept connection that the server had closed in that moment
         elif failure.kind == "certificate":
@@ -284,7 +246,7 @@ class Exchange:
         if status >= 500 or status in (408, 429):
             if status in (502, 503, 504):
                 server.failed(gone=False)
-            after = _retry_after(reply.headers.get("retry-after", ""), self._now())
+            after = _retry_after(reply.headers.get("retry-after", ""), self.now())
             unavailable = self._error(server, BackendUnavailable, message)
             unavailable.retry_after, unavailable.status = after, status
             return _MayPass(unavailable, after=after)
@@ -306,8 +268,7 @@ class Exchange:
         elif "maximum context length" in said:
             remedy = "Set truncate_prompt_tokens=-1 to have over-long documents cut."
         error = self._error(server, kind, message, remedy)
-        error.status = status
-        error.whole = True  # `rag_rerank.vllm.call` has looked for a document that is to blame
+        error.status, error.whole = status, True  # `call` has looked for a document that is to blame
         return error
 
     def _described(self, server: Server) -> Steps[ServerFacts]:
@@ -321,7 +282,7 @@ class Exchange:
         try:
             cards = yield from self._once(server, Request("GET", "/v1/models"), self._cards)
         except BackendRejected:
-            if self._model is None:
+            if self.model is None:
                 raise
             cards = []
         server.facts = self._facts(server, version, cards)
@@ -332,15 +293,15 @@ class Exchange:
         try:
             return read_models(body)
         except BadReply:
-            if self._model is None:
+            if self.model is None:
                 raise
             return []
 
     def _facts(self, server: Server, version: tuple[int, int] | None, cards: list[Card]) -> ServerFacts:
         label = server.endpoint.label
-        if self._model is not None:
-            cards = [card for card in cards if card.name == self._model]
-            return ServerFacts(version, self._model, *((cards[0].root, cards[0].window) if cards else ()))
+        if self.model is not None:
+            cards = [card for card in cards if card.name == self.model]
+            return ServerFacts(version, self.model, *((cards[0].root, cards[0].window) if cards else ()))
         if len({card.root for card in cards}) != 1:
             raise ConfigError(f"{label} serves {len(cards)} models; pass model=. It serves: {_names(cards)}.")
         known = self.servers.facts
@@ -372,7 +333,7 @@ class Exchange:
 
     def _left(self) -> float:
         """Tell the seconds that are left for the call."""
-        return self._until - self._clock()
+        return math.inf if self.until is None else self.until - self.clock()
 
 
 def _not_ours(message: str) -> BadReply:

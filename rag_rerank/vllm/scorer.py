@@ -253,10 +253,9 @@ def _endpoints(base_url: str | Sequence[str] | None) -> list[Endpoint]:
     if base_url is None:
         base_url = (os.environ.get("VLLM_BASE_URL") or DEFAULT_BASE_URL).split(",")
     several = base_url if isinstance(base_url, list | tuple) else [base_url]
-    endpoints = list(dict.fromkeys(map(Endpoint.parse, several)))
-    if not endpoints:
+    if not several:
         raise ConfigError("base_url is an empty list; pass at least one address")
-    return endpoints
+    return list(dict.fromkeys(map(Endpoint.parse, several)))
 
 
 def _check(options: Options, rules: Rules, timeout: float, endpoint: str) -> None:
