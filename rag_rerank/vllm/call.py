@@ -33,6 +33,8 @@ _CUTS_DOCUMENTS = (0, 20)  # vLLM's max_tokens_per_doc
 # vLLM 0.32, entrypoints/pooling/scoring: for models of text, and for jina-reranker-v3.
 _READS_TEXT_ONLY = re.compile("MultiModalParam is not supported|only supports text as input")
 
+Inputs = Sequence[Prepared]
+
 
 @dataclass(slots=True)
 class Call:
@@ -44,18 +46,15 @@ class Call:
     """
 
     exchange: Exchange
-    queries: Sequence[Prepared]  # one for all documents, or one each
-    documents: Sequence[Prepared]  # at least one
+    queries: Inputs  # one for all documents, or one each
+    documents: Inputs  # at least one
     options: Options
     api: API = "score"
     fit: bool = False
-    _scores: list[float | None] = field(init=False)
+    _scores: dict[int, float] = field(default_factory=dict)  # by position, as the refusals
     _refusals: dict[int, BackendRejected] = field(default_factory=dict)
     _accepted: set[bool] = field(default_factory=set)  # True: a request with an image; False: one with text only
     _encoded: dict[int, Encoded] = field(default_factory=dict)  # by id of what stands in queries and documents
-
-    def __post_init__(self) -> None:
-        self._scores = [None] * len(self.documents)
 
     def score(self) -> Steps[list[float]]:
         """Score each document, in order, not finite where the server gave no finite score; raises as the exchange.
@@ -67,7 +66,7 @@ class Call:
         yield from self._side_by_side(chunks, lambda chunk: self._score_chunk(chunk, limits[chunk[0]], chunks))
         if self._refusals:
             raise self._rejected()
-        return [score for score in self._scores if score is not None]
+        return [self._scores[position] for position in range(len(self.documents))]
 
     def _side_by_side(self, work: deque[list[int]], do: Callable[[list[int]], Steps[None]]) -> Steps[None]:
         """Do all work, also what is added to it meanwhile, as much at once as is allowed."""
@@ -156,7 +155,7 @@ class Call:
             error.remedy = "Can the server reach its url, and does the model take in images of that shape?"
 
     def _blames_documents(
-        self, error: BackendRejected | BackendUnavailable, queries: Sequence[Prepared], documents: Sequence[Prepared]
+        self, error: BackendRejected | BackendUnavailable, queries: Inputs, documents: Inputs
     ) -> Steps[bool]:
         """Find out whether a request may have been refused for single documents, not for all of it.
 
@@ -164,9 +163,9 @@ class Call:
         """
         with_image = _has_image(documents) or (len(self.queries) > 1 and _has_image(queries))
         if isinstance(error, BackendRejected):
-            if error.status not in (400, 413, 422):
-                return False
-            return error.status == 413 or (yield from self._accepts_harmless(with_image))
+            return error.status == 413 or (
+                error.status in (400, 422) and (yield from self._accepts_harmless(with_image))
+            )
         if error.status == 500 and with_image:
             try:
                 error.whole = not (yield from self._accepts_harmless(with_image))
@@ -179,9 +178,8 @@ class Call:
         if with_image not in self._accepted:
             query = self.queries[0] if len(self.queries) == 1 else NEUTRAL
             document = NEUTRAL_IMAGE if with_image else NEUTRAL
-            options = self.options
-            if with_image or isinstance(query, Multimodal):
-                options = self._untruncated(query, document)
+            multimodal = with_image or isinstance(query, Multimodal)
+            options = self._untruncated(query, document) if multimodal else self.options
             try:
                 yield from self._ask([query], [document], options, takes_turn=False)
             except BackendRejected:
@@ -195,10 +193,9 @@ class Call:
         first = self._refusals[indices[0]]
         several = f" and {len(indices) - 1} more" if len(indices) > 1 else ""
         said = f"documents[{indices[0]}]{several} rejected: {first.message}"
-        error = self.exchange.error(DocumentRejected, said, first.remedy)
-        error.indices, error.scores, error.status = tuple(indices), tuple(self._scores), first.status
-        error.reason, error.endpoint = first.message, first.endpoint
-        error.__cause__ = first
+        error = self.exchange.error(DocumentRejected, said, first.remedy, cause=first)
+        error.indices, error.scores = tuple(indices), tuple(map(self._scores.get, range(len(self.documents))))
+        error.status, error.reason, error.endpoint = first.status, first.message, first.endpoint
         return error
 
     def _document_limits(self) -> Steps[list[int | None]]:
@@ -266,14 +263,12 @@ class Call:
             return None if tokens is None else window - tokens
         said = f"a query and its template leave no token for a document of the {window} that the model reads"
         remedy = "Shorten the query or instruction, or set max_tokens_per_query."
-        error = self.exchange.error(BackendRejected, said, remedy)
-        error.whole = True
-        raise error from cause
+        raise self.exchange.error(BackendRejected, said, remedy, whole=True) from cause
 
     def _ask(
         self,
-        queries: Sequence[Prepared],
-        documents: Sequence[Prepared],
+        queries: Inputs,
+        documents: Inputs,
         options: Options,
         *,
         positions: Sequence[int] = (0,),
@@ -325,12 +320,12 @@ def _size(value: Prepared) -> int:
     return len(value) if isinstance(value, str) else value.size
 
 
-def _links(inputs: Sequence[Prepared]) -> list[Link]:
+def _links(inputs: Inputs) -> list[Link]:
     """List what the server has to fetch."""
     return [part for each in inputs if isinstance(each, Multimodal) for part in each.parts if isinstance(part, Link)]
 
 
-def _has_image(inputs: Sequence[Prepared]) -> bool:
+def _has_image(inputs: Inputs) -> bool:
     """Tell whether there is an image in any of them; videos don't count."""
     parts = [part for each in inputs if isinstance(each, Multimodal) for part in each.parts]
     return any(part.kind == "image_url" if isinstance(part, Link) else not isinstance(part, str) for part in parts)

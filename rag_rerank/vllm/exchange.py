@@ -19,20 +19,10 @@ from rag_rerank.errors import (
     ConfigError,
     DeadlineExceeded,
 )
+from rag_rerank.vllm import wire
 from rag_rerank.vllm.servers import Server, Servers
 from rag_rerank.vllm.steps import Failure, Send, Sleep, Steps
-from rag_rerank.vllm.wire import (
-    Answer,
-    Card,
-    Reply,
-    Request,
-    ServerFacts,
-    error_text,
-    is_model_missing,
-    printable,
-    read_models,
-    read_version,
-)
+from rag_rerank.vllm.wire import Answer, Card, Reply, Request, ServerFacts, printable
 
 T = TypeVar("T")
 E = TypeVar("E", bound=BackendError)
@@ -105,10 +95,7 @@ class Exchange:
     def ask(
         self, make: Callable[[ServerFacts, str], Request], read: Callable[[bytes], Answer], *, takes_turn: bool = True
     ) -> Steps[Answer]:
-        """Get a request answered: made for a server and with an id, and read, or BadReply raised.
-
-        The answer has scores that are not finite only if it had in the last try.
-        """
+        """Get a request answered; with scores that are not finite only if it had such in the last try."""
 
         def attempt(server: Server) -> Steps[Answer]:
             facts = yield from self._described(server)
@@ -121,26 +108,40 @@ class Exchange:
                 missing = yield from self._missing(server, facts.model)
                 raise missing if self.model is not None else _MayPass(missing, "soon") from None
             if not all(map(math.isfinite, answer.scores)):
-                raise _MayPass(self._error(server, BadReply, "a score is not finite"), answer=answer)
+                raise _MayPass(self.error(BadReply, "a score is not finite", server=server), answer=answer)
             return answer
 
         return (yield from self._try(attempt, takes_turn=takes_turn))
 
-    def error(self, kind: type[E], message: str, remedy: str | None = None) -> E:
-        """Make an error that concerns the whole call, with where, how many attempts and how long."""
-        elapsed = self.clock() - self._began
-        return kind(message, endpoint=self.servers.label, attempts=self._attempts, elapsed=elapsed, remedy=remedy)
+    def error(
+        self,
+        kind: type[E],
+        message: str,
+        remedy: str | None = None,
+        *,
+        server: Server | None = None,
+        cause: Exception | None = None,
+        whole: bool = False,
+    ) -> E:
+        """Make an error of one server or all, with how many attempts and how long."""
+        where, elapsed = self.servers.label if server is None else server.endpoint.label, self.clock() - self._began
+        error = kind(message, endpoint=where, attempts=self._attempts, elapsed=elapsed, remedy=remedy)
+        error.whole = whole
+        if cause is not None:
+            error.__cause__ = cause
+        return error
 
     def _missing(self, server: Server, model: str) -> Steps[BackendRejected]:
         """Make the error for a model that is not served, with those that are."""
         remedy = "Pass the name that it serves as model=."
         try:
-            cards = yield from self._once(server, Request("GET", "/v1/models"), read_models)
+            cards = yield from self._once(server, Request("GET", "/v1/models"), wire.read_models)
             remedy = f"It serves: {_names(cards)}. Pass one of them as model=."
         except BackendRejected:  # a gateway that lists none
             pass
-        error = self._error(server, BackendRejected, f"the server does not serve the model {model!r}", remedy)
-        error.status, error.whole = 404, True
+        said = f"the server does not serve the model {model!r}"
+        error = self.error(BackendRejected, said, remedy, server=server, whole=True)
+        error.status = 404
         return error
 
     def _try(self, attempt: Callable[[Server], Steps[T]], *, takes_turn: bool = True) -> Steps[T]:
@@ -186,7 +187,7 @@ class Exchange:
         """Send a request and read its answer, or raise."""
         left = self._left()
         if left <= 0:
-            raise self._error(server, DeadlineExceeded, "the deadline passed")
+            raise self.error(DeadlineExceeded, "the deadline passed", server=server)
         timeout = min(left, self._attempt_timeout)
         results: list[T] = []
         faults: list[BadReply] = []
@@ -209,22 +210,17 @@ class Exchange:
         self._answered(server)
         if results:
             return results[0]
-        error = self._error(server, BadReply, faults[0].message, "Is it a vLLM server?")
-        error.__cause__, error.whole = faults[0], faults[0].whole
-        raise _MayPass(error)
+        fault, remedy = faults[0], "Is it a vLLM server?"
+        raise _MayPass(self.error(BadReply, fault.message, remedy, server=server, cause=fault, whole=fault.whole))
 
     def _failed(self, server: Server, failure: Failure) -> Exception:
         """Make the error for no answer."""
         if self._left() < 0.001:  # the caller's time was up, which says nothing about the server
             text = "the server had not answered when the deadline passed"
             remedy = "Allow more time (deadline= or timeout=) or pass fewer documents."
-            error: BackendError = self._error(server, DeadlineExceeded, text, remedy)
-            error.__cause__ = failure.cause
-            return error
+            return self.error(DeadlineExceeded, text, remedy, server=server, cause=failure.cause)
         if failure.kind == "unread":
-            error = self._error(server, BadReply, failure.text)
-            error.whole = True
-            return _MayPass(error)
+            return _MayPass(self.error(BadReply, failure.text, server=server, whole=True))
         server.failed(gone=failure.kind == "connect")
         again: Literal["soon", "later", "elsewhere"] = "later"
         text, remedy = failure.text, "Is the vLLM server running there, and has it finished loading?"
@@ -235,19 +231,17 @@ class Exchange:
             remedy = "The certificate must be valid for that name; SSL_CERT_FILE names more authorities to trust."
         elif failure.kind == "timeout":
             text, remedy = f"no answer within {self._attempt_timeout:.3g} s", "Is it overloaded? See attempt_timeout=."
-        error = self._error(server, BackendUnavailable, text, remedy)
-        error.__cause__ = failure.cause
-        return _MayPass(error, again)
+        return _MayPass(self.error(BackendUnavailable, text, remedy, server=server, cause=failure.cause), again)
 
     def _refused(self, server: Server, reply: Reply, request: Request) -> Exception:
         """Make the error for a status that is no success."""
-        status, said = reply.status, error_text(reply.body)
+        status, said = reply.status, wire.error_text(reply.body)
         message = f"the server answered {status}" + (f": {said}" if said else "")
         if status >= 500 or status in (408, 429):
             if status in (502, 503, 504):
                 server.failed(gone=False)
             after = _retry_after(reply.headers.get("retry-after", ""), self.now())
-            unavailable = self._error(server, BackendUnavailable, message)
+            unavailable = self.error(BackendUnavailable, message, server=server)
             unavailable.retry_after, unavailable.status = after, status
             return _MayPass(unavailable, after=after)
         self._answered(server)
@@ -258,7 +252,7 @@ class Exchange:
         elif 300 <= status < 400:
             message = f"the server answered {status}, a redirect, which is never followed"
             remedy = "Pass the address that it redirects to as base_url."
-        elif status == 404 and request.method == "POST" and is_model_missing(reply.body):
+        elif status == 404 and request.method == "POST" and wire.is_model_missing(reply.body):
             kind = _ModelMissing
         elif status == 404:
             remedy = (
@@ -267,8 +261,9 @@ class Exchange:
             )
         elif "maximum context length" in said:
             remedy = "Set truncate_prompt_tokens=-1 to have over-long documents cut."
-        error = self._error(server, kind, message, remedy)
-        error.status, error.whole = status, True  # `call` has looked for a document that is to blame
+        # `call` looks for a document that is to blame.
+        error = self.error(kind, message, remedy, server=server, whole=True)
+        error.status = status
         return error
 
     def _described(self, server: Server) -> Steps[ServerFacts]:
@@ -276,7 +271,7 @@ class Exchange:
         if server.facts is not None:
             return server.facts
         try:
-            version = yield from self._once(server, Request("GET", "/version"), read_version)
+            version = yield from self._once(server, Request("GET", "/version"), wire.read_version)
         except BackendRejected:  # a gateway that forwards only /v1
             version = None
         try:
@@ -291,17 +286,17 @@ class Exchange:
     def _cards(self, body: bytes) -> list[Card]:
         """Read the models that are served; where one is named, a server need not tell."""
         try:
-            return read_models(body)
+            return wire.read_models(body)
         except BadReply:
             if self.model is None:
                 raise
             return []
 
     def _facts(self, server: Server, version: tuple[int, int] | None, cards: list[Card]) -> ServerFacts:
-        label = server.endpoint.label
         if self.model is not None:
-            cards = [card for card in cards if card.name == self.model]
-            return ServerFacts(version, self.model, *((cards[0].root, cards[0].window) if cards else ()))
+            card = next((card for card in cards if card.name == self.model), Card(self.model, ""))
+            return ServerFacts(version, self.model, card.root or None, card.window)
+        label = server.endpoint.label
         if len({card.root for card in cards}) != 1:
             raise ConfigError(f"{label} serves {len(cards)} models; pass model=. It serves: {_names(cards)}.")
         known = self.servers.facts
@@ -325,11 +320,6 @@ class Exchange:
     def _answered(self, server: Server) -> None:
         server.back_off.worked()
         self.servers.down = False
-
-    def _error(self, server: Server, kind: type[E], message: str, remedy: str | None = None) -> E:
-        error = self.error(kind, message, remedy)
-        error.endpoint = server.endpoint.label
-        return error
 
     def _left(self) -> float:
         """Tell the seconds that are left for the call."""

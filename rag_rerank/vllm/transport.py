@@ -303,20 +303,18 @@ async def _read(response: httpx.Response, limit: int) -> Reply | Failure:
     headers = {name.lower(): value for name, value in response.headers.items()}
     good = response.status_code == 200
     encoding = headers.get("content-encoding", "identity").lower()
-    body = bytearray()
+    body, fault = bytearray(), f"the answer is compressed ({encoding[:20]!r}) although it was asked for plain"
     if encoding == "identity":
+        fault = ""
         # Not aiter_raw, which at the end gives the connection to the next request, before this answer is judged.
         async for chunk in response.stream:  # type: ignore[union-attr]
             body += chunk
             if len(body) > (limit if good else _LONGEST_ERROR_PAGE):
+                fault = f"the answer is longer than {limit} bytes"
                 break
-        else:
-            return Reply(response.status_code, bytes(body), headers)
-    if not good:  # the status tells enough
-        return Reply(response.status_code, bytes(body), headers)
-    if encoding != "identity":
-        return Failure("unread", f"the answer is compressed ({encoding[:20]!r}) although it was asked for plain")
-    return Failure("unread", f"the answer is longer than {limit} bytes")
+    if fault and good:  # else the status tells enough
+        return Failure("unread", fault)
+    return Reply(response.status_code, bytes(body), headers)
 
 
 def _failure(error: Exception) -> Failure:
