@@ -1,6 +1,5 @@
 """What `VLLMScorer` and `rag_rerank.check` both hold: servers, connections, rules and options, and ways to ask."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -8,7 +7,7 @@ from typing import Any
 from rag_rerank.errors import ConfigError, ContentError
 from rag_rerank.inputs.multimodal import Prepared
 from rag_rerank.template import Halves, Template
-from rag_rerank.vllm.call import PLAIN_PAIR_TOKENS, Call
+from rag_rerank.vllm.call import PLAIN_PAIR_TOKENS, Call, Inputs
 from rag_rerank.vllm.exchange import Exchange, Rules
 from rag_rerank.vllm.servers import Servers
 from rag_rerank.vllm.steps import Failure, Send, Steps
@@ -70,11 +69,7 @@ class Client:
         return halves
 
     def call(
-        self,
-        queries: Sequence[Prepared],
-        documents: Sequence[Prepared],
-        until: float | None,
-        instruction: str | None = None,
+        self, queries: Inputs, documents: Inputs, until: float | None, instruction: str | None = None
     ) -> Steps[list[float]]:
         """Make the steps of a call, see `Scorer._score`; a score that is not finite stays in its place."""
         options = self.options
@@ -131,7 +126,7 @@ def _text(value: Prepared) -> str:
     )
 
 
-def _prefixed(name: str, prompt: str | None, inputs: Sequence[Prepared]) -> Sequence[Prepared]:
+def _prefixed(name: str, prompt: str | None, inputs: Inputs) -> Inputs:
     """Put the prompt before each text."""
     if not prompt:
         return inputs
