@@ -18,19 +18,15 @@ from rag_rerank.inputs.multimodal import Link, Multimodal, Prepared, hidden
 from rag_rerank.inputs.preparing import text_only
 from rag_rerank.vllm.exchange import Exchange
 from rag_rerank.vllm.steps import Steps, Together
-from rag_rerank.vllm.wire import API, Answer, Encoded, Options, ServerFacts, read_answer, scoring_request
+from rag_rerank.vllm.wire import API, SINCE, Answer, Encoded, Options, ServerFacts, read_answer, scoring_request
 
 # Of one request, where it has more than one document: about 10 ms of encoding, in which an event loop stands still.
 MAX_BYTES = 8 << 20
-NEUTRAL_IMAGE = Multimodal((BLANK,))
 # The most tokens of an image or video in the prompt: Qwen-VL 3, Phi-3-vision 5. It stands before the text.
 IMAGE_TOKENS = 16
 # The most tokens of "a" and "a" without a template: BERT 5, RoBERTa 6, a bi-encoder 6. The shortest template has 12.
 PLAIN_PAIR_TOKENS = 8
 _TEMPLATE_TOKENS = 1024  # beside query and document, at most; a guess, only for whether to measure
-_CUTS_DOCUMENTS = (0, 20)  # vLLM's max_tokens_per_doc
-# vLLM 0.32, entrypoints/pooling/scoring: for models of text, and for jina-reranker-v3.
-_READS_TEXT_ONLY = re.compile("MultiModalParam is not supported|only supports text as input")
 
 Inputs = Sequence[Prepared]
 
@@ -140,7 +136,8 @@ class Call:
 
     def _explain(self, error: BackendRejected | BackendUnavailable) -> None:
         """Give an error that concerns an image the remedy that fits; ContentError for a model that reads text only."""
-        if _READS_TEXT_ONLY.search(error.message):
+        # vLLM 0.32, entrypoints/pooling/scoring: for models of text, and for jina-reranker-v3.
+        if re.search("MultiModalParam is not supported|only supports text as input", error.message):
             raise text_only(self.exchange.model_name, self.queries, self.documents) from error
         if re.search("maximum (context|model) length", error.message):
             error.remedy = (
@@ -172,7 +169,7 @@ class Call:
         """Find out whether the server takes a request like ours with a document that can't be to blame."""
         if with_image not in self._accepted:
             query = self.queries[0] if len(self.queries) == 1 else NEUTRAL
-            document = NEUTRAL_IMAGE if with_image else NEUTRAL
+            document = Multimodal((BLANK,)) if with_image else NEUTRAL
             multimodal = with_image or isinstance(query, Multimodal)
             options = self._untruncated(query, document) if multimodal else self.options
             try:
@@ -206,7 +203,7 @@ class Call:
             self.options = replace(self.options, truncate_prompt_tokens=-1)
             return limits
         window, given = facts.window, self.options.max_tokens_per_doc
-        if window is None or (facts.version is not None and facts.version < _CUTS_DOCUMENTS):
+        if window is None or (facts.version is not None and facts.version < SINCE["max_tokens_per_doc"]):
             return limits
         left: dict[Prepared, int | None] = {}  # by each query, for a document
         queries = deque([position] for position in {self._query(position): position for position in long}.values())

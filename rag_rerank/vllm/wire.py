@@ -82,16 +82,13 @@ class Options:
     extra_body: Mapping[str, Any] | None = None
 
     def fields(self, version: Version | None) -> dict[str, Any]:
-        """Make fields of a request to a server of this version; ConfigError where it does not know one of them.
-
-        vLLM ignores unknown fields silently: a score would come back, but not the one that was asked for.
-        """
+        """Make fields of a request to a server of this version; ConfigError where it does not know one of them."""
         version = version or (1, 0)
         given = {name: getattr(self, name) for name in SINCE if getattr(self, name) is not None}
         if given.get("truncate_prompt_tokens") == -1 and version < (0, 9):
             del given["truncate_prompt_tokens"]  # -1 came with 0.9; without it, over-long pairs are refused, not missed
         for name in given:
-            if version < SINCE[name]:
+            if version < SINCE[name]:  # it would ignore the field silently: the score is not the one asked for
                 need = ".".join(map(str, SINCE[name]))
                 raise ConfigError(f"vLLM {version[0]}.{version[1]} does not know {name}; it needs {need} or newer")
         if "use_activation" in given and version < (0, 12):
