@@ -20,44 +20,34 @@ from rag_rerank.local.transformer.batching import TokenSequence
 if TYPE_CHECKING:
     from torch import Tensor
 
-# Documents that are tokenised at a time: enough to be sorted by length to some effect, few enough that their tokens
-# (about 36 bytes each as Python numbers) and the tokenizer's own notes on them stay within a few megabytes.
+# Documents that are tokenised at a time: enough for sorting by length, few enough that their tokens (about 36 bytes
+# each as Python numbers) and the tokenizer's own notes on them stay within a few megabytes.
 PART = 256
 
 
 class WaitingCall:
     """One call that waits, or of which a part has been run. Pairs that occur twice are scored once.
 
-    Args:
-        queries: One for all documents, or one each.
-        documents: The documents; none only waits for the model to be loaded.
-        instruction: The call's own, for a model with a place for it.
-
-    Attributes:
-        future: Of its scores.
-        texts_truncated: How many texts were longer than what the model reads.
+    There is one query for all documents, or one each; with no documents it only waits for the model to be loaded.
     """
 
     def __init__(
         self, queries: Sequence[Prepared], documents: Sequence[Prepared], instruction: str | None = None
     ) -> None:
         self.future: Future[list[float]] = Future()
-        self.texts_truncated = 0
+        self.texts_truncated = 0  # those longer than what the model reads
         self._given = {"queries": queries, "documents": documents}
         self._instruction = instruction
         queries, documents = list(queries), list(documents)
         # Images are hashed by their bytes, which Python does once for each bytes object.
         pairs = list(zip(queries * len(documents) if len(queries) == 1 else queries, documents, strict=True))
         places = {pair: place for place, pair in enumerate(dict.fromkeys(pairs))}
-        self._places: list[int] | None = None  # of each document among the different ones
-        if len(places) < len(pairs):
-            self._places = [places[pair] for pair in pairs]
-            documents = [document for _, document in places]
-            queries = queries if len(queries) == 1 else [query for query, _ in places]
-        self._queries, self._documents = queries, documents
+        self._places = [places[pair] for pair in pairs]  # of each document among the different ones
+        self._queries = queries if len(queries) == 1 else [query for query, _ in places]
+        self._documents = [document for _, document in places]
         self._begun = 0  # documents that have been tokenised
         self._scored = 0
-        self._scores = [0.0] * len(documents)
+        self._scores = [0.0] * len(places)
         self._ready: deque[Item] = deque()
         self._ready_tokens = 0
 
@@ -113,8 +103,7 @@ class WaitingCall:
         self._scores[start : start + len(scores)] = scores
         self._scored += len(scores)
         if self.unscored == 0:
-            places = self._places
-            self.succeed(self._scores if places is None else [self._scores[place] for place in places])
+            self.succeed([self._scores[place] for place in self._places])
 
     def succeed(self, scores: list[float]) -> None:
         """Give the caller its scores."""
