@@ -142,7 +142,8 @@ class _CausalModel:
     ) -> None:
         """Copy the weights in the same shards, with the classifier in the place of the output matrix."""
         home = self._home.get(_HEAD, self.shards[-1])  # so that no shard is left empty
-        index, size = dict[str, str](), 0
+        index: dict[str, str] = {}
+        size = 0
         for done, shard in enumerate(self.shards, 1):
             with safe_open(self.folder / shard, framework="pt") as source:
                 tensors = {name: source.get_tensor(name) for name in source.keys() if name != _HEAD}  # noqa: SIM118
@@ -165,10 +166,10 @@ class _CausalModel:
         entries = self._json("config.json")
         stored = dtype or entries.get("dtype") or entries.get("torch_dtype") or str(self._row(0).dtype).split(".")[1]
         kept = {key: value for key, value in entries.items() if key not in _DROPPED_ENTRIES}
-        # Always there: without it, readers may take the classifier's float32 for that of all weights.
-        kept["torch_dtype" if "torch_dtype" in entries else "dtype"] = stored
-        kept |= {"architectures": [self.architecture], "pad_token_id": self.tokenizer.pad_token_id}
-        _write_json(out / "config.json", kept | {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}})
+        # The dtype is always there: without it, readers may take the classifier's float32 for that of all weights.
+        kept |= {"architectures": [self.architecture], "torch_dtype" if "torch_dtype" in entries else "dtype": stored}
+        kept |= {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}, "pad_token_id": self.tokenizer.pad_token_id}
+        _write_json(out / "config.json", kept)
 
     def write_tokenizer(self, out: Path, template: str | None) -> None:
         """Copy the tokenizer, with the score template as its template if there is one."""

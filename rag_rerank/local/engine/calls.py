@@ -49,7 +49,6 @@ class WaitingCall:
         self._scored = 0
         self._scores = [0.0] * len(places)
         self._ready: deque[Item] = deque()
-        self._ready_tokens = 0
 
     @property
     def unscored(self) -> int:
@@ -65,7 +64,7 @@ class WaitingCall:
         """Count the tokens that it still wants to have run; None where they have not all been counted."""
         if not self._ready and self._begun < len(self._documents):
             self._tokenise(model)
-        return None if self._begun < len(self._documents) else self._ready_tokens
+        return None if self._begun < len(self._documents) else sum(len(item.sequence.ids) for item in self._ready)
 
     def take(self, model: Model, tokens: int) -> list["Item"]:
         """Take the next sequences to run: at least one if there is any, then no more than `tokens` hold."""
@@ -78,7 +77,6 @@ class WaitingCall:
             if taken and length > tokens:
                 break
             taken.append(self._ready.popleft())
-            self._ready_tokens -= length
             tokens -= max(1, length)
         return taken
 
@@ -95,7 +93,6 @@ class WaitingCall:
         # Longest first, so that the batch that needs most memory comes first, and if it fits, so do the others.
         order = sorted(range(len(inputs.sequences)), key=lambda position: -len(inputs.sequences[position].ids))
         self._ready.extend(Item(part, position) for position in order)
-        self._ready_tokens += sum(len(sequence.ids) for sequence in inputs.sequences)
         self.texts_truncated += sum(sequence.truncated for sequence in inputs.sequences)
 
     def take_scores(self, start: int, scores: Sequence[float]) -> None:
@@ -155,14 +152,13 @@ class Item:
             part.call.take_scores(part.start, part.inputs.scores(part.outputs))
 
 
-def next_round(
-    calls: Sequence[WaitingCall], model: Model, tokens: int
-) -> list[tuple[WaitingCall, list[Item] | Exception]]:
-    """Take about so many tokens from some of the calls, which are in the order in which they came.
+_Taken = tuple[WaitingCall, list[Item] | Exception]
+"""A call and its items, or the error for its caller."""
 
-    Each call comes with its items, or with the error for its caller.
-    """
-    taken: list[tuple[WaitingCall, list[Item] | Exception]] = []
+
+def next_round(calls: Sequence[WaitingCall], model: Model, tokens: int) -> list[_Taken]:
+    """Take about so many tokens from some of the calls, which are in the order in which they came."""
+    taken: list[_Taken] = []
     shares = [(call, tokens // 4) for call in calls[:1]] if len(calls) > 1 else []
     shares += [(call, tokens) for call in sorted(calls, key=lambda call: call.unscored)]  # stable: else first come
     for call, share in shares:

@@ -19,12 +19,11 @@ from typing import TYPE_CHECKING
 from rag_rerank.errors import BackendError, RerankError
 from rag_rerank.inputs.multimodal import Prepared
 from rag_rerank.local.engine.calls import Item, WaitingCall, next_round
+from rag_rerank.local.engine.workers import Workers
 from rag_rerank.local.models.model import Model
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-    from rag_rerank.local.engine.workers import Workers
 
 logger = logging.getLogger(__name__)
 
@@ -153,9 +152,6 @@ class _Loop:
             model = self.model = self.model or self._load()
             parallel = model.score_type.transformer.batching.parallel
             if self._workers is None and parallel > 1:
-                # Here, not above: it imports torch.
-                from rag_rerank.local.engine.workers import Workers  # noqa: PLC0415
-
                 self._workers = Workers(parallel, f"rag_rerank {self._name}")
         except Exception as error:  # noqa: BLE001 - the callers get it; the next one may have better luck
             _fail(self._calls, _as_backend_error(error, self._name))
@@ -200,7 +196,7 @@ class _Loop:
             return
         self._backlog.extend([items[position] for position in batch] for batch in batches)
 
-    def _begin(self, model: Model, workers: "Workers") -> None:
+    def _begin(self, model: Model, workers: Workers) -> None:
         if items := _wanted(self._backlog.popleft()):
             inbox = self._inbox  # not self: a worker that is idle must not keep anything
             self._running += 1

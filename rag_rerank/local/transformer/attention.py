@@ -46,19 +46,13 @@ class Segment:
 
 
 @dataclass(frozen=True, slots=True)
-class _CudaLengths:
-    """Arguments of the varlen kernel, the same in all layers."""
-
-    offsets: tuple[Tensor, Tensor, int, int]  # where segments begin, of queries and of keys; the most of each in one
-    rows: Tensor | None  # the tokens that are keys, segment by segment; None: each once, in order
-
-
-@dataclass(frozen=True, slots=True)
 class Layout:
     """Where the segments of a row are, in order and without gaps. Behind the last may be padding, on a CPU only."""
 
     segments: tuple[Segment, ...]
-    lengths: _CudaLengths | None = None  # only for CUDA
+    # Only for CUDA, arguments of the varlen kernel: where segments begin, of queries and keys, and the most in one.
+    offsets: tuple[Tensor, Tensor, int, int] | None = None
+    rows: Tensor | None = None  # the tokens that are keys, segment by segment; None: each once, in order
 
     @classmethod
     def of(cls, segments: Sequence[Segment], device: torch.device) -> "Layout":
@@ -70,7 +64,7 @@ class Layout:
         keys = [token for segment in segments for part in (segment.prefix, segment.own) for token in range(*part)]
         begins = [to_device([0, *itertools.accumulate(each)], device, torch.int32) for each in (owns, totals)]
         rows = to_device(keys, device) if owns != totals else None
-        return cls(tuple(segments), _CudaLengths((begins[0], begins[1], max(owns), max(totals)), rows))
+        return cls(tuple(segments), (begins[0], begins[1], max(owns), max(totals)), rows)
 
 
 def to_device(numbers: Any, device: torch.device, dtype: torch.dtype = torch.int64) -> Tensor:
@@ -216,16 +210,16 @@ def _kernel(
 
 def _varlen(query: Tensor, key: Tensor, value: Tensor, layout: Layout, options: _Options) -> Tensor:
     """All segments at once on a CUDA device, by the flash attention that torch brings."""
-    if (lengths := layout.lengths) is None:
+    if layout.offsets is None:
         raise ValueError("the layout was made for another device")
     queries, keys, values = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
-    if lengths.rows is not None:
-        keys, values = keys[lengths.rows], values[lengths.rows]
+    if layout.rows is not None:
+        keys, values = keys[layout.rows], values[layout.rows]
     reach = -1 if options.window is None else options.window - 1
     window = reach, 0 if options.causal else reach  # causal is aligned to the last key, as in FlashAttention 2.1
     shared = queries.shape[1] != keys.shape[1]
     out = _varlen_attention()(
-        queries, keys, values, *lengths.offsets, scale=options.scale, window_size=window, enable_gqa=shared
+        queries, keys, values, *layout.offsets, scale=options.scale, window_size=window, enable_gqa=shared
     )
     return out.unsqueeze(0)
 
