@@ -18,23 +18,13 @@ from rag_rerank.evaluation.results import GAIN, Evaluation, System
 from rag_rerank.evaluation.scoring import TIMED_QUERIES
 from rag_rerank.evaluation.significance import CONFIDENCE, RESAMPLES
 
-CASES = 20  # queries that are shown with texts, of those that lost most and of those that gained most
-FEW = 30  # queries, below which an interval means little
 _TOP = 3
 _LONGEST = 1500  # letters of a document
 
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """A document of a case.
-
-    Attributes:
-        name: Its id.
-        text: Cut, if long.
-        before, after: Its rank, from 1; None where the first stage did not find it.
-        grade: How it was judged; None if it was not.
-        score: The reranker's; None where it was not scored.
-    """
+    """A document of a case: `before` and `after` are its ranks, from 1; None where the first stage did not find it."""
 
     name: str
     text: str
@@ -46,15 +36,7 @@ class Document:
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """A query with what became of it.
-
-    Attributes:
-        name, text: Of the query.
-        before, after: The first measure.
-        relevant: What should be on top, the first few.
-        more: How many relevant documents are left out.
-        top_before, top_after: What was, and is.
-    """
+    """A query, the first measure before and after, and the first few documents; `more` relevant ones are left out."""
 
     name: str
     text: str
@@ -67,11 +49,7 @@ class Case:
 
 
 def render(evaluation: Evaluation) -> str:
-    """Render the report as HTML.
-
-    Raises:
-        ConfigError: matplotlib is not installed (when this module is imported).
-    """
+    """Render the report as HTML; importing this module raises a ConfigError if matplotlib is not installed."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
@@ -94,7 +72,7 @@ def render(evaluation: Evaluation) -> str:
         ndcg=any("ndcg" in name.lower() for name in evaluation.measures),
         ndcg_gain=GAIN,
         timed_queries=TIMED_QUERIES,
-        few=len(evaluation.candidates) < FEW,
+        few=len(evaluation.candidates) < 30,  # queries, below which an interval means little
         confidence=round(100 * CONFIDENCE),
         resamples=RESAMPLES,
         version=__version__,
@@ -102,14 +80,8 @@ def render(evaluation: Evaluation) -> str:
     )
 
 
-def worst_and_best(evaluation: Evaluation, system: System, most: int = CASES) -> tuple[list[Case], list[Case]]:
-    """Choose the queries that lost most, and those that gained most, at the deepest depth by the first measure.
-
-    Args:
-        evaluation: The evaluation.
-        system: Which reranker.
-        most: Queries of each kind; fewer where fewer lost or gained anything.
-    """
+def worst_and_best(evaluation: Evaluation, system: System, most: int = 20) -> tuple[list[Case], list[Case]]:
+    """Choose up to `most` queries that lost most, and that gained most, at the deepest depth by the first measure."""
     gains = plots.query_gains(evaluation, system)
     ordered = sorted(gains, key=lambda query: gains[query])
     worst = [query for query in ordered if gains[query] < 0][:most]

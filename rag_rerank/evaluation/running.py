@@ -86,33 +86,16 @@ def evaluate(
             report(name, len(candidates), len(candidates))
         scored[name] = scoring.result
     before = measurer.measure_rankings(candidates)
-    after = {
-        name: [
-            measurer.measure_rankings(
-                {query: reranked(candidates[query], scores, depth) for query, scores in result.scores.items()}
-            )
-            for depth in depths
-        ]
-        for name, result in scored.items()
-    }
-    ceilings = {
-        depth: measurer.measure_rankings(
-            {query: ideal(ranking, collection.judgments[query], depth) for query, ranking in candidates.items()}
-        )
-        for depth in depths
-    }
-    systems, between = _compare(depths, before, after, scored)
+    ceilings, after = {}, {name: list[Values]() for name in scored}
+    for depth in depths:
+        best = {query: ideal(ranking, collection.judgments[query], depth) for query, ranking in candidates.items()}
+        ceilings[depth] = measurer.measure_rankings(best)
+        for name, result in scored.items():
+            ranked = {query: reranked(candidates[query], scores, depth) for query, scores in result.scores.items()}
+            after[name].append(measurer.measure_rankings(ranked))
+    stage, compared = first_stage or ("BM25" if run is None else "the run"), _compare(depths, before, after, scored)
     return Evaluation(
-        collection=collection,
-        first_stage=first_stage or ("BM25" if run is None else "the run"),
-        measures=measurer.measures,
-        depths=depths,
-        candidates=candidates,
-        before=before,
-        ceilings=ceilings,
-        systems=systems,
-        between=between,
-        retrieval=retrieval,
+        collection, stage, measurer.measures, depths, candidates, before, ceilings, *compared, retrieval=retrieval
     )
 
 

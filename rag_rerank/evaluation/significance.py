@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
 RESAMPLES = 10_000
 CONFIDENCE = 0.95
@@ -66,22 +67,12 @@ def compare(
     table[np.abs(table) < _ROUNDING] = 0.0
     means = _means(table, resamples, np.random.default_rng(seed))
     low, high = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2], axis=0)
-    return [
-        Comparison(
-            float(column.mean()),
-            float(low[position]),
-            float(high[position]),
-            int((column > 0).sum()),
-            int((column < 0).sum()),
-            int((column == 0).sum()),
-        )
-        for position, column in enumerate(table.T)
-    ]
+    counts = [each.sum(axis=0) for each in (table > 0, table < 0, table == 0)]
+    columns = [values.tolist() for values in (table.mean(axis=0), low, high, *counts)]
+    return list(map(Comparison, *columns))
 
 
-def _means(
-    table: "np.ndarray[tuple[int, ...], np.dtype[np.float64]]", resamples: int, rng: np.random.Generator
-) -> "np.ndarray[tuple[int, ...], np.dtype[np.float64]]":
+def _means(table: NDArray[np.float64], resamples: int, rng: np.random.Generator) -> NDArray[np.float64]:
     """Average the columns over `resamples` drawings of as many rows as there are: ``[resamples, columns]``."""
     queries, columns = table.shape
     means = np.empty((resamples, columns))
