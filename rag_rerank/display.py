@@ -164,16 +164,15 @@ def _parts(value: Input) -> Sequence[str | Image | Video]:
 
 
 def _described(part: Image | Video) -> str:
-    kind, size, name = "video", "", ""
+    kind, name = "video", ""
     if isinstance(part, Image):
-        kind = "image"
-        name = f" {part.source.name}" if isinstance(part.source, Path) else ""
+        kind, name = "image", f" {part.source.name}" if isinstance(part.source, Path) else ""
         with suppress(ConfigError):  # it is gone, or Pillow is: the rest is shown all the same
-            source = _source(part)
-            size = "" if source is None else " {}x{}".format(*size_of(source))
+            if (source := _source(part)) is not None:
+                kind += " {}x{}".format(*size_of(source))
     if part.url is not None and not is_data(part.url):
         name = f" {shown(part.url)}"
-    return f"[{kind}{size}]{name}"
+    return f"[{kind}]{name}"
 
 
 def _source(image: Image) -> "Path | bytes | PIL.Image.Image | None":
@@ -187,8 +186,7 @@ def _thumbnail(document: Input) -> str:
     """Make a small copy of a document's first image that can be read here, if it has one."""
     with suppress(ConfigError):  # as above
         for part in _parts(document):
-            source = _source(part) if isinstance(part, Image) else None
-            if source is not None:
+            if isinstance(part, Image) and (source := _source(part)) is not None:
                 return f'<img src="{thumbnail(source)}" alt="" style="max-height:64px;vertical-align:middle" /> '
     return ""
 
@@ -217,9 +215,7 @@ def _one_line(text: str, length: int) -> str:
     # A document can be megabytes, of which no more is looked at than could be shown.
     joined = " ".join(text[: 4 * length].split())
     cut = joined if len(joined) <= length and len(text) <= 4 * length else joined[: length - 1] + "…"
-    return "".join(letter if _is_safe(letter) else repr(letter)[1:-1] for letter in cut)
-
-
-def _is_safe(letter: str) -> bool:
-    """Neither a command to the terminal, nor one that turns the text around it, nor half a character."""
-    return unicodedata.category(letter) not in {"Cc", "Cs"} and unicodedata.bidirectional(letter) not in _BIDI_CONTROLS
+    # No command to the terminal, none that turns the text around it, no half a character.
+    unsafe = {each for each in cut if unicodedata.category(each) in {"Cc", "Cs"}}
+    unsafe |= {each for each in cut if unicodedata.bidirectional(each) in _BIDI_CONTROLS}
+    return "".join(repr(letter)[1:-1] if letter in unsafe else letter for letter in cut)

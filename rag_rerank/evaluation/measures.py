@@ -24,10 +24,8 @@ def measure(
     Args:
         judgments: Query id to document id to grade.
         run: What was retrieved or reranked.
-        measures: Names as in ir-measures. nDCG has linear gain, ties are broken by document id: pytrec_eval's habits.
-
-    Raises:
-        ConfigError: ir-measures does not know a measure, or can't calculate it.
+        measures: Names as in ir-measures; a ConfigError for one that it does not know or can't calculate. nDCG has
+            linear gain, ties are broken by document id: pytrec_eval's habits.
     """
     values = Measurer(judgments, measures).measure_run(run)
     return {name: mean(values[name]) for name in measures}

@@ -7,7 +7,7 @@ said by the page: `mark` gives the colour and marker of each reranker.
 import html
 import io
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 from rag_rerank.errors import ConfigError
@@ -33,10 +33,10 @@ _MARKERS = {  # matplotlib's, and as SVG
     "v": '<path d="M12 11 17 2H7z"/>',
     "*": '<path d="M12 0 13.500 4.500H18L14.500 7.500 16 12 12 9 8 12 9.500 7.500 6 4.500H10.500z"/>',
 }
+_LINES = list(zip(_SERIES, _MARKERS, strict=True))
 _FAR_APART = 20
-_VARIABLES = {colour: f"var(--{role})" for role, colour in _ROLES.items()} | {
-    colour: f"var(--series-{number})" for number, colour in enumerate(_SERIES, 1)
-}
+_VARIABLES = {colour: f"var(--{role})" for role, colour in _ROLES.items()}
+_VARIABLES |= {colour: f"var(--series-{number})" for number, colour in enumerate(_SERIES, 1)}
 
 _STYLE: dict[Any, Any] = {  # matplotlib's types list every setting that one version has
     "svg.fonttype": "none",  # text as text
@@ -62,7 +62,7 @@ def quality_by_depth(evaluation: Evaluation) -> str:
         ceiling = [mean(evaluation.ceilings[depth][evaluation.measure]) for depth in depths]
         axes.plot(depths, ceiling, color=_ROLES["muted"], linestyle="--", linewidth=1.4)
         for number, system in enumerate(evaluation.systems):
-            colour, marker = _series(number)
+            colour, marker = _LINES[number % len(_LINES)]
             gains = [level.gains[evaluation.measure] for level in system.levels]
             low, high = [before + gain.low for gain in gains], [before + gain.high for gain in gains]
             axes.fill_between(depths, low, high, color=colour, alpha=0.16, linewidth=0)
@@ -84,7 +84,7 @@ def quality_by_latency(evaluation: Evaluation) -> str | None:
     def draw(axes: Axes) -> None:
         axes.axhline(mean(evaluation.before[evaluation.measure]), color=_ROLES["ink"], linestyle=":", linewidth=1.4)
         for number, system in enumerate(evaluation.systems):
-            colour, marker = _series(number)
+            colour, marker = _LINES[number % len(_LINES)]
             timed = [(level, 1000 * level.latency.p50) for level in system.levels if level.latency]
             points = [(x, level.mean(evaluation.measure)) for level, x in timed]
             axes.plot([x for x, _ in points], [y for _, y in points], color=colour, marker=marker)
@@ -93,21 +93,17 @@ def quality_by_latency(evaluation: Evaluation) -> str | None:
             for (level, _), point in zip(timed, points, strict=True):
                 axes.annotate(str(level.depth), point, (side * 4, 5), textcoords="offset points", **style)
         axes.margins(x=0.1, y=0.15)
-        _scale(axes, times)
+        if max(times) < _FAR_APART * min(times):
+            axes.set_xlim(left=0)
+        else:  # too different for that: by powers of ten
+            axes.set_xscale("log")
+            steps = (1, 2, 5) if max(times) < _FAR_APART**2 * min(times) else (1,)
+            axes.xaxis.set_major_locator(LogLocator(subs=steps))
+            axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,g}"))
+            axes.minorticks_off()
         axes.set(xlabel="median milliseconds a query, to rerank", ylabel=evaluation.measure)
 
     return _svg("latency", f"{evaluation.measure} against latency", draw)
-
-
-def _scale(axes: Axes, times: Sequence[float]) -> None:
-    """From 0, or where the times are too different for that, by powers of ten."""
-    if max(times) < _FAR_APART * min(times):
-        axes.set_xlim(left=0)
-        return
-    axes.set_xscale("log")
-    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if max(times) < _FAR_APART**2 * min(times) else (1,)))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,g}"))
-    axes.minorticks_off()
 
 
 def gains(evaluation: Evaluation, number: int) -> str:
@@ -133,17 +129,12 @@ def query_gains(evaluation: Evaluation, system: System) -> dict[str, float]:
 
 def mark(number: int) -> str:
     """Draw an SVG as large as a letter, with the line and marker of the reranker at that position."""
-    placeholder, marker = _series(number)
+    placeholder, marker = _LINES[number % len(_LINES)]
     colour = _VARIABLES[placeholder]
     return (
         f'<svg class="mark" viewBox="0 0 24 12" aria-hidden="true" fill="{colour}" stroke="{colour}">'
         f'<path d="M0 6H24" stroke-width="2"/>{_MARKERS[marker]}</svg>'
     )
-
-
-def _series(number: int) -> tuple[str, str]:
-    """Colour and marker."""
-    return list(zip(_SERIES, _MARKERS, strict=True))[number % len(_SERIES)]
 
 
 def _svg(name: str, label: str, draw: Callable[[Axes], None]) -> str:
@@ -153,18 +144,13 @@ def _svg(name: str, label: str, draw: Callable[[Axes], None]) -> str:
         draw(figure.subplots())
         file = io.StringIO()
         figure.savefig(file, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-    return _for_a_page(file.getvalue(), name, label)
-
-
-def _for_a_page(svg: str, name: str, label: str) -> str:
-    """Strip an SVG of what a page has no use for, and give it the page's colours and font."""
-    svg = svg[svg.index("<svg") :].rstrip()
-    svg = re.sub(r"<metadata>.*?</metadata>\s*", "", svg, flags=re.DOTALL)
+    # Strip it of what a page has no use for, and give it the page's colours and font.
+    svg = file.getvalue()
+    svg = re.sub(r"<metadata>.*?</metadata>\s*", "", svg[svg.index("<svg") :].rstrip(), flags=re.DOTALL)
     head = rf'<svg class="plot" role="img" aria-label="{html.escape(label)}" \1>'
     svg = re.sub(r'<svg[^>]*(viewBox="[^"]*")[^>]*>', head, svg, count=1)
     svg = re.sub(r' id="([^"]*)"', rf' id="{name}-\1"', svg)
-    svg = re.sub(r"url\(#([^)]*)\)", rf"url(#{name}-\1)", svg)
-    svg = re.sub(r'xlink:href="#([^"]*)"', rf'href="#{name}-\1"', svg)
+    svg = re.sub(r'url\(#|xlink:href="#', lambda start: f"{start[0].removeprefix('xlink:')}{name}-", svg)
     svg = re.sub(r"font: ([\d.]+px) [^;\"]*", r"font-size: \1", svg)
     svg = re.sub(r"font-family: [^;\"]*(?:; )?", "", svg)
     return re.sub(r"#[0-9a-f]{6}\b", lambda colour: _VARIABLES.get(colour[0], "currentColor"), svg)

@@ -4,10 +4,9 @@
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jinja2
 
@@ -22,8 +21,7 @@ _TOP = 3
 _LONGEST = 1500  # letters of a document
 
 
-@dataclass(frozen=True, slots=True)
-class Document:
+class Document(NamedTuple):
     """A document of a case: `before` and `after` are its ranks, from 1; None where the first stage did not find it."""
 
     name: str
@@ -34,8 +32,7 @@ class Document:
     score: float | None
 
 
-@dataclass(frozen=True, slots=True)
-class Case:
+class Case(NamedTuple):
     """A query, the first measure before and after, and the first few documents; `more` relevant ones are left out."""
 
     name: str
@@ -43,9 +40,9 @@ class Case:
     before: float
     after: float
     relevant: Sequence[Document]
-    more: int
     top_before: Sequence[Document]
     top_after: Sequence[Document]
+    more: int
 
 
 def render(evaluation: Evaluation) -> str:
@@ -84,9 +81,9 @@ def worst_and_best(evaluation: Evaluation, system: System, most: int = 20) -> tu
     """Choose up to `most` queries that lost most, and that gained most, at the deepest depth by the first measure."""
     gains = plots.query_gains(evaluation, system)
     ordered = sorted(gains, key=lambda query: gains[query])
-    worst = [query for query in ordered if gains[query] < 0][:most]
-    best = [query for query in reversed(ordered) if gains[query] > 0][:most]
-    return [_case(evaluation, system, query) for query in worst], [_case(evaluation, system, query) for query in best]
+    worst = [_case(evaluation, system, query) for query in ordered[:most] if gains[query] < 0]
+    best = [_case(evaluation, system, query) for query in ordered[::-1][:most] if gains[query] > 0]
+    return worst, best
 
 
 def _case(evaluation: Evaluation, system: System, query: str) -> Case:
@@ -103,16 +100,9 @@ def _case(evaluation: Evaluation, system: System, query: str) -> Case:
         return Document(name, text, before.get(name), after.get(name), grades.get(name), scores.get(name))
 
     relevant = sorted((name for name in grades if grades[name] > 0), key=lambda name: after.get(name, len(after) + 1))
-    return Case(
-        query,
-        collection.queries[query],
-        evaluation.before[measure][query],
-        system.deepest.values[measure][query],
-        [document(name) for name in relevant[:_TOP]],
-        max(0, len(relevant) - _TOP),
-        [document(name) for name in candidates[:_TOP]],
-        [document(name) for name in ranking[:_TOP]],
-    )
+    right, old, new = ([document(name) for name in names[:_TOP]] for names in (relevant, candidates, ranking))
+    values = evaluation.before[measure][query], system.deepest.values[measure][query]
+    return Case(query, collection.queries[query], *values, right, old, new, max(0, len(relevant) - _TOP))
 
 
 def _queries(evaluation: Evaluation) -> list[dict[str, Any]]:
@@ -135,8 +125,7 @@ def _signed(value: float, digits: int = 4) -> str:
 
 
 def _milliseconds(seconds: float) -> str:
-    milliseconds = 1000 * seconds
-    return f"{milliseconds:.1f}" if milliseconds < 10 else _count(milliseconds)
+    return f"{number:.1f}" if (number := 1000 * seconds) < 10 else _count(number)
 
 
 def _count(number: float | Mapping[Any, Any]) -> str:

@@ -30,13 +30,7 @@ Scores = Sequence[float | None]
 
 @dataclass(frozen=True, slots=True)
 class Latency:
-    """How long queries waited for their candidates to be scored.
-
-    Attributes:
-        queries: How many were timed.
-        p50, p95, p99: Seconds that so many percent of them stayed below.
-        pairs_per_second: Pairs of query and document, one query at a time.
-    """
+    """Seconds that 50, 95 and 99 percent of the timed queries waited at most; and pairs a second, query by query."""
 
     queries: int
     p50: float
@@ -72,22 +66,19 @@ class Scored:
 
 
 class _Pending(NamedTuple):
-    """A query of which some candidates have no score yet: texts, and their positions among the candidates."""
+    """A query, those of its candidates that have no score yet, their positions, and the scores to be completed."""
 
-    name: str
     query: str
     documents: Sequence[str]
     positions: Sequence[int]
+    scores: list[float | None]
 
 
 class ScoringRun:
     """Scores the candidates of one query after the other, and of many at once when enough calls were timed.
 
-    Args:
-        scorer: The scorer. It stays open.
-        depths: How many candidates of a query are reranked, ascending.
-        folder: Of the cache; None for none. Scores are not cached if another scorer may answer from call to call.
-        deadline: Seconds that a call may take.
+    Depths ascend; a call may take `deadline` seconds. The scorer stays open. Scores are not cached without a `folder`,
+    or if another scorer may answer from call to call.
     """
 
     def __init__(self, scorer: Scorer, depths: Sequence[int], folder: Path | None, deadline: float | None) -> None:
@@ -107,7 +98,7 @@ class ScoringRun:
         A ConfigError where another model answers than before; None for the score of what alone can't be scored.
         """
         documents, position = documents[: self._depths[-1]], len(self.result.scores)
-        known = self._cache.scores(query, documents) if self._cache else [None] * len(documents)
+        known: list[float | None] = self._cache.scores(query, documents) if self._cache else [None] * len(documents)
         missing = [place for place, score in enumerate(known) if score is None]
         self.result.scores[name] = known
         self.result.pairs_scored += len(missing)
@@ -117,7 +108,7 @@ class ScoringRun:
         elif len(missing) == len(documents) and position < TIMED_QUERIES:
             self._time(name, query, documents, self._depths[position % len(self._depths)])
         else:
-            self._pending.append(_Pending(name, query, [documents[place] for place in missing], missing))
+            self._pending.append(_Pending(query, [documents[place] for place in missing], missing, known))
             if sum(len(each.documents) for each in self._pending) > self._pairs_per_second * _SECONDS_PER_CALL:
                 self._score_pending()
 
@@ -155,8 +146,8 @@ class ScoringRun:
         for each in pending:
             part = list(islice(scores, len(each.documents)))
             self._keep(each.query, each.documents, part)
-            complete = dict(enumerate(self.result.scores[each.name])) | dict(zip(each.positions, part, strict=True))
-            self.result.scores[each.name] = list(complete.values())
+            for position, score in zip(each.positions, part, strict=True):
+                each.scores[position] = score
 
     def _score(self, queries: Sequence[str], documents: Sequence[str]) -> tuple[Scores, float]:
         """Scores, None for a document that can't be scored, and the seconds that it took."""
