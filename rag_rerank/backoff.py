@@ -17,18 +17,13 @@ class _State(NamedTuple):
 class BackOff:
     """Remembers for one server or scorer whether it works, and keeps callers off it for a while after it failed.
 
-    A failure begins a rest of 1 s; the next one after the rest doubles it, up to 30 s. Failures that come during a rest
-    change nothing: they are of calls that were under way already. At the end of a rest one caller gets to try (a
-    half-open circuit breaker). If that one never tells, being cancelled for example, the next may try after another
-    rest as long.
+    A failure begins a rest of 1 s; the next one after the rest doubles it, up to 30 s. Failures during a rest change
+    nothing: they are of calls that were under way already. At the end of a rest one caller gets to try (a half-open
+    circuit breaker). If that one never tells, being cancelled for example, the next may try after another rest as long.
 
-    Threads and forked processes may share one, without a lock: the state is one tuple that is replaced as a whole. Of
-    two threads at the same moment one may overwrite what the other wrote. Then two try where one would do, or something
-    that works is left alone for one more rest: harmless, and put right by the next call that tells. A pickle carries no
-    state, for another process has another clock.
-
-    Args:
-        clock: Seconds, never going back; replaced in tests.
+    Threads and forked processes may share one, without a lock: the state is one tuple that is replaced as a whole. What
+    threads at the same moment may lose, a try too many or one more rest, the next call that tells puts right. A pickle
+    carries no state, for another process has another clock.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
@@ -48,8 +43,7 @@ class BackOff:
     def claim(self) -> bool:
         """Ask whether the caller may try it now; whoever does tells by `failed` or `worked`.
 
-        Always True for what works. At the end of a rest True for one caller: it begins the same rest anew for the
-        others.
+        True for what works; at the end of a rest for one caller, and the same rest begins anew for the others.
         """
         state, now = self._state, self._clock()
         if now < state.ends:

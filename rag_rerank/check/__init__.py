@@ -1,11 +1,7 @@
 """Examines a vLLM server, or several: ``rag-rerank check``.
 
-    for finding in check(VLLMScorer("http://localhost:8000")):
-        print(finding.verdict, finding.says, finding.remedy)
-
-The modules: `finding` (what is found), `checked_server` (one server, and the ways to ask it), `texts` (what it is asked
-to score), and what is looked at: `access` (whether there are scores), `scores` (what they mean) and `service` (how it
-serves).
+for finding in check(VLLMScorer("http://localhost:8000")):
+    print(finding.verdict, finding.says, finding.remedy)
 """
 
 from collections.abc import Iterator

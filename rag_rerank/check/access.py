@@ -15,10 +15,9 @@ from rag_rerank.errors import AuthError, BackendRejected, BadReply, ConfigError,
 from rag_rerank.vllm.client import SINCE, Card, Failure, Reply, Request, Version, error_text, read_models, read_version
 
 OLDEST: Version = (0, 8)
-TEMPLATES_SINCE: Version = (0, 14)
-"""The version from which ``--chat-template`` is used for scores."""
+TEMPLATES_SINCE: Version = (0, 14)  # the version from which --chat-template is used for scores
+# How far apart rounding brings scores of one pair at most (`largest_difference`): in single and in half precision.
 ROUNDED, ROUGHLY_ROUNDED = 1e-3, 1e-2
-"""How far apart rounding brings scores of one pair at most (`largest_difference`): in single and in half precision."""
 
 _LOG = "Look into the log of the server, or of the proxy before it."
 _NO_ANSWER = {
@@ -90,10 +89,10 @@ def model(server: CheckedServer) -> Finding:
         cards = []
     if server.client.model is not None:
         return _named(server, server.client.model, cards)
-    names = ", ".join(card.name for card in cards)
     if not cards:
         said = f"It lists no models (GET /v1/models gave {reply.status})."
         return Finding("Model", "problem", said, "Pass the model's name: --model NAME (model= in Python).")
+    names = ", ".join(card.name for card in cards)
     if len({card.root for card in cards}) > 1:
         said = f"It serves {len(cards)} models: {names}."
         return Finding("Model", "problem", said, "Pass the name of one: --model NAME (model= in Python).")
@@ -134,14 +133,17 @@ def _without_api(server: CheckedServer, error: BackendRejected) -> Finding:
     """Make the finding that it has no such API: where else scores may be had."""
     asks_for_scores = server.client.api == "score"
     client = replace(server.client, api="rerank" if asks_for_scores else "score")
-    outcome = client.send(client.request("a", "a", "rag-rerank-check"))
-    if isinstance(outcome, Reply) and outcome.status == 200:
+    if _gives_scores(client.send(client.request("a", "a", "rag-rerank-check"))):
         said = f"It has no {server.client.api} API, but a {client.api} API."
         remedy = 'Pass endpoint="rerank" to VLLMScorer.' if asks_for_scores else 'Leave out endpoint="rerank".'
         return Finding("Score API", "problem", said, remedy)
     if server.family is None:
         return failure("Score API", error)
     return Finding("Score API", "problem", sentence(error.message), serve(server))
+
+
+def _gives_scores(outcome: Reply | Failure) -> bool:
+    return isinstance(outcome, Reply) and outcome.status == 200
 
 
 def serve(server: CheckedServer) -> str:
@@ -153,10 +155,9 @@ def serve(server: CheckedServer) -> str:
     if family.template is None or "{template}" not in family.vllm_flags:
         return f"Serve it so: {command}"
     command = command.replace("{template}", family.template)
-    remedy = f"rag-rerank template show {family.name} > {family.template}; {command}"
     if "classifier_from_token" in command:
-        remedy += " (without --hf-overrides where `rag-rerank convert` wrote the model)"
-    return f"Serve it so: {remedy}"
+        command += " (without --hf-overrides where `rag-rerank convert` wrote the model)"
+    return f"Serve it so: rag-rerank template show {family.name} > {family.template}; {command}"
 
 
 def _refused(server: CheckedServer, why: str) -> Finding:
@@ -176,11 +177,11 @@ def key(server: CheckedServer) -> Finding:
     inside = server.send_without_key(request)
     outside = server.send_without_key(replace(request, path=f"/{api}"))
     guarded = isinstance(inside, Reply) and inside.status in {401, 403}
-    if isinstance(inside, Reply) and inside.status == 200:
+    if _gives_scores(inside):
         said = "It takes the key, but gives scores without one, too: whoever reaches the server may use it."
         remedy = "Start it with --api-key if it is to be guarded, or unset VLLM_API_KEY."
         return Finding("Key", "warning", said, remedy)
-    if guarded and isinstance(outside, Reply) and outside.status == 200:
+    if guarded and _gives_scores(outside):
         said = f"The key guards /v1/{api}, but /{api} gives scores without one: vLLM guards /v1 only."
         remedy = "Put a proxy before it that lets through /v1 and /version only, and let nobody else reach its port."
         return Finding("Key", "warning", said, remedy)
@@ -219,7 +220,7 @@ def _differences(first: CheckedServer, other: CheckedServer, apart: float) -> It
         yield Finding("Same", verdict, f"{pair} give scores that differ by up to {apart:.2g}.", remedy)
     if ours.version != theirs.version:
         names = " and ".join(
-            "one that is not told" if v is None else _dotted(v) for v in (ours.version, theirs.version)
+            _dotted(each) if each else "one that is not told" for each in (ours.version, theirs.version)
         )
         remedy = "Bring both to the same version: options are refused by the older one only."
         yield Finding("Same", "warning", f"{pair} run different versions: {names}.", remedy)

@@ -11,23 +11,13 @@ from rag_rerank.vllm.client import Answer, Client, Failure, Reply, Request, Serv
 
 
 class CheckedServer:
-    """A server, asked with a scorer's settings and over its connections.
-
-    Args:
-        client: Of the scorer. It is left as it is.
-        position: Which of its servers.
-
-    Attributes:
-        client: The same for this server alone.
-        label: The server's ``host:port``.
-        facts: What is known of it so far; its model is ``""`` until it is known.
-    """
+    """A server, asked with a scorer's settings and over its connections; the scorer's client is left as it is."""
 
     def __init__(self, client: Client, position: int) -> None:
         endpoint = client.servers.endpoints[position]
-        self.client = replace(client, servers=Servers([endpoint]))
+        self.client = replace(client, servers=Servers([endpoint]))  # the same for this server alone
         self.label = endpoint.label
-        self.facts = ServerFacts(None, client.model or "")
+        self.facts = ServerFacts(None, client.model or "")  # what is known so far
 
     @property
     def family(self) -> Family | None:
@@ -48,11 +38,7 @@ class CheckedServer:
             transport.close()
 
     def get(self, path: str) -> Reply:
-        """Get a path, whatever the status.
-
-        Raises:
-            BackendUnavailable: There was no answer.
-        """
+        """Get a path, whatever the status; BackendUnavailable where there was no answer."""
         outcome = self.client.send(Request("GET", path))
         if isinstance(outcome, Failure):
             raise BackendUnavailable(outcome.text, endpoint=self.label, remedy="See the server's log.")
@@ -65,27 +51,13 @@ class CheckedServer:
     def score(
         self, queries: str | Sequence[str], documents: Sequence[str], *, logits: bool = False, together: int = 1
     ) -> list[float]:
-        """Score as the scorer does for its users.
-
-        Args:
-            queries: One or as many as documents.
-            documents: The documents.
-            logits: With ``use_activation=False`` instead of what the scorer says.
-            together: How many documents must go in one request at least, if there are that many.
-
-        Raises:
-            BackendError, ConfigError: As `Scorer.score`.
-        """
+        """Score as the scorer does for its users; at least so many documents `together` in one request."""
         rules, options = self.client.rules, self.client.options
-        client = replace(
-            self.client,
-            rules=replace(rules, chunk_size=max(rules.chunk_size, together)),
-            options=replace(options, use_activation=False) if logits else options,
-        )
-        until = self._until()
-        scores = client.transport.run(
-            client.call([queries] if isinstance(queries, str) else queries, documents, until), until
-        )
+        rules = replace(rules, chunk_size=max(rules.chunk_size, together))
+        options = replace(options, use_activation=False) if logits else options
+        client, until = replace(self.client, rules=rules, options=options), self._until()
+        queries = [queries] if isinstance(queries, str) else queries
+        scores = client.transport.run(client.call(queries, documents, until), until)
         if not all(map(math.isfinite, scores)):
             raise BadReply("a document got a score that is not finite", endpoint=self.label)
         return scores

@@ -16,10 +16,10 @@ from rag_rerank.vllm.client import PLAIN_PAIR_TOKENS
 
 Scale = Literal["cosine", "MaxSim", "sigmoid", "bounded", "raw"]
 
+# Right answers on top of a model that ranks: one question may be too hard, or in a language that it never saw.
 ENOUGH = QUESTIONS - 1
-"""Right answers on top of a model that ranks: one question may be too hard, or in a language that it never saw."""
+# Right answers on top that guessing reaches: more come by chance in 5 of 100 cases (binomial, 12 times 1 in 4).
 CHANCE = 5
-"""Right answers on top that guessing reaches: more come by chance in 5 of 100 cases (binomial, 12 times 1 in 4)."""
 _BARE_PAIR_TOKENS = 4  # "a" and "a" with a causal model's tokenizer: Qwen 2, Llama and Gemma up to 4; BERT 5
 _SCALES: dict[Scale, tuple[str, Verdict, str | None]] = {
     "cosine": ("Cosines of embeddings, -1 to 1, and so is a score_threshold", "good", None),
@@ -38,17 +38,11 @@ _MAX_WINDOW = 40_960  # tokens (Qwen3's); to fill a longer one takes minutes
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """Scores of the known pairs.
+    """Scores of the known pairs."""
 
-    Attributes:
-        scores: As the scorer's users get them; the right answer first, for each question.
-        logits: With ``use_activation=False``; None where the server does not know that.
-        twins: Of texts against themselves.
-    """
-
-    scores: list[float]
-    logits: list[float] | None
-    twins: list[float]
+    scores: list[float]  # as the scorer's users get them; the right answer first, for each question
+    logits: list[float] | None  # with use_activation=False; None where the server does not know that
+    twins: list[float]  # of texts against themselves
 
     @property
     def scale(self) -> Scale:
@@ -61,9 +55,8 @@ class Sample:
         if (unmoved or mild) and all(abs(twin - 1) < 0.02 for twin in self.twins):
             return "cosine"
         # Each token of the query finds itself: the score is the number of tokens.
-        if sorted(set(self.twins)) == self.twins and all(
-            twin > 1.5 and abs(twin - round(twin)) < 0.05 for twin in self.twins
-        ):
+        whole = all(twin > 1.5 and abs(twin - round(twin)) < 0.05 for twin in self.twins)
+        if whole and sorted(set(self.twins)) == self.twins:
             return "MaxSim"
         if bounded:
             return "bounded" if unmoved or self.logits is None else "sigmoid"
@@ -95,17 +88,12 @@ class Sample:
         """What relevant documents got, and what others did."""
         right = [scores[0] for scores in self.questions]
         wrong = [score for scores in self.questions for score in scores[1:]]
-        return (
-            f"right answers got {min(right):.3g} to {max(right):.3g}, wrong ones {min(wrong):.3g} to {max(wrong):.3g}"
-        )
+        said = f"right answers got {min(right):.3g} to {max(right):.3g}"
+        return f"{said}, wrong ones {min(wrong):.3g} to {max(wrong):.3g}"
 
 
 def sample(server: CheckedServer) -> Sample:
-    """Score what a sample needs.
-
-    Raises:
-        BackendError, ConfigError: As `VLLMScorer.score`.
-    """
+    """Score what a sample needs."""
     queries, documents = known_pairs()
     scores = server.score(queries, documents)
     twins = server.score(TWINS, TWINS)

@@ -10,9 +10,7 @@ from rag_rerank.check.texts import KNOWN, known_pairs, passages
 from rag_rerank.errors import BackendError, BadReply, DeadlineExceeded
 from rag_rerank.vllm.client import Failure
 
-_ROUNDS = 3
-_COUNTS = 1, 10, 100
-_BATCH = 32
+_ROUNDS, _COUNTS, _BATCH = 3, (1, 10, 100), 32
 
 
 def batches(server: CheckedServer) -> Finding:

@@ -33,15 +33,11 @@ El Amazonas nace en los Andes del Perú y es el río más largo del continente.
 El hierro se oxida cuando reacciona con el oxígeno y la humedad del aire.
 """.splitlines()
 
-KNOWN = tuple(zip(_LINES[::2], _LINES[1::2], strict=True))
-"""(question, answer)."""
-
+KNOWN = tuple(zip(_LINES[::2], _LINES[1::2], strict=True))  # (question, answer)
 QUESTIONS = len(KNOWN)
-CANDIDATES = 4
-"""Documents for each question, its answer first."""
-
+CANDIDATES = 4  # documents for each question, its answer first
+# Texts to be scored against themselves, each longer than the one before.
 TWINS = ("rain", "The cat sleeps.", "Where do penguins live in the winter?")
-"""Texts to be scored against themselves, each longer than the one before."""
 
 
 def known_pairs() -> tuple[list[str], list[str]]:
@@ -60,11 +56,9 @@ def known_pairs() -> tuple[list[str], list[str]]:
 def over_long(window: int) -> tuple[str, list[str]]:
     """Make a question, and two documents: an answer in front of so much else that it is too long; and a wrong answer.
 
-    Args:
-        window: How many tokens the model reads. The first document has more words than that, so more tokens too.
+    The first has more words than the window has tokens, so more tokens too.
     """
-    question, answer = KNOWN[0]
-    other = KNOWN[4][1]
+    (question, answer), other = KNOWN[0], KNOWN[4][1]
     beginning = [answer] * max(3, window // 100)  # about a quarter of the window, for models that take an average
     filler = [other] * (1 + window // len(other.split()))
     return question, [" ".join(beginning + filler), KNOWN[3][1]]

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
+from rich.table import Column, Table
 
 from rag_rerank import VLLMScorer
 from rag_rerank.check import Finding
@@ -44,12 +44,8 @@ def check(
 
 
 def _show_finding(finding: Finding) -> None:
-    """Show mark, title and sentence, and below it the remedy."""
     mark, colour = _MARKS[finding.verdict]
-    row = Table.grid(padding=(0, 1))
-    row.add_column(width=1)
-    row.add_column(width=14)  # the longest title
-    row.add_column(overflow="fold")
+    row = Table.grid(Column(width=1), Column(width=14), Column(overflow="fold"), padding=(0, 1))  # 14: longest title
     row.add_row(f"[bold {colour}]{mark}[/]", f"[bold]{finding.title}[/]", escape(_printable(finding.says)))
     if finding.remedy is not None:
         row.add_row("", "", f"[{colour}]→[/] {escape(_printable(finding.remedy))}")
@@ -63,11 +59,8 @@ def _printable(text: str) -> str:
 
 def _show_verdict(verdicts: Counter[str]) -> None:
     """Show the last line: how bad it is, all in all."""
-    counted = [
-        f"{verdicts[verdict]} {verdict}{'' if verdicts[verdict] == 1 else 's'}"
-        for verdict in ("problem", "warning", "note")
-        if verdicts[verdict]
-    ]
+    counts = [(verdicts[verdict], verdict) for verdict in ("problem", "warning", "note") if verdicts[verdict]]
+    counted = [f"{count} {verdict}{'' if count == 1 else 's'}" for count, verdict in counts]
     colour = next((_MARKS[verdict][1] for verdict in ("problem", "warning") if verdicts[verdict]), "green")
     healthy = "" if verdicts["problem"] else "It can be used: "
     Console(highlight=False).print(f"\n[bold {colour}]{healthy}{', '.join(counted) or 'all is well'}.[/]")

@@ -169,10 +169,7 @@ class Call:
             error.remedy = "Can the server reach its url, and does the model take in images of that shape?"
 
     def _blames_documents(
-        self,
-        error: BackendRejected | BackendUnavailable,
-        queries: Sequence[Prepared],
-        documents: Sequence[Prepared],
+        self, error: BackendRejected | BackendUnavailable, queries: Sequence[Prepared], documents: Sequence[Prepared]
     ) -> Steps[bool]:
         """Find out whether a request may have been refused for single documents, not for all of it.
 
@@ -322,10 +319,7 @@ class Call:
         """Make the options for a pair with an image in it."""
         of_query, of_document = self._text_limits(query, document)
         return replace(
-            self.options,
-            truncate_prompt_tokens=None,
-            max_tokens_per_query=of_query,
-            max_tokens_per_doc=of_document,
+            self.options, truncate_prompt_tokens=None, max_tokens_per_query=of_query, max_tokens_per_doc=of_document
         )
 
     def _text_limits(self, query: Prepared, document: Prepared) -> tuple[int | None, int | None]:

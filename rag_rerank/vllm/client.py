@@ -36,33 +36,19 @@ __all__ += ["PLAIN_PAIR_TOKENS", "SINCE", "error_text", "read_models", "read_ver
 
 @dataclass(frozen=True, slots=True)
 class Client:
-    """How requests are made, where they go and how: a value, of which `dataclasses.replace` makes variants.
-
-    Attributes:
-        servers: Where requests go, and what is known of them.
-        transport: The connections, which variants share.
-        rules: How requests go.
-        options: What requests say beside query and document.
-        api: Which API is asked.
-        model: The name to ask for; None takes the only one that is served.
-        fit: Whether to cut what is too long for the model.
-        template: To be rendered here, and its variables; None leaves both to the server.
-        variables: Of the template; one is its ``instruction``.
-        prompts: Text to put before each query and each document.
-        timeout: Seconds that a call may take.
-    """
+    """How requests are made, where they go and how: a value, of which `dataclasses.replace` makes variants."""
 
     servers: Servers
-    transport: Transport
+    transport: Transport  # variants share it
     rules: Rules
     options: Options
     api: API
-    model: str | None
-    fit: bool
-    template: Template | None
-    variables: dict[str, Any]
-    prompts: tuple[str | None, str | None]
-    timeout: float
+    model: str | None  # the name to ask for; None takes the only one that is served
+    fit: bool  # whether to cut what is too long for the model
+    template: Template | None  # to be rendered here; None leaves it and its variables to the server
+    variables: dict[str, Any]  # of the template; one is its instruction
+    prompts: tuple[str | None, str | None]  # to put before each query and each document
+    timeout: float  # seconds that a call may take
     _halves: dict[str | None, Halves] = field(default_factory=dict)  # by instruction; to split takes 0.2 ms
 
     def __post_init__(self) -> None:
@@ -71,8 +57,7 @@ class Client:
     def halves(self, instruction: str | None = None) -> Halves | None:
         """Split the template, with its variables in it and a call's own instruction; None where it isn't rendered here.
 
-        Raises:
-            ConfigError: It can't be split, or has no place for an instruction.
+        Raises ConfigError where it can't be split, or has no place for an instruction.
         """
         halves = self._halves.get(instruction)
         if halves is None and self.template is not None:
@@ -91,11 +76,7 @@ class Client:
         until: float | None,
         instruction: str | None = None,
     ) -> Steps[list[float]]:
-        """Make the steps of a call, see `Scorer._score`; a score that is not finite stays in its place.
-
-        Raises:
-            ContentError: An image beside a template or prompt: vLLM puts images before all text.
-        """
+        """Make the steps of a call, see `Scorer._score`; a score that is not finite stays in its place."""
         options = self.options
         queries = _prefixed("query", self.prompts[0], queries)
         documents = _prefixed("document", self.prompts[1], documents)
@@ -128,10 +109,9 @@ class Client:
         """Send one request to the first server, once, and take whatever comes; waits."""
 
         def once() -> Steps[Reply | Failure]:
-            connect_timeout = min(self.rules.connect_timeout, self.timeout)
-            outcome: Reply | Failure = yield Send(
-                self.servers.endpoints[0], request, self.timeout, connect_timeout, lambda _: True
-            )
+            connect = min(self.rules.connect_timeout, self.timeout)
+            sent = Send(self.servers.endpoints[0], request, self.timeout, connect, lambda _: True)
+            outcome: Reply | Failure = yield sent
             return outcome
 
         return self.transport.run(once())

@@ -9,23 +9,16 @@ from rag_rerank.errors import ConfigError
 
 @dataclass(frozen=True, slots=True)
 class Endpoint:
-    """A vLLM server's address.
+    """A vLLM server's address."""
 
-    Attributes:
-        root: Scheme, host, port and any path before ``/v1``; no slash at the end.
-        label: ``host:port``, which is how errors name the server.
-    """
-
-    root: str
-    label: str
+    root: str  # scheme, host, port and any path before /v1; no slash at the end
+    label: str  # host:port, which is how errors name the server
 
     @classmethod
     def parse(cls, base_url: str) -> "Endpoint":
         """Read an address; ``/``, ``/v1``, ``/score`` or ``/rerank`` at its end is dropped.
 
-        Raises:
-            ConfigError: Not http(s), no host, or something in it that is no part of an address. Credentials are never
-                echoed.
+        Raises ConfigError for what is no http(s) address; credentials are never echoed.
         """
         if not isinstance(base_url, str):
             raise ConfigError(f"base_url must be a string, got {type(base_url).__name__}")
@@ -43,10 +36,7 @@ class Endpoint:
             raise ConfigError(f"base_url names no host: {base_url!r}; pass one {example}")
         if parts.query or parts.fragment:
             raise ConfigError("base_url must not have a query or fragment (what follows ? or #)")
-        path = parts.path.rstrip("/")
-        for ending in ("/score", "/rerank"):
-            path = path.removesuffix(ending)
-        path = path.removesuffix("/v1").rstrip("/")
+        path = parts.path.rstrip("/").removesuffix("/score").removesuffix("/rerank").removesuffix("/v1").rstrip("/")
         shown = f"[{host}]" if ":" in host else host
         label = f"{shown}:{port or (443 if parts.scheme == 'https' else 80)}"
         return cls(root=f"{parts.scheme}://{parts.netloc}{path}", label=label)

@@ -10,27 +10,19 @@ from rag_rerank.vllm.wire import ServerFacts
 
 
 class Server:
-    """One server.
-
-    Attributes:
-        endpoint: Its address.
-        back_off: Whether it answers.
-        facts: What it told about itself; None before it was asked, and after it was gone.
-        echoes_ids: Whether it has given a request's id back.
-    """
+    """One server, and what is known about it."""
 
     def __init__(self, endpoint: Endpoint) -> None:
         self.endpoint = endpoint
         self.back_off = BackOff()
-        self.facts: ServerFacts | None = None
-        self.echoes_ids = False
+        self.facts: ServerFacts | None = None  # None before it was asked, and after it was gone
+        self.echoes_ids = False  # whether it has given a request's id back
 
     def failed(self, *, gone: bool) -> None:
         """Note that it did not answer; if it is gone, it may come back as another."""
         self.back_off.failed()
         if gone:
-            self.facts = None
-            self.echoes_ids = False
+            self.facts, self.echoes_ids = None, False
 
 
 class Servers:
@@ -38,15 +30,11 @@ class Servers:
 
     Nothing here is locked: what threads may lose in a race is a turn, and a lock that another thread holds at a fork
     would never be released in the child. A pickle carries addresses only.
-
-    Attributes:
-        endpoints: Their addresses.
-        down: Whether a request has failed in all its tries and none was answered since: then each gets one try.
     """
 
     def __init__(self, endpoints: Sequence[Endpoint]) -> None:
         self.endpoints = tuple(endpoints)
-        self.down = False
+        self.down = False  # a request has failed in all its tries, and none was answered since: then each gets one try
         self._servers = [Server(endpoint) for endpoint in endpoints]
         self._turn = 0
 
@@ -60,13 +48,8 @@ class Servers:
         """Choose the next in turn that answers as far as is known, and one that was not tried yet if there is one.
 
         If all rest, it is the one whose rest ends first: one that is thought to be down may be up again, and nobody
-        else is there to ask.
-
-        Args:
-            tried: Those that were asked already.
-            avoid: Those that are not to be asked as long as there is another one.
-            takes_turn: Whether the next request goes to the next one. A small request takes no turn: or of two servers
-                one would get all small requests and the other all large ones.
+        else is there to ask. Those to avoid are chosen where there is no other. A small request takes no turn, or of
+        two servers one would get all small requests and the other all large ones.
         """
         start = self._turn % len(self._servers)
         self._turn += takes_turn

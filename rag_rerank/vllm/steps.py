@@ -1,9 +1,8 @@
 """What a call asks to be done, and what it is told: the language between the rules and the drivers.
 
-A call is a generator. It yields a step, `Send`, `Sleep` or `Together`, and is told with ``send()`` what came
-of it; it returns its result or raises. So the rules (`rag_rerank.vllm.exchange`, `rag_rerank.vllm.call`) do no I/O
-and own no clock: the transport runs them over real connections, and tests over a list of replies and a clock of their
-own. The pattern is that of httpx's authentication flow.
+A call is a generator. It yields a step and is told with ``send()`` what came of it; it returns its result or raises.
+So the rules (`exchange`, `call`) do no I/O and own no clock: the transport runs them over real connections, and tests
+over a list of replies and a clock of their own. The pattern is that of httpx's authentication flow.
 """
 
 from collections.abc import Callable, Generator, Sequence
@@ -18,19 +17,14 @@ from rag_rerank.vllm.wire import Reply, Request
 class Send:
     """Send a request; told a `Reply` or a `Failure`.
 
-    Attributes:
-        endpoint: Where to.
-        request: What.
-        timeout: Seconds until the whole answer must be there; None: no limit.
-        connect_timeout: Seconds until there must be a connection, name lookup and TLS included.
-        judge: Called with every reply, before anything else goes over its connection. Where it is False the connection
-            is closed: what comes next there may be another request's.
+    Each reply goes to `judge`, before anything else goes over its connection. Where that is False the connection is
+    closed: what comes next there may be another request's.
     """
 
     endpoint: Endpoint
     request: Request
-    timeout: float | None
-    connect_timeout: float
+    timeout: float | None  # seconds until the whole answer must be there
+    connect_timeout: float  # seconds until there must be a connection, name lookup and TLS included
     judge: Callable[[Reply], bool]
 
 
@@ -50,21 +44,13 @@ class Together:
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """No reply.
-
-    Attributes:
-        kind: ``timeout``: the time was up; ``connect``: no connection; ``certificate``: a connection, but to whom?
-            ``broken``: it broke off; ``unread``: an answer came that must not be read (too large, compressed).
-        text: What happened, in one clause.
-        cause: The HTTP library's exception, where there was one.
-    """
+    """No reply; ``unread`` if one came that must not be read (too large, compressed)."""
 
     kind: Literal["timeout", "connect", "certificate", "broken", "unread"]
-    text: str
-    cause: Exception | None = None
+    text: str  # one clause
+    cause: Exception | None = None  # the HTTP library's
 
 
 T = TypeVar("T")
 Step = Send | Sleep | Together
 Steps = Generator[Step, Any, T]
-"""Yields what to do, is told what came of it, returns a T."""

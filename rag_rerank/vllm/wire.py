@@ -21,20 +21,13 @@ API = Literal["score", "rerank"]
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One HTTP request.
-
-    Attributes:
-        path: Below the endpoint's root.
-        body: JSON, or None for a GET.
-        reply_limit: Most bytes to accept as the answer.
-        id: Sent as ``X-Request-Id``; vLLM gives it back in the answer.
-    """
+    """One HTTP request."""
 
     method: str
-    path: str
-    body: bytes | None = None
-    reply_limit: int = 1 << 20
-    id: str | None = None
+    path: str  # below the endpoint's root
+    body: bytes | None = None  # JSON; None for a GET
+    reply_limit: int = 1 << 20  # most bytes to accept as the answer
+    id: str | None = None  # sent as X-Request-Id; vLLM gives it back in the answer
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,52 +41,32 @@ class Reply:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What a score or rerank API answered.
+    """What a score or rerank API answered."""
 
-    Attributes:
-        scores: One for each document, in their order; NaN where the server gave null or a number that is not finite.
-        id: Of the request that it answers, as the server has it.
-        model: The name of what answered.
-        prompt_tokens: How many tokens the model read.
-    """
-
-    scores: list[float]
-    id: str | None = None
+    scores: list[float]  # one for each document, in their order; not finite where the server gave null or such a number
+    id: str | None = None  # of the request that it answers, as the server has it
     model: str | None = None
-    prompt_tokens: int | None = None
+    prompt_tokens: int | None = None  # how many tokens the model read
 
 
 @dataclass(frozen=True, slots=True)
 class Card:
-    """An entry of ``/v1/models``; aliases are entries with the same root.
-
-    Attributes:
-        root: The hub id or folder behind the name.
-        window: How many tokens the model reads at most.
-    """
+    """An entry of ``/v1/models``; aliases are entries with the same root."""
 
     name: str
-    root: str
-    window: int | None = None
+    root: str  # the hub id or folder behind the name
+    window: int | None = None  # how many tokens the model reads at most
 
 
 @dataclass(frozen=True, slots=True)
 class ServerFacts:
-    """What a server told about itself.
+    """What a server told about itself."""
 
-    Attributes:
-        version: Of vLLM; None where it doesn't say (then it is taken for a recent one).
-        model: The name to ask for.
-        checkpoint: The hub id or folder behind that name, if the server tells.
-        window: How many tokens the model reads at most, if the server tells.
-        has_template: Whether it puts pairs into a score template; None before anybody has tried.
-    """
-
-    version: Version | None
-    model: str
-    checkpoint: str | None = None
-    window: int | None = None
-    has_template: bool | None = None
+    version: Version | None  # of vLLM; None where it doesn't say (then it is taken for a recent one)
+    model: str  # the name to ask for
+    checkpoint: str | None = None  # the hub id or folder behind that name
+    window: int | None = None  # how many tokens the model reads at most
+    has_template: bool | None = None  # whether it puts pairs into a score template; None before anybody has tried
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,11 +83,9 @@ class Options:
     extra_body: Mapping[str, Any] | None = None
 
     def fields(self, version: Version | None) -> dict[str, Any]:
-        """Make fields of a request to a server of this version; None is taken for a recent one.
+        """Make fields of a request to a server of this version; ConfigError where it does not know one of them.
 
-        Raises:
-            ConfigError: The version does not know one of them. vLLM ignores unknown fields silently, so a score would
-                come back all the same, but not the one that was asked for.
+        vLLM ignores unknown fields silently: a score would come back, but not the one that was asked for.
         """
         version = version or (1, 0)
         given = {name: getattr(self, name) for name in SINCE if getattr(self, name) is not None}
@@ -141,21 +112,12 @@ SINCE: dict[str, Version] = {
 }
 
 
-# Sent in the body, too, where the server knows the field: a gateway may replace the header by an id of its own.
-_KNOWS_REQUEST_ID: Version = (0, 16)
-
-
 @dataclass(frozen=True, slots=True, repr=False)
 class Encoded:
-    """A query or document with images as it is sent, so that requests that are repeated need not encode it again.
+    """A query or document with images as it is sent, so that requests that are repeated need not encode it again."""
 
-    Attributes:
-        json: vLLM's ``ScoreMultiModalParam``.
-        echo: Most bytes that a rerank API may take to repeat it.
-    """
-
-    json: bytes
-    echo: int
+    json: bytes  # vLLM's ScoreMultiModalParam
+    echo: int  # most bytes that a rerank API may take to repeat it
 
     @classmethod
     def of(cls, value: Multimodal) -> "Encoded":
@@ -164,8 +126,7 @@ class Encoded:
         return cls(encoded, 2 * len(encoded) + 12 * len(value.text) + 1024)
 
 
-Sent = str | Encoded
-"""A query or document in a request."""
+Sent = str | Encoded  # a query or document in a request
 
 
 def scoring_request(
@@ -178,16 +139,8 @@ def scoring_request(
 ) -> Request:
     """Make a request to the score API, or to a rerank API of Jina's and Cohere's shape, which vLLM has too.
 
-    Args:
-        api: Which of them. A rerank API takes one query; without ``top_n`` it scores all documents.
-        facts: Of the server that gets it.
-        queries: One for all documents, or one each.
-        documents: At least one.
-        options: What to say beside them.
-        request_id: What the answer is to be known by.
-
-    Raises:
-        ConfigError: The server is too old for an option.
+    There is one query for all documents, or one each; for a rerank API one, which scores all without ``top_n``.
+    Raises ConfigError where the server is too old for an option.
     """
     # An entry of a score answer takes about 60 bytes; a rerank answer echoes the documents, up to 12 bytes a character.
     reply_limit = (64 << 10) + 256 * len(documents)
@@ -198,7 +151,8 @@ def scoring_request(
     else:
         body |= {"text_1": _json(queries[0]) if len(queries) == 1 else _list(queries), "text_2": _list(documents)}
     body |= {name: _json(value) for name, value in options.fields(facts.version).items()}
-    if request_id is not None and facts.version is not None and facts.version >= _KNOWS_REQUEST_ID:
+    if request_id is not None and facts.version is not None and facts.version >= (0, 16):
+        # Where the field is known, in the body too: a gateway may replace the header by an id of its own.
         body["request_id"] = _json(request_id)
     content = b"{" + b", ".join(_json(name) + b": " + value for name, value in body.items()) + b"}"
     return Request("POST", f"/v1/{api}", content, reply_limit, request_id)
@@ -218,27 +172,21 @@ def _list(inputs: Sequence[Sent]) -> bytes:
 
 
 def read_answer(api: API, body: bytes, positions: Sequence[int]) -> Answer:
-    """Read the reply of a score or rerank API.
-
-    Args:
-        api: Which of them; a rerank API has an order of its own.
-        body: The reply.
-        positions: Of the documents among the caller's, for errors.
-
-    Raises:
-        BadReply: Anything but one score for each document.
-    """
+    """Read one score for each document; BadReply for anything else, with `positions` among the caller's documents."""
     content = _object(body)
     usage = content.get("usage")
-    tokens = usage.get("prompt_tokens") if isinstance(usage, dict) else None
     answer_id, model = content.get("id"), content.get("model")
     names = ("data", "score") if api == "score" else ("results", "relevance_score")
     return Answer(
         scores=_scores(content, positions, *names),
         id=answer_id if isinstance(answer_id, str) else None,
         model=model if isinstance(model, str) else None,
-        prompt_tokens=tokens if type(tokens) is int else None,
+        prompt_tokens=_int(usage.get("prompt_tokens")) if isinstance(usage, dict) else None,
     )
+
+
+def _int(value: object) -> int | None:
+    return value if type(value) is int else None
 
 
 def _scores(content: dict[str, Any], positions: Sequence[int], list_name: str, score_name: str) -> list[float]:
@@ -274,18 +222,13 @@ def read_version(body: bytes) -> Version | None:
 
 
 def read_models(body: bytes) -> list[Card]:
-    """Read the entries of ``/v1/models``.
-
-    Raises:
-        BadReply: Not a model list.
-    """
+    """Read the entries of ``/v1/models``; BadReply if it is no model list."""
     entries = _object(body).get("data")
     if not isinstance(entries, list) or not all(isinstance(entry, dict) and "id" in entry for entry in entries):
         raise BadReply("the answer of /v1/models is no model list")
-    windows = [entry.get("max_model_len") for entry in entries]
     return [
-        Card(str(entry["id"]), str(entry.get("root") or entry["id"]), window if type(window) is int else None)
-        for entry, window in zip(entries, windows, strict=True)
+        Card(str(entry["id"]), str(entry.get("root") or entry["id"]), _int(entry.get("max_model_len")))
+        for entry in entries
     ]
 
 
