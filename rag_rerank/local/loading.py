@@ -3,7 +3,7 @@
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
@@ -24,11 +24,11 @@ from rag_rerank.local.checkpoint.checkpoint import Checkpoint, max_length
 from rag_rerank.local.checkpoint.declaration import IDENTITY, SIGMOID, Declaration, Pooling, Route, Side
 from rag_rerank.local.hardware import choose_batching, choose_device
 from rag_rerank.local.models.bi_encoder import BiEncoder, Embedder
-from rag_rerank.local.models.cross_encoder import Head, PairModel, Whole, classification_head
+from rag_rerank.local.models.cross_encoder import Activation, Head, PairModel, Whole, classification_head
 from rag_rerank.local.models.decoder import answer_head, check_answer_head, last_token_head, score_row, token_ids
 from rag_rerank.local.models.encoding import Truncation
 from rag_rerank.local.models.late_interaction import LateInteraction, TokenEmbedder
-from rag_rerank.local.models.layers import Activation, activation, config_activation, pool, read_layers
+from rag_rerank.local.models.layers import activation, config_activation, pool, read_layers
 from rag_rerank.local.models.model import Model, ScoreType
 from rag_rerank.local.models.prompts import ChatPrompts, Prompts
 from rag_rerank.local.models.vision.processor import ImageProcessor
@@ -50,9 +50,8 @@ _NO_FACTS = (
 def load(settings: Settings) -> Model:
     """Load a model for scoring.
 
-    Raises:
-        ConfigError: It is not there, not a reranker, not safetensors, lacks weights, has no known template, or does not
-            fit the settings.
+    ConfigError if it is not there, not a reranker, not safetensors, lacks weights, has no known template, or does not
+    fit the settings.
     """
     checkpoint = Checkpoint(settings)
     device = choose_device(settings.device)
@@ -65,11 +64,10 @@ def load(settings: Settings) -> Model:
     score_type: ScoreType = getattr(loading, kind.replace("-", "_"))()
     template = loading.template
     asked = f"{checkpoint.name!r}, without a template," if template is None else f"the template {template.name!r}"
-    no_instruction = None
-    if template is None or not template.takes("instruction"):
-        no_instruction = f"{asked} has no place for an instruction"
-        if settings.instruction is not None:
-            raise ConfigError(no_instruction)
+    takes = template is not None and template.takes("instruction")
+    no_instruction = None if takes else f"{asked} has no place for an instruction"
+    if no_instruction is not None and settings.instruction is not None:
+        raise ConfigError(no_instruction)
     return Model(
         score_type=score_type,
         tokenizer=checkpoint.tokenizer,
@@ -86,8 +84,7 @@ def load(settings: Settings) -> Model:
 def _facts(settings: Settings) -> dict[str, str]:
     """Tell what of the settings can change a score as it is written there.
 
-    Versions of torch and transformers are no facts: they change the last digits, as another processor does, and a run
-    must survive an update. What changes more would be a fault, which the tests against transformers show.
+    Versions of torch and transformers are no facts: they change the last digits, as another processor does.
     """
     variables = settings.variables
     facts: dict[str, Any] = {"instruction": variables.pop("instruction"), "chat_template_kwargs": variables}
@@ -127,21 +124,15 @@ def _kind(checkpoint: Checkpoint) -> str:
 
 @dataclass(slots=True)
 class _Loading:
-    """What is known before the weights are read; one method for each kind of model.
-
-    Attributes:
-        facts: What was found out on the way that can change a score.
-        template: The template to prompt with, if any; set on the way.
-        encoders: The transformers that are loaded, by their folders.
-    """
+    """What is known before the weights are read; one method for each kind of model."""
 
     checkpoint: Checkpoint
     settings: Settings
     family: Family | None
     device: torch.device
-    facts: dict[str, str] = field(default_factory=dict)
-    template: Template | None = None
-    encoders: dict[str, tuple[PreTrainedModel, Transformer]] = field(default_factory=dict)
+    facts: dict[str, str] = field(default_factory=dict)  # what was found out on the way that can change a score
+    template: Template | None = None  # to prompt with; set on the way
+    encoders: dict[str, tuple[PreTrainedModel, Transformer]] = field(default_factory=dict)  # by their folders
 
     def classifier(self) -> ScoreType:
         """Load a model with a head: that of an encoder is called "classifier", that of a decoder "score"."""
@@ -168,9 +159,7 @@ class _Loading:
     def modular(self) -> ScoreType:
         """Load a transformer with a head of modules."""
         route = self.checkpoint.declaration.document
-        head = self._head(
-            route, read_layers(self.checkpoint.file, route.layers).to(self.device), self.settings.query_prompt
-        )
+        head = self._head(route, self.settings.query_prompt)
         model = self._model(AutoModel)
         self._choose_template(needed=False)
         transformer = self._transformer(model)
@@ -241,16 +230,14 @@ class _Loading:
         declared = self.checkpoint.declaration
         if self.settings.late_interaction == "vllm":
             declared = declared.as_vllm()
-        self.facts["late interaction"] = (
-            f"{self.settings.late_interaction}, {self.settings.use_activation is not False}"
-        )
+        normalize = self.settings.use_activation is not False
+        self.facts["late interaction"] = f"{self.settings.late_interaction}, {normalize}"
         query = self._token_embedder(declared, "query", self.settings.query_prompt)
         document = self._token_embedder(declared, "document", self.settings.document_prompt)
         return LateInteraction(query, document, declared.similarity == "meanmaxsim")
 
     def _embedder(self, route: Route, own_prompt: str | None) -> Embedder:
-        layers = read_layers(self.checkpoint.file, route.layers).to(self.device)
-        head = self._head(route, layers, own_prompt, self.checkpoint.declaration.dimensions)
+        head = self._head(route, own_prompt, self.checkpoint.declaration.dimensions)
         return Embedder(**self._encoder(route, own_prompt), head=head)
 
     def _token_embedder(self, declared: Declaration, side: Side, own_prompt: str | None) -> TokenEmbedder:
@@ -264,14 +251,11 @@ class _Loading:
         if filler is None and token is None:
             filler = tokenizer.eos_token_id
         if expansion is not None and (filler is None or (token and filler == tokenizer.unk_token_id)):
-            raise ConfigError(
-                f"{self.checkpoint.name!r} declares a query_expansion with {token or 'its mask'}, "
-                "which its tokenizer lacks"
-            )
+            what = f"a query_expansion with {token or 'its mask'}, which its tokenizer lacks"
+            raise ConfigError(f"{self.checkpoint.name!r} declares {what}")
+        unpadded = declared.expansion is None or declared.expansion.attend
         return TokenEmbedder(
-            **self._encoder(
-                route, own_prompt, declared.markers, unpadded=declared.expansion is None or declared.expansion.attend
-            ),
+            **self._encoder(route, own_prompt, declared.markers, unpadded=unpadded),
             layers=read_layers(self.checkpoint.file, layers).to(self.device),
             skipped=_known_ids(tokenizer, declared.skipped_words) if side in declared.skipped_in else frozenset(),
             kept=frozenset(declared.kept_ids) if side == "document" else frozenset(),
@@ -280,11 +264,11 @@ class _Loading:
             attend=expansion is None or expansion.attend,
         )
 
-    def _head(
-        self, route: Route, layers: torch.nn.Module, own_prompt: str | None, dimensions: int | None = None
-    ) -> Callable[[States], torch.Tensor]:
+    def _head(self, route: Route, own_prompt: str | None, dimensions: int | None = None) -> Head:
         """Make a vector of a text's states; of a cross-encoder's, logits."""
-        token_layers = read_layers(self.checkpoint.file, route.token_layers).to(self.device)
+        layers, token_layers = (
+            read_layers(self.checkpoint.file, each).to(self.device) for each in (route.layers, route.token_layers)
+        )
         pooling, tokenizer = cast("Pooling", route.pooling), self.checkpoint.at(route).tokenizer
         prompt = route.prompt if own_prompt is None else own_prompt
         skip = 0
@@ -381,18 +365,12 @@ class _Loading:
 
     def _activation_name(self) -> str:
         """Find the scale of the default score, and say so once where others have another."""
-        name, declared = config_activation(self.checkpoint.config), self.checkpoint.declaration.activation
-        answers = (
-            not self.checkpoint.architectures[0].endswith("ForSequenceClassification")
-            and self.checkpoint.declaration.document.pooling is None
-        )
-        if (
-            getattr(self.checkpoint.config, "num_labels", 1) == 2
-            and not answers
-            and self.checkpoint.declaration.document.pooling is None
-        ):
+        config, declared = self.checkpoint.config, self.checkpoint.declaration.activation
+        classifies = self.checkpoint.architectures[0].endswith("ForSequenceClassification")
+        pools = self.checkpoint.declaration.document.pooling is not None
+        if getattr(config, "num_labels", 1) == 2 and classifies and not pools:
             return SIGMOID  # the second label's probability
-        chosen = name or (None if answers else declared) or SIGMOID
+        chosen = config_activation(config) or (declared if classifies or pools else None) or SIGMOID
         if declared is not None and declared != chosen:
             logger.warning(
                 "%s: scores are the %s of logits, as vLLM has them; sentence-transformers has their %s. "
@@ -409,11 +387,8 @@ def _body(model: PreTrainedModel) -> PreTrainedModel:
 def _known_ids(tokenizer: PreTrainedTokenizerBase, words: Sequence[str]) -> frozenset[int]:
     """Find the ids of those words that are tokens: the unknown token is not skipped for a word that is none."""
     ids = {word: cast("int | None", tokenizer.convert_tokens_to_ids(word)) for word in words}
-    return frozenset(
-        id_
-        for word, id_ in ids.items()
-        if id_ is not None and (id_ != tokenizer.unk_token_id or word == tokenizer.unk_token)
-    )
+    unknown = tokenizer.unk_token, tokenizer.unk_token_id
+    return frozenset(id_ for word, id_ in ids.items() if id_ is not None and (id_ != unknown[1] or word == unknown[0]))
 
 
 def _marker(tokenizer: PreTrainedTokenizerBase, prompt: str, markers: Sequence[str]) -> tuple[int | None, str]:

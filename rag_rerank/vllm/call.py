@@ -1,13 +1,9 @@
 """How a call goes: cut into requests, over-long documents cut, documents found that the server refuses.
 
-What the server refuses (400, 413, 422) is looked into here, with fewer requests than the core would need: documents of
-a like length are tried together, and the other requests of the call go on. What it fails at (500, a reply that is
-none) the core narrows down, as for any back end.
-
+Here documents that are refused (400, 413, 422) are found with fewer requests than the core needs for those that a back
+end fails at (500, a reply that is none): those of a like length are tried together, and the other requests go on.
 The prompt of a pair with an image in it is never truncated: vLLM answers 500 where an image's place in it is cut off,
 and cuts its end otherwise. Texts beside images are cut where asked for, with tokens left for these places.
-
-A generator (`rag_rerank.vllm.steps`): no socket and no clock of its own.
 """
 
 import re
@@ -22,10 +18,10 @@ from rag_rerank.inputs.multimodal import Link, Multimodal, Prepared, hidden
 from rag_rerank.inputs.preparing import text_only
 from rag_rerank.vllm.exchange import Exchange
 from rag_rerank.vllm.steps import Steps, Together
-from rag_rerank.vllm.wire import API, Answer, Encoded, Options, Sent, ServerFacts, read_answer, scoring_request
+from rag_rerank.vllm.wire import API, Answer, Encoded, Options, ServerFacts, read_answer, scoring_request
 
+# Of one request, where it has more than one document: about 10 ms of encoding, in which an event loop stands still.
 MAX_BYTES = 8 << 20
-"""Of one request, where it has more than one document: about 10 ms of encoding, in which an event loop stands still."""
 NEUTRAL_IMAGE = Multimodal((BLANK,))
 # The most tokens of an image or video in the prompt: Qwen-VL 3, Phi-3-vision 5. It stands before the text.
 IMAGE_TOKENS = 16
@@ -36,49 +32,37 @@ _CUTS_DOCUMENTS = (0, 20)  # vLLM's max_tokens_per_doc
 # vLLM 0.32, entrypoints/pooling/scoring: for models of text, and for jina-reranker-v3.
 _READS_TEXT_ONLY = re.compile("MultiModalParam is not supported|only supports text as input")
 
+Inputs = Sequence[Prepared]
+
 
 @dataclass(slots=True)
 class Call:
     """The scoring of some pairs.
 
-    Attributes:
-        exchange: Gets requests answered.
-        queries: One for all documents, or one each.
-        documents: At least one.
-        options: What requests say beside them.
-        api: What is asked.
-        fit: Whether to cut what is too long for the model. Where the server puts pairs into a template, documents are
-            cut at the tokens that template and query leave (``max_tokens_per_doc``): vLLM's own truncation would cut
-            the end of the prompt, where the score is read. Else the server cuts the longer of query and document.
+    With `fit`, what is too long for the model is cut. Where the server puts pairs into a template, documents are cut at
+    the tokens that template and query leave (``max_tokens_per_doc``): vLLM's own truncation would cut the end of the
+    prompt, where the score is read. Else the server cuts the longer of query and document.
     """
 
     exchange: Exchange
-    queries: Sequence[Prepared]
-    documents: Sequence[Prepared]
+    queries: Inputs  # one for all documents, or one each
+    documents: Inputs  # at least one
     options: Options
     api: API = "score"
     fit: bool = False
-    _scores: list[float | None] = field(init=False)
+    _scores: dict[int, float] = field(default_factory=dict)  # by position, as the refusals
     _refusals: dict[int, BackendRejected] = field(default_factory=dict)
     _accepted: set[bool] = field(default_factory=set)  # True: a request with an image; False: one with text only
     _encoded: dict[int, Encoded] = field(default_factory=dict)  # by id of what stands in queries and documents
 
-    def __post_init__(self) -> None:
-        self._scores = [None] * len(self.documents)
-
     def score(self) -> Steps[list[float]]:
-        """Score each document, in order; NaN where the server gave no finite score.
-
-        Raises:
-            DocumentRejected: The server takes the request, but not with these documents.
-            BackendError, ConfigError: As the exchange raises them.
-        """
+        """Score each document, in order; DocumentRejected where the server takes the request, but not with these."""
         limits = yield from self._document_limits()
         chunks = deque(self._chunks(limits))
         yield from self._side_by_side(chunks, lambda chunk: self._score_chunk(chunk, limits[chunk[0]], chunks))
         if self._refusals:
             raise self._rejected()
-        return [score for score in self._scores if score is not None]
+        return [self._scores[position] for position in range(len(self.documents))]
 
     def _side_by_side(self, work: deque[list[int]], do: Callable[[list[int]], Steps[None]]) -> Steps[None]:
         """Do all work, also what is added to it meanwhile, as much at once as is allowed."""
@@ -111,8 +95,7 @@ class Call:
             for position in group:
                 more = _size(self.documents[position]) + (0 if len(self.queries) == 1 else _size(self._query(position)))
                 fetched = not isinstance(self.documents[position], str) and bool(_links([self.documents[position]]))
-                full = size + more > MAX_BYTES or len(chunks[-1]) == self.exchange.rules.chunk_size
-                if full or fetched:
+                if fetched or size + more > MAX_BYTES or len(chunks[-1]) == self.exchange.rules.chunk_size:
                     chunks.append([])
                     size = 0
                 chunks[-1].append(position)
@@ -131,7 +114,7 @@ class Call:
         if self._is_multimodal(chunk[0]):
             options = self._untruncated(queries[0], documents[0])
         try:
-            answer = yield from self._ask(queries, documents, options, positions=chunk)
+            answer = yield from self._ask(queries, documents, options, chunk)
         except (BackendRejected, BackendUnavailable) as error:
             for link in _links([*queries, *documents]):  # vLLM quotes an address that it can't fetch
                 error.message = hidden(error.message, link.url)
@@ -163,13 +146,11 @@ class Call:
             error.remedy = (
                 "The text beside an image is cut only by max_tokens_per_doc=; or scale it down (max_pixels=)."
             )
-        elif (
-            error.status == 500
-        ):  # vLLM's answer to an address out of reach, and to images that its model can't take in
+        elif error.status == 500:  # vLLM's for an address out of reach, and for images that its model can't take in
             error.remedy = "Can the server reach its url, and does the model take in images of that shape?"
 
     def _blames_documents(
-        self, error: BackendRejected | BackendUnavailable, queries: Sequence[Prepared], documents: Sequence[Prepared]
+        self, error: BackendRejected | BackendUnavailable, queries: Inputs, documents: Inputs
     ) -> Steps[bool]:
         """Find out whether a request may have been refused for single documents, not for all of it.
 
@@ -177,9 +158,9 @@ class Call:
         """
         with_image = _has_image(documents) or (len(self.queries) > 1 and _has_image(queries))
         if isinstance(error, BackendRejected):
-            if error.status not in (400, 413, 422):
-                return False
-            return error.status == 413 or (yield from self._accepts_harmless(with_image))
+            return error.status == 413 or (
+                error.status in (400, 422) and (yield from self._accepts_harmless(with_image))
+            )
         if error.status == 500 and with_image:
             try:
                 error.whole = not (yield from self._accepts_harmless(with_image))
@@ -192,11 +173,10 @@ class Call:
         if with_image not in self._accepted:
             query = self.queries[0] if len(self.queries) == 1 else NEUTRAL
             document = NEUTRAL_IMAGE if with_image else NEUTRAL
-            options = self.options
-            if with_image or isinstance(query, Multimodal):
-                options = self._untruncated(query, document)
+            multimodal = with_image or isinstance(query, Multimodal)
+            options = self._untruncated(query, document) if multimodal else self.options
             try:
-                yield from self._ask([query], [document], options, takes_turn=False)
+                yield from self._ask([query], [document], options)
             except BackendRejected:
                 return with_image in self._accepted  # another branch may know better by now
             self._accepted.add(with_image)
@@ -207,12 +187,10 @@ class Call:
         indices = sorted(self._refusals)
         first = self._refusals[indices[0]]
         several = f" and {len(indices) - 1} more" if len(indices) > 1 else ""
-        error = self.exchange.error(
-            DocumentRejected, f"documents[{indices[0]}]{several} rejected: {first.message}", first.remedy
-        )
-        error.indices, error.scores, error.status = tuple(indices), tuple(self._scores), first.status
-        error.reason, error.endpoint = first.message, first.endpoint
-        error.__cause__ = first
+        said = f"documents[{indices[0]}]{several} rejected: {first.message}"
+        error = self.exchange.error(DocumentRejected, said, first.remedy, cause=first)
+        error.indices, error.scores = tuple(indices), tuple(map(self._scores.get, range(len(self.documents))))
+        error.status, error.reason, error.endpoint = first.status, first.message, first.endpoint
         return error
 
     def _document_limits(self) -> Steps[list[int | None]]:
@@ -249,10 +227,7 @@ class Call:
         return limits
 
     def _may_be_long(self, position: int, window: int | None) -> bool:
-        """Tell whether a pair is to be cut, and could have more tokens than the model reads.
-
-        No tokenizer makes more tokens than bytes.
-        """
+        """Tell whether a pair is to be cut, and could exceed the window: no tokenizer makes more tokens than bytes."""
         query, document = self._query(position), self.documents[position]
         if not (isinstance(query, str) and isinstance(document, str)):
             return False
@@ -265,8 +240,8 @@ class Call:
         """Find out whether the server puts pairs into a template: it shows in the number of tokens that it reads."""
         if facts.has_template is not None:
             return facts.has_template
-        answer = yield from self._ask([NEUTRAL], [NEUTRAL], self.options, takes_turn=False)
-        has_template = (answer.prompt_tokens or 0) > PLAIN_PAIR_TOKENS
+        tokens = (yield from self._ask([NEUTRAL], [NEUTRAL], self.options)).prompt_tokens
+        has_template = (tokens or 0) > PLAIN_PAIR_TOKENS
         self.exchange.servers.remember(has_template=has_template)
         return has_template
 
@@ -274,40 +249,31 @@ class Call:
         """Measure the tokens that template and query leave for a document."""
         cause = None
         try:
-            tokens = (yield from self._ask([query], [NEUTRAL], self.options, takes_turn=False)).prompt_tokens
+            tokens = (yield from self._ask([query], [NEUTRAL], self.options)).prompt_tokens
         except BackendRejected as refusal:
             if "maximum context length" not in refusal.message:
                 raise
             cause, tokens = refusal, window
         if tokens is None or tokens < window:
             return None if tokens is None else window - tokens
-        error = self.exchange.error(
-            BackendRejected,
-            f"a query and its template leave no token for a document of the {window} that the model reads",
-            "Shorten the query or instruction, or set max_tokens_per_query.",
-        )
-        error.whole = True
-        raise error from cause
+        said = f"a query and its template leave no token for a document of the {window} that the model reads"
+        remedy = "Shorten the query or instruction, or set max_tokens_per_query."
+        raise self.exchange.error(BackendRejected, said, remedy, whole=True) from cause
 
     def _ask(
-        self,
-        queries: Sequence[Prepared],
-        documents: Sequence[Prepared],
-        options: Options,
-        *,
-        positions: Sequence[int] = (0,),
-        takes_turn: bool = True,
+        self, queries: Inputs, documents: Inputs, options: Options, positions: Sequence[int] | None = None
     ) -> Steps[Answer]:
-        """Get one request answered. `positions` are the documents' among the caller's."""
+        """Get one request answered; without `positions` among the caller's documents a small one that takes no turn."""
         asked, sent = [self._sent(query) for query in queries], [self._sent(document) for document in documents]
-        answer = yield from self.exchange.ask(
-            lambda facts, request_id: scoring_request(self.api, facts, asked, sent, options, request_id),
-            lambda body: read_answer(self.api, body, positions),
-            takes_turn=takes_turn,
+        return (
+            yield from self.exchange.ask(
+                lambda facts, request_id: scoring_request(self.api, facts, asked, sent, options, request_id),
+                lambda body: read_answer(self.api, body, positions or (0,)),
+                takes_turn=positions is not None,
+            )
         )
-        return answer
 
-    def _sent(self, value: Prepared) -> Sent:
+    def _sent(self, value: Prepared) -> str | Encoded:
         """Encode what is more than text, once; it is kept until it has its score."""
         if isinstance(value, str):
             return value
@@ -343,14 +309,12 @@ def _size(value: Prepared) -> int:
     return len(value) if isinstance(value, str) else value.size
 
 
-def _links(inputs: Sequence[Prepared]) -> list[Link]:
+def _links(inputs: Inputs) -> list[Link]:
     """List what the server has to fetch."""
     return [part for each in inputs if isinstance(each, Multimodal) for part in each.parts if isinstance(part, Link)]
 
 
-def _has_image(inputs: Sequence[Prepared]) -> bool:
+def _has_image(inputs: Inputs) -> bool:
     """Tell whether there is an image in any of them; videos don't count."""
     parts = [part for each in inputs if isinstance(each, Multimodal) for part in each.parts]
-    return any(
-        not isinstance(part, str | Link) or (isinstance(part, Link) and part.kind == "image_url") for part in parts
-    )
+    return any(part.kind == "image_url" if isinstance(part, Link) else not isinstance(part, str) for part in parts)

@@ -1,14 +1,11 @@
-"""How one request gets its answer: from which server, in how many tries, in what time, and what is no answer.
-
-A generator (`rag_rerank.vllm.steps`): no socket and no clock of its own.
-"""
+"""How one request gets its answer: from which server, in how many tries, in what time, and what is no answer."""
 
 import math
 import random
 import time
 import uuid
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from datetime import UTC
 from email.utils import parsedate_to_datetime
 from typing import Any, Literal, TypeVar
@@ -22,29 +19,19 @@ from rag_rerank.errors import (
     ConfigError,
     DeadlineExceeded,
 )
+from rag_rerank.vllm import wire
 from rag_rerank.vllm.servers import Server, Servers
 from rag_rerank.vllm.steps import Failure, Send, Sleep, Steps
-from rag_rerank.vllm.wire import (
-    Answer,
-    Card,
-    Reply,
-    Request,
-    ServerFacts,
-    error_text,
-    is_model_missing,
-    printable,
-    read_models,
-    read_version,
-)
+from rag_rerank.vllm.wire import Answer, Card, Reply, Request, ServerFacts, printable
 
 T = TypeVar("T")
 E = TypeVar("E", bound=BackendError)
 
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 8.0  # seconds
+# Seconds that a server may ask for; what asks for more is told to the caller at once, as openai's client does.
 LONGEST_RETRY_AFTER = 120.0
-"""Seconds that a server may ask for; what asks for more is told to the caller at once, as openai's client does."""
+# By which a reply to another request of ours is known, also on servers that have not echoed an id yet.
 ID_PREFIX = "rag-rerank-"
-"""By which a reply to another request of ours is known, also on servers that have not echoed an id yet."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,71 +45,48 @@ class Rules:
     attempt_timeout: float | None = None
 
 
+@dataclass(eq=False)
 class _MayPass(Exception):
-    """A failure that another try may not meet.
+    """A failure that another try may not meet: at once on a new connection, after a pause, or with another server."""
 
-    Attributes:
-        error: What the caller gets if there is no other try.
-        again: ``soon``: at once, on a new connection; ``later``: after a pause; ``elsewhere``: not with this server.
-        after: Seconds that the server wants to be left alone.
-        answer: What the caller gets instead of the error: a well-formed answer with a score that is not finite.
-    """
-
-    def __init__(
-        self,
-        error: BackendError,
-        again: Literal["soon", "later", "elsewhere"] = "later",
-        after: float | None = None,
-        answer: Any = None,
-    ) -> None:
-        self.error, self.again, self.after, self.answer = error, again, after, answer
+    error: BackendError  # what the caller gets if there is no other try
+    again: Literal["soon", "later", "elsewhere"] = "later"
+    after: float | None = None  # seconds that the server wants to be left alone
+    answer: Any = None  # what the caller gets instead of the error: well-formed, with a score that is not finite
 
 
 class _ModelMissing(BackendRejected):
     """The server does not know the model's name."""
 
 
+@dataclass(eq=False)
 class Exchange:
-    """The requests of one call.
+    """The requests of one call. Tests replace what tells time, chance and ids."""
 
-    Args:
-        servers: The servers.
-        rules: How requests go.
-        until: When the call must be over, on `clock`; None for no limit.
-        model: The name to ask for; None takes the only one that is served.
-        clock, now, jitter, new_id: Monotonic seconds, the date, a number in [0, 1), a request's id; replaced in tests.
-    """
+    servers: Servers
+    rules: Rules
+    _: KW_ONLY
+    until: float | None  # when the call must be over, on `clock`
+    model: str | None = None  # None takes the only one that is served
+    clock: Callable[[], float] = time.monotonic
+    now: Callable[[], float] = time.time
+    jitter: Callable[[], float] = random.random  # noqa: S311 - in [0, 1); spreads retries, guards nothing
+    new_id: Callable[[], str] = lambda: ID_PREFIX + uuid.uuid4().hex
 
-    def __init__(
-        self,
-        servers: Servers,
-        rules: Rules,
-        *,
-        until: float | None,
-        model: str | None = None,
-        clock: Callable[[], float] = time.monotonic,
-        now: Callable[[], float] = time.time,
-        jitter: Callable[[], float] = random.random,  # noqa: S311 - spreads retries, guards nothing
-        new_id: Callable[[], str] = lambda: ID_PREFIX + uuid.uuid4().hex,
-    ) -> None:
-        self.rules = rules
-        self.servers = servers
-        self._model = model
-        self._clock, self._now, self._jitter, self._new_id = clock, now, jitter, new_id
-        self._began = clock()
-        self._until = math.inf if until is None else until
+    def __post_init__(self) -> None:
+        self._began = self.clock()
         self._attempts = 0
         self._answered_by: str | None = None
-        self._attempt_timeout = rules.attempt_timeout or math.inf
-        if rules.attempt_timeout is None and len(servers) > 1:
+        self._attempt_timeout = self.rules.attempt_timeout or math.inf
+        if self.rules.attempt_timeout is None and len(self.servers) > 1:
             # A server that hangs (vLLM does after SIGTERM) must leave time for the next one.
-            self._attempt_timeout = max(0.001, self._left() / (1 + rules.max_retries))
+            self._attempt_timeout = max(0.001, self._left() / (1 + self.rules.max_retries))
 
     @property
     def model_name(self) -> str:
         """What is asked, as far as that is known."""
         facts = self.servers.facts
-        return self._model or ("the model" if facts is None else facts.model)
+        return self.model or ("the model" if facts is None else facts.model)
 
     def describe(self) -> Steps[ServerFacts]:
         """Learn what one of the servers tells about itself; asked once."""
@@ -131,48 +95,53 @@ class Exchange:
     def ask(
         self, make: Callable[[ServerFacts, str], Request], read: Callable[[bytes], Answer], *, takes_turn: bool = True
     ) -> Steps[Answer]:
-        """Get a request answered.
-
-        Args:
-            make: The request to a server, with this id.
-            read: The answer in a body; raises BadReply.
-            takes_turn: As in `Servers.choose`.
-
-        Returns:
-            The answer. It has scores that are not finite only if it had in the last try.
-        """
+        """Get a request answered; with scores that are not finite only if it had such in the last try."""
 
         def attempt(server: Server) -> Steps[Answer]:
             facts = yield from self._described(server)
-            sent_id = self._new_id()
+            sent_id = self.new_id()
             request = make(facts, sent_id)
             try:
                 answer = yield from self._once(server, request, lambda body: self._own(server, read(body), sent_id))
             except _ModelMissing:
                 server.facts = None  # it was started again with another model
                 missing = yield from self._missing(server, facts.model)
-                raise missing if self._model is not None else _MayPass(missing, "soon") from None
+                raise missing if self.model is not None else _MayPass(missing, "soon") from None
             if not all(map(math.isfinite, answer.scores)):
-                raise _MayPass(self._error(server, BadReply, "a score is not finite"), answer=answer)
+                raise _MayPass(self.error(BadReply, "a score is not finite", server=server), answer=answer)
             return answer
 
         return (yield from self._try(attempt, takes_turn=takes_turn))
 
-    def error(self, kind: type[E], message: str, remedy: str | None = None) -> E:
-        """Make an error that concerns the whole call, with where, how many attempts and how long."""
-        elapsed = self._clock() - self._began
-        return kind(message, endpoint=self.servers.label, attempts=self._attempts, elapsed=elapsed, remedy=remedy)
+    def error(
+        self,
+        kind: type[E],
+        message: str,
+        remedy: str | None = None,
+        *,
+        server: Server | None = None,
+        cause: Exception | None = None,
+        whole: bool = False,
+    ) -> E:
+        """Make an error of one server or all, with how many attempts and how long."""
+        where, elapsed = self.servers.label if server is None else server.endpoint.label, self.clock() - self._began
+        error = kind(message, endpoint=where, attempts=self._attempts, elapsed=elapsed, remedy=remedy)
+        error.whole = whole
+        if cause is not None:
+            error.__cause__ = cause
+        return error
 
     def _missing(self, server: Server, model: str) -> Steps[BackendRejected]:
         """Make the error for a model that is not served, with those that are."""
         remedy = "Pass the name that it serves as model=."
         try:
-            cards = yield from self._once(server, Request("GET", "/v1/models"), read_models)
+            cards = yield from self._once(server, Request("GET", "/v1/models"), wire.read_models)
             remedy = f"It serves: {_names(cards)}. Pass one of them as model=."
         except BackendRejected:  # a gateway that lists none
             pass
-        error = self._error(server, BackendRejected, f"the server does not serve the model {model!r}", remedy)
-        error.status, error.whole = 404, True
+        said = f"the server does not serve the model {model!r}"
+        error = self.error(BackendRejected, said, remedy, server=server, whole=True)
+        error.status = 404
         return error
 
     def _try(self, attempt: Callable[[Server], Steps[T]], *, takes_turn: bool = True) -> Steps[T]:
@@ -183,7 +152,7 @@ class Exchange:
         tried: list[Server] = []
         paused: dict[Server, float] = {}  # until when
         while True:
-            now = self._clock()
+            now = self.clock()
             busy = [server for server, until in paused.items() if until > now]
             server = self.servers.choose(tried, busy, takes_turn=takes_turn)
             tried.append(server)
@@ -197,7 +166,7 @@ class Exchange:
                         return answer
                     self.servers.down = len(tried) >= tries
                     raise failure.error from failure.error.__cause__
-                paused[server] = self._clock() + (failure.after or 0.0)
+                paused[server] = self.clock() + (failure.after or 0.0)
             if pause > 0:
                 yield Sleep(pause)
 
@@ -212,13 +181,13 @@ class Exchange:
         if failure.again == "soon" and len(tried) == 1:
             return 0.0
         bound: float = min(LONGEST_PAUSE, FIRST_PAUSE * 2 ** (len(tried) - 1))
-        return self._jitter() * bound  # full jitter: callers that failed together do not come back together
+        return self.jitter() * bound  # full jitter: callers that failed together do not come back together
 
     def _once(self, server: Server, request: Request, read: Callable[[bytes], T]) -> Steps[T]:
         """Send a request and read its answer, or raise."""
         left = self._left()
         if left <= 0:
-            raise self._error(server, DeadlineExceeded, "the deadline passed")
+            raise self.error(DeadlineExceeded, "the deadline passed", server=server)
         timeout = min(left, self._attempt_timeout)
         results: list[T] = []
         faults: list[BadReply] = []
@@ -231,13 +200,8 @@ class Exchange:
                 faults.append(fault)
             return not faults
 
-        outcome: Reply | Failure = yield Send(
-            server.endpoint,
-            request,
-            None if timeout == math.inf else timeout,
-            min(self.rules.connect_timeout, timeout),
-            judge,
-        )
+        limits = None if timeout == math.inf else timeout, min(self.rules.connect_timeout, timeout)
+        outcome: Reply | Failure = yield Send(server.endpoint, request, *limits, judge)
         self._attempts += 1
         if isinstance(outcome, Failure):
             raise self._failed(server, outcome)
@@ -246,26 +210,20 @@ class Exchange:
         self._answered(server)
         if results:
             return results[0]
-        error = self._error(server, BadReply, faults[0].message, "Is it a vLLM server?")
-        error.__cause__, error.whole = faults[0], faults[0].whole
-        raise _MayPass(error)
+        fault, remedy = faults[0], "Is it a vLLM server?"
+        raise _MayPass(self.error(BadReply, fault.message, remedy, server=server, cause=fault, whole=fault.whole))
 
     def _failed(self, server: Server, failure: Failure) -> Exception:
         """Make the error for no answer."""
         if self._left() < 0.001:  # the caller's time was up, which says nothing about the server
-            message = "the server had not answered when the deadline passed"
+            text = "the server had not answered when the deadline passed"
             remedy = "Allow more time (deadline= or timeout=) or pass fewer documents."
-            error: BackendError = self._error(server, DeadlineExceeded, message, remedy)
-            error.__cause__ = failure.cause
-            return error
+            return self.error(DeadlineExceeded, text, remedy, server=server, cause=failure.cause)
         if failure.kind == "unread":
-            error = self._error(server, BadReply, failure.text)
-            error.whole = True
-            return _MayPass(error)
+            return _MayPass(self.error(BadReply, failure.text, server=server, whole=True))
         server.failed(gone=failure.kind == "connect")
         again: Literal["soon", "later", "elsewhere"] = "later"
-        remedy = "Is the vLLM server running there, and has it finished loading?"
-        text = failure.text
+        text, remedy = failure.text, "Is the vLLM server running there, and has it finished loading?"
         if failure.kind == "broken":
             again = "soon"  # most often a kept connection that the server had closed in that moment
         elif failure.kind == "certificate":
@@ -273,19 +231,17 @@ class Exchange:
             remedy = "The certificate must be valid for that name; SSL_CERT_FILE names more authorities to trust."
         elif failure.kind == "timeout":
             text, remedy = f"no answer within {self._attempt_timeout:.3g} s", "Is it overloaded? See attempt_timeout=."
-        error = self._error(server, BackendUnavailable, text, remedy)
-        error.__cause__ = failure.cause
-        return _MayPass(error, again)
+        return _MayPass(self.error(BackendUnavailable, text, remedy, server=server, cause=failure.cause), again)
 
     def _refused(self, server: Server, reply: Reply, request: Request) -> Exception:
         """Make the error for a status that is no success."""
-        status, said = reply.status, error_text(reply.body)
+        status, said = reply.status, wire.error_text(reply.body)
         message = f"the server answered {status}" + (f": {said}" if said else "")
         if status >= 500 or status in (408, 429):
             if status in (502, 503, 504):
                 server.failed(gone=False)
-            after = _retry_after(reply.headers.get("retry-after", ""), self._now())
-            unavailable = self._error(server, BackendUnavailable, message)
+            after = _retry_after(reply.headers.get("retry-after", ""), self.now())
+            unavailable = self.error(BackendUnavailable, message, server=server)
             unavailable.retry_after, unavailable.status = after, status
             return _MayPass(unavailable, after=after)
         self._answered(server)
@@ -296,7 +252,7 @@ class Exchange:
         elif 300 <= status < 400:
             message = f"the server answered {status}, a redirect, which is never followed"
             remedy = "Pass the address that it redirects to as base_url."
-        elif status == 404 and request.method == "POST" and is_model_missing(reply.body):
+        elif status == 404 and request.method == "POST" and wire.is_model_missing(reply.body):
             kind = _ModelMissing
         elif status == 404:
             remedy = (
@@ -305,42 +261,41 @@ class Exchange:
             )
         elif "maximum context length" in said:
             remedy = "Set truncate_prompt_tokens=-1 to have over-long documents cut."
-        error = self._error(server, kind, message, remedy)
+        # `call` looks for a document that is to blame.
+        error = self.error(kind, message, remedy, server=server, whole=True)
         error.status = status
-        error.whole = True  # `rag_rerank.vllm.call` has looked for a document that is to blame
         return error
 
     def _described(self, server: Server) -> Steps[ServerFacts]:
         """Learn what a server tells about itself, asked if it is not known."""
-        if server.facts is not None:
-            return server.facts
-        try:
-            version = yield from self._once(server, Request("GET", "/version"), read_version)
-        except BackendRejected:  # a gateway that forwards only /v1
-            version = None
-        try:
-            cards = yield from self._once(server, Request("GET", "/v1/models"), self._cards)
-        except BackendRejected:
-            if self._model is None:
-                raise
-            cards = []
-        server.facts = self._facts(server, version, cards)
+        if server.facts is None:
+            try:
+                version = yield from self._once(server, Request("GET", "/version"), wire.read_version)
+            except BackendRejected:  # a gateway that forwards only /v1
+                version = None
+            try:
+                cards = yield from self._once(server, Request("GET", "/v1/models"), self._cards)
+            except BackendRejected:
+                if self.model is None:
+                    raise
+                cards = []
+            server.facts = self._facts(server, version, cards)
         return server.facts
 
     def _cards(self, body: bytes) -> list[Card]:
         """Read the models that are served; where one is named, a server need not tell."""
         try:
-            return read_models(body)
+            return wire.read_models(body)
         except BadReply:
-            if self._model is None:
+            if self.model is None:
                 raise
             return []
 
     def _facts(self, server: Server, version: tuple[int, int] | None, cards: list[Card]) -> ServerFacts:
+        if self.model is not None:
+            card = next((card for card in cards if card.name == self.model), Card(self.model, ""))
+            return ServerFacts(version, self.model, card.root or None, card.window)
         label = server.endpoint.label
-        if self._model is not None:
-            cards = [card for card in cards if card.name == self._model]
-            return ServerFacts(version, self._model, *((cards[0].root, cards[0].window) if cards else ()))
         if len({card.root for card in cards}) != 1:
             raise ConfigError(f"{label} serves {len(cards)} models; pass model=. It serves: {_names(cards)}.")
         known = self.servers.facts
@@ -365,14 +320,9 @@ class Exchange:
         server.back_off.worked()
         self.servers.down = False
 
-    def _error(self, server: Server, kind: type[E], message: str, remedy: str | None = None) -> E:
-        error = self.error(kind, message, remedy)
-        error.endpoint = server.endpoint.label
-        return error
-
     def _left(self) -> float:
         """Tell the seconds that are left for the call."""
-        return self._until - self._clock()
+        return math.inf if self.until is None else self.until - self.clock()
 
 
 def _not_ours(message: str) -> BadReply:

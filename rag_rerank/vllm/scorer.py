@@ -11,9 +11,9 @@ from typing import Any, Literal
 
 from rag_rerank.errors import ConfigError
 from rag_rerank.identity import Identity
-from rag_rerank.inputs.multimodal import Prepared
 from rag_rerank.scorer import Scorer
 from rag_rerank.template import Template
+from rag_rerank.vllm.call import Inputs
 from rag_rerank.vllm.client import Client
 from rag_rerank.vllm.endpoint import Endpoint
 from rag_rerank.vllm.exchange import Rules
@@ -138,13 +138,7 @@ class VLLMScorer(Scorer):
             priority=priority,
             extra_body=None if extra_body is None else dict(extra_body),
         )
-        rules = Rules(
-            max_retries=max_retries,
-            chunk_size=chunk_size,
-            max_concurrency=max_concurrency,
-            connect_timeout=connect_timeout,
-            attempt_timeout=attempt_timeout,
-        )
+        rules = Rules(chunk_size, max_concurrency, max_retries, connect_timeout, attempt_timeout)
         _check(options, rules, timeout, endpoint)
         if renders and (options.truncate_prompt_tokens, max_tokens_per_doc, max_tokens_per_query) != (None,) * 3:
             raise ConfigError("a template that is rendered here can't be cut by the server: it would lose its end")
@@ -173,20 +167,12 @@ class VLLMScorer(Scorer):
         return (self.client.model or "unknown") if facts is None else facts.model
 
     def _score(
-        self,
-        queries: Sequence[Prepared],
-        documents: Sequence[Prepared],
-        until: float | None,
-        instruction: str | None = None,
+        self, queries: Inputs, documents: Inputs, until: float | None, instruction: str | None = None
     ) -> list[float]:
         return self.client.transport.run(self.client.call(queries, documents, until, instruction), until)
 
     async def _ascore(
-        self,
-        queries: Sequence[Prepared],
-        documents: Sequence[Prepared],
-        until: float | None,
-        instruction: str | None = None,
+        self, queries: Inputs, documents: Inputs, until: float | None, instruction: str | None = None
     ) -> list[float]:
         return await self.client.transport.arun(self.client.call(queries, documents, until, instruction))
 
@@ -253,10 +239,9 @@ def _endpoints(base_url: str | Sequence[str] | None) -> list[Endpoint]:
     if base_url is None:
         base_url = (os.environ.get("VLLM_BASE_URL") or DEFAULT_BASE_URL).split(",")
     several = base_url if isinstance(base_url, list | tuple) else [base_url]
-    endpoints = list(dict.fromkeys(map(Endpoint.parse, several)))
-    if not endpoints:
+    if not several:
         raise ConfigError("base_url is an empty list; pass at least one address")
-    return endpoints
+    return list(dict.fromkeys(map(Endpoint.parse, several)))
 
 
 def _check(options: Options, rules: Rules, timeout: float, endpoint: str) -> None:

@@ -1,9 +1,8 @@
 """The only module that knows httpx: does what calls want done.
 
-Everything runs in an event loop: that of the caller, or for callers without one a loop in a thread of its own, one for
-the process. So deadlines hold whatever a server or a name lookup does (httpx times out single reads only), and a call
-that is given up, by an error beside it, a cancelled task or Ctrl-C, closes its connection at once, which makes vLLM
-stop working for it. That thread costs a call about 0.5 ms more than httpx's client for threads.
+Everything runs in an event loop: the caller's, or else that of one thread for the process, which costs a call 0.5 ms
+more than httpx's client for threads. So deadlines hold whatever a server or a name lookup does (httpx times out single
+reads only), and a call that is given up closes its connection at once, which makes vLLM stop working for it.
 """
 
 import asyncio
@@ -36,12 +35,9 @@ for _name in ("httpcore", "anyio._backends._asyncio", "encodings.idna"):
 
 T = TypeVar("T")
 _Lifetime = AsyncGenerator[None, None]
-_Clients = dict[asyncio.AbstractEventLoop, tuple[httpx.AsyncClient, _Lifetime]]
+_Loop = asyncio.AbstractEventLoop
+_Clients = dict[_Loop, tuple[httpx.AsyncClient, _Lifetime]]
 
-# A pool with fewer connections than callers would answer the last of them with PoolTimeout.
-_LIMITS = httpx.Limits(max_connections=None, max_keepalive_connections=32)
-# A 307 would send every document, and the headers, to another host. False is httpx's default; here it is a rule.
-_FOLLOW_REDIRECTS = False
 # A compressed answer can grow a thousandfold when unpacked: ask for none, and read none (`_read`).
 _HEADERS = {"Accept-Encoding": "identity", "Content-Type": "application/json"}
 _LONGEST_ERROR_PAGE = 64 << 10  # bytes; enough for a sentence
@@ -61,7 +57,7 @@ class _Background:
     def forget(self) -> None:
         """Know of no loop: after a fork its thread is in the other process, and the lock may be held there for ever."""
         self._lock = threading.Lock()
-        self._loop: asyncio.AbstractEventLoop | None = None
+        self._loop: _Loop | None = None
 
     def run(self, work: Coroutine[Any, Any, T], timeout: float | None) -> T:
         """Run `work` to its end, for `timeout` seconds at most. What interrupts the caller (Ctrl-C) cancels it."""
@@ -90,7 +86,7 @@ class _Background:
             loop.call_soon_threadsafe(lambda: [task.cancel() for task in tasks])
             raise
 
-    def _running(self) -> asyncio.AbstractEventLoop:
+    def _running(self) -> _Loop:
         with self._lock:
             if self._loop is None:
                 self._loop = asyncio.new_event_loop()
@@ -105,13 +101,8 @@ _closing: set[asyncio.Task[None]] = set()  # a loop keeps no hold on its tasks
 class Transport:
     """Connections, for each event loop its own: an async connection dies with its loop. A pickle carries no key.
 
-    Args:
-        endpoints: Where requests go.
-        api_key: Sent as bearer token with every request. None reads the environment; empty, no key is sent.
-        send_key_over_http: Whether it may be sent unencrypted to another machine.
-
-    Raises:
-        ConfigError: No HTTP header can carry the key, or it would be sent so.
+    The key None is read from the environment; an empty one is not sent. Raises ConfigError where no HTTP header can
+    carry the key, or it would go unencrypted to another machine without `send_key_over_http`.
     """
 
     def __init__(
@@ -123,10 +114,8 @@ class Transport:
             raise ConfigError("api_key has characters that no HTTP header can carry; was a line break pasted with it?")
         for endpoint in endpoints if key and not send_key_over_http else ():
             if not endpoint.is_private:
-                raise ConfigError(
-                    f"the key would go unencrypted to {endpoint.label}; use https, or pass send_key_over_http=True "
-                    "where the network in between is trusted"
-                )
+                said = f"the key would go unencrypted to {endpoint.label}; use https, or pass send_key_over_http=True"
+                raise ConfigError(f"{said} where the network in between is trusted")
         self._key = _Bearer(key) if key else None
         # Getting ready for https takes 20-40 ms of every event loop.
         self._encrypted = any(endpoint.root.startswith("https") for endpoint in endpoints)
@@ -151,13 +140,7 @@ class Transport:
         self._finalizer.atexit = False  # the process's end closes them, too
 
     def run(self, steps: Steps[T], until: float | None = None) -> T:
-        """Do what `steps` yields; blocks.
-
-        Args:
-            steps: What to do.
-            until: When to give up waiting, on the monotonic clock, even where something keeps the event loop, and the
-                steps with it, from running.
-        """
+        """Do what `steps` yields; blocks, but not after `until`, even where something keeps the loop from running."""
         timeout = None if until is None else max(0.0, until - time.monotonic()) + _GRACE
         try:
             return _background.run(self.arun(steps), timeout)
@@ -243,8 +226,9 @@ class Transport:
         client = httpx.AsyncClient(
             auth=self._key,
             verify=self._encrypted or bool(getproxies()),
-            limits=_LIMITS,
-            follow_redirects=_FOLLOW_REDIRECTS,
+            # A pool with fewer connections than callers would answer the last of them with PoolTimeout.
+            limits=httpx.Limits(max_connections=None, max_keepalive_connections=32),
+            follow_redirects=False,  # a 307 would send every document, and the headers, to another host
             event_hooks={"response": [_forget_location]},
             cookies=CookieJar(DefaultCookiePolicy(allowed_domains=[])),  # one server's would go to another
         )
@@ -269,12 +253,10 @@ class Transport:
             await known[1].aclose()
 
 
-async def _until_the_loop_ends(
-    loop: asyncio.AbstractEventLoop, client: httpx.AsyncClient, clients: _Clients
-) -> _Lifetime:
+async def _until_the_loop_ends(loop: _Loop, client: httpx.AsyncClient, clients: _Clients) -> _Lifetime:
     """Close `client` while its loop can still do it. Knows no transport: it would keep that alive.
 
-    A loop knows its unfinished async generators, and `asyncio.run` closes them before the loop. Without this, each
+    `asyncio.run` closes unfinished async generators before the loop. Without this, each
     ``asyncio.run(scorer.ascore(...))`` left one connection open for the life of the process (20 of 20, measured).
     """
     try:
@@ -291,7 +273,7 @@ def _close_soon(clients: _Clients) -> None:
             loop.call_soon_threadsafe(_close_in, loop, client)
 
 
-def _close_in(loop: asyncio.AbstractEventLoop, client: httpx.AsyncClient) -> None:
+def _close_in(loop: _Loop, client: httpx.AsyncClient) -> None:
     _closing.add(task := loop.create_task(client.aclose()))
     task.add_done_callback(_closing.discard)
 
@@ -321,20 +303,18 @@ async def _read(response: httpx.Response, limit: int) -> Reply | Failure:
     headers = {name.lower(): value for name, value in response.headers.items()}
     good = response.status_code == 200
     encoding = headers.get("content-encoding", "identity").lower()
-    body = bytearray()
+    body, fault = bytearray(), f"the answer is compressed ({encoding[:20]!r}) although it was asked for plain"
     if encoding == "identity":
+        fault = ""
         # Not aiter_raw, which at the end gives the connection to the next request, before this answer is judged.
         async for chunk in response.stream:  # type: ignore[union-attr]
             body += chunk
             if len(body) > (limit if good else _LONGEST_ERROR_PAGE):
+                fault = f"the answer is longer than {limit} bytes"
                 break
-        else:
-            return Reply(response.status_code, bytes(body), headers)
-    if not good:  # the status tells enough
-        return Reply(response.status_code, bytes(body), headers)
-    if encoding != "identity":
-        return Failure("unread", f"the answer is compressed ({encoding[:20]!r}) although it was asked for plain")
-    return Failure("unread", f"the answer is longer than {limit} bytes")
+    if fault and good:  # else the status tells enough
+        return Failure("unread", fault)
+    return Reply(response.status_code, bytes(body), headers)
 
 
 def _failure(error: Exception) -> Failure:

@@ -696,7 +696,7 @@ class TestIdentity:
         """Two processes make different ones."""
         servers = Servers([World().each_server[0].endpoint])
         exchanges = [Exchange(servers, Rules(), until=None) for _ in range(2)]
-        ids = [exchange._new_id() for exchange in exchanges]
+        ids = [exchange.new_id() for exchange in exchanges]
         assert ids[0] != ids[1]
         assert all(name.startswith(ID_PREFIX) and len(name) == len(ID_PREFIX) + 32 for name in ids)
 

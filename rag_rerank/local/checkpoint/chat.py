@@ -13,25 +13,15 @@ _PARTS = ("content[0]", ".type", "'type'", '"type"', "item.type", "message.conte
 
 @dataclass(frozen=True, slots=True)
 class ChatTemplate(Template):
-    """A chat template with messages of the roles ``query`` and ``document``.
+    """A chat template with messages of the roles ``query`` and ``document``."""
 
-    Attributes:
-        structured: Whether the content of a message is a list of parts.
-        system: Whether an instruction is the system's message; if not, it is a variable.
-        variables: What the template is given besides.
-    """
-
-    structured: bool = False
-    system: bool = True
-    variables: Mapping[str, Any] = field(default_factory=dict)
+    structured: bool = False  # whether the content of a message is a list of parts
+    system: bool = True  # whether an instruction is the system's message; if not, it is a variable
+    variables: Mapping[str, Any] = field(default_factory=dict)  # what the template is given besides
 
     @classmethod
     def of(cls, chat: Chat, source: str) -> Self:
-        """Make the template of a checkpoint that declares one.
-
-        Raises:
-            ConfigError: The template fails, or leaves the query or the document out.
-        """
+        """Make the template of a checkpoint that declares one."""
         structured = chat.form == "structured" or (chat.form == "auto" and any(part in source for part in _PARTS))
         made = cls("chat_template", source, structured, variables=chat.variables)
         return made if made.takes("instruction") else replace(made, system=False)
@@ -41,11 +31,8 @@ class ChatTemplate(Template):
         if self.system and variables.get("instruction"):
             variables = dict(variables)
             messages = {"system": variables.pop("instruction"), **messages}
-        contents = {
-            role: [{"type": "text", "text": text}] if self.structured else text for role, text in messages.items()
-        }
-        return {
-            **self.variables,
-            **variables,
-            "messages": [{"role": role, "content": content} for role, content in contents.items()],
-        }
+        made = [
+            {"role": role, "content": [{"type": "text", "text": text}] if self.structured else text}
+            for role, text in messages.items()
+        ]
+        return {**self.variables, **variables, "messages": made}

@@ -46,11 +46,7 @@ class Checkpoint:
     def __init__(self, settings: Settings) -> None:
         self.name = name = settings.model
         self._settings = settings
-        self._source = {
-            "revision": settings.revision,
-            "local_files_only": settings.local_files_only,
-            "cache_dir": settings.cache_dir,
-        }
+        self._source = {key: getattr(settings, key) for key in ("revision", "local_files_only", "cache_dir")}
         self._code = {"trust_remote_code": settings.trust_remote_code}
         check_exists(name)
         if Path(name, "snapshots").is_dir():
@@ -93,7 +89,10 @@ class Checkpoint:
         """Load the weights, complete, on the device, in evaluation mode."""
         loaded: PreTrainedModel
         self._check_files()
-        with _without_bars() if self._is_small() else nullcontext():
+        # A folder with few weights: nothing is downloaded and little is read.
+        files = Path(self.name, self.transformer).glob("*.safetensors")
+        small = Path(self.name).is_dir() and sum(file.stat().st_size for file in files) < _SMALL
+        with _without_bars() if small else nullcontext():
             loaded, report = self._read(
                 auto.from_pretrained,
                 subfolder=self.transformer,
@@ -177,11 +176,6 @@ class Checkpoint:
                 "and the like, beside its config.json"
             )
 
-    def _is_small(self) -> bool:
-        """Tell whether this is a folder with few weights: nothing is downloaded and little is read."""
-        weights = Path(self.name, self.transformer).glob("*.safetensors")
-        return Path(self.name).is_dir() and sum(file.stat().st_size for file in weights) < _SMALL
-
     def _read(self, reader: Any, *args: Any, **options: Any) -> Any:
         try:
             return reader(self.name, *args, **self._source, **options)
@@ -213,16 +207,9 @@ def _without_bars() -> Iterator[None]:
 
 
 def max_length(checkpoint: Checkpoint, model: PreTrainedModel, declared: int | None, asked: int | None) -> int:
-    """Find the longest input in tokens.
+    """Find the longest input in tokens; ConfigError if the caller asked for more than the model was made for.
 
-    Args:
-        checkpoint: The model's.
-        model: Its positions are the utmost.
-        declared: What sentence-transformers' files say; it goes before what the tokenizer says.
-        asked: What the caller says.
-
-    Raises:
-        ConfigError: The caller asks for more than the model was made for.
+    What sentence-transformers' files declare goes before what the tokenizer says.
     """
     config = checkpoint.config.get_text_config()  # itself, where there is no tower beside it
     limits = [int(getattr(config, "max_position_embeddings", 0) or 0)]

@@ -1,10 +1,7 @@
 """What a checkpoint's files declare about how it scores, read once into one value.
 
-sentence-transformers writes it down: ``modules.json`` lists what a text passes through, each with a ``config.json`` of
-its own; ``config_sentence_transformers.json`` names the kind of model, its prompts, activation and similarity;
-``sentence_bert_config.json`` how texts become tokens. PyLate and Stanford's ColBERT have their own words for the same.
-The rules are those of sentence-transformers 6.2. What is declared and can't be done is refused by file and field: a
-score without it would be another model's.
+The rules are those of sentence-transformers 6.2; PyLate and Stanford's ColBERT have their own words for the same. What
+is declared and can't be done is refused by file and field: a score without it would be another model's.
 """
 
 import ast
@@ -24,12 +21,9 @@ IDENTITY, SIGMOID = "torch.nn.modules.linear.Identity", "torch.nn.modules.activa
 POOLINGS = ("cls", "max", "mean", "mean_sqrt_len_tokens", "weightedmean", "lasttoken")
 
 _MODULES, _MODEL = "modules.json", "config_sentence_transformers.json"
-_TEXTS = (
-    "sentence_bert_config.json",
-    *(
-        f"sentence_{name}_config.json"
-        for name in ("roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet")
-    ),
+_TEXTS = tuple(
+    f"sentence_{name}_config.json"
+    for name in ("bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet")
 )
 _KINDS: Mapping[str, Kind] = {
     "CrossEncoder": "cross-encoder",
@@ -66,128 +60,76 @@ _T = TypeVar("_T")
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """A module behind the transformer.
-
-    Attributes:
-        kind: Which.
-        folder: Where its weights are.
-        activation: The torch class that follows a Dense, by its full name.
-        residual: Whether a Dense adds its input to its output.
-    """
+    """A module behind the transformer."""
 
     kind: Literal["Dense", "LayerNorm", "Normalize"]
-    folder: str = ""
-    activation: str = IDENTITY
-    residual: bool = False
+    folder: str = ""  # of its weights
+    activation: str = IDENTITY  # the torch class that follows a Dense, by its full name
+    residual: bool = False  # whether a Dense adds its input to its output
 
 
 @dataclass(frozen=True, slots=True)
 class Pooling:
-    """How the states of a text's tokens become one vector.
+    """How the states of a text's tokens become one vector."""
 
-    Attributes:
-        modes: Of `POOLINGS`; the vectors of several are joined.
-        include_prompt: Whether the tokens of the prompt before a text count.
-    """
-
-    modes: tuple[str, ...]
-    include_prompt: bool = True
+    modes: tuple[str, ...]  # of `POOLINGS`; the vectors of several are joined
+    include_prompt: bool = True  # whether the tokens of the prompt before a text count
 
 
 @dataclass(frozen=True, slots=True)
 class Chat:
-    """Texts are rendered with the tokenizer's chat template.
+    """Texts are rendered with the tokenizer's chat template."""
 
-    Attributes:
-        form: Whether the content of a message is ``"structured"``, a list of parts, or ``"flat"`` text; ``"auto"`` goes
-            by what the template reads.
-        variables: What the template is given besides.
-    """
-
-    form: str = "auto"
-    variables: Mapping[str, Any] = field(default_factory=dict)
+    form: str = "auto"  # a message's content: "structured" in parts, "flat" text, or as the template reads it
+    variables: Mapping[str, Any] = field(default_factory=dict)  # what the template is given besides
 
 
 @dataclass(frozen=True, slots=True)
 class Expansion:
-    """How a short query is filled up, as in ColBERT.
+    """How a short query is filled up, as in ColBERT."""
 
-    Attributes:
-        length: To how many tokens.
-        fixed: Whether longer queries are cut to it.
-        attend: Whether other tokens attend to those that are added.
-        token: What it is filled up with; None for the tokenizer's mask, or its end of text where it has no mask.
-    """
-
-    length: int
-    fixed: bool = True
-    attend: bool = False
-    token: str | None = None
+    length: int  # in tokens
+    fixed: bool = True  # whether longer queries are cut to it
+    attend: bool = False  # whether other tokens attend to those that are added
+    token: str | None = None  # None: the tokenizer's mask, or its end of text where it has no mask
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Route:
-    """What a text passes through.
+    """What a text passes through."""
 
-    Attributes:
-        folder: The transformer's, within the checkpoint.
-        prompt: What stands before each text.
-        max_length: Longest input in tokens, where sentence-transformers' files limit it.
-        lower_case: Whether texts are lowered first.
-        chat: None where texts are tokenized as they are.
-        tokenizer_options: For loading the tokenizer.
-        token_layers: What the state of each token passes through.
-        pooling: None where each token keeps a vector of its own, or the transformer has a head.
-        layers: What the pooled vector passes through.
-    """
-
-    folder: str = ""
-    prompt: str = ""
-    max_length: int | None = None
-    lower_case: bool = False
-    chat: Chat | None = None
+    folder: str = ""  # the transformer's, within the checkpoint
+    prompt: str = ""  # before each text
+    max_length: int | None = None  # longest input in tokens, where sentence-transformers' files limit it
+    lower_case: bool = False  # whether texts are lowered first
+    chat: Chat | None = None  # None where texts are tokenized as they are
     tokenizer_options: Mapping[str, Any] = field(default_factory=dict)
-    token_layers: tuple[Layer, ...] = ()
-    pooling: Pooling | None = None
-    layers: tuple[Layer, ...] = ()
+    token_layers: tuple[Layer, ...] = ()  # what the state of each token passes through
+    pooling: Pooling | None = None  # None where each token keeps its own vector, or the transformer has a head
+    layers: tuple[Layer, ...] = ()  # what the pooled vector passes through
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Declaration:
-    """How a checkpoint scores.
-
-    Attributes:
-        kind: What it is.
-        modular: Whether it comes with ``modules.json``. Without, `query` and `document` say nothing.
-        query, document: What queries and documents pass through. The same, but for prompt and length, unless a Router
-            parts them. The pair of a cross-encoder passes through `document`, with its prompt before the query.
-        answers: Ids of the tokens whose logits make the score: ``(true,)``, or ``(false, true)`` for the difference.
-        activation: The torch class that makes scores of logits, by its full name; None where none is declared.
-        instruction: The task that a chat template is given unless the caller names another.
-        similarity: How vectors are compared.
-        dimensions: How many numbers of each vector are compared; None for all.
-        expansion: None leaves queries as they are.
-        skipped_words: Tokens that are not compared, in what is named by `skipped_in`.
-        kept_ids: If there are any, the only tokens of documents that are compared.
-        markers: Prompts that were tokens of their own in training.
-        adapter: Whether weights of an adapter (PEFT) lie here.
-    """
+    """How a checkpoint scores."""
 
     kind: Kind
-    modular: bool = False
+    modular: bool = False  # whether it comes with modules.json; without, `query` and `document` say nothing
+    # The same, but for prompt and length, unless a Router parts them. The pair of a cross-encoder passes through
+    # `document`, with its prompt before the query.
     query: Route = Route()
     document: Route = Route()
-    answers: tuple[int, ...] = ()
-    activation: str | None = None
-    instruction: str | None = None
+    answers: tuple[int, ...] = ()  # whose logits make the score: (true,), or (false, true) for the difference
+    activation: str | None = None  # the torch class that makes scores of logits, by its full name
+    instruction: str | None = None  # what a chat template is given unless the caller names another
     similarity: Similarity = "cosine"
-    dimensions: int | None = None
-    expansion: Expansion | None = None
-    skipped_words: tuple[str, ...] = ()
+    dimensions: int | None = None  # how many numbers of each vector are compared; None for all
+    expansion: Expansion | None = None  # of queries
+    skipped_words: tuple[str, ...] = ()  # tokens that are not compared, on the sides that `skipped_in` names
     skipped_in: tuple[str, ...] = ("document",)
-    kept_ids: tuple[int, ...] = ()
-    markers: tuple[str, ...] = ()
-    adapter: bool = False
+    kept_ids: tuple[int, ...] = ()  # if any, the only tokens of documents that are compared
+    markers: tuple[str, ...] = ()  # prompts that were tokens of their own in training
+    adapter: bool = False  # whether weights of an adapter (PEFT) lie here
 
     def as_vllm(self) -> "Declaration":
         """Give what vLLM makes of a declaration of late interaction: only the projection and its length."""
@@ -203,15 +145,10 @@ class _Refused(ConfigError):
 
 
 def read_declaration(name: str, read: Callable[[str], Any], kind: Kind | None = None) -> Declaration:
-    """Read what a checkpoint declares.
+    """Read what a checkpoint declares; ConfigError for a malformed file, or what can't be done.
 
-    Args:
-        name: The checkpoint's, for errors.
-        read: Returns the content of a JSON file of the checkpoint by its path, or None where there is no such file.
-        kind: What the caller says that it is; None believes the checkpoint.
-
-    Raises:
-        ConfigError: A file is malformed, or declares what can't be done.
+    `read` returns the content of a JSON file of the checkpoint by its path, or None where there is no such file; `kind`
+    is what the caller says that it is.
     """
     try:
         reader = _Reader(read)
@@ -299,53 +236,39 @@ class _Reader:
         if self.steps("query") != self.steps("document"):
             raise _Refused(f"{_MODULES} has a Router, but a cross-encoder reads query and document together")
         route, end = self._route("document", "", _SENTENCE)
-        answers: tuple[int, ...] = ()
-        if end == _LOGITS:
-            answers = self._answers(self.steps("document"))
-        elif end != _SCORES:
+        if end not in (_LOGITS, _SCORES):
             raise _Refused(f"{_MODULES} ends with {end}; a cross-encoder's last module makes {_SCORES}")
         return Declaration(
             kind="cross-encoder",
             modular=True,
             query=route,
             document=route if route.chat else replace(route, prompt=prompt),
-            answers=answers,
+            answers=self._answers() if end == _LOGITS else (),
             activation=self.model.get("activation_fn", str),
             instruction=(prompt or None) if route.chat else None,
         )
 
     def bi_encoder(self) -> Declaration:
-        prompts = self._prompts()
-        routes: dict[str, Route] = {}
-        for side, prompt in prompts.items():
-            routes[side], end = self._route(side, prompt, _SENTENCE)
-            if end != _SENTENCE or routes[side].chat:
-                what = "chat templates" if routes[side].chat else f"{end} at the end"
-                raise _Refused(f"{_MODULES} declares {what}; a bi-encoder is supported from plain text to {_SENTENCE}")
+        query, document = (self._vector_route(side, prompt, _SENTENCE) for side, prompt in self._prompts().items())
         return Declaration(
             kind="bi-encoder",
             modular=True,
+            query=query,
+            document=document,
             similarity=self._similarity("bi-encoder"),
             dimensions=self.model.get("truncate_dim", int),
-            query=routes["query"],
-            document=routes["document"],
         )
 
     def multi_vector(self) -> Declaration:
         # sentence-transformers' own have modules for all; PyLate's end with the projection.
         whole = self.model.get("model_type", str) == "MultiVectorEncoder"
         prefixes = {side: self.model.get(f"{side}_prefix", str) or "" for side in ("query", "document")}
-        routes: dict[str, Route] = {}
-        expansion: Expansion | None = None
+        routes: dict[Side, Route] = {}
         for side, prompt in self._prompts().items():
-            prefix = prefixes[side]
-            routes[side], end = self._route(side, prefix + prompt.removeprefix(prefix), _TOKENS)
-            if end != _TOKENS or routes[side].chat:
-                what = "chat templates" if routes[side].chat else f"{end} at the end"
-                raise _Refused(f"{_MODULES} declares {what}; late interaction is supported from text to {_TOKENS}")
-            if not whole and not any(layer.kind == "Normalize" for layer in routes[side].token_layers):
-                layers = (*routes[side].token_layers, Layer("Normalize"))
-                routes[side] = replace(routes[side], token_layers=layers)
+            route = self._vector_route(side, prefixes[side] + prompt.removeprefix(prefixes[side]), _TOKENS)
+            if not whole and not any(layer.kind == "Normalize" for layer in route.token_layers):
+                route = replace(route, token_layers=(*route.token_layers, Layer("Normalize")))
+            routes[side] = route
         masks = [folder for kind, folder in self.steps("document") if kind == "MultiVectorMask"]
         mask = self.file(_path(masks[0], "config.json")) if masks else self.model
         words = mask.get("skiplist_words", list)
@@ -376,26 +299,21 @@ class _Reader:
     def stanford(self) -> Declaration:
         """Read what the ColBERT of its authors declares: one file, and settings with defaults."""
         metadata = self.file("artifact.metadata")
-        markers = {
-            "query": metadata.get("query_token_id", str) or "[unused0]",
-            "document": metadata.get("doc_token_id", str) or "[unused1]",
-        }
-        layers = (Layer("Dense"), Layer("Normalize"))
+        markers = metadata.get("query_token_id", str) or "[unused0]", metadata.get("doc_token_id", str) or "[unused1]"
         length = metadata.get("query_maxlen", int) or _QUERY_LENGTH
-        lengths = {"query": length, "document": metadata.get("doc_maxlen", int)}
-        routes = {
-            side: Route(prompt=f"{marker} ", max_length=lengths[side], token_layers=layers)
-            for side, marker in markers.items()
-        }
+        query, document = (
+            Route(prompt=f"{marker} ", max_length=limit, token_layers=(Layer("Dense"), Layer("Normalize")))
+            for marker, limit in zip(markers, (length, metadata.get("doc_maxlen", int)), strict=True)
+        )
         skips = metadata.get("mask_punctuation", bool)
         return Declaration(
             kind="late-interaction",
-            query=routes["query"],
-            document=routes["document"],
+            query=query,
+            document=document,
             similarity="maxsim",
             expansion=Expansion(length, attend=bool(metadata.get("attend_to_mask_tokens", bool))),
             skipped_words=tuple(string.punctuation) if skips is not False else (),
-            markers=tuple(markers.values()),
+            markers=markers,
         )
 
     def _parted(self, step: tuple[str, str], side: Side) -> list[tuple[str, str]]:
@@ -420,6 +338,16 @@ class _Reader:
         modules = [{"type": types.get(module), "path": _path(folder, module)} for module in structure[name]]
         return [_step(module, router.path) for module in modules]
 
+    def _vector_route(self, side: Side, prompt: str, output: str) -> Route:
+        """Read what a text passes through on its way to vectors, with neither a chat template nor a head."""
+        route, end = self._route(side, prompt, output)
+        if end != output or route.chat:
+            what = "chat templates" if route.chat else f"{end} at the end"
+            supported = "a bi-encoder" if output == _SENTENCE else "late interaction"
+            text = "plain text" if output == _SENTENCE else "text"
+            raise _Refused(f"{_MODULES} declares {what}; {supported} is supported from {text} to {output}")
+        return route
+
     def _route(self, side: Side, prompt: str, dense_input: str) -> tuple[Route, str]:
         """Read what a text passes through, and what comes out."""
         (kind, folder), *rest = self.steps(side) or [("nothing", "")]
@@ -441,12 +369,8 @@ class _Reader:
             elif kind == "Dense":
                 reads = reads or dense_input
                 makes = config.get("module_output_name", str) or reads
-                layer = Layer(
-                    "Dense",
-                    place,
-                    config.get("activation_function", str) or "torch.nn.modules.activation.Tanh",
-                    bool(config.get("use_residual", bool)),
-                )
+                activation = config.get("activation_function", str) or "torch.nn.modules.activation.Tanh"
+                layer = Layer("Dense", place, activation, bool(config.get("use_residual", bool)))
                 (layers if pooling else token_layers).append(layer)
             elif kind in ("LayerNorm", "Normalize"):
                 reads = reads or _SENTENCE
@@ -487,11 +411,9 @@ class _Reader:
 
     def _max_length(self, texts: _File, side: Side) -> int | None:
         options = texts.get("processing_kwargs", dict) or {}
-        groups = [options.get(group) or {} for group in ("chat_template", "text", "common")]
-        by_side = texts.get(f"{side}_length", int) or self.model.get(f"{side}_length", int)
-        sizes = [group.get("max_length") for group in groups]
+        sizes = [(options.get(group) or {}).get("max_length") for group in ("chat_template", "text", "common")]
         sizes += [
-            by_side,
+            texts.get(f"{side}_length", int) or self.model.get(f"{side}_length", int),
             _options(texts, "processor_kwargs").get("model_max_length"),
             texts.get("max_seq_length", int),
         ]
@@ -515,9 +437,9 @@ class _Reader:
             self.model.refuse("similarity_fn_name", f"is {named!r}; supported are {', '.join(allowed)}")
         return named or allowed[0]
 
-    def _answers(self, steps: list[tuple[str, str]]) -> tuple[int, ...]:
+    def _answers(self) -> tuple[int, ...]:
         """Read the ids of LogitScore, as in `Declaration.answers`."""
-        folders = [folder for kind, folder in steps if kind == "LogitScore"]
+        folders = [folder for kind, folder in self.steps("document") if kind == "LogitScore"]
         if not folders:
             raise _Refused(f"{_MODULES} has no LogitScore: which tokens answer is not declared")
         config = self._config(folders[0])
@@ -604,10 +526,8 @@ def _chat(texts: _File, task: str) -> Chat | None:
         return None
     name = "message" if "message" in ways else "text"
     way = ways.get(name)
-    expected = {
-        "method": "forward",
-        "method_output_name": "last_hidden_state" if task == "feature-extraction" else "logits",
-    }
+    output = "last_hidden_state" if task == "feature-extraction" else "logits"
+    expected = {"method": "forward", "method_output_name": output}
     if not isinstance(way, Mapping) or {key: way.get(key) for key in expected} != expected:
         texts.refuse(f"modality_config.{name}", f"is {way!r}; supported is {expected}")
     if name == "text":

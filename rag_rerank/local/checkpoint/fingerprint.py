@@ -18,8 +18,6 @@ TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json"),
     *("merges.txt", "vocab.txt", "tokenizer.model", "spiece.model", "chat_template.jinja"),
 )
-"""Where tokenizers are kept."""
-
 _SETTINGS = frozenset((".json", ".txt", ".model", ".jinja", ".py", ".metadata", ".tiktoken"))
 _NO_SETTINGS = ("generation_config.json", "trainer_state.json", "README", "LICENSE", "requirements.txt", "results.json")
 # Of a large tensor, this many samples of so many bytes: a gigabyte in 1,190 tensors takes 15 ms; with 1,024 bytes, 25.
@@ -27,18 +25,10 @@ _SAMPLES, _SAMPLE_BYTES = 8, 256
 
 
 def fingerprint(folder: Path, base: Path | None = None) -> dict[str, str]:
-    """Hash what a checkpoint's folder holds, wherever it lies.
+    """Hash what a checkpoint's folder holds, and that of the `base` model if it is an adapter.
 
-    Args:
-        folder: Of the checkpoint; in the hub's cache, its snapshot.
-        base: Of the model that an adapter in `folder` adapts.
-
-    Returns:
-        ``weights``: of the safetensors files, of which samples of every tensor are read; ``checkpoint files``: of
-        configurations, tokenizer and code, read whole.
-
-    Raises:
-        ConfigError: A safetensors file is damaged.
+    ``weights`` is of the safetensors files, of which samples of every tensor are read, and which raise ConfigError if
+    damaged; ``checkpoint files`` of configurations, tokenizer and code, read whole.
     """
     weights, settings = hashlib.sha256(), hashlib.sha256()
     for origin, root in (("", folder), ("base", base)):

@@ -23,23 +23,17 @@ Head = Callable[[States], Tensor]
 
 @dataclass(frozen=True, slots=True)
 class PairModel:
-    """A model that reads query and document together: a sequence and a logit for each pair.
-
-    Attributes:
-        prompts: Makes the sequences.
-        activation: From logits to scores, elementwise.
-        transformer: The model without its head.
-        head: The rest of it.
-    """
+    """A model that reads query and document together: a sequence and a logit for each pair."""
 
     prompts: "Prompts | ImagePrompts"
-    activation: Activation
-    transformer: Transformer
+    activation: Activation  # from logits to scores, elementwise
+    transformer: Transformer  # without its head
     head: Head
 
     def inputs(self, queries: list[Any], documents: list[Any], instruction: str | None = None) -> Inputs:
         """Make one sequence per pair."""
-        return Inputs(self.prompts.instructed(instruction).sequences(queries, documents), self._scores)
+        sequences = self.prompts.instructed(instruction).sequences(queries, documents)
+        return Inputs(sequences, lambda logits: self.activation(logits[:, 0]).tolist())
 
     def document_space(self, queries: list[Any], instruction: str | None = None) -> list[int]:
         """Count the tokens of a document that are read beside each of the queries."""
@@ -51,10 +45,6 @@ class PairModel:
         logits = self.head(self.transformer.states(sequences)).float()
         # Of two, the second says "relevant": its share in their softmax is the sigmoid of the difference.
         return logits if logits.shape[1] == 1 else logits[:, 1:] - logits[:, :1]
-
-    def _scores(self, logits: Tensor) -> list[float]:
-        scores: list[float] = self.activation(logits[:, 0]).tolist()
-        return scores
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,11 +59,7 @@ class Whole(Padded):
 
 
 def classification_head(model: Any) -> Head:
-    """Take the head off a ``*ForSequenceClassification`` of one of `ENCODERS`, as transformers wrote it.
-
-    Raises:
-        ConfigError: It pools in a way that transformers has not.
-    """
+    """Take the head off a ``*ForSequenceClassification`` of one of `ENCODERS`, as transformers wrote it."""
     kind = model.config.model_type
     if kind in ("bert", "gte"):
         return lambda states: model.classifier(model.base_model.pooler(states.first().unsqueeze(1)))

@@ -15,23 +15,18 @@ from rag_rerank.local.transformer.transformer import States, largest_of_each
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-Activation = Callable[[Tensor], Tensor]
+_OWN = ("linear", "colbert_linear", "residual", "norm")
 
 
-def activation(name: str, where: str) -> Activation:
-    """Return the activation of a torch class that works on each number alone.
+def activation(name: str, where: str) -> nn.Module:
+    """Make the activation of a full name such as ``torch.nn.modules.activation.Sigmoid``, named in the file `where`.
 
-    Args:
-        name: Its full name, such as ``torch.nn.modules.activation.Sigmoid``.
-        where: The file and field that name it, for errors.
-
-    Raises:
-        ConfigError: It is none of `torch.nn`, or mixes the scores of several documents.
+    ConfigError if it is none of `torch.nn`, or mixes the scores of several documents.
     """
     found = getattr(nn, name.rpartition(".")[2], None) if name.startswith("torch.nn.") else None
     numbers = torch.tensor([[-1.0, 2.0]])
     try:
-        made: Activation = found()  # type: ignore[misc]
+        made: nn.Module = found()  # type: ignore[misc]
         alone = torch.stack([made(number) for number in numbers[0]])
         if torch.equal(made(numbers)[0], alone):
             return made
@@ -45,9 +40,8 @@ def activation(name: str, where: str) -> Activation:
 def config_activation(config: "PreTrainedConfig") -> str | None:
     """Find the activation that a ``config.json`` names, as vLLM finds it; None where it names none.
 
-    In this order: ``problem_type``; the torch module that sentence-transformers wrote into the config (``Identity`` for
-    ms-marco models of old: then scores are logits, not within 0 and 1). (vLLM 0.32,
-    ``model_executor/layers/pooler/activations.py``.)
+    sentence-transformers wrote ``Identity`` into ms-marco models of old: then scores are logits, not within 0 and 1.
+    (vLLM 0.32, ``model_executor/layers/pooler/activations.py``.)
     """
     problem_type = getattr(config, "problem_type", None)
     if problem_type == "regression":
@@ -59,14 +53,9 @@ def config_activation(config: "PreTrainedConfig") -> str | None:
 
 
 def read_layers(file: Callable[[str], str | Path | None], layers: Sequence[Layer]) -> nn.Sequential:
-    """Read modules with their weights, float32 on the CPU.
+    """Read modules with their weights, float32 on the CPU; ConfigError if these are missing or damaged.
 
-    Args:
-        file: The local path of a file of the checkpoint, or None where it has no such file.
-        layers: In order.
-
-    Raises:
-        ConfigError: Weights are missing or damaged, or see `activation`.
+    `file` gives the local path of a file of the checkpoint, or None where it has no such file.
     """
     return nn.Sequential(*(_module(file, layer) for layer in layers)).requires_grad_(False)
 
@@ -81,15 +70,6 @@ class _Residual(nn.Module):
     def forward(self, vectors: Tensor) -> Tensor:
         made: Tensor = self.dense(vectors) + self.projection(vectors)
         return made
-
-
-class _Activation(nn.Module):
-    def __init__(self, function: Activation) -> None:
-        super().__init__()
-        self.function = function
-
-    def forward(self, vectors: Tensor) -> Tensor:
-        return self.function(vectors)
 
 
 class _Normalize(nn.Module):
@@ -108,7 +88,7 @@ def _module(file: Callable[[str], str | Path | None], layer: Layer) -> nn.Module
         return norm
     dense = nn.Sequential(
         _linear(path, weights, ("linear.", "colbert_linear.")),
-        _Activation(activation(layer.activation, f"{layer.folder}/config.json")),
+        activation(layer.activation, f"{layer.folder}/config.json"),
     )
     if not layer.residual:
         return dense
@@ -137,20 +117,8 @@ def _weights(name: str, path: str | Path | None) -> dict[str, Tensor]:
         raise ConfigError(f"{name} holds no safetensors weights ({error}): copy the file anew") from error
 
 
-_OWN = ("linear", "colbert_linear", "residual", "norm")
-
-
 def pool(states: States, pooling: Pooling, skip: int = 0) -> Tensor:
-    """Make one vector of the states of each sequence.
-
-    Args:
-        states: Of a batch.
-        pooling: How.
-        skip: How many tokens at the beginning of each sequence don't count.
-
-    Returns:
-        float32 ``[sequences, modes * size]``.
-    """
+    """Make one vector of each sequence, without its first `skip` tokens: float32 ``[sequences, modes * size]``."""
     return torch.cat([_POOLINGS[mode](states, skip) for mode in pooling.modes], dim=1)
 
 
@@ -174,10 +142,6 @@ def _mean(states: States, skip: int, power: float = 1.0) -> Tensor:
     return _sums(tokens, owners, count) / (counts**power).unsqueeze(1)
 
 
-def _root_mean(states: States, skip: int) -> Tensor:
-    return _mean(states, skip, 0.5)
-
-
 def _weighted_mean(states: States, skip: int) -> Tensor:
     tokens, owners, places = _counted(states, skip)
     weights, count = places.float().unsqueeze(1), len(states.lengths)
@@ -195,15 +159,11 @@ def _first(states: States, skip: int) -> Tensor:
     return states.tokens[places].float()
 
 
-def _last(states: States, skip: int) -> Tensor:
-    return states.last().float()
-
-
 _POOLINGS: dict[str, Callable[[States, int], Tensor]] = {
     "cls": _first,
     "max": _max,
     "mean": _mean,
-    "mean_sqrt_len_tokens": _root_mean,
+    "mean_sqrt_len_tokens": lambda states, skip: _mean(states, skip, power=0.5),
     "weightedmean": _weighted_mean,
-    "lasttoken": _last,
+    "lasttoken": lambda states, _skip: states.last().float(),
 }
