@@ -4,7 +4,7 @@ This is where everything comes together, so it is the one module of the package 
 imports them where it shows that they return what `Scorer.rerank` returns.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 from rich.console import Console
 from rich.markup import escape
@@ -23,13 +23,7 @@ SHOWN = 3  # queries, and documents of each
 
 
 def run_demo(scorer: Scorer, console: Console, *, model: str, limit: int | None = None) -> dict[str, float]:
-    """Rerank the embedded collection and show the result.
-
-    Args:
-        scorer: Does the reranking.
-        console: Where tables and the progress bar go.
-        model: What to call it.
-        limit: Only the first so many queries; None for all 170.
+    """Rerank the embedded collection and show the result; `limit` keeps only the first so many of its 170 queries.
 
     Returns:
         ``nDCG@10 before``, ``nDCG@10 after`` and the same of ``RR@10``.
@@ -56,10 +50,8 @@ def run_demo(scorer: Scorer, console: Console, *, model: str, limit: int | None 
         console.print(f"[bold]{title}[/]", _movements(evaluation, query))
     console.print(_summary(evaluation))
     console.print(_agreement(scorer, evaluation, list(queries.values())))
-    after = evaluation.systems[0].deepest
-    return {f"{name} before": mean(evaluation.before[name]) for name in ("nDCG@10", "RR@10")} | {
-        f"{name} after": after.mean(name) for name in ("nDCG@10", "RR@10")
-    }
+    means = {"before": evaluation.before, "after": evaluation.systems[0].deepest.values}
+    return {f"{name} {when}": mean(values[name]) for when, values in means.items() for name in ("nDCG@10", "RR@10")}
 
 
 def _queries_to_show(evaluation: Evaluation) -> dict[str, str]:
@@ -96,17 +88,13 @@ def _summary(evaluation: Evaluation) -> Table:
 
 def _agreement(scorer: Scorer, evaluation: Evaluation, queries: list[str]) -> Table:
     """Compare with what both frameworks return for the same documents."""
-    orders: dict[str, Callable[[Scorer, str, Mapping[str, str]], list[str]]] = {
-        "LangChain": _langchain_order,
-        "LlamaIndex": _llama_index_order,
-    }
-    title = "The same through the frameworks"
-    table = Table("query", "rag_rerank's top 3", *orders, title=title, title_justify="left", title_style="bold")
+    table = Table("query", "rag_rerank's top 3", "LangChain", "LlamaIndex", title_justify="left", title_style="bold")
+    table.title = "The same through the frameworks"
     for query in queries:
         text, expected = evaluation.collection.queries[query], evaluation.ranking(evaluation.systems[0], query)
         documents = {name: evaluation.collection.documents[name] for name in evaluation.candidates[query]}
         row = [escape(text), ", ".join(expected[:3])]
-        for order in orders.values():
+        for order in (_langchain_order, _llama_index_order):
             try:
                 same = order(scorer, text, documents) == expected
                 row.append(f"[green]same order, {len(expected)} of {len(expected)}[/]" if same else "[red]differs[/]")
@@ -123,8 +111,8 @@ def _langchain_order(scorer: Scorer, query: str, documents: Mapping[str, str]) -
     from langchain_rag_rerank import ScorerReranker
 
     candidates = [Document(id=name, page_content=text) for name, text in documents.items()]
-    ranked = ScorerReranker(scorer=scorer, top_n=None).compress_documents(candidates, query)
-    return [str(document.id) for document in ranked]
+    reranker = ScorerReranker(scorer=scorer, top_n=None)
+    return [str(document.id) for document in reranker.compress_documents(candidates, query)]
 
 
 def _llama_index_order(scorer: Scorer, query: str, documents: Mapping[str, str]) -> list[str]:

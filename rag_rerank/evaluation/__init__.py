@@ -11,19 +11,14 @@
 Needs the extra `eval`: bm25s for BM25, ir-measures (on pytrec_eval) for the measures, matplotlib for plots.
 """
 
-from rag_rerank.evaluation.collection import Collection as Collection
-from rag_rerank.evaluation.measures import DEFAULT_MEASURES as DEFAULT_MEASURES
-from rag_rerank.evaluation.measures import Run as Run
-from rag_rerank.evaluation.measures import measure as measure
-from rag_rerank.evaluation.results import Evaluation as Evaluation
-from rag_rerank.evaluation.results import Level as Level
-from rag_rerank.evaluation.results import System as System
-from rag_rerank.evaluation.retrieval import BM25 as BM25
-from rag_rerank.evaluation.running import DEFAULT_DEPTHS as DEFAULT_DEPTHS
-from rag_rerank.evaluation.running import evaluate as evaluate
-from rag_rerank.evaluation.scoring import Latency as Latency
-from rag_rerank.evaluation.significance import Comparison as Comparison
-from rag_rerank.evaluation.significance import compare as compare
-from rag_rerank.evaluation.trec import read_judgments as read_judgments
-from rag_rerank.evaluation.trec import read_run as read_run
-from rag_rerank.evaluation.trec import write_run as write_run
+from rag_rerank.evaluation.collection import Collection
+from rag_rerank.evaluation.measures import DEFAULT_MEASURES, Run, measure
+from rag_rerank.evaluation.results import Evaluation, Level, System
+from rag_rerank.evaluation.retrieval import BM25
+from rag_rerank.evaluation.running import DEFAULT_DEPTHS, evaluate
+from rag_rerank.evaluation.scoring import Latency
+from rag_rerank.evaluation.significance import Comparison, compare
+from rag_rerank.evaluation.trec import read_judgments, read_run, write_run
+
+__all__ = ["Collection", "DEFAULT_DEPTHS", "DEFAULT_MEASURES", "Evaluation", "Latency", "Level", "Run", "System"]
+__all__ += ["BM25", "Comparison", "compare", "evaluate", "measure", "read_judgments", "read_run", "write_run"]

@@ -10,9 +10,8 @@ import logging
 import os
 import sqlite3
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import Self
 
 from rag_rerank.errors import ConfigError
 from rag_rerank.identity import Identity
@@ -34,18 +33,11 @@ def default_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rag_rerank"
 
 
-class ScoreCache:
-    """The scores of one scorer, and how long its calls took.
+class ScoreCache(AbstractContextManager["ScoreCache"]):
+    """The scores of one scorer, and how long its calls took; a ConfigError where its file can't be used.
 
     Scorers that differ in anything that `Identity` compares never see scores of each other. Where a scorer is new, one
     logged warning says in what it differs from the last one with the model's name.
-
-    Args:
-        folder: Where the file is, or is to be made.
-        identity: Whose scores.
-
-    Raises:
-        ConfigError: The file can't be made, read or written, here and in all methods.
     """
 
     def __init__(self, folder: str | Path, identity: Identity) -> None:
@@ -88,23 +80,21 @@ class ScoreCache:
 
     def scores(self, query: str, documents: Sequence[str]) -> list[float | None]:
         """Look up the score of each document, None where it is not known."""
-        keys = [_key(self._salt, query, document) for document in documents]
-        known = self._look_up("SELECT pair, score FROM scores WHERE pair IN ({})", keys)
-        return [known.get(key) for key in keys]
+        keys = [self._key(query, document) for document in documents]
+        return self._look_up("SELECT pair, score FROM scores WHERE pair IN ({})", keys)
 
     def seconds(self, query: str, calls: Sequence[Sequence[str]]) -> list[float | None]:
         """Look up how long a call with each of these lists of documents took in this place, None if there was none."""
-        keys = [_key(self._salt, self._place, query, *documents) for documents in calls]
-        known = self._look_up("SELECT call, seconds FROM times WHERE call IN ({})", keys)
-        return [known.get(key) for key in keys]
+        keys = [self._key(self._place, query, *documents) for documents in calls]
+        return self._look_up("SELECT call, seconds FROM times WHERE call IN ({})", keys)
 
-    def _look_up(self, statement: str, keys: Sequence[bytes]) -> dict[bytes, float]:
+    def _look_up(self, statement: str, keys: Sequence[bytes]) -> list[float | None]:
         values: dict[bytes, float] = {}
         with self._explained():
             for start in range(0, len(keys), _KEYS_PER_QUERY):
                 part = keys[start : start + _KEYS_PER_QUERY]
                 values.update(self._database.execute(statement.format(",".join("?" * len(part))), part))
-        return values
+        return [values.get(key) for key in keys]
 
     def keep(
         self, query: str, documents: Sequence[str], scores: Sequence[float | None], seconds: float | None = None
@@ -113,36 +103,26 @@ class ScoreCache:
 
         At once, in a transaction of its own, so that a kill loses one call: 1.7 ms for 100 scores.
         """
-        new = [
-            (_key(self._salt, query, text), score)
-            for text, score in zip(documents, scores, strict=True)
-            if score is not None
-        ]
+        pairs = zip(documents, scores, strict=True)
+        new = [(self._key(query, text), score) for text, score in pairs if score is not None]
         with self._explained(), self._transaction():
             self._database.executemany("INSERT OR REPLACE INTO scores VALUES (?, ?)", new)
             if seconds is not None:
-                call = _key(self._salt, self._place, query, *documents)
+                call = self._key(self._place, query, *documents)
                 self._database.execute("INSERT OR REPLACE INTO times VALUES (?, ?)", (call, seconds))
 
     def close(self) -> None:
         """Close the file."""
         self._database.close()
 
-    def __enter__(self) -> Self:
-        return self
-
     def __exit__(self, *_: object) -> None:
         self.close()
 
     @contextmanager
     def _transaction(self) -> Iterator[None]:
-        self._database.execute("BEGIN IMMEDIATE")  # not when it first writes: two that have read would then block
-        try:
+        with self._database:  # commits, or rolls back
+            self._database.execute("BEGIN IMMEDIATE")  # not when it first writes: two that have read would then block
             yield
-        except BaseException:
-            self._database.execute("ROLLBACK")
-            raise
-        self._database.execute("COMMIT")
 
     @contextmanager
     def _explained(self) -> Iterator[None]:
@@ -154,11 +134,9 @@ class ScoreCache:
                 "another folder, or do without."
             ) from error
 
-
-def _key(salt: bytes, *texts: str) -> bytes:
-    """16 bytes that no other sequence of texts has."""
-    digest = hashlib.blake2b(digest_size=16, key=salt)
-    for text in texts:
-        data = text.encode("utf-8", "surrogatepass")
-        digest.update(b"%d " % len(data) + data)
-    return digest.digest()
+    def _key(self, *texts: str) -> bytes:
+        """16 bytes that no other scorer or sequence of texts has."""
+        encoded = [text.encode("utf-8", "surrogatepass") for text in texts]
+        return hashlib.blake2b(
+            b"".join(b"%d " % len(data) + data for data in encoded), digest_size=16, key=self._salt
+        ).digest()

@@ -56,9 +56,7 @@ class Collection:
         corpus = find(folder, _CORPUS)
         judgments = read_judgments(*([qrels] if qrels is not None else find(folder, _QRELS)))
         relevant = {document for grades in judgments.values() for document, grade in grades.items() if grade > 0}
-        texts = {
-            name: text for name, text in _texts(corpus) if documents is None or name in documents or name in relevant
-        }
+        texts = {key: text for key, text in _texts(corpus) if documents is None or key in documents or key in relevant}
         queries = {name: text for name, text in _texts(find(folder, _QUERIES)) if name in judgments}
         if not texts:
             raise ConfigError(f"{folder} has no documents, or none of those that the run needs")

@@ -11,31 +11,17 @@ from rag_rerank.files.formats import Reader
 
 
 def find(folder: Path, patterns: Sequence[str]) -> list[Path]:
-    """Find the files that match the first pattern which any file matches.
-
-    Args:
-        folder: Where to look.
-        patterns: Names or globs below it, the usual one first.
-
-    Raises:
-        ConfigError: None matches.
-    """
+    """Find the files that match the first of `patterns` which any file matches; a ConfigError where none does."""
     for pattern in patterns:
         if paths := sorted(folder.glob(pattern)):
             return paths
-    others = ", ".join(patterns[1:])
-    raise ConfigError(f"{folder / patterns[0]} can't be read: no such file (nor any of {others})")
+    raise ConfigError(f"{folder / patterns[0]} can't be read: no such file (nor any of {', '.join(patterns[1:])})")
 
 
 def lines(path: Path, columns: Sequence[str] | None = None) -> Iterator[tuple[str, str]]:
-    """Yield (place, line) of every line that is not blank, as a stream.
+    """Yield (place, line) of every line that is not blank; a ConfigError where `path` can't be read.
 
-    Args:
-        path: Gzipped if its name ends in ``.gz``; if in ``.parquet``, each row is the line of JSON that it would be.
-        columns: Of Parquet only these are read: embeddings, say, may be beside them.
-
-    Raises:
-        ConfigError: It can't be read, or is not UTF-8; for Parquet, pyarrow is not installed.
+    Of Parquet, each row is the line of JSON that it would be, of `columns` only: embeddings, say, may be beside them.
     """
     kind = "row" if path.suffix == ".parquet" else "line"
     try:
@@ -50,11 +36,7 @@ def lines(path: Path, columns: Sequence[str] | None = None) -> Iterator[tuple[st
 
 
 def rows(path: Path, columns: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield (place, row) of every row of a JSON Lines or Parquet file; see `lines`.
-
-    Raises:
-        ConfigError: As `lines`, or a line is no JSON object.
-    """
+    """Yield (place, row) of every row of a JSON Lines or Parquet file; see `lines`."""
     for place, line in lines(path, columns):
         try:
             row = json.loads(line)

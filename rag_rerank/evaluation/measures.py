@@ -24,10 +24,8 @@ def measure(
     Args:
         judgments: Query id to document id to grade.
         run: What was retrieved or reranked.
-        measures: Names as in ir-measures. nDCG has linear gain, ties are broken by document id: pytrec_eval's habits.
-
-    Raises:
-        ConfigError: ir-measures does not know a measure, or can't calculate it.
+        measures: Names as in ir-measures; a ConfigError for one that it does not know or can't calculate. nDCG has
+            linear gain, ties are broken by document id: pytrec_eval's habits.
     """
     values = Measurer(judgments, measures).measure_run(run)
     return {name: mean(values[name]) for name in measures}
@@ -39,24 +37,13 @@ def mean(values: Mapping[str, float]) -> float:
 
 
 class Measurer:
-    """Measures rankings against judgments.
-
-    Args:
-        judgments: Query id to document id to grade; at least one query.
-        measures: Names as in ir-measures, MRR, MAP and Recall among them.
-
-    Attributes:
-        measures: Those names.
-
-    Raises:
-        ConfigError: ir-measures does not know a measure, or can't calculate it.
-    """
+    """Measures rankings against judgments; arguments and errors as of `measure`."""
 
     def __init__(self, judgments: Mapping[str, Mapping[str, int]], measures: Sequence[str]) -> None:
         if not (judgments and measures):
             raise ConfigError("there is nothing to measure: no judgments or no measures")
-        self.measures = tuple(dict.fromkeys(measures))
-        self._wanted = {name: _parsed(name) for name in self.measures}
+        self._wanted = {name: _parsed(name) for name in measures}
+        self.measures = tuple(self._wanted)
         self._queries = list(judgments)
         try:
             self._evaluator = ir_measures.evaluator(list(self._wanted.values()), judgments)
@@ -70,9 +57,8 @@ class Measurer:
 
     def measure_rankings(self, rankings: Rankings) -> dict[str, dict[str, float]]:
         """Map each measure to query id to value, for every judged query; only the order counts, so nothing ties."""
-        return self.measure_run(
-            {query: {name: -rank for rank, name in enumerate(rankings[query])} for query in rankings}
-        )
+        run = {query: {name: -rank for rank, name in enumerate(names)} for query, names in rankings.items()}
+        return self.measure_run(run)
 
     def measure_run(self, run: Run) -> dict[str, dict[str, float]]:
         """Measure documents in the order of their scores, ties by document id; a query without results gets 0."""
@@ -86,6 +72,5 @@ def _parsed(name: str) -> Any:
     try:
         return ir_measures.parse_measure(name)
     except (NameError, ValueError, SyntaxError, TypeError, AttributeError, KeyError) as error:
-        raise ConfigError(
-            f"the measure {name!r} is not known ({error}); some that are: nDCG@10, MRR@10, Recall@100, MAP, P@5"
-        ) from error
+        known = "nDCG@10, MRR@10, Recall@100, MAP, P@5"
+        raise ConfigError(f"the measure {name!r} is not known ({error}); some that are: {known}") from error

@@ -7,7 +7,7 @@ said by the page: `mark` gives the colour and marker of each reranker.
 import html
 import io
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 from rag_rerank.errors import ConfigError
@@ -25,29 +25,29 @@ except ModuleNotFoundError as error:  # pragma: no cover - the tests have it
 # Colours that stand for the page's own, CSS variables, until the drawing is done.
 _ROLES = {"ink": "#010101", "muted": "#020202", "line": "#030303", "better": "#040404", "worse": "#050505"}
 _SERIES = tuple(f"#0606{number:02x}" for number in range(1, 7))
-_MARKERS = "os^Dv*"
-_FAR_APART = 20
-_VARIABLES = {colour: f"var(--{role})" for role, colour in _ROLES.items()} | {
-    colour: f"var(--series-{number})" for number, colour in enumerate(_SERIES, 1)
+_MARKERS = {  # matplotlib's, and as SVG
+    "o": '<circle cx="12" cy="6" r="4"/>',
+    "s": '<rect x="8" y="2" width="8" height="8"/>',
+    "^": '<path d="M12 1 17 10H7z"/>',
+    "D": '<path d="M12 1 17 6 12 11 7 6z"/>',
+    "v": '<path d="M12 11 17 2H7z"/>',
+    "*": '<path d="M12 0 13.500 4.500H18L14.500 7.500 16 12 12 9 8 12 9.500 7.500 6 4.500H10.500z"/>',
 }
+_LINES = list(zip(_SERIES, _MARKERS, strict=True))
+_FAR_APART = 20
+_VARIABLES = {colour: f"var(--{role})" for role, colour in _ROLES.items()}
+_VARIABLES |= {colour: f"var(--series-{number})" for number, colour in enumerate(_SERIES, 1)}
 
 _STYLE: dict[Any, Any] = {  # matplotlib's types list every setting that one version has
     "svg.fonttype": "none",  # text as text
     "text.parse_math": False,  # a "$" in a model's name is a "$"
     "font.size": 9.5,
-    "text.color": _ROLES["ink"],
-    "axes.labelcolor": _ROLES["ink"],
-    "axes.edgecolor": _ROLES["muted"],
-    "xtick.color": _ROLES["muted"],
-    "ytick.color": _ROLES["muted"],
-    "xtick.labelcolor": _ROLES["ink"],
-    "ytick.labelcolor": _ROLES["ink"],
-    "axes.grid": True,
-    "axes.axisbelow": True,
+    **dict.fromkeys(("text.color", "axes.labelcolor", "xtick.labelcolor", "ytick.labelcolor"), _ROLES["ink"]),
+    **dict.fromkeys(("axes.edgecolor", "xtick.color", "ytick.color"), _ROLES["muted"]),
+    **dict.fromkeys(("axes.grid", "axes.axisbelow"), True),
     "grid.color": _ROLES["line"],
     "grid.linewidth": 0.7,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
+    **dict.fromkeys(("axes.spines.top", "axes.spines.right"), False),
     "lines.linewidth": 1.8,
     "lines.markersize": 5.0,
 }
@@ -62,7 +62,7 @@ def quality_by_depth(evaluation: Evaluation) -> str:
         ceiling = [mean(evaluation.ceilings[depth][evaluation.measure]) for depth in depths]
         axes.plot(depths, ceiling, color=_ROLES["muted"], linestyle="--", linewidth=1.4)
         for number, system in enumerate(evaluation.systems):
-            colour, marker = _series(number)
+            colour, marker = _LINES[number % len(_LINES)]
             gains = [level.gains[evaluation.measure] for level in system.levels]
             low, high = [before + gain.low for gain in gains], [before + gain.high for gain in gains]
             axes.fill_between(depths, low, high, color=colour, alpha=0.16, linewidth=0)
@@ -70,51 +70,40 @@ def quality_by_depth(evaluation: Evaluation) -> str:
         axes.set_xscale("log")
         axes.set_xticks(depths, [str(depth) for depth in depths])
         axes.minorticks_off()
-        axes.set_xlabel("candidates reranked")
-        axes.set_ylabel(evaluation.measure)
+        axes.set(xlabel="candidates reranked", ylabel=evaluation.measure)
 
     return _svg("depth", f"{evaluation.measure} against depth", draw)
 
 
 def quality_by_latency(evaluation: Evaluation) -> str | None:
     """Plot the first measure against a query's median time, a point for each depth; None where no time is known."""
-    if not any(level.latency for system in evaluation.systems for level in system.levels):
+    times = [level.latency.p50 for system in evaluation.systems for level in system.levels if level.latency]
+    if not times:
         return None
 
     def draw(axes: Axes) -> None:
         axes.axhline(mean(evaluation.before[evaluation.measure]), color=_ROLES["ink"], linestyle=":", linewidth=1.4)
         for number, system in enumerate(evaluation.systems):
-            colour, marker = _series(number)
-            points = [
-                (1000 * level.latency.p50, level.mean(evaluation.measure), level.depth)
-                for level in system.levels
-                if level.latency is not None
-            ]
-            axes.plot([x for x, _, _ in points], [y for _, y, _ in points], color=colour, marker=marker)
+            colour, marker = _LINES[number % len(_LINES)]
+            timed = [(level, 1000 * level.latency.p50) for level in system.levels if level.latency]
+            points = [(x, level.mean(evaluation.measure)) for level, x in timed]
+            axes.plot([x for x, _ in points], [y for _, y in points], color=colour, marker=marker)
             side = -1 if points and points[0][1] <= points[-1][1] else 1  # of a point, where the line is not
-            align: Any = "right" if side < 0 else "left"
-            for x, y, depth in points:
-                place = side * 4, 5
-                axes.annotate(
-                    str(depth), (x, y), place, textcoords="offset points", ha=align, color=colour, fontsize=8.5
-                )
+            style: dict[str, Any] = {"ha": "right" if side < 0 else "left", "color": colour, "fontsize": 8.5}
+            for (level, _), point in zip(timed, points, strict=True):
+                axes.annotate(str(level.depth), point, (side * 4, 5), textcoords="offset points", **style)
         axes.margins(x=0.1, y=0.15)
-        _scale(axes, [level.latency.p50 for each in evaluation.systems for level in each.levels if level.latency])
-        axes.set_xlabel("median milliseconds a query, to rerank")
-        axes.set_ylabel(evaluation.measure)
+        if max(times) < _FAR_APART * min(times):
+            axes.set_xlim(left=0)
+        else:  # too different for that: by powers of ten
+            axes.set_xscale("log")
+            steps = (1, 2, 5) if max(times) < _FAR_APART**2 * min(times) else (1,)
+            axes.xaxis.set_major_locator(LogLocator(subs=steps))
+            axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,g}"))
+            axes.minorticks_off()
+        axes.set(xlabel="median milliseconds a query, to rerank", ylabel=evaluation.measure)
 
     return _svg("latency", f"{evaluation.measure} against latency", draw)
-
-
-def _scale(axes: Axes, times: Sequence[float]) -> None:
-    """From 0, or where the times are too different for that, by powers of ten."""
-    if max(times) < _FAR_APART * min(times):
-        axes.set_xlim(left=0)
-        return
-    axes.set_xscale("log")
-    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if max(times) < _FAR_APART**2 * min(times) else (1,)))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,g}"))
-    axes.minorticks_off()
 
 
 def gains(evaluation: Evaluation, number: int) -> str:
@@ -127,9 +116,7 @@ def gains(evaluation: Evaluation, number: int) -> str:
         for colour, part in (("better", [max(0.0, value) for value in y]), ("worse", [min(0.0, value) for value in y])):
             axes.fill_between(x, part, step="post", color=_ROLES[colour], linewidth=0)
         axes.axhline(0, color=_ROLES["ink"], linewidth=0.8)
-        axes.set_xlim(0, len(values))
-        axes.set_xlabel("queries, by what they gained")
-        axes.set_ylabel(f"change of {measure}")
+        axes.set(xlim=(0, len(values)), xlabel="queries, by what they gained", ylabel=f"change of {measure}")
 
     return _svg(f"gains{number}", f"change of {measure} of every query", draw)
 
@@ -142,53 +129,28 @@ def query_gains(evaluation: Evaluation, system: System) -> dict[str, float]:
 
 def mark(number: int) -> str:
     """Draw an SVG as large as a letter, with the line and marker of the reranker at that position."""
-    shapes = {
-        "o": '<circle cx="12" cy="6" r="4"/>',
-        "s": '<rect x="8" y="2" width="8" height="8"/>',
-        "^": '<path d="M12 1 17 10H7z"/>',
-        "D": '<path d="M12 1 17 6 12 11 7 6z"/>',
-        "v": '<path d="M12 11 17 2H7z"/>',
-        "*": '<path d="M12 0 13.500 4.500H18L14.500 7.500 16 12 12 9 8 12 9.500 7.500 6 4.500H10.500z"/>',
-    }
-    position = number % len(_SERIES)
-    colour = f"var(--series-{position + 1})"
+    placeholder, marker = _LINES[number % len(_LINES)]
+    colour = _VARIABLES[placeholder]
     return (
         f'<svg class="mark" viewBox="0 0 24 12" aria-hidden="true" fill="{colour}" stroke="{colour}">'
-        f'<path d="M0 6H24" stroke-width="2"/>{shapes[_MARKERS[position]]}</svg>'
+        f'<path d="M0 6H24" stroke-width="2"/>{_MARKERS[marker]}</svg>'
     )
 
 
-def _series(number: int) -> tuple[str, str]:
-    """Colour and marker."""
-    return _SERIES[number % len(_SERIES)], _MARKERS[number % len(_SERIES)]
-
-
 def _svg(name: str, label: str, draw: Callable[[Axes], None]) -> str:
-    """Draw an SVG with `draw`.
-
-    Args:
-        name: Put before all ids, for they count in the whole page.
-        label: What it shows, for those who can't see it.
-        draw: Draws it.
-    """
+    """Draw an SVG with `name` before all ids, for they count in the whole page, and a label for who can't see it."""
     with mpl.rc_context({**_STYLE, "svg.hashsalt": name}):
         figure = Figure(figsize=(4.4, 2.9), layout="constrained")
         draw(figure.subplots())
         file = io.StringIO()
         figure.savefig(file, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-    return _for_a_page(file.getvalue(), name, label)
-
-
-def _for_a_page(svg: str, name: str, label: str) -> str:
-    """Strip an SVG of what a page has no use for, and give it the page's colours and font."""
-    svg = svg[svg.index("<svg") :].rstrip()
-    svg = re.sub(r"<metadata>.*?</metadata>\s*", "", svg, flags=re.DOTALL)
-    view = re.search(r'viewBox="[^"]*"', svg)
-    box = "" if view is None else view[0]
-    svg = re.sub(r"<svg[^>]*>", f'<svg class="plot" role="img" aria-label="{html.escape(label)}" {box}>', svg, count=1)
+    # Strip it of what a page has no use for, and give it the page's colours and font.
+    svg = file.getvalue()
+    svg = re.sub(r"<metadata>.*?</metadata>\s*", "", svg[svg.index("<svg") :].rstrip(), flags=re.DOTALL)
+    head = rf'<svg class="plot" role="img" aria-label="{html.escape(label)}" \1>'
+    svg = re.sub(r'<svg[^>]*(viewBox="[^"]*")[^>]*>', head, svg, count=1)
     svg = re.sub(r' id="([^"]*)"', rf' id="{name}-\1"', svg)
-    svg = re.sub(r"url\(#([^)]*)\)", rf"url(#{name}-\1)", svg)
-    svg = re.sub(r'xlink:href="#([^"]*)"', rf'href="#{name}-\1"', svg)
+    svg = re.sub(r'url\(#|xlink:href="#', lambda start: f"{start[0].removeprefix('xlink:')}{name}-", svg)
     svg = re.sub(r"font: ([\d.]+px) [^;\"]*", r"font-size: \1", svg)
     svg = re.sub(r"font-family: [^;\"]*(?:; )?", "", svg)
     return re.sub(r"#[0-9a-f]{6}\b", lambda colour: _VARIABLES.get(colour[0], "currentColor"), svg)

@@ -4,10 +4,9 @@
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jinja2
 
@@ -18,23 +17,12 @@ from rag_rerank.evaluation.results import GAIN, Evaluation, System
 from rag_rerank.evaluation.scoring import TIMED_QUERIES
 from rag_rerank.evaluation.significance import CONFIDENCE, RESAMPLES
 
-CASES = 20  # queries that are shown with texts, of those that lost most and of those that gained most
-FEW = 30  # queries, below which an interval means little
 _TOP = 3
 _LONGEST = 1500  # letters of a document
 
 
-@dataclass(frozen=True, slots=True)
-class Document:
-    """A document of a case.
-
-    Attributes:
-        name: Its id.
-        text: Cut, if long.
-        before, after: Its rank, from 1; None where the first stage did not find it.
-        grade: How it was judged; None if it was not.
-        score: The reranker's; None where it was not scored.
-    """
+class Document(NamedTuple):
+    """A document of a case: `before` and `after` are its ranks, from 1; None where the first stage did not find it."""
 
     name: str
     text: str
@@ -44,34 +32,21 @@ class Document:
     score: float | None
 
 
-@dataclass(frozen=True, slots=True)
-class Case:
-    """A query with what became of it.
-
-    Attributes:
-        name, text: Of the query.
-        before, after: The first measure.
-        relevant: What should be on top, the first few.
-        more: How many relevant documents are left out.
-        top_before, top_after: What was, and is.
-    """
+class Case(NamedTuple):
+    """A query, the first measure before and after, and the first few documents; `more` relevant ones are left out."""
 
     name: str
     text: str
     before: float
     after: float
     relevant: Sequence[Document]
-    more: int
     top_before: Sequence[Document]
     top_after: Sequence[Document]
+    more: int
 
 
 def render(evaluation: Evaluation) -> str:
-    """Render the report as HTML.
-
-    Raises:
-        ConfigError: matplotlib is not installed (when this module is imported).
-    """
+    """Render the report as HTML; importing this module raises a ConfigError if matplotlib is not installed."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
@@ -94,7 +69,7 @@ def render(evaluation: Evaluation) -> str:
         ndcg=any("ndcg" in name.lower() for name in evaluation.measures),
         ndcg_gain=GAIN,
         timed_queries=TIMED_QUERIES,
-        few=len(evaluation.candidates) < FEW,
+        few=len(evaluation.candidates) < 30,  # queries, below which an interval means little
         confidence=round(100 * CONFIDENCE),
         resamples=RESAMPLES,
         version=__version__,
@@ -102,19 +77,13 @@ def render(evaluation: Evaluation) -> str:
     )
 
 
-def worst_and_best(evaluation: Evaluation, system: System, most: int = CASES) -> tuple[list[Case], list[Case]]:
-    """Choose the queries that lost most, and those that gained most, at the deepest depth by the first measure.
-
-    Args:
-        evaluation: The evaluation.
-        system: Which reranker.
-        most: Queries of each kind; fewer where fewer lost or gained anything.
-    """
+def worst_and_best(evaluation: Evaluation, system: System, most: int = 20) -> tuple[list[Case], list[Case]]:
+    """Choose up to `most` queries that lost most, and that gained most, at the deepest depth by the first measure."""
     gains = plots.query_gains(evaluation, system)
     ordered = sorted(gains, key=lambda query: gains[query])
-    worst = [query for query in ordered if gains[query] < 0][:most]
-    best = [query for query in reversed(ordered) if gains[query] > 0][:most]
-    return [_case(evaluation, system, query) for query in worst], [_case(evaluation, system, query) for query in best]
+    worst = [_case(evaluation, system, query) for query in ordered[:most] if gains[query] < 0]
+    best = [_case(evaluation, system, query) for query in ordered[::-1][:most] if gains[query] > 0]
+    return worst, best
 
 
 def _case(evaluation: Evaluation, system: System, query: str) -> Case:
@@ -131,16 +100,9 @@ def _case(evaluation: Evaluation, system: System, query: str) -> Case:
         return Document(name, text, before.get(name), after.get(name), grades.get(name), scores.get(name))
 
     relevant = sorted((name for name in grades if grades[name] > 0), key=lambda name: after.get(name, len(after) + 1))
-    return Case(
-        query,
-        collection.queries[query],
-        evaluation.before[measure][query],
-        system.deepest.values[measure][query],
-        [document(name) for name in relevant[:_TOP]],
-        max(0, len(relevant) - _TOP),
-        [document(name) for name in candidates[:_TOP]],
-        [document(name) for name in ranking[:_TOP]],
-    )
+    right, old, new = ([document(name) for name in names[:_TOP]] for names in (relevant, candidates, ranking))
+    values = evaluation.before[measure][query], system.deepest.values[measure][query]
+    return Case(query, collection.queries[query], *values, right, old, new, max(0, len(relevant) - _TOP))
 
 
 def _queries(evaluation: Evaluation) -> list[dict[str, Any]]:
@@ -163,8 +125,7 @@ def _signed(value: float, digits: int = 4) -> str:
 
 
 def _milliseconds(seconds: float) -> str:
-    milliseconds = 1000 * seconds
-    return f"{milliseconds:.1f}" if milliseconds < 10 else _count(milliseconds)
+    return f"{number:.1f}" if (number := 1000 * seconds) < 10 else _count(number)
 
 
 def _count(number: float | Mapping[Any, Any]) -> str:

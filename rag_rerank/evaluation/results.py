@@ -1,7 +1,7 @@
 """The results of an evaluation: for people by the command line and `report`, for programs by `as_json`."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from rag_rerank import __version__
@@ -107,7 +107,7 @@ class Evaluation:
     ceilings: Mapping[int, Values]
     systems: tuple[System, ...]
     between: tuple[tuple[str, str, Mapping[str, Comparison]], ...] = ()
-    retrieval: Latency | None = field(default=None)
+    retrieval: Latency | None = None
 
     @property
     def measure(self) -> str:
@@ -141,11 +141,9 @@ class Evaluation:
             "interval": {"confidence": CONFIDENCE, "method": "paired bootstrap", "resamples": RESAMPLES, "seed": SEED},
             "before": {"means": _means(self.before), "per_query": self.before},
             "ceilings": {str(depth): _means(values) for depth, values in self.ceilings.items()},
-            "retrieval_seconds": _plain(self.retrieval),
+            "retrieval_seconds": self.retrieval and asdict(self.retrieval),
             "systems": [self._system(system) for system in self.systems],
-            "between": [
-                {"first": first, "second": second, "gains": _gains(gains)} for first, second, gains in self.between
-            ],
+            "between": [{"first": one, "second": two, "gains": _gains(gains)} for one, two, gains in self.between],
         }
 
     def _system(self, system: System) -> dict[str, Any]:
@@ -162,7 +160,7 @@ class Evaluation:
                     "means": _means(level.values),
                     "gains": _gains(level.gains),
                     "against_deepest": _gains(level.against_deepest),
-                    "seconds_per_query": _plain(level.latency),
+                    "seconds_per_query": level.latency and asdict(level.latency),
                     "per_query": level.values,
                 }
                 for level in system.levels
@@ -172,10 +170,6 @@ class Evaluation:
 
 def _means(values: Values) -> dict[str, float]:
     return {measure: mean(each) for measure, each in values.items()}
-
-
-def _plain(latency: Latency | None) -> dict[str, float] | None:
-    return None if latency is None else asdict(latency)
 
 
 def _gains(gains: Mapping[str, Comparison]) -> dict[str, dict[str, Any]]:

@@ -8,11 +8,7 @@ import Stemmer
 
 
 class BM25:
-    """A BM25 index: Lucene's variant, k1 1.2, b 0.75, English stop words and Snowball stems.
-
-    Args:
-        documents: Document id to text.
-    """
+    """A BM25 index of texts by id: Lucene's variant, k1 1.2, b 0.75, English stop words and Snowball stems."""
 
     def __init__(self, documents: Mapping[str, str]) -> None:
         self._ids = list(documents)

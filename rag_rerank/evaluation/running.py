@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
-from itertools import combinations, starmap
+from itertools import combinations
 from pathlib import Path
 
 from rag_rerank.errors import ConfigError
@@ -86,33 +86,16 @@ def evaluate(
             report(name, len(candidates), len(candidates))
         scored[name] = scoring.result
     before = measurer.measure_rankings(candidates)
-    after = {
-        name: [
-            measurer.measure_rankings(
-                {query: reranked(candidates[query], scores, depth) for query, scores in result.scores.items()}
-            )
-            for depth in depths
-        ]
-        for name, result in scored.items()
-    }
-    ceilings = {
-        depth: measurer.measure_rankings(
-            {query: ideal(ranking, collection.judgments[query], depth) for query, ranking in candidates.items()}
-        )
-        for depth in depths
-    }
-    systems, between = _compare(depths, before, after, scored)
+    ceilings, after = {}, {name: list[Values]() for name in scored}
+    for depth in depths:
+        best = {query: ideal(ranking, collection.judgments[query], depth) for query, ranking in candidates.items()}
+        ceilings[depth] = measurer.measure_rankings(best)
+        for name, result in scored.items():
+            ranked = {query: reranked(candidates[query], scores, depth) for query, scores in result.scores.items()}
+            after[name].append(measurer.measure_rankings(ranked))
+    stage, compared = first_stage or ("BM25" if run is None else "the run"), _compare(depths, before, after, scored)
     return Evaluation(
-        collection=collection,
-        first_stage=first_stage or ("BM25" if run is None else "the run"),
-        measures=measurer.measures,
-        depths=depths,
-        candidates=candidates,
-        before=before,
-        ceilings=ceilings,
-        systems=systems,
-        between=between,
-        retrieval=retrieval,
+        collection, stage, measurer.measures, depths, candidates, before, ceilings, *compared, retrieval=retrieval
     )
 
 
@@ -142,16 +125,15 @@ def _candidates(
         if not collection.queries.keys() & run.keys():
             raise ConfigError("the run has none of the collection's queries: was it made from another one?")
         return {query: list(best_first(run.get(query, {}))) for query in collection.queries}, None
-    total = len(collection.queries)
-    report("BM25", 0, total)
+    report("BM25", 0, len(collection.queries))
     bm25 = BM25(collection.documents)
     candidates: dict[str, list[str]] = {}
     calls = []
-    for done, (name, query) in enumerate(collection.queries.items(), 1):
+    for name, query in collection.queries.items():
         began = time.perf_counter()
         candidates[name] = list(bm25.retrieve(query, keep))
         calls.append((len(candidates[name]), time.perf_counter() - began))
-        report("BM25", done, total)
+        report("BM25", len(calls), len(collection.queries))
     return candidates, Latency.of(calls)
 
 
@@ -174,7 +156,7 @@ def _compare(
     systems = []
     for name, result in scored.items():
         times = [Latency.of(result.calls[depth]) for depth in depths]
-        levels = zip(depths, after[name], gains[name], against_deepest[name], times, strict=True)
+        levels = tuple(map(Level, depths, after[name], gains[name], against_deepest[name], times))
         counts = result.pairs_scored, result.pairs_cached, result.rejected
-        systems.append(System(name, tuple(starmap(Level, levels)), result.scores, *counts))
+        systems.append(System(name, levels, result.scores, *counts))
     return tuple(systems), tuple((*pair, gain) for pair, gain in zip(pairs, compared, strict=True))

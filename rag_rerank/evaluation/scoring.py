@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
+from typing import NamedTuple
 
 from rag_rerank.errors import BackendError, ConfigError, DeadlineExceeded
 from rag_rerank.evaluation.cache import ScoreCache
@@ -29,13 +30,7 @@ Scores = Sequence[float | None]
 
 @dataclass(frozen=True, slots=True)
 class Latency:
-    """How long queries waited for their candidates to be scored.
-
-    Attributes:
-        queries: How many were timed.
-        p50, p95, p99: Seconds that so many percent of them stayed below.
-        pairs_per_second: Pairs of query and document, one query at a time.
-    """
+    """Seconds that 50, 95 and 99 percent of the timed queries waited at most; and pairs a second, query by query."""
 
     queries: int
     p50: float
@@ -57,46 +52,33 @@ class Latency:
 
 @dataclass(slots=True)
 class Scored:
-    """What came of scoring.
+    """What came of scoring: scores by query id, and pairs that were scored now, were cached, can't be scored.
 
     Attributes:
-        scores: Query id to scores of its candidates.
         calls: Depth to (documents, seconds) of every call that was timed at it, now or when its scores were cached.
-        pairs_scored, pairs_cached: How many pairs were scored now; how many were known.
-        rejected: How many can't be scored.
     """
 
+    calls: dict[int, list[tuple[int, float]]]
     scores: dict[str, Scores] = field(default_factory=dict)
-    calls: dict[int, list[tuple[int, float]]] = field(default_factory=dict)
     pairs_scored: int = 0
     pairs_cached: int = 0
     rejected: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class _Pending:
-    """A query of which some candidates have no score yet: texts, and their positions among the candidates."""
+class _Pending(NamedTuple):
+    """A query, those of its candidates that have no score yet, their positions, and the scores to be completed."""
 
-    name: str
     query: str
     documents: Sequence[str]
     positions: Sequence[int]
+    scores: list[float | None]
 
 
 class ScoringRun:
     """Scores the candidates of one query after the other, and of many at once when enough calls were timed.
 
-    Args:
-        scorer: The scorer. It stays open.
-        depths: How many candidates of a query are reranked, ascending.
-        folder: Of the cache; None for none. Scores are not cached if another scorer may answer from call to call.
-        deadline: Seconds that a call may take.
-
-    Attributes:
-        result: What is known so far; complete after `finish`.
-
-    Raises:
-        ConfigError, BackendError: The cache can't be used, or as `Scorer.identity`.
+    Depths ascend; a call may take `deadline` seconds. The scorer stays open. Scores are not cached without a `folder`,
+    or if another scorer may answer from call to call.
     """
 
     def __init__(self, scorer: Scorer, depths: Sequence[int], folder: Path | None, deadline: float | None) -> None:
@@ -107,19 +89,16 @@ class ScoringRun:
         self._first_deadline = deadline if scorer.remote else None
         self._identity = scorer.identity(deadline=self._first_deadline)
         self._is_warm = bool(self._identity.probes)
-        keeps = folder is not None and self._identity.steady
-        self._cache = ScoreCache(folder, self._identity) if folder is not None and keeps else None
+        self._cache = ScoreCache(folder, self._identity) if folder is not None and self._identity.steady else None
         self.result = Scored(calls={depth: [] for depth in depths})
 
     def add(self, name: str, query: str, documents: Sequence[str]) -> None:
         """Find the scores of a query's candidates, up to the deepest depth, now or with those of queries to come.
 
-        Raises:
-            ConfigError: Another model answers than before.
-            BackendError: As `Scorer.score`; but documents that alone can't be scored have None for a score.
+        A ConfigError where another model answers than before; None for the score of what alone can't be scored.
         """
         documents, position = documents[: self._depths[-1]], len(self.result.scores)
-        known = self._cache.scores(query, documents) if self._cache else [None] * len(documents)
+        known: list[float | None] = self._cache.scores(query, documents) if self._cache else [None] * len(documents)
         missing = [place for place, score in enumerate(known) if score is None]
         self.result.scores[name] = known
         self.result.pairs_scored += len(missing)
@@ -129,7 +108,7 @@ class ScoringRun:
         elif len(missing) == len(documents) and position < TIMED_QUERIES:
             self._time(name, query, documents, self._depths[position % len(self._depths)])
         else:
-            self._pending.append(_Pending(name, query, [documents[place] for place in missing], missing))
+            self._pending.append(_Pending(query, [documents[place] for place in missing], missing, known))
             if sum(len(each.documents) for each in self._pending) > self._pairs_per_second * _SECONDS_PER_CALL:
                 self._score_pending()
 
@@ -153,7 +132,7 @@ class ScoringRun:
                 self.result.calls[each].append((len(first), seconds))
         if rest:
             more, _ = self._score([query], rest)
-            self._keep(query, rest, more, None)
+            self._keep(query, rest, more)
             scores = [*scores, *more]
         self.result.scores[name] = scores
 
@@ -166,9 +145,9 @@ class ScoringRun:
         scores = iter(self._score(queries, [document for each in pending for document in each.documents])[0])
         for each in pending:
             part = list(islice(scores, len(each.documents)))
-            self._keep(each.query, each.documents, part, None)
-            complete = dict(enumerate(self.result.scores[each.name])) | dict(zip(each.positions, part, strict=True))
-            self.result.scores[each.name] = list(complete.values())
+            self._keep(each.query, each.documents, part)
+            for position, score in zip(each.positions, part, strict=True):
+                each.scores[position] = score
 
     def _score(self, queries: Sequence[str], documents: Sequence[str]) -> tuple[Scores, float]:
         """Scores, None for a document that can't be scored, and the seconds that it took."""
@@ -203,13 +182,11 @@ class ScoringRun:
             return
         queries, documents = zip(*PROBES, strict=True)
         probes = self._scorer.score(queries, documents, deadline=self._deadline)
-        if Identity({}, probes).differences(Identity({}, self._identity.probes)):
-            changes = self._scorer.identity(deadline=self._deadline).differences(self._identity)
-            if changes:
-                raise ConfigError(
-                    f"{self._scorer.model_name} became another scorer during the run: {'; '.join(changes)}. "
-                    "Run again to evaluate this one."
-                )
+        if not Identity({}, probes).differences(Identity({}, self._identity.probes)):
+            return
+        if changes := self._scorer.identity(deadline=self._deadline).differences(self._identity):
+            changed = f"{self._scorer.model_name} became another scorer during the run: {'; '.join(changes)}"
+            raise ConfigError(f"{changed}. Run again to evaluate this one.")
 
     def _take_known_times(self, query: str, documents: Sequence[str]) -> None:
         """Take the times of the calls in which a query's candidates were once scored."""
@@ -220,6 +197,6 @@ class ScoringRun:
             if seconds is not None:
                 self.result.calls[depth].append((len(call), seconds))
 
-    def _keep(self, query: str, documents: Sequence[str], scores: Scores, seconds: float | None) -> None:
+    def _keep(self, query: str, documents: Sequence[str], scores: Scores, seconds: float | None = None) -> None:
         if self._cache:
             self._cache.keep(query, documents, scores, seconds)

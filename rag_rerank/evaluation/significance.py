@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
 RESAMPLES = 10_000
 CONFIDENCE = 0.95
@@ -50,13 +51,11 @@ def compare(
     """Judge several comparisons on the same queries at once, all by the same draws.
 
     Args:
-        differences: For each comparison the differences, one a query, the queries in the same order; at least one.
+        differences: For each comparison the differences, one a query, the queries in the same order; a
+            ValueError without any, or without the same number everywhere.
         resamples: How many times to draw.
         confidence: Share of the means within the interval.
         seed: Of the draws: the same input gives the same output.
-
-    Raises:
-        ValueError: No queries, or not the same number everywhere.
     """
     if not differences:
         return []
@@ -66,30 +65,19 @@ def compare(
     table[np.abs(table) < _ROUNDING] = 0.0
     means = _means(table, resamples, np.random.default_rng(seed))
     low, high = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2], axis=0)
-    return [
-        Comparison(
-            float(column.mean()),
-            float(low[position]),
-            float(high[position]),
-            int((column > 0).sum()),
-            int((column < 0).sum()),
-            int((column == 0).sum()),
-        )
-        for position, column in enumerate(table.T)
-    ]
+    counts = [each.sum(axis=0) for each in (table > 0, table < 0, table == 0)]
+    columns = [values.tolist() for values in (table.mean(axis=0), low, high, *counts)]
+    return list(map(Comparison, *columns))
 
 
-def _means(
-    table: "np.ndarray[tuple[int, ...], np.dtype[np.float64]]", resamples: int, rng: np.random.Generator
-) -> "np.ndarray[tuple[int, ...], np.dtype[np.float64]]":
+def _means(table: NDArray[np.float64], resamples: int, rng: np.random.Generator) -> NDArray[np.float64]:
     """Average the columns over `resamples` drawings of as many rows as there are: ``[resamples, columns]``."""
-    queries, columns = table.shape
-    means = np.empty((resamples, columns))
-    step = max(1, _NUMBERS_DRAWN // queries)
+    queries, step = len(table), max(1, _NUMBERS_DRAWN // len(table))
+    means = []
     for start in range(0, resamples, step):
         size = min(step, resamples - start)
         drawn = rng.integers(0, queries, size=(size, queries))
         drawn += np.arange(size)[:, None] * queries
         counts = np.bincount(drawn.ravel(), minlength=size * queries).reshape(size, queries)
-        means[start : start + size] = counts @ table / queries
-    return means
+        means.append(counts @ table / queries)
+    return np.concatenate(means)

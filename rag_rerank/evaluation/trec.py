@@ -4,7 +4,6 @@ import gzip
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import IO, cast
 
 import numpy as np
 
@@ -19,13 +18,9 @@ _COLUMNS = ("query-id", "corpus-id", "score")
 def read_judgments(*paths: str | Path) -> dict[str, dict[str, int]]:
     """Read judgments ("qrels"): query id to document id to grade.
 
-    Args:
-        *paths: Of three columns with tabs between and a header (BEIR), of four with spaces between (TREC: query, 0,
-            document, grade), or with ``query-id``, ``corpus-id`` and ``score`` as JSON Lines or Parquet; text may be
-            gzipped.
-
-    Raises:
-        ConfigError: A file can't be read, a line is not as it should be or contradicts another one; with its number.
+    The files have three columns with tabs between and a header (BEIR), four with spaces between (TREC: query, 0,
+    document, grade), or ``query-id``, ``corpus-id`` and ``score`` as JSON Lines or Parquet; text may be gzipped. A
+    ConfigError has the number of a line that is not as it should be or contradicts another one.
     """
     judgments: dict[str, dict[str, int]] = {}
     for path in map(Path, paths):
@@ -46,8 +41,7 @@ def _judgments(path: Path) -> Iterator[tuple[str, str, str, int]]:
                 raise ConfigError(f"{place}: not query-id, corpus-id and score ({error})") from error
         return
     for position, (place, line) in enumerate(lines(path)):
-        fields = line.split("\t")
-        fields = fields if len(fields) == 3 else line.split()
+        fields = line.split("\t" if line.count("\t") == 2 else None)
         try:
             query, *_, document, grade_text = fields
             if len(fields) not in (3, 4):
@@ -67,11 +61,9 @@ def read_run(path: str | Path, *, keep: int | None = None) -> dict[str, dict[str
     the column with the rank is not read.
 
     Args:
-        path: Lines of query, ``Q0``, document, rank, score and tag; perhaps gzipped.
+        path: Lines of query, ``Q0``, document, rank, score and tag; perhaps gzipped. A ConfigError has the number of
+            one that is not as it should be or repeats a document.
         keep: Only the best so many of each query.
-
-    Raises:
-        ConfigError: The file can't be read, a line is not as it should be or repeats a document; with its number.
     """
     run: dict[str, dict[str, float]] = {}
     for place, line in lines(Path(path)):
@@ -106,37 +98,29 @@ def write_run(
             without a score follow in steps of 1.
         tag: The last column, the system's name.
 
-    Raises:
-        ConfigError: An id has a space in it, which this layout can't hold, or the file can't be written.
+    A ConfigError says that an id has a space in it, which this layout can't hold, or the file can't be written.
     """
     path, tag = Path(path), "_".join(tag.split()) or "-"
+    zipped = path.suffix == ".gz"
     try:
-        with _create(path) as file:
+        with gzip.open(path, "wt", encoding="utf-8") if zipped else path.open("w", encoding="utf-8") as file:
             for query, ranking in rankings.items():
                 scores = _falling(score for _, score in ranking)
                 for rank, ((document, _), score) in enumerate(zip(ranking, scores, strict=True), 1):
                     for name in (query, document):
-                        if not name or name.split() != [name]:
+                        if name.split() != [name]:
                             raise ConfigError(f"the id {name!r} can't stand in a TREC run: it has spaces or no letters")
                     file.write(f"{query} Q0 {document} {rank} {score} {tag}\n")
     except OSError as error:
         raise ConfigError(f"{path} can't be written: {error.strerror or error}") from error
 
 
-def _create(path: Path) -> IO[str]:
-    if path.suffix == ".gz":
-        return cast("IO[str]", gzip.open(path, "wt", encoding="utf-8"))
-    return path.open("w", encoding="utf-8")
-
-
 def _falling(scores: Iterable[float | None]) -> Iterator[str]:
     """`scores`, in single precision, each smaller than the one before."""
     last = np.float32(np.inf)
     for score in scores:
-        if score is not None:
-            wanted = np.float32(min(max(score, -_HUGE), _HUGE))
-        else:
-            wanted = np.float32(0) if np.isinf(last) else last - np.float32(1)
+        below = np.float32(0) if np.isinf(last) else last - np.float32(1)
+        wanted = below if score is None else np.float32(min(max(score, -_HUGE), _HUGE))
         last = min(wanted, np.nextafter(last, np.float32(-np.inf)))
         yield str(last)
 
@@ -144,9 +128,6 @@ def _falling(scores: Iterable[float | None]) -> Iterator[str]:
 def check_known(rankings: Rankings, documents: Mapping[str, str]) -> None:
     """Refuse a run with documents that the collection does not have, with a ConfigError."""
     for query, ranking in rankings.items():
-        for document in ranking:
-            if document not in documents:
-                raise ConfigError(
-                    f"the run has the document {document!r} (for the query {query!r}), the collection has not: "
-                    "was the run made from another one?"
-                )
+        if unknown := [document for document in ranking if document not in documents]:
+            has = f"the run has the document {unknown[0]!r} (for the query {query!r}), the collection has not"
+            raise ConfigError(f"{has}: was the run made from another one?")
