@@ -88,7 +88,8 @@ class TestFallback:
     def test_what_it_accepts_depends_on_its_parts(self):
         """An instruction must reach whichever answers; an image only one that takes it."""
 
-        class Capable(WordOverlap):
+        class Capable(Scorer):
+            model_name = "capable"
             accepts_images = accepts_instruction = remote = True
 
             def _score(self, queries: Any, documents: Any, until: Any, instruction: str | None = None) -> list[float]:
