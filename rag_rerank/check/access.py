@@ -1,7 +1,4 @@
-"""Whether a server gives scores at all: does it answer, its version, model and key, and whether it has a score API.
-
-Each function looks at one thing and notes in `CheckedServer.facts` what it learns.
-"""
+"""Whether a server gives scores at all; each function looks at one thing and notes it in `CheckedServer.facts`."""
 
 import shlex
 import time
@@ -12,7 +9,7 @@ from rag_rerank.check.checked_server import CheckedServer
 from rag_rerank.check.finding import Finding, Verdict, failure, sentence
 from rag_rerank.check.texts import known_pairs
 from rag_rerank.errors import AuthError, BackendRejected, BadReply, ConfigError, RerankError
-from rag_rerank.vllm.client import SINCE, Card, Failure, Reply, Request, Version, error_text, read_models, read_version
+from rag_rerank.vllm.client import Card, Failure, Reply, Request, Version, wire
 
 OLDEST: Version = (0, 8)
 TEMPLATES_SINCE: Version = (0, 14)  # the version from which --chat-template is used for scores
@@ -36,12 +33,12 @@ def reach(server: CheckedServer) -> Finding:
     if isinstance(outcome, Failure):
         return Finding("Reachable", "problem", f"{label} gave no answer: {outcome.text}.", _NO_ANSWER[outcome.kind])
     if outcome.status >= 500:
-        said = sentence(f"{label} answered {outcome.status}: {error_text(outcome.body)}")
+        said = sentence(f"{label} answered {outcome.status}: {wire.error_text(outcome.body)}")
         return Finding("Reachable", "problem", said, _LOG)
     if 300 <= outcome.status < 400:
         said = f"{label} redirects, and redirects are never followed: they could send documents anywhere."
         return Finding("Reachable", "problem", said, "Pass the address that it redirects to.")
-    version = read_version(outcome.body) if outcome.status == 200 else None
+    version = wire.read_version(outcome.body) if outcome.status == 200 else None
     server.facts = replace(server.facts, version=version)
     again, _ = _timed(server)  # what is set up for the first request, here and on the way, is not the server's time
     said = f"{label} answers in {1000 * again:.0f} ms ({1000 * took:.0f} ms the first time, with connecting)."
@@ -64,7 +61,7 @@ def version(server: CheckedServer) -> Finding:
         )
         return Finding("Version", "note", said, "Have the gateway forward /version, too.")
     name = f"vLLM {_dotted(known)}"
-    newer = SINCE | {"score templates (--chat-template)": TEMPLATES_SINCE}
+    newer = wire.SINCE | {"score templates (--chat-template)": TEMPLATES_SINCE}
     missing = {option: since for option, since in newer.items() if known < since}
     upgrade = f"Upgrade vLLM to {_dotted(max(missing.values()))} or newer." if missing else None
     try:
@@ -82,9 +79,9 @@ def model(server: CheckedServer) -> Finding:
     """See what is served; or that the server doesn't tell without another key."""
     reply = server.get("/v1/models")
     if reply.status in (401, 403):
-        return _refused(server, f"the server answered {reply.status}: {error_text(reply.body)}")
+        return _refused(server, f"the server answered {reply.status}: {wire.error_text(reply.body)}")
     try:
-        cards = read_models(reply.body) if reply.status == 200 else []
+        cards = wire.read_models(reply.body) if reply.status == 200 else []
     except BadReply:
         cards = []
     if server.client.model is not None:
@@ -119,7 +116,7 @@ def _served(server: CheckedServer, card: Card, names: str) -> Finding:
 def api(server: CheckedServer) -> Finding:
     """See whether it scores at all."""
     try:
-        server.ask("a", "a")
+        server.ask()
     except AuthError as error:
         return _refused(server, error.message)
     except BackendRejected as error:
@@ -133,7 +130,7 @@ def _without_api(server: CheckedServer, error: BackendRejected) -> Finding:
     """Make the finding that it has no such API: where else scores may be had."""
     asks_for_scores = server.client.api == "score"
     client = replace(server.client, api="rerank" if asks_for_scores else "score")
-    if _gives_scores(client.send(client.request("a", "a", "rag-rerank-check"))):
+    if _gives_scores(client.send(client.request("rag-rerank-check"))):
         said = f"It has no {server.client.api} API, but a {client.api} API."
         remedy = 'Pass endpoint="rerank" to VLLMScorer.' if asks_for_scores else 'Leave out endpoint="rerank".'
         return Finding("Score API", "problem", said, remedy)
@@ -173,7 +170,7 @@ def key(server: CheckedServer) -> Finding:
     if not server.client.transport.has_key:
         return Finding("Key", "note", "It wants no key: whoever reaches the server may use it.")
     api = server.client.api
-    request = server.client.request("a", "a", "rag-rerank-check")
+    request = server.client.request("rag-rerank-check")
     inside = server.send_without_key(request)
     outside = server.send_without_key(replace(request, path=f"/{api}"))
     guarded = isinstance(inside, Reply) and inside.status in {401, 403}

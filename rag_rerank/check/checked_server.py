@@ -44,9 +44,9 @@ class CheckedServer:
             raise BackendUnavailable(outcome.text, endpoint=self.label, remedy="See the server's log.")
         return outcome
 
-    def ask(self, query: str, document: str) -> Answer:
-        """Get one pair scored as it is, with the scorer's retries; raises as `Scorer.score`."""
-        return self.client.ask(query, document, self._until())
+    def ask(self) -> Answer:
+        """Get "a" and "a" scored as they are, with the scorer's retries; raises as `Scorer.score`."""
+        return self.client.ask(self._until())
 
     def score(
         self, queries: str | Sequence[str], documents: Sequence[str], *, logits: bool = False, together: int = 1

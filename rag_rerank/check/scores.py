@@ -1,7 +1,4 @@
-"""What its scores tell about a server: their scale, its template, and whether they rank.
-
-Each function looks at one thing; what it needs to know of the others comes as arguments.
-"""
+"""What its scores tell about a server: their scale, its template, and whether they rank."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -117,7 +114,7 @@ def scale(server: CheckedServer, sample: Sample) -> Finding:
 
 def template(server: CheckedServer, sample: Sample) -> Iterator[Finding]:
     """See whether pairs are prompted as the model was trained: in the tokens of a pair of one letter each."""
-    tokens, family = server.ask("a", "a").prompt_tokens, server.family
+    tokens, family = server.ask().prompt_tokens, server.family
     if tokens is None:
         said = "It does not count tokens, so nobody can tell whether it uses a score template."
         yield Finding("Template", "note", said)
@@ -139,8 +136,7 @@ def template(server: CheckedServer, sample: Sample) -> Iterator[Finding]:
         said = f"It uses a score template, and {family.name if family else ''} was trained without one."
         yield Finding("Template", "note", said, "Start it without --chat-template, unless you trained it further so.")
     elif family is not None and family.template:
-        version = server.facts.version
-        older = version is not None and version < TEMPLATES_SINCE
+        older = (server.facts.version or TEMPLATES_SINCE) < TEMPLATES_SINCE
         upgrade = f"Upgrade vLLM to {'.'.join(map(str, TEMPLATES_SINCE))} or newer. " if older else ""
         said = f"{family.name} ranks at random without its score template."
         yield Finding("Template", "problem", said, upgrade + serve(server))
@@ -184,9 +180,8 @@ def window(server: CheckedServer) -> Finding:
     if tokens is None:
         return Finding("Window", "note", "It does not tell how many tokens it reads.")
     if tokens in _POSITIONS_TOO_MANY:
-        right = _POSITIONS_TOO_MANY[tokens]
         said = f"It takes {tokens} tokens, two more than a RoBERTa has positions for, and scores long pairs wrongly."
-        return Finding("Window", "problem", said, f"Start it with --max-model-len {right}.")
+        return Finding("Window", "problem", said, f"Start it with --max-model-len {_POSITIONS_TOO_MANY[tokens]}.")
     return Finding("Window", "good", f"It reads {tokens} tokens.")
 
 

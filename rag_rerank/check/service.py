@@ -31,7 +31,7 @@ def batches(server: CheckedServer) -> Finding:
 def request_ids(server: CheckedServer) -> Finding:
     """See whether answers carry the id of their request."""
     sent = "rag-rerank-check"
-    outcome = server.client.send(server.client.request("a", "a", sent))
+    outcome = server.client.send(server.client.request(sent))
     try:
         answer_id = "" if isinstance(outcome, Failure) else server.client.read(outcome.body).id or ""
     except BadReply:
@@ -56,8 +56,7 @@ def speed(server: CheckedServer) -> Finding:
         except BackendError as error:
             return failure("Speed", error)
     times = ", ".join(f"{count} in {1000 * median:.0f} ms" for count, median in zip(_COUNTS, medians, strict=True))
-    rate = _COUNTS[-1] / medians[-1]
-    said = f"Documents of 100 words: {times} (medians of {_ROUNDS}), so {rate:,.0f} documents/s"
+    said = f"Documents of 100 words: {times} (medians of {_ROUNDS}), so {_COUNTS[-1] / medians[-1]:,.0f} documents/s"
     if medians[-1] > timeout / 3:
         remedy = "Raise timeout=, pass fewer documents, or add servers: base_url=[...] takes several."
         return Finding("Speed", "warning", f"{said}: more than a third of the {timeout:g} s of a call.", remedy)

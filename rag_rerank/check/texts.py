@@ -54,10 +54,7 @@ def known_pairs() -> tuple[list[str], list[str]]:
 
 
 def over_long(window: int) -> tuple[str, list[str]]:
-    """Make a question, and two documents: an answer in front of so much else that it is too long; and a wrong answer.
-
-    The first has more words than the window has tokens, so more tokens too.
-    """
+    """Make a question, and two documents: its answer, then more words than the window has tokens; a wrong answer."""
     (question, answer), other = KNOWN[0], KNOWN[4][1]
     beginning = [answer] * max(3, window // 100)  # about a quarter of the window, for models that take an average
     filler = [other] * (1 + window // len(other.split()))

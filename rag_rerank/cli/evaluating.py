@@ -2,9 +2,11 @@
 
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from importlib.util import find_spec
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 from urllib.parse import urlsplit
@@ -12,8 +14,9 @@ from urllib.parse import urlsplit
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from typer import Argument, Option
 
-from rag_rerank.cli.options import DeviceOption, DtypeOption, KeyOverHTTPOption, make_scorer
+from rag_rerank.cli.options import DeviceOption, DtypeOption, KeyOverHTTPOption, ScorerOptions
 from rag_rerank.errors import BackendError, ConfigError
 from rag_rerank.inputs import NEUTRAL
 from rag_rerank.scorer import Scorer
@@ -24,30 +27,31 @@ if TYPE_CHECKING:
 _INTERRUPTED = 130  # the exit code of what Ctrl-C ended, as shells have it
 
 File = Path | None
+Names = list[str] | None
 
 
 def evaluate(
-    folder: Annotated[File, typer.Argument(help="A collection in BEIR's layout; the embedded one if none.")] = None,
-    run: Annotated[File, typer.Option(help="A TREC run to rerank, instead of what BM25 finds.")] = None,
-    qrels: Annotated[File, typer.Option(help="Judgments (BEIR or TREC), instead of the collection's.")] = None,
+    folder: Annotated[File, Argument(help="A collection in BEIR's layout; the embedded one if none.")] = None,
+    run: Annotated[File, Option(help="A TREC run to rerank, instead of what BM25 finds.")] = None,
+    qrels: Annotated[File, Option(help="Judgments (BEIR or TREC), instead of the collection's.")] = None,
     model: Annotated[
-        list[str] | None, typer.Option(help="Hub id or folder; may be repeated to compare. The embedded one if none.")
+        Names, Option(help="Hub id or folder; may be repeated to compare. The embedded one if none.")
     ] = None,
     base_url: Annotated[
-        list[str] | None, typer.Option(help="A vLLM server to compare; may be repeated. The key is in VLLM_API_KEY.")
+        Names, Option(help="A vLLM server to compare; may be repeated. The key is in VLLM_API_KEY.")
     ] = None,
     depth: Annotated[
-        list[int] | None, typer.Option(min=1, help="Candidates to rerank; may be repeated. 10, 20, 50, 100 if none.")
+        list[int] | None, Option(min=1, help="Candidates to rerank; may be repeated. 10, 20, 50, 100 if none.")
     ] = None,
-    queries: Annotated[int | None, typer.Option(min=1, help="Only the first so many.")] = None,
+    queries: Annotated[int | None, Option(min=1, help="Only the first so many.")] = None,
     measures: Annotated[
-        str, typer.Option(help="As ir-measures calls them. Verdicts are by the first.")
+        str, Option(help="As ir-measures calls them. Verdicts are by the first.")
     ] = "nDCG@10,MRR@10,Recall@10,MAP",
-    as_json: Annotated[File, typer.Option("--json", help="Write all figures to this file.")] = None,
-    trec_run: Annotated[File, typer.Option(help="Write the reranked order to this file, as a TREC run.")] = None,
-    html: Annotated[File, typer.Option(help="Write a report with plots to this file.")] = None,
-    cache: Annotated[File, typer.Option(help="The folder that keeps scores; ~/.cache/rag_rerank if none.")] = None,
-    no_cache: Annotated[bool, typer.Option("--no-cache", help="Score everything anew and keep nothing.")] = False,
+    as_json: Annotated[File, Option("--json", help="Write all figures to this file.")] = None,
+    trec_run: Annotated[File, Option(help="Write the reranked order to this file, as a TREC run.")] = None,
+    html: Annotated[File, Option(help="Write a report with plots to this file.")] = None,
+    cache: Annotated[File, Option(help="The folder that keeps scores; ~/.cache/rag_rerank if none.")] = None,
+    no_cache: Annotated[bool, Option("--no-cache", help="Score everything anew and keep nothing.")] = False,
     device: DeviceOption = None,
     dtype: DtypeOption = "auto",
     send_key_over_http: KeyOverHTTPOption = False,
@@ -73,7 +77,8 @@ def evaluate(
         stack.enter_context(_resumable(kept=where is not False))
         scorers: dict[str, Scorer] = {}
         if collection.documents:
-            for name, scorer in _scorers(model, base_url, device, dtype, send_key_over_http):
+            options = ScorerOptions(device=device, dtype=dtype, send_key_over_http=send_key_over_http)
+            for name, scorer in _scorers(model, base_url, options):
                 scorers[_distinct(name, scorers)] = stack.enter_context(scorer)
         evaluation = package.evaluate(
             collection,
@@ -103,31 +108,22 @@ def _collection(folder: File, run: File, qrels: File, deepest: int, *, bare: boo
         return Collection({}, dict.fromkeys(judgments, ""), judgments, run.name), candidates
     if folder is None and qrels is not None:
         raise ConfigError("judgments alone are not enough: name a collection's FOLDER, or a --run")
-    documents = None
-    if candidates is not None:
-        documents = {document for ranking in candidates.values() for document in list(ranking)[:deepest]}
-    return Collection.load(folder or collection_folder(), qrels=qrels, documents=documents), candidates
+    found = None if candidates is None else {each for by in candidates.values() for each in islice(by, deepest)}
+    return Collection.load(folder or collection_folder(), qrels=qrels, documents=found), candidates
 
 
-def _scorers(
-    models: Sequence[str] | None,
-    urls: Sequence[str] | None,
-    device: str | None,
-    dtype: str,
-    send_key_over_http: bool,
-) -> Iterator[tuple[str, Scorer]]:
+def _scorers(models: Names, urls: Names, options: ScorerOptions) -> Iterator[tuple[str, Scorer]]:
     """Yield (name, scorer) of each model and each server; a server that does not answer fails now."""
-    if urls and not models and (device is not None or dtype != "auto"):
-        raise ConfigError("--device and --dtype are for local models; a server has chosen its own")
     if not (models or urls):
         from rag_rerank.embedded import minilm_folder
 
-        yield "all-MiniLM-L6-v2", make_scorer(str(minilm_folder()), None, None, None, device, dtype, logits=False)
+        yield "all-MiniLM-L6-v2", replace(options, model=str(minilm_folder())).make()
     for model in models or ():
-        name = Path(model).resolve().name if Path(model).is_dir() else model
-        yield name, make_scorer(model, None, None, None, device, dtype, logits=False)
+        yield Path(model).resolve().name if Path(model).is_dir() else model, replace(options, model=model).make()
+    if models:  # for which --device and --dtype are
+        options = replace(options, device=None, dtype="auto")
     for url in urls or ():
-        server = make_scorer(None, [url], None, None, None, "auto", False, send_key_over_http)
+        server = replace(options, base_url=[url]).make()
         server.score(NEUTRAL, NEUTRAL)
         yield f"{server.model_name} on {urlsplit(url).netloc.rpartition('@')[2]}", server
 

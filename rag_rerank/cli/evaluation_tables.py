@@ -38,10 +38,8 @@ def _verdict(evaluation: Evaluation, system: System) -> str:
     comparison = system.deepest.gains[evaluation.measure]
     mark, colour = _MARKS[comparison.verdict]
     word = "makes " + comparison.verdict if comparison.verdict == "no clear difference" else comparison.verdict
-    return (
-        f"[bold {colour}]{mark} {word}[/]: {evaluation.measure} {comparison.gain:+.4f}, "
-        f"{comparison.wins} queries better, {comparison.losses} worse"
-    )
+    gain = f"{evaluation.measure} {comparison.gain:+.4f}"
+    return f"[bold {colour}]{mark} {word}[/]: {gain}, {comparison.wins} queries better, {comparison.losses} worse"
 
 
 def _table(*columns: str) -> Table:
@@ -55,11 +53,8 @@ def _table(*columns: str) -> Table:
 def _change(comparison: Comparison) -> tuple[str, str, str]:
     """Change, in the colour of its verdict, interval, and on how many queries it was better and worse."""
     mark, colour = _MARKS[comparison.verdict]
-    return (
-        f"[{colour}]{mark} {comparison.gain:+.4f}[/]",
-        f"{comparison.low:+.3f} … {comparison.high:+.3f}",
-        f"{comparison.wins}/{comparison.losses}",
-    )
+    gain, interval = f"{mark} {comparison.gain:+.4f}", f"{comparison.low:+.3f} … {comparison.high:+.3f}"
+    return f"[{colour}]{gain}[/]", interval, f"{comparison.wins}/{comparison.losses}"
 
 
 def _milliseconds(seconds: float) -> str:
@@ -68,8 +63,7 @@ def _milliseconds(seconds: float) -> str:
 
 def _measures(evaluation: Evaluation, system: System) -> Table:
     level = system.deepest
-    columns = "reranked", "at best", "change", _INTERVAL, "better/worse"
-    table = _table(f"first {level.depth}", "before", *columns)
+    table = _table(f"first {level.depth}", "before", "reranked", "at best", "change", _INTERVAL, "better/worse")
     for name in evaluation.measures:
         values = evaluation.before[name], level.values[name], evaluation.ceilings[level.depth][name]
         table.add_row(name, *(f"{mean(each):.4f}" for each in values), *_change(level.gains[name]))

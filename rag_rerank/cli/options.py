@@ -1,52 +1,67 @@
 """Options that several commands have, and the scorer that they ask for."""
 
-from typing import Annotated
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import wraps
+from itertools import chain
+from typing import Annotated, Any
 
-import typer
+from typer import Option
 
 from rag_rerank import ConfigError, LocalScorer, LocalSettings, Scorer, VLLMScorer
 
-ModelOption = Annotated[
-    str | None, typer.Option(help=f"Hub id or folder ({LocalSettings.model} if none), or the name on the server.")
-]
-BaseURLOption = Annotated[
-    list[str] | None,
-    typer.Option(help="A vLLM server; may be repeated for several. The key is read from VLLM_API_KEY."),
-]
-HostOption = Annotated[str | None, typer.Option(help="The vLLM server's host, instead of --base-url.")]
-PortOption = Annotated[int | None, typer.Option(help="The vLLM server's port, instead of --base-url.")]
-DeviceOption = Annotated[str | None, typer.Option(help="Local only: cuda, cuda:1, mps, cpu.")]
-DtypeOption = Annotated[str, typer.Option(help="Local only: auto, float32, bfloat16, float16.")]
-LogitsOption = Annotated[bool, typer.Option("--logits", help="Raw logits instead of the model's own scale.")]
-JSONOption = Annotated[bool, typer.Option("--json", help="JSON Lines instead of a table.")]
+DeviceOption = Annotated[str | None, Option(help="Local only: cuda, cuda:1, mps, cpu.")]
+DtypeOption = Annotated[str, Option(help="Local only: auto, float32, bfloat16, float16.")]
 KeyOverHTTPOption = Annotated[
-    bool, typer.Option("--send-key-over-http", help="Allow the key to be sent unencrypted to another machine.")
+    bool, Option("--send-key-over-http", help="Allow the key to be sent unencrypted to another machine.")
 ]
+_MODEL_HELP = f"Hub id or folder ({LocalSettings.model} if none), or the name on the server."
+_URL_HELP = "A vLLM server; may be repeated for several. The key is read from VLLM_API_KEY."
 
 
-def make_scorer(
-    model: str | None,
-    base_url: list[str] | None,
-    host: str | None,
-    port: int | None,
-    device: str | None,
-    dtype: str,
-    logits: bool,
-    send_key_over_http: bool = False,
-) -> Scorer:
-    """Make the scorer that the options ask for: remote as soon as one of them says where."""
-    use_activation = False if logits else None
-    if base_url and (host is not None or port is not None):
-        raise ConfigError("pass either --base-url or --host and --port")
-    if host is not None or port is not None:
-        base_url = [f"http://{host or 'localhost'}:{port or 8000}"]
-    if base_url:
-        if device is not None or dtype != "auto":
+@dataclass(frozen=True, slots=True)
+class ScorerOptions:
+    """The options that say what scores, in the order of ``--help``."""
+
+    model: Annotated[str | None, Option(help=_MODEL_HELP)] = None
+    base_url: Annotated[list[str] | None, Option(help=_URL_HELP)] = None
+    host: Annotated[str | None, Option(help="The vLLM server's host, instead of --base-url.")] = None
+    port: Annotated[int | None, Option(help="The vLLM server's port, instead of --base-url.")] = None
+    device: DeviceOption = None
+    dtype: DtypeOption = "auto"
+    logits: Annotated[bool, Option("--logits", help="Raw logits instead of the model's own scale.")] = False
+    send_key_over_http: KeyOverHTTPOption = False
+
+    def make(self) -> Scorer:
+        """Make the scorer that they ask for: remote as soon as one of them says where."""
+        use_activation = False if self.logits else None
+        urls, names_host = self.base_url, self.host is not None or self.port is not None
+        if urls and names_host:
+            raise ConfigError("pass either --base-url or --host and --port")
+        if names_host:
+            urls = [f"http://{self.host or 'localhost'}:{self.port or 8000}"]
+        if not urls:
+            model, dtype = self.model or LocalSettings.model, self.dtype
+            return LocalScorer(model, device=self.device, dtype=dtype, use_activation=use_activation)  # type: ignore[arg-type]  # checked there
+        if self.device is not None or self.dtype != "auto":
             raise ConfigError("--device and --dtype are for local models; a server has chosen its own")
-        return VLLMScorer(base_url, model=model, use_activation=use_activation, send_key_over_http=send_key_over_http)
-    return LocalScorer(
-        model or LocalSettings.model,
-        device=device,
-        dtype=dtype,  # type: ignore[arg-type]  # checked by LocalScorer
-        use_activation=use_activation,
-    )
+        key = self.send_key_over_http
+        return VLLMScorer(urls, model=self.model, use_activation=use_activation, send_key_over_http=key)
+
+
+def takes_scorer(*left_out: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command the fields of `ScorerOptions` but those left out as options, instead of its argument `chosen`."""
+    offered = [each for name, each in inspect.signature(ScorerOptions).parameters.items() if name not in left_out]
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        @wraps(command)
+        def flat(**given: Any) -> None:
+            command(chosen=ScorerOptions(**{each.name: given.pop(each.name) for each in offered}), **given)
+
+        signature = inspect.signature(command)
+        own = (offered if each.name == "chosen" else [each] for each in signature.parameters.values())
+        flat.__signature__ = signature.replace(parameters=list(chain(*own)))  # type: ignore[attr-defined]
+        return flat
+
+    return decorate

@@ -5,6 +5,7 @@ import pprint
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -14,85 +15,39 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from rag_rerank.cli.options import (
-    BaseURLOption,
-    DeviceOption,
-    DtypeOption,
-    HostOption,
-    JSONOption,
-    KeyOverHTTPOption,
-    LogitsOption,
-    ModelOption,
-    PortOption,
-    make_scorer,
-)
+from rag_rerank.cli.options import ScorerOptions, takes_scorer
 from rag_rerank.cli.scoring_files import rerank_files
 from rag_rerank.display import Reranked, described
 from rag_rerank.errors import ConfigError
 from rag_rerank.files.rows import Line, Options, parse
 from rag_rerank.inputs.content import Image, Input
-from rag_rerank.ranking import Ranked
 from rag_rerank.ray_data import Pool
 from rag_rerank.ray_data.run import SHARD_LINES
 from rag_rerank.scorer import Scorer
 
-QueryArgument = Annotated[str | None, typer.Argument(help="The query; without one, JSON Lines are read from stdin.")]
-DocumentsArgument = Annotated[
-    list[str] | None, typer.Argument(help="The documents: texts, text files, or image files.")
-]
 _IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 _TEXTS = (".txt", ".md")
-TextOption = Annotated[
-    bool,
-    typer.Option("--text", help=f"Score the names of files ending in {', '.join(_TEXTS + _IMAGES)}, not the files."),
-]
-_FILES = "Files (with --in and --out)"
-InOption = Annotated[
-    Path | None,
-    typer.Option("--in", rich_help_panel=_FILES, help='Lines of {"query", "documents"}: .jsonl, .jsonl.gz, .parquet.'),
-]
-OutOption = Annotated[
-    Path | None, typer.Option("--out", rich_help_panel=_FILES, help='The same with "ranked", in any of these formats.')
-]
-ReorderOption = Annotated[
-    bool, typer.Option("--reorder", rich_help_panel=_FILES, help="Put the documents themselves in the new order.")
-]
-RestartOption = Annotated[
-    bool, typer.Option("--restart", rich_help_panel=_FILES, help="Discard what an interrupted run has left.")
-]
-StrictOption = Annotated[
-    bool, typer.Option("--strict", rich_help_panel=_FILES, help="Exit with 1 if lines were rejected.")
-]
-_RAY = "Many processes (with --engine ray)"
-EngineOption = Annotated[
-    Literal["local", "ray"],
-    typer.Option("--engine", rich_help_panel=_RAY, help="ray: --in and --out may be folders."),
-]
-ActorsOption = Annotated[
-    int | None, typer.Option("--num-actors", rich_help_panel=_RAY, help="Default: one for each GPU, or machine.")
-]
-CPUsOption = Annotated[
-    float | None, typer.Option("--cpus-per-actor", rich_help_panel=_RAY, help="Default: an equal share of all.")
-]
-GPUsOption = Annotated[
-    float | None, typer.Option("--gpus-per-actor", rich_help_panel=_RAY, help="Default: 1 where there are any.")
-]
-ShardOption = Annotated[int, typer.Option("--shard-lines", rich_help_panel=_RAY, help="Lines of one output file.")]
+_TEXT_HELP = f"Score the names of files ending in {', '.join(_TEXTS + _IMAGES)}, not the files."
+_QUERY_HELP = "The query; without one, JSON Lines are read from stdin."
+QueryArgument = Annotated[str | None, typer.Argument(help=_QUERY_HELP)]
+_DOCUMENTS_HELP = "The documents: texts, text files, or image files."
+DocumentsArgument = Annotated[list[str] | None, typer.Argument(help=_DOCUMENTS_HELP)]
+TextOption = Annotated[bool, typer.Option("--text", help=_TEXT_HELP)]
+JSONOption = Annotated[bool, typer.Option("--json", help="JSON Lines instead of a table.")]
+_file_option = partial(typer.Option, rich_help_panel="Files (with --in and --out)")
+_ray_option = partial(typer.Option, rich_help_panel="Many processes (with --engine ray)")
+_OUT_HELP = 'The same with "ranked", in any of these formats.'
+_IN_HELP = 'Lines of {"query", "documents"}: .jsonl, .jsonl.gz, .parquet.'
 
 
+@takes_scorer()
 def score(
     query: QueryArgument = None,
     documents: DocumentsArgument = None,
     text: TextOption = False,
     example: Annotated[bool, typer.Option("--example", help="Show the three input patterns of the score API.")] = False,
-    model: ModelOption = None,
-    base_url: BaseURLOption = None,
-    host: HostOption = None,
-    port: PortOption = None,
-    device: DeviceOption = None,
-    dtype: DtypeOption = "auto",
-    logits: LogitsOption = False,
-    send_key_over_http: KeyOverHTTPOption = False,
+    *,
+    chosen: ScorerOptions,
     as_json: JSONOption = False,
 ) -> None:
     """Score documents against a query, in the order given.
@@ -102,46 +57,38 @@ def score(
     a "score". There, images are {"content": [{"type": "image_url", "image_url": {"url": "data:..."}}]}, and no file
     is read.
     """
-    with make_scorer(model, base_url, host, port, device, dtype, logits, send_key_over_http) as scorer:
+
+    def answer(query: Input, documents: list[Input], as_table: bool) -> Any:
+        scores = scorer.score(query, documents)
+        return _score_table(query, documents, scores) if as_table else {"scores": scores}
+
+    with chosen.make() as scorer:
         if example:
             _show_example(scorer)
-            return
-        _answer(
-            scorer,
-            query,
-            _read(documents, as_text=text),
-            as_json,
-            Options(),
-            lambda query, documents: {"scores": scorer.score(query, documents)},
-            lambda query, documents: _score_table(query, documents, scorer.score(query, documents)),
-        )
+        else:
+            _answer(scorer, query, _read(documents, as_text=text), as_json, Options(), answer)
 
 
+@takes_scorer()
 def rerank(
     query: QueryArgument = None,
     documents: DocumentsArgument = None,
     text: TextOption = False,
     top_n: Annotated[int | None, typer.Option(help="How many to keep.")] = None,
     score_threshold: Annotated[float | None, typer.Option(help="Keep scores at or above it.")] = None,
-    model: ModelOption = None,
-    base_url: BaseURLOption = None,
-    host: HostOption = None,
-    port: PortOption = None,
-    device: DeviceOption = None,
-    dtype: DtypeOption = "auto",
-    logits: LogitsOption = False,
-    send_key_over_http: KeyOverHTTPOption = False,
+    *,
+    chosen: ScorerOptions,
     as_json: JSONOption = False,
-    source: InOption = None,
-    target: OutOption = None,
-    reorder: ReorderOption = False,
-    restart: RestartOption = False,
-    strict: StrictOption = False,
-    engine: EngineOption = "local",
-    num_actors: ActorsOption = None,
-    cpus_per_actor: CPUsOption = None,
-    gpus_per_actor: GPUsOption = None,
-    shard_lines: ShardOption = SHARD_LINES,
+    source: Annotated[Path | None, _file_option("--in", help=_IN_HELP)] = None,
+    target: Annotated[Path | None, _file_option("--out", help=_OUT_HELP)] = None,
+    reorder: Annotated[bool, _file_option("--reorder", help="Put the documents themselves in the new order.")] = False,
+    restart: Annotated[bool, _file_option("--restart", help="Discard what an interrupted run has left.")] = False,
+    strict: Annotated[bool, _file_option("--strict", help="Exit with 1 if lines were rejected.")] = False,
+    engine: Annotated[Literal["local", "ray"], _ray_option(help="ray: --in and --out may be folders.")] = "local",
+    num_actors: Annotated[int | None, _ray_option(help="Default: one for each GPU, or machine.")] = None,
+    cpus_per_actor: Annotated[float | None, _ray_option(help="Default: an equal share of all.")] = None,
+    gpus_per_actor: Annotated[float | None, _ray_option(help="Default: 1 where there are any.")] = None,
+    shard_lines: Annotated[int, _ray_option(help="Lines of one output file.")] = SHARD_LINES,
 ) -> None:
     """Order documents by relevance to a query, best first.
 
@@ -155,36 +102,28 @@ def rerank(
     """
     options = Options(top_n, score_threshold, reorder=reorder)
 
-    def ranked(query: Input, documents: list[Input]) -> list[Ranked]:
-        return scorer.rerank(query, documents, top_n=top_n, score_threshold=score_threshold)
+    def answer(query: Input, documents: list[Input], as_table: bool) -> Any:
+        ranked = scorer.rerank(query, documents, top_n=top_n, score_threshold=score_threshold)
+        if as_table:
+            return Reranked(query, documents, ranked, rows=None).__rich__()
+        return {"ranked": [asdict(item) for item in ranked]}
 
     if (num_actors, cpus_per_actor, gpus_per_actor, shard_lines) != (None, None, None, SHARD_LINES) and engine != "ray":
         raise ConfigError("--num-actors, --cpus-per-actor, --gpus-per-actor and --shard-lines go with --engine ray")
     paths = _paths(source, target, query is None and not as_json, reorder or restart or strict or engine == "ray")
-    with make_scorer(model, base_url, host, port, device, dtype, logits, send_key_over_http) as scorer:
+    with chosen.make() as scorer:
         if paths:
             more: dict[str, Any] = {"restart": restart}
             if engine == "ray":
-                gpus = 0.0 if device == "cpu" and gpus_per_actor is None else gpus_per_actor
+                gpus = 0.0 if chosen.device == "cpu" and gpus_per_actor is None else gpus_per_actor
                 more |= {"pool": Pool(num_actors, cpus_per_actor, gpus), "shard_lines": shard_lines}
             rerank_files(scorer, *paths, asdict(options) | more, ray=engine == "ray", strict=strict)
         else:
-            _answer(
-                scorer,
-                query,
-                _read(documents, as_text=text),
-                as_json,
-                options,
-                lambda query, documents: {"ranked": [asdict(item) for item in ranked(query, documents)]},
-                lambda query, documents: Reranked(query, documents, ranked(query, documents), rows=None).__rich__(),
-            )
+            _answer(scorer, query, _read(documents, as_text=text), as_json, options, answer)
 
 
 def _paths(source: Path | None, target: Path | None, alone: bool, other: bool) -> tuple[Path, Path] | None:
-    """Find the files to read and to write, or None where no files are asked for.
-
-    `alone`: nothing is asked for that does not go with files. `other`: something that goes with files only.
-    """
+    """Find the files to read and write, if any. `alone`: nothing else is asked for. `other`: what goes with them is."""
     if source is None and target is None and not other:
         return None
     if source is None or target is None:
@@ -196,9 +135,9 @@ def _paths(source: Path | None, target: Path | None, alone: bool, other: bool) -
 
 def _read(documents: list[str] | None, *, as_text: bool) -> list[Input] | None:
     """Read those documents of the command line that name files."""
-    if documents is None or as_text:
-        return None if documents is None else list(documents)
-    return [_content_of(document) if _is_file(document) else document for document in documents]
+    if documents is None:
+        return None
+    return [_content_of(document) if not as_text and _is_file(document) else document for document in documents]
 
 
 def _is_file(document: str) -> bool:
@@ -228,23 +167,22 @@ def _answer(
     documents: list[Input] | None,
     as_json: bool,
     options: Options,
-    as_object: Callable[[Input, list[Input]], dict[str, Any]],
-    as_table: Callable[[Input, list[Input]], Table],
+    answer: Callable[[Input, list[Input], bool], Any],
 ) -> None:
-    """Print one table or object for the arguments, or one object for every line of stdin."""
+    """Print one table or object for the arguments, or one object for every line of stdin, as `answer` makes them."""
     if query is None:
         for line in _lines():
             if line.is_pair:
                 options.refuse_pair(f"stdin, line {line.number} is a pair")
                 _print_json({"score": scorer.score(line.query, line.documents)[0]})
             else:
-                _print_json(as_object(line.query, line.documents))
+                _print_json(answer(line.query, line.documents, False))
     elif not documents:
         raise ConfigError("pass at least one document after the query, or nothing at all to read stdin")
     elif as_json:
-        _print_json(as_object(query, documents))
+        _print_json(answer(query, documents, False))
     else:
-        Console().print(as_table(query, documents))
+        Console().print(answer(query, documents, True))
 
 
 def _print_json(answer: dict[str, Any]) -> None:
@@ -265,8 +203,8 @@ def _lines() -> Iterator[Line]:
 
 def _score_table(query: Input, documents: list[Input], scores: list[float]) -> Table:
     table = Table(title=escape(described(query)), title_justify="left", title_style="bold")
-    table.add_column("index", justify="right", no_wrap=True)
-    table.add_column("score", justify="right", no_wrap=True)
+    for name in ("index", "score"):
+        table.add_column(name, justify="right", no_wrap=True)
     table.add_column("document")
     for index, (document, value) in enumerate(zip(documents, scores, strict=True)):
         # The cell is cut, not the column: that would be given its width before the numbers.

@@ -8,7 +8,6 @@ from typing import Any
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
-from rich.text import Text
 
 from rag_rerank.errors import BackendError, ConfigError
 from rag_rerank.files import Tally, partial_of, rejects_of, rerank_file
@@ -22,19 +21,20 @@ def rerank_files(
     scorer: Scorer, source: Path, target: Path, options: dict[str, Any], *, ray: bool, strict: bool
 ) -> None:
     """Rerank a file, or with Ray a folder; show a bar, and on stderr what came of it or how to continue."""
-    console = Console(stderr=True, highlight=False, soft_wrap=True)
-    with _bar(console) as bar:
+    console = Console(stderr=True, highlight=False, soft_wrap=True, markup=False, emoji=False)
+    columns = TextColumn("{task.fields[done]}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn()
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("", total=1.0, done="starting")
 
         def of_file(tally: Tally, fraction: float) -> None:
             if tally.resumed == tally.lines > 0:
-                console.print(Text(f"Continuing behind line {tally.lines:,} of {source}."))
+                console.print(f"Continuing behind line {tally.lines:,} of {source}.")
             bar.update(task, completed=fraction, done=f"{tally.lines:,} lines, {tally.documents:,} documents")
 
         def of_folder(now: RayProgress) -> None:
             finished = f"{now.finished:,} of {now.shards:,} shards"
             if now.tally.lines == now.tally.resumed > 0:
-                console.print(Text(f"{finished} were finished before."))
+                console.print(f"{finished} were finished before.")
             done = f"{finished}, {now.tally.documents:,} documents"
             bar.update(task, completed=now.finished / max(1, now.shards), done=done)
 
@@ -46,17 +46,6 @@ def rerank_files(
     _summarise(console, tally, target, rejects_in(target) if ray else rejects_of(target), strict=strict)
 
 
-def _bar(console: Console) -> Progress:
-    """Make a bar for tasks with a field ``done``; it shows nothing where the console is no terminal."""
-    columns = (
-        TextColumn("{task.fields[done]}"),
-        BarColumn(),
-        TaskProgressColumn(show_speed=False),
-        TimeRemainingColumn(),
-    )
-    return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
-
-
 @contextmanager
 def _told_how_to_continue(console: Console, target: Path, what: str) -> Iterator[None]:
     """Say how to continue, where a run ends early; after Ctrl-C, with exit code 130."""
@@ -65,7 +54,7 @@ def _told_how_to_continue(console: Console, target: Path, what: str) -> Iterator
     except (KeyboardInterrupt, BackendError) as error:
         kept = target if what == "shards" else partial_of(target)
         if kept.exists():
-            console.print(Text(f"The finished {what} are kept in {kept}: the same command continues behind them."))
+            console.print(f"The finished {what} are kept in {kept}: the same command continues behind them.")
         if isinstance(error, KeyboardInterrupt):
             raise typer.Exit(130) from None
         raise
@@ -77,17 +66,15 @@ def _summarise(console: Console, tally: Tally, target: Path, rejects: Path, *, s
     """Say what became of every line; exit with 1 if all were rejected, or under `strict` any."""
     blank = f", {tally.blank:,} blank" if tally.blank else ""
     console.print(
-        Text(
-            f"{tally.lines:,} lines: {tally.ranked:,} reranked ({tally.documents:,} documents), "
-            f"{tally.rejected:,} rejected{blank}; written to {target}."
-        )
+        f"{tally.lines:,} lines: {tally.ranked:,} reranked ({tally.documents:,} documents), "
+        f"{tally.rejected:,} rejected{blank}; written to {target}."
     )
     if not tally.rejected:
         return
-    console.print(Text(f"warning: {tally.rejected:,} rejected, see {rejects}", style="yellow"))
+    console.print(f"warning: {tally.rejected:,} rejected, see {rejects}", style="yellow")
     if not tally.ranked:
         first = min(path for path in rejects.rglob("*") if path.is_file()) if rejects.is_dir() else rejects
         with first.open("rb") as file:
-            console.print(Text(f"error: every line was rejected: {likely_cause(file.readline())}", style="red"))
+            console.print(f"error: every line was rejected: {likely_cause(file.readline())}", style="red")
     if strict or not tally.ranked:
         raise typer.Exit(1)

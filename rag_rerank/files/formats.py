@@ -18,7 +18,7 @@ _BLOCK = 4 << 20  # bytes of lines that are made into one Parquet row group
 
 
 def check_name(path: Path) -> None:
-    """Refuse a file whose name has another ending, or whose format needs what is not installed, with a ConfigError."""
+    """Refuse a file with another ending, or of a format that needs what is not installed."""
     if not path.name.endswith(ENDINGS):
         raise ConfigError(f"{path} must end in {', '.join(ENDINGS[:-1])} or {ENDINGS[-1]}")
     if path.suffix == ".parquet":
@@ -36,17 +36,11 @@ def import_arrow(path: Path) -> Any:
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """Consecutive lines of a file.
+    """Consecutive lines of a file."""
 
-    Attributes:
-        first: How many lines come before them.
-        lines: How many they are. None: all that follow.
-        offset: How many bytes come before them. 0: unknown, so that the lines before them are read. Not for Parquet.
-    """
-
-    first: int = 0
-    lines: int | None = None
-    offset: int = 0
+    first: int = 0  # how many lines come before them
+    lines: int | None = None  # how many they are; None: all that follow
+    offset: int = 0  # how many bytes come before them; 0: unknown, so that the lines before are read. Not for Parquet
 
 
 WHOLE = Part()
@@ -55,18 +49,12 @@ WHOLE = Part()
 class Reader:
     """The lines of a file as bytes; a row of Parquet becomes the line of JSON that it would be.
 
-    Args:
-        path: The file. Its ending says the format; what is neither Parquet nor gzip is read as lines.
-        part: Which of its lines.
-        columns: The only columns of Parquet to read; None reads all.
-
-    Attributes:
-        fraction: How much of the file was read, 0 to 1; of a part, up to where it is in the file.
+    Of Parquet, only these columns are read; None reads all.
     """
 
     def __init__(self, path: Path, part: Part = WHOLE, *, columns: Sequence[str] | None = None) -> None:
         self._path, self._part, self._columns = path, part, columns
-        self.fraction = 0.0
+        self.fraction = 0.0  # how much of the file was read, 0 to 1; of a part, up to where it is in the file
 
     def __iter__(self) -> Iterator[bytes]:
         return self._rows() if self._path.suffix == ".parquet" else self._lines()
@@ -141,9 +129,7 @@ def compress(lines: Path, target: Path) -> None:
 class Columns:
     """The columns of a Parquet file, found out from its lines before it is written.
 
-    Args:
-        target: The file to write.
-        source: What the lines are made from. From Parquet to Parquet, columns keep those types that JSON has, too.
+    From Parquet to Parquet, columns keep those types that JSON has, too.
     """
 
     def __init__(self, target: Path, source: Path) -> None:
@@ -152,14 +138,9 @@ class Columns:
         self._schema = self._arrow.schema(list(self._kept.items()))
 
     def add(self, lines: Iterable[bytes]) -> None:
-        """Take the columns of more lines.
-
-        Raises:
-            ConfigError: Parquet has no type for a column, such as one of texts here and objects there.
-        """
+        """Take the columns of more lines; a ConfigError where one has texts here and objects there."""
         try:
-            table = self._table(lines, self._kept)
-            schemas = [self._schema, table.schema]
+            schemas = [self._schema, self._table(lines, self._kept).schema]
             self._schema = self._arrow.unify_schemas(schemas, promote_options="permissive")
         except self._arrow.ArrowException as error:
             raise self._refusal(error) from error
@@ -182,25 +163,21 @@ class Columns:
 
     def _table(self, lines: Iterable[bytes], types: Mapping[str, Any]) -> Any:
         rows = [json.loads(line) for line in lines]
-        names = dict.fromkeys([*types, *(name for row in rows for name in row)])
-        columns = [self._column(name, [row.get(name) for row in rows], types.get(name)) for name in names]
-        return self._arrow.Table.from_arrays(columns, names=list(names))
-
-    def _column(self, name: str, values: list[Any], kind: Any) -> Any:
-        try:
-            return self._arrow.array(values, type=kind)
-        except self._arrow.ArrowException as error:
-            raise type(error)(f"column {name}: {error}") from error
+        columns = {}
+        for name in dict.fromkeys([*types, *(name for row in rows for name in row)]):
+            try:
+                columns[name] = self._arrow.array([row.get(name) for row in rows], type=types.get(name))
+            except self._arrow.ArrowException as error:
+                raise type(error)(f"column {name}: {error}") from error
+        return self._arrow.table(columns)
 
     def _refusal(self, error: Exception) -> ConfigError:
         return ConfigError(f"{self._target.name}: no Parquet of these lines: {error}. Name a .jsonl file instead")
 
 
 def _kept_types(arrow: Any, source: Path) -> dict[str, Any]:
-    """Find the types of a Parquet file's columns that JSON has, too, and of the columns that are added.
-
-    Files made from parts of one file then have the same columns, also where a part has only nulls in one.
-    """
+    """Find the types of a Parquet file's columns that JSON has, too, and of the columns that are added."""
+    # Files made from parts of one file then have the same columns, also where a part has only nulls in one.
     if source.suffix != ".parquet":
         return {}
     schema = arrow.parquet.read_schema(source)

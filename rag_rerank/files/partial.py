@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from types import TracebackType
 from typing import IO, Any, Self
 
 from rag_rerank.errors import ConfigError
@@ -57,16 +56,8 @@ def rejects_of(target: Path) -> Path:
 class Partial:
     """The finished lines of one run over `source`, which are to become `target`; locked against other processes.
 
-    Args:
-        facts: The input and the options of the run, as text.
-        identify: Tells who the scorer is; asked before anything on disk is changed.
-
-    Attributes:
-        tally: The progress; at first that of an earlier run with the same facts and the same scorer.
-
-    Raises:
-        ConfigError: What is there is of another run or scorer, was changed, or another process writes it.
-        BackendError: The scorer did not answer who it is; what is there stays.
+    `facts` are the input and the options of the run. `identify` tells who the scorer is; it is asked before anything on
+    disk is changed. `tally` begins as that of an earlier run with the same facts and the same scorer.
     """
 
     def __init__(
@@ -98,34 +89,28 @@ class Partial:
             if state is not None:
                 refuse_changes(self._path, Identity(state["facts"]), Identity(facts))
             self.identity = identify()
-            if state is None:
-                self._begin()
-            else:
+            if state is not None:
                 self._resume(state)
+            else:
+                self._state.unlink(missing_ok=True)
+                for file in (self._ranked, self._rejects):
+                    file.seek(0)  # truncating leaves the position, from which `tell` counts, where it was
+                    file.truncate()
         except BaseException:
             self._close(keep=begun)
             raise
 
     def add(self, ranked: Sequence[bytes], rejects: Sequence[bytes], documents: int, *, lines: int) -> None:
-        """Keep the results of a group up to this line; they are on disk when this returns.
-
-        Raises:
-            ConfigError: The output is Parquet, which has no type for a column of these lines; nothing was kept of them.
-        """
+        """Keep the results of a group up to this line; they are on disk when this returns."""
         if self._columns is not None:
-            self._columns.add(ranked)
+            self._columns.add(ranked)  # if Parquet has no type for a column of these, nothing is kept of them
         for file, added in ((self._ranked, ranked), (self._rejects, rejects)):
             if added:
                 file.writelines(added)
                 _sync(file)
         done = self.tally
-        self.tally = replace(
-            done,
-            lines=lines,
-            ranked=done.ranked + len(ranked),
-            rejected=done.rejected + len(rejects),
-            documents=done.documents + documents,
-        )
+        documents += done.documents
+        self.tally = Tally(lines, done.ranked + len(ranked), done.rejected + len(rejects), documents, done.resumed)
         sizes = {"bytes": self._ranked.tell(), "rejects_bytes": self._rejects.tell()}
         state = {"facts": self._facts, "scorer": self.identity.to_dict(), "tally": asdict(self.tally), **sizes}
         write_whole(self._state, json.dumps(state).encode())
@@ -156,9 +141,7 @@ class Partial:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         if not self._ranked.closed:
             self._close(keep=self.tally.lines > 0)
 
@@ -172,12 +155,6 @@ class Partial:
         # The state first: without it, the next run takes the others for nothing that it could continue.
         for path in (self._state, self._rejects_path, self._path):
             path.unlink(missing_ok=True)
-
-    def _begin(self) -> None:
-        self._state.unlink(missing_ok=True)
-        for file in (self._ranked, self._rejects):
-            file.seek(0)  # truncating leaves the position, from which `tell` counts, where it was
-            file.truncate()
 
     def _read_state(self) -> dict[str, Any]:
         try:
@@ -221,8 +198,7 @@ def write_whole(path: Path, data: bytes) -> None:
 def lock(file: IO[bytes], path: Path, until: float) -> bool:
     """Keep other processes out of a file until it is closed, however this process ends; on Windows, do nothing.
 
-    Returns:
-        Whether it was locked until then, on the clock of `time.monotonic`.
+    Tell whether it was locked until then, on the clock of `time.monotonic`.
     """
     if sys.platform == "win32":
         return True

@@ -1,8 +1,9 @@
 """One line of the input: parsed, ranked in one call with others, written."""
 
 import json
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from rag_rerank.errors import (
@@ -51,22 +52,17 @@ class Options:
 
     def facts(self) -> dict[str, str]:
         """Write down what decides about the output."""
-        names = "top_n", "score_threshold", "instruction", "reorder"
-        return {name: str(getattr(self, name)) for name in names}
+        return {name: str(value) for name, value in asdict(self).items() if name != "deadline"}
 
 
 @dataclass(slots=True)
 class Line:
-    """One line of the input, by its number from 1, and its result: `ranked`, or the `error` that says why not.
-
-    `row` has its fields: a query with "documents", or a pair, a query with one "document". `query` and `documents` are
-    prepared for the scorer: texts, or content with images, which have been read.
-    """
+    """One line of the input, by its number from 1, and its result: `ranked`, or the `error` that says why not."""
 
     number: int
     raw: bytes
-    row: dict[str, Any]
-    query: Any
+    row: dict[str, Any]  # a query with "documents", or a pair, a query with one "document"
+    query: Any  # this and the documents are prepared for the scorer: texts, or content with images, which were read
     documents: list[Any]
     ranked: list[Ranked] | None = None
     error: str | None = None
@@ -81,7 +77,7 @@ class Line:
         ranked = self.ranked or []
         if self.is_pair:
             return encode(self.row | {"score": ranked[0].score})
-        added: dict[str, Any] = {"ranked": [{"index": item.index, "score": item.score} for item in ranked]}
+        added: dict[str, Any] = {"ranked": [asdict(item) for item in ranked]}
         if reorder:
             added["documents"] = [self.row["documents"][item.index] for item in ranked]
         return encode(self.row | added)
@@ -89,8 +85,7 @@ class Line:
     def reject(self) -> bytes:
         """Write the line of the rejects."""
         # Bytes that are not UTF-8 become lone surrogates: raw.encode(errors="surrogateescape") restores them.
-        raw = self.raw.decode(errors="surrogateescape")
-        return encode({"line": self.number, "error": self.error, "raw": raw})
+        return encode({"line": self.number, "error": self.error, "raw": self.raw.decode(errors="surrogateescape")})
 
 
 def parse(number: int, raw: bytes) -> Line:
@@ -107,12 +102,11 @@ def parse(number: int, raw: bytes) -> Line:
 
 def _contents(row: Any) -> tuple[Any, list[Any]]:
     """Read a line's query and documents; a ValueError or TypeError says what is wrong with the line."""
-    if isinstance(row, dict) and "document" in row and "documents" not in row:
-        document = _content_of(row["document"], "document")
-        query, _ = _contents({**row, "documents": []})
-        return query, [document]
     if not isinstance(row, dict):
         raise ValueError(f'must be an object with "query" and "documents", got {type(row).__name__}')  # noqa: TRY004
+    if "document" in row and "documents" not in row:
+        document = _content_of(row["document"], "document")
+        return _contents({**row, "documents": []})[0], [document]
     for name, kind in (("query", str), ("documents", list)):
         if not isinstance(row.get(name), kind) and not (name == "query" and _has_parts(row.get(name))):
             got = type(row[name]).__name__ if name in row else "nothing"
@@ -139,11 +133,7 @@ def _has_parts(value: Any) -> bool:
 def rank(scorer: Scorer, lines: Sequence[Line], options: Options, *, probe: bool = False) -> list[float]:
     """Give each line its ranking; or its error, if the back end works but can't score that line.
 
-    Returns:
-        With `probe`, the scores of a known query with two documents, which are part of the same call.
-
-    Raises:
-        BackendError: The failure is not the fault of single lines.
+    With `probe`, return the scores of a known query with two documents, which are part of the same call.
     """
     lines = [line for line in lines if line.error is None]
     if not lines:
@@ -162,7 +152,9 @@ def rank(scorer: Scorer, lines: Sequence[Line], options: Options, *, probe: bool
         raise known
     errors = [outcome for outcome in outcomes if isinstance(outcome, RerankError)]
     for error in errors:
-        if _concerns_all(error):
+        # No line can cause these. An HTTP status of 500 can be the fault of one document.
+        unavailable = isinstance(error, BackendUnavailable) and error.status != 500
+        if unavailable or isinstance(error, AuthError | DeadlineExceeded):
             raise error
     if errors and not probe and not any(outcome and isinstance(outcome, list) for outcome in outcomes):
         scorer.score(*PROBES[0], deadline=deadline)  # nothing has a score: this raises if the lines are not to blame
@@ -170,17 +162,9 @@ def rank(scorer: Scorer, lines: Sequence[Line], options: Options, *, probe: bool
         if isinstance(outcome, RerankError):
             line.error = _reason(outcome, line)
         else:
-            threshold = options.score_threshold
-            kept = outcome if threshold is None else [item for item in outcome if (item.score or 0.0) >= threshold]
-            line.ranked = kept[: options.top_n]
+            least = -math.inf if options.score_threshold is None else options.score_threshold
+            line.ranked = [item for item in outcome if (item.score or 0.0) >= least][: options.top_n]
     return [item.score or 0.0 for item in sorted(known, key=lambda item: item.index)]
-
-
-def _concerns_all(error: RerankError) -> bool:
-    """Tell failures that no line can cause. An HTTP status of 500 can be the fault of one document."""
-    if isinstance(error, BackendUnavailable):
-        return error.status != 500
-    return isinstance(error, AuthError | DeadlineExceeded)
 
 
 def _reason(error: RerankError, line: Line) -> str:
@@ -193,9 +177,7 @@ def _reason(error: RerankError, line: Line) -> str:
 
 def results(lines: Sequence[Line], *, reorder: bool) -> tuple[list[bytes], list[bytes], int]:
     """Write lines for the output and lines for the rejects, and count the documents of the former."""
-    ranked: list[bytes] = []
-    rejects: list[bytes] = []
-    documents = 0
+    ranked, rejects, documents = list[bytes](), list[bytes](), 0
     for line in lines:
         if line.error is None:
             try:

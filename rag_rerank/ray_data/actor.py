@@ -17,20 +17,19 @@ from rag_rerank.ray_data.shards import Folders, Shard
 from rag_rerank.scorer import Scorer
 
 _DEATHS = 3
+_DEATHS_REMEDY = "Is there too little memory for so many models on a machine? The same command continues there."
 _LOCK_TIMEOUT = 60.0  # seconds in which a process that is being killed on another machine releases its shard's files
 
 
 class ScoreShards:
-    """Scores shards with the options of `rerank_file`: the class that ``map_batches`` gets; each actor makes one.
-
-    `run` tells the actors of this run from those of earlier ones.
-    """
+    """Scores shards with the options of `rerank_file`: the class that ``map_batches`` gets; each actor makes one."""
 
     def __init__(
         self, scorer: Scorer, folders: Folders, shards: Sequence[Shard], options: Mapping[str, Any], run: str
     ) -> None:
         limit_threads()
-        self._scorer, self._folders, self._shards, self._options, self._run = scorer, folders, shards, options, run
+        self._scorer, self._folders, self._shards, self._options = scorer, folders, shards, options
+        self._run = run  # tells the actors of this run from those of earlier ones
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         """Score the shards whose positions are in the column ``item``; pickled outcomes go to ``outcome``."""
@@ -64,20 +63,14 @@ class ScoreShards:
     def _score(self, shard: Shard) -> Tally:
         """Make the shard's output, unless it exists: the actor before this one may have died a moment too late."""
         folders = self._folders
-        output, work, rejects = folders.output(shard), folders.work(shard), folders.rejects(shard)
+        output, work, rejects = folders.output(shard), folders.own / "work" / shard.name, folders.rejects(shard)
         if not output.exists():
             for path in (output, work, rejects, folders.progress(shard)):
                 path.parent.mkdir(parents=True, exist_ok=True)
             if not work.exists():
-                rerank_file(
-                    self._scorer,
-                    folders.source / shard.source,
-                    work,
-                    **self._options,
-                    part=shard.part,
-                    lock_timeout=_LOCK_TIMEOUT,
-                    progress=self._record(shard),
-                )
+                options = {**self._options, "part": shard.part, "lock_timeout": _LOCK_TIMEOUT}
+                source = folders.source / shard.source
+                rerank_file(self._scorer, source, work, **options, progress=self._record(shard))
             if rejects_of(work).exists():
                 rejects_of(work).replace(rejects)
             work.replace(output)
@@ -97,12 +90,8 @@ class ScoreShards:
                 if before.get("run") == self._run:  # whoever wrote it has not come to the end of the shard
                     deaths = before["deaths"] + 1 if before["start"] == tally.lines else 1
                 if deaths >= _DEATHS:
-                    line = shard.part.first + tally.lines
-                    raise BackendError(
-                        f"{deaths} actors died one after the other, at what follows line {line} of {shard.source}",
-                        remedy="Is there too little memory for so many models on a machine? The same command "
-                        "continues there.",
-                    )
+                    where = f"at what follows line {shard.part.first + tally.lines} of {shard.source}"
+                    raise BackendError(f"{deaths} actors died one after the other, {where}", remedy=_DEATHS_REMEDY)
             # After the last group, too, before the output appears: an output always has its tally.
             state = {"run": self._run, "start": start[0], "deaths": deaths, "tally": asdict(replace(tally, resumed=0))}
             write_whole(path, json.dumps(state).encode())
@@ -112,8 +101,7 @@ class ScoreShards:
 
 def outcome_of(row: Mapping[str, Any]) -> Tally:
     """Read the tally that an actor has returned, or raise its error."""
-    outcome = pickle.loads(row["outcome"])  # noqa: S301 - our own
+    outcome: Tally | Exception = pickle.loads(row["outcome"])  # noqa: S301 - our own
     if isinstance(outcome, Exception):
         raise outcome
-    assert isinstance(outcome, Tally)  # noqa: S101
     return outcome

@@ -1,5 +1,6 @@
 """A step of a pipeline in Ray Data: batches of rows, and the same with scores."""
 
+from dataclasses import asdict
 from importlib import import_module
 from typing import Any
 
@@ -49,13 +50,11 @@ class ScoreBatch:
     def __call__(self, batch: Any) -> Any:
         """Score a pyarrow.Table; returns it with its new columns."""
         pyarrow: Any = import_module("pyarrow")  # Ray Data brings it
-
         names = batch.schema.names
         kind = "documents" if "documents" in names else "document"
-        if "query" not in names or kind not in names:
-            raise ConfigError(
-                f'there must be columns "query" and "documents" or "document"; there are {", ".join(names)}'
-            )
+        if not {"query", kind} <= set(names):
+            there = ", ".join(names)
+            raise ConfigError(f'there must be columns "query" and "documents" or "document"; there are {there}')
         if kind == "document":
             self._options.refuse_pair("each row is a pair")
         # The rows go through JSON, so that a row means here what it means in a file.
@@ -67,15 +66,11 @@ class ScoreBatch:
             added = {"score": pyarrow.array(scores, pyarrow.float64())}
         else:
             item = pyarrow.struct({"index": pyarrow.int64(), "score": pyarrow.float64()})
-            ranked = [
-                None if line.ranked is None else [{"index": item.index, "score": item.score} for item in line.ranked]
-                for line in lines
-            ]
+            ranked = [None if line.ranked is None else [asdict(item) for item in line.ranked] for line in lines]
             added = {"ranked": pyarrow.array(ranked, pyarrow.list_(item))}
         added["score_error"] = pyarrow.array([line.error for line in lines], pyarrow.string())
+        batch = batch.drop_columns([name for name in added if name in names])
         for name, column in added.items():
-            if name in batch.schema.names:
-                batch = batch.drop_columns([name])
             batch = batch.append_column(name, column)
         return batch
 

@@ -1,13 +1,12 @@
 """A folder of files in, a folder of files out: cut into shards, which go to actors; the next run does what is left.
 
-In the output's folder, beside the finished files (which appear whole, under names that depend on the input alone):
-
-    _rejects/           the lines that can't be scored, a file for each shard that has any
-    _rag_rerank/        run.json and scorer.json, what and who the run is made from; and what its actors work at
+In the output's folder, beside the finished files (which appear whole, under names that depend on the input alone), are
+_rejects/, with a file for each shard that has lines that can't be scored, and _rag_rerank/, with run.json and
+scorer.json, what and who the run is made from, and what its actors work at.
 """
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, astuple, dataclass, replace
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -114,9 +113,8 @@ def rerank_folder(
             now = Progress(len(shards), now.finished + bool(left), _sum((now.tally, tally)))
             progress(now)
         if now.finished < now.shards:  # Ray skips blocks that fail where DataContext.max_errored_blocks says so
-            raise BackendError(
-                f"{now.shards - now.finished} of {now.shards} shards were not finished; the same call continues"
-            )
+            left_over = f"{now.shards - now.finished} of {now.shards} shards were not finished"
+            raise BackendError(f"{left_over}; the same call continues")
         folders.finish(sources, facts)
     return now.tally
 
@@ -138,12 +136,9 @@ def _run(
             for row in outcomes.iter_rows():
                 yield outcome_of(row)
         except ray.exceptions.RayError as error:
-            raise BackendError(
-                f"Ray gave up: {str(error).strip().splitlines()[-1]}",
-                remedy="What was finished is kept: the same command continues behind it.",
-            ) from error
+            remedy = "What was finished is kept: the same command continues behind it."
+            raise BackendError(f"Ray gave up: {str(error).strip().splitlines()[-1]}", remedy=remedy) from error
 
 
 def _sum(tallies: Iterable[Tally]) -> Tally:
-    counts = [[getattr(tally, field.name) for field in fields(Tally)] for tally in tallies]
-    return Tally(*map(sum, zip(*counts, strict=True)))
+    return Tally(*map(sum, zip(*map(astuple, tallies), strict=True)))

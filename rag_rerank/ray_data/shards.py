@@ -40,17 +40,13 @@ def rejects_in(target: Path) -> Path:
     return target / "_rejects"
 
 
-@dataclass(frozen=True, slots=True)
 class Folders:
     """Where the files of a run are, from the folder of the input and that of the output."""
 
-    source: Path
-    target: Path
-
-    @property
-    def own(self) -> Path:
-        """The folder that the run keeps for itself."""
-        return self.target / "_rag_rerank"
+    def __init__(self, source: Path, target: Path) -> None:
+        self.source, self.target = source, target
+        self.own = target / "_rag_rerank"  # the run keeps it for itself
+        self.scorer = self.own / "scorer.json"  # who the scorer is: the first actor writes it, all others compare
 
     def output(self, shard: Shard) -> Path:
         """Name the output of a shard; it exists when the shard is finished, and is complete."""
@@ -59,10 +55,6 @@ class Folders:
     def rejects(self, shard: Shard) -> Path:
         """Name the rejects of a shard, if it has any."""
         return rejects_in(self.target) / f"{shard.name}.jsonl"
-
-    def work(self, shard: Shard) -> Path:
-        """Name what becomes the output of a shard."""
-        return self.own / "work" / shard.name
 
     def progress(self, shard: Shard) -> Path:
         """Name the file that says how far a shard is, and how many actors have died at it."""
@@ -75,11 +67,6 @@ class Folders:
             return Tally(**json.loads(path.read_bytes())["tally"])
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ConfigError(f"{path} can't be read; {START_OVER}") from error
-
-    @property
-    def scorer(self) -> Path:
-        """The file that says who the scorer is; the first actor writes it, all others compare."""
-        return self.own / "scorer.json"
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -167,14 +154,8 @@ def _parts(path: Path, lines: int) -> Iterator[Part]:
         rows = count_rows(path)
         yield from (Part(first, min(lines, rows - first)) for first in range(0, rows, lines))
     else:
-        yield from _line_parts(path, lines)
-
-
-def _line_parts(path: Path, lines: int) -> Iterator[Part]:
-    """Find where each part of so many lines begins; the file is read once."""
-    first = offset = 0
-    with path.open("rb") as file:
-        while sizes := list(map(len, islice(file, lines))):
-            yield Part(first, len(sizes), offset)
-            first += len(sizes)
-            offset += sum(sizes)
+        first = offset = 0
+        with path.open("rb") as file:  # it is read once, to find where each part begins
+            while sizes := list(map(len, islice(file, lines))):
+                yield Part(first, len(sizes), offset)
+                first, offset = first + len(sizes), offset + sum(sizes)

@@ -1,8 +1,7 @@
 """How a call goes: cut into requests, over-long documents cut, documents found that the server refuses.
 
-What the server refuses (400, 413, 422) is looked into here, with fewer requests than the core needs for what the server
-fails at (500, a reply that is none): documents of a like length are tried together, and the other requests go on.
-
+Here documents that are refused (400, 413, 422) are found with fewer requests than the core needs for those that a back
+end fails at (500, a reply that is none): those of a like length are tried together, and the other requests go on.
 The prompt of a pair with an image in it is never truncated: vLLM answers 500 where an image's place in it is cut off,
 and cuts its end otherwise. Texts beside images are cut where asked for, with tokens left for these places.
 """
@@ -19,19 +18,15 @@ from rag_rerank.inputs.multimodal import Link, Multimodal, Prepared, hidden
 from rag_rerank.inputs.preparing import text_only
 from rag_rerank.vllm.exchange import Exchange
 from rag_rerank.vllm.steps import Steps, Together
-from rag_rerank.vllm.wire import API, Answer, Encoded, Options, Sent, ServerFacts, read_answer, scoring_request
+from rag_rerank.vllm.wire import API, SINCE, Answer, Encoded, Options, ServerFacts, read_answer, scoring_request
 
 # Of one request, where it has more than one document: about 10 ms of encoding, in which an event loop stands still.
 MAX_BYTES = 8 << 20
-NEUTRAL_IMAGE = Multimodal((BLANK,))
 # The most tokens of an image or video in the prompt: Qwen-VL 3, Phi-3-vision 5. It stands before the text.
 IMAGE_TOKENS = 16
 # The most tokens of "a" and "a" without a template: BERT 5, RoBERTa 6, a bi-encoder 6. The shortest template has 12.
 PLAIN_PAIR_TOKENS = 8
 _TEMPLATE_TOKENS = 1024  # beside query and document, at most; a guess, only for whether to measure
-_CUTS_DOCUMENTS = (0, 20)  # vLLM's max_tokens_per_doc
-# vLLM 0.32, entrypoints/pooling/scoring: for models of text, and for jina-reranker-v3.
-_READS_TEXT_ONLY = re.compile("MultiModalParam is not supported|only supports text as input")
 
 Inputs = Sequence[Prepared]
 
@@ -57,10 +52,7 @@ class Call:
     _encoded: dict[int, Encoded] = field(default_factory=dict)  # by id of what stands in queries and documents
 
     def score(self) -> Steps[list[float]]:
-        """Score each document, in order, not finite where the server gave no finite score; raises as the exchange.
-
-        Raises DocumentRejected where the server takes the request, but not with these documents.
-        """
+        """Score each document, in order; DocumentRejected where the server takes the request, but not with these."""
         limits = yield from self._document_limits()
         chunks = deque(self._chunks(limits))
         yield from self._side_by_side(chunks, lambda chunk: self._score_chunk(chunk, limits[chunk[0]], chunks))
@@ -99,8 +91,7 @@ class Call:
             for position in group:
                 more = _size(self.documents[position]) + (0 if len(self.queries) == 1 else _size(self._query(position)))
                 fetched = not isinstance(self.documents[position], str) and bool(_links([self.documents[position]]))
-                full = size + more > MAX_BYTES or len(chunks[-1]) == self.exchange.rules.chunk_size
-                if full or fetched:
+                if fetched or size + more > MAX_BYTES or len(chunks[-1]) == self.exchange.rules.chunk_size:
                     chunks.append([])
                     size = 0
                 chunks[-1].append(position)
@@ -119,7 +110,7 @@ class Call:
         if self._is_multimodal(chunk[0]):
             options = self._untruncated(queries[0], documents[0])
         try:
-            answer = yield from self._ask(queries, documents, options, positions=chunk)
+            answer = yield from self._ask(queries, documents, options, chunk)
         except (BackendRejected, BackendUnavailable) as error:
             for link in _links([*queries, *documents]):  # vLLM quotes an address that it can't fetch
                 error.message = hidden(error.message, link.url)
@@ -145,7 +136,8 @@ class Call:
 
     def _explain(self, error: BackendRejected | BackendUnavailable) -> None:
         """Give an error that concerns an image the remedy that fits; ContentError for a model that reads text only."""
-        if _READS_TEXT_ONLY.search(error.message):
+        # vLLM 0.32, entrypoints/pooling/scoring: for models of text, and for jina-reranker-v3.
+        if re.search("MultiModalParam is not supported|only supports text as input", error.message):
             raise text_only(self.exchange.model_name, self.queries, self.documents) from error
         if re.search("maximum (context|model) length", error.message):
             error.remedy = (
@@ -177,11 +169,11 @@ class Call:
         """Find out whether the server takes a request like ours with a document that can't be to blame."""
         if with_image not in self._accepted:
             query = self.queries[0] if len(self.queries) == 1 else NEUTRAL
-            document = NEUTRAL_IMAGE if with_image else NEUTRAL
+            document = Multimodal((BLANK,)) if with_image else NEUTRAL
             multimodal = with_image or isinstance(query, Multimodal)
             options = self._untruncated(query, document) if multimodal else self.options
             try:
-                yield from self._ask([query], [document], options, takes_turn=False)
+                yield from self._ask([query], [document], options)
             except BackendRejected:
                 return with_image in self._accepted  # another branch may know better by now
             self._accepted.add(with_image)
@@ -211,7 +203,7 @@ class Call:
             self.options = replace(self.options, truncate_prompt_tokens=-1)
             return limits
         window, given = facts.window, self.options.max_tokens_per_doc
-        if window is None or (facts.version is not None and facts.version < _CUTS_DOCUMENTS):
+        if window is None or (facts.version is not None and facts.version < SINCE["max_tokens_per_doc"]):
             return limits
         left: dict[Prepared, int | None] = {}  # by each query, for a document
         queries = deque([position] for position in {self._query(position): position for position in long}.values())
@@ -245,8 +237,8 @@ class Call:
         """Find out whether the server puts pairs into a template: it shows in the number of tokens that it reads."""
         if facts.has_template is not None:
             return facts.has_template
-        answer = yield from self._ask([NEUTRAL], [NEUTRAL], self.options, takes_turn=False)
-        has_template = (answer.prompt_tokens or 0) > PLAIN_PAIR_TOKENS
+        tokens = (yield from self._ask([NEUTRAL], [NEUTRAL], self.options)).prompt_tokens
+        has_template = (tokens or 0) > PLAIN_PAIR_TOKENS
         self.exchange.servers.remember(has_template=has_template)
         return has_template
 
@@ -254,7 +246,7 @@ class Call:
         """Measure the tokens that template and query leave for a document."""
         cause = None
         try:
-            tokens = (yield from self._ask([query], [NEUTRAL], self.options, takes_turn=False)).prompt_tokens
+            tokens = (yield from self._ask([query], [NEUTRAL], self.options)).prompt_tokens
         except BackendRejected as refusal:
             if "maximum context length" not in refusal.message:
                 raise
@@ -266,25 +258,19 @@ class Call:
         raise self.exchange.error(BackendRejected, said, remedy, whole=True) from cause
 
     def _ask(
-        self,
-        queries: Inputs,
-        documents: Inputs,
-        options: Options,
-        *,
-        positions: Sequence[int] = (0,),
-        takes_turn: bool = True,
+        self, queries: Inputs, documents: Inputs, options: Options, positions: Sequence[int] | None = None
     ) -> Steps[Answer]:
-        """Get one request answered. `positions` are the documents' among the caller's."""
+        """Get one request answered; without `positions` among the caller's documents a small one that takes no turn."""
         asked, sent = [self._sent(query) for query in queries], [self._sent(document) for document in documents]
         return (
             yield from self.exchange.ask(
                 lambda facts, request_id: scoring_request(self.api, facts, asked, sent, options, request_id),
-                lambda body: read_answer(self.api, body, positions),
-                takes_turn=takes_turn,
+                lambda body: read_answer(self.api, body, positions or (0,)),
+                takes_turn=positions is not None,
             )
         )
 
-    def _sent(self, value: Prepared) -> Sent:
+    def _sent(self, value: Prepared) -> str | Encoded:
         """Encode what is more than text, once; it is kept until it has its score."""
         if isinstance(value, str):
             return value

@@ -1,36 +1,21 @@
 """What `VLLMScorer` and `rag_rerank.check` both hold: servers, connections, rules and options, and ways to ask."""
 
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import Any
 
 from rag_rerank.errors import ConfigError, ContentError
 from rag_rerank.inputs.multimodal import Prepared
 from rag_rerank.template import Halves, Template
+from rag_rerank.vllm import wire
 from rag_rerank.vllm.call import PLAIN_PAIR_TOKENS, Call, Inputs
 from rag_rerank.vllm.exchange import Exchange, Rules
 from rag_rerank.vllm.servers import Servers
 from rag_rerank.vllm.steps import Failure, Send, Steps
 from rag_rerank.vllm.transport import Transport
-from rag_rerank.vllm.wire import (
-    API,
-    SINCE,
-    Answer,
-    Card,
-    Options,
-    Reply,
-    Request,
-    ServerFacts,
-    Version,
-    error_text,
-    read_answer,
-    read_models,
-    read_version,
-    scoring_request,
-)
+from rag_rerank.vllm.wire import API, Answer, Card, Options, Reply, Request, ServerFacts, Version
 
 __all__ = ["Answer", "Card", "Client", "Failure", "Reply", "Request", "ServerFacts", "Servers", "Transport", "Version"]
-__all__ += ["PLAIN_PAIR_TOKENS", "SINCE", "error_text", "read_models", "read_version"]
+__all__ += ["PLAIN_PAIR_TOKENS", "wire"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,10 +39,7 @@ class Client:
         self.halves()  # a template that can't be used is told at once
 
     def halves(self, instruction: str | None = None) -> Halves | None:
-        """Split the template, with its variables in it and a call's own instruction; None where it isn't rendered here.
-
-        Raises ConfigError where it can't be split, or has no place for an instruction.
-        """
+        """Split the template with its variables, if it is rendered here; ConfigError if that can't be done."""
         halves = self._halves.get(instruction)
         if halves is None and self.template is not None:
             variables = self.variables if instruction is None else self.variables | {"instruction": instruction}
@@ -87,18 +69,17 @@ class Client:
         """Learn what one of the servers tells about itself, asked once; waits."""
         return self.transport.run(self._exchange(until).describe(), until)
 
-    def ask(self, query: str, document: str, until: float | None) -> Answer:
-        """Get one pair scored as it is, with no prompt or template around it; waits."""
-        steps = self._exchange(until).ask(partial(self._request, query, document), self.read)
-        return self.transport.run(steps, until)
+    def ask(self, until: float | None) -> Answer:
+        """Get "a" and "a" scored as they are, with no prompt or template around them; waits."""
+        return self.transport.run(self._exchange(until).ask(self._request, self.read), until)
 
-    def request(self, query: str, document: str, request_id: str) -> Request:
+    def request(self, request_id: str) -> Request:
         """Make the request of `ask`, for `send`, to a server that is known already."""
-        return self._request(query, document, self.servers.facts or ServerFacts(None, self.model or ""), request_id)
+        return self._request(self.servers.facts or ServerFacts(None, self.model or ""), request_id)
 
     def read(self, body: bytes) -> Answer:
         """Read the answer to such a request; raises BadReply."""
-        return read_answer(self.api, body, [0])
+        return wire.read_answer(self.api, body, [0])
 
     def send(self, request: Request) -> Reply | Failure:
         """Send one request to the first server, once, and take whatever comes; waits."""
@@ -111,8 +92,8 @@ class Client:
 
         return self.transport.run(once())
 
-    def _request(self, query: str, document: str, facts: ServerFacts, request_id: str) -> Request:
-        return scoring_request(self.api, facts, [query], [document], self.options, request_id)
+    def _request(self, facts: ServerFacts, request_id: str) -> Request:
+        return wire.scoring_request(self.api, facts, ["a"], ["a"], self.options, request_id)
 
     def _exchange(self, until: float | None) -> Exchange:
         return Exchange(self.servers, self.rules, until=until, model=self.model)

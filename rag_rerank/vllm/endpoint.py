@@ -16,10 +16,7 @@ class Endpoint:
 
     @classmethod
     def parse(cls, base_url: str) -> "Endpoint":
-        """Read an address; ``/``, ``/v1``, ``/score`` or ``/rerank`` at its end is dropped.
-
-        Raises ConfigError for what is no http(s) address; credentials are never echoed.
-        """
+        """Read an address; ``/``, ``/v1``, ``/score`` or ``/rerank`` at its end is dropped. Never echoes a password."""
         if not isinstance(base_url, str):
             raise ConfigError(f"base_url must be a string, got {type(base_url).__name__}")
         example = "such as http://localhost:8000"

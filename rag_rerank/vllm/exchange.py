@@ -268,19 +268,18 @@ class Exchange:
 
     def _described(self, server: Server) -> Steps[ServerFacts]:
         """Learn what a server tells about itself, asked if it is not known."""
-        if server.facts is not None:
-            return server.facts
-        try:
-            version = yield from self._once(server, Request("GET", "/version"), wire.read_version)
-        except BackendRejected:  # a gateway that forwards only /v1
-            version = None
-        try:
-            cards = yield from self._once(server, Request("GET", "/v1/models"), self._cards)
-        except BackendRejected:
-            if self.model is None:
-                raise
-            cards = []
-        server.facts = self._facts(server, version, cards)
+        if server.facts is None:
+            try:
+                version = yield from self._once(server, Request("GET", "/version"), wire.read_version)
+            except BackendRejected:  # a gateway that forwards only /v1
+                version = None
+            try:
+                cards = yield from self._once(server, Request("GET", "/v1/models"), self._cards)
+            except BackendRejected:
+                if self.model is None:
+                    raise
+                cards = []
+            server.facts = self._facts(server, version, cards)
         return server.facts
 
     def _cards(self, body: bytes) -> list[Card]:

@@ -1,8 +1,8 @@
 """What a call asks to be done, and what it is told: the language between the rules and the drivers.
 
 A call is a generator. It yields a step and is told with ``send()`` what came of it; it returns its result or raises.
-So the rules (`exchange`, `call`) do no I/O and own no clock: the transport runs them over real connections, and tests
-over a list of replies and a clock of their own. The pattern is that of httpx's authentication flow.
+So `exchange` and `call` do no I/O: the transport runs them over real connections, tests over a list of replies and a
+clock of their own. The pattern is that of httpx's authentication flow.
 """
 
 from collections.abc import Callable, Generator, Sequence

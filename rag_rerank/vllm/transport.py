@@ -41,7 +41,6 @@ _Clients = dict[_Loop, tuple[httpx.AsyncClient, _Lifetime]]
 # A compressed answer can grow a thousandfold when unpacked: ask for none, and read none (`_read`).
 _HEADERS = {"Accept-Encoding": "identity", "Content-Type": "application/json"}
 _LONGEST_ERROR_PAGE = 64 << 10  # bytes; enough for a sentence
-_GRACE = 0.2  # seconds
 _CLOSED = "The scorer was closed while it was scoring."
 
 
@@ -61,7 +60,11 @@ class _Background:
 
     def run(self, work: Coroutine[Any, Any, T], timeout: float | None) -> T:
         """Run `work` to its end, for `timeout` seconds at most. What interrupts the caller (Ctrl-C) cancels it."""
-        loop = self._running()
+        with self._lock:
+            if self._loop is None:
+                self._loop = asyncio.new_event_loop()
+                threading.Thread(target=self._loop.run_forever, name="rag_rerank", daemon=True).start()
+            loop = self._loop
         future: Future[T] = Future()
         tasks: list[asyncio.Task[T]] = []
 
@@ -85,13 +88,6 @@ class _Background:
             future.cancel()
             loop.call_soon_threadsafe(lambda: [task.cancel() for task in tasks])
             raise
-
-    def _running(self) -> _Loop:
-        with self._lock:
-            if self._loop is None:
-                self._loop = asyncio.new_event_loop()
-                threading.Thread(target=self._loop.run_forever, name="rag_rerank", daemon=True).start()
-            return self._loop
 
 
 _background = _Background()
@@ -141,7 +137,7 @@ class Transport:
 
     def run(self, steps: Steps[T], until: float | None = None) -> T:
         """Do what `steps` yields; blocks, but not after `until`, even where something keeps the loop from running."""
-        timeout = None if until is None else max(0.0, until - time.monotonic()) + _GRACE
+        timeout = None if until is None else max(0.0, until - time.monotonic()) + 0.2
         try:
             return _background.run(self.arun(steps), timeout)
         except TimeoutError as error:

@@ -1,8 +1,7 @@
 """What goes over the wire: requests and replies of vLLM's score API, and the reading of replies.
 
 The request uses ``text_1``/``text_2``, which every vLLM version knows (``queries``/``documents`` came in 0.16), leaves
-fields out instead of sending null, and goes to ``/v1/score``: ``--api-key`` guards only paths under ``/v1``. A reply
-becomes scores only when it holds exactly one for each document.
+fields out instead of sending null, and goes to ``/v1/score``: ``--api-key`` guards only paths under ``/v1``.
 """
 
 import json
@@ -83,16 +82,13 @@ class Options:
     extra_body: Mapping[str, Any] | None = None
 
     def fields(self, version: Version | None) -> dict[str, Any]:
-        """Make fields of a request to a server of this version; ConfigError where it does not know one of them.
-
-        vLLM ignores unknown fields silently: a score would come back, but not the one that was asked for.
-        """
+        """Make fields of a request to a server of this version; ConfigError where it does not know one of them."""
         version = version or (1, 0)
         given = {name: getattr(self, name) for name in SINCE if getattr(self, name) is not None}
         if given.get("truncate_prompt_tokens") == -1 and version < (0, 9):
             del given["truncate_prompt_tokens"]  # -1 came with 0.9; without it, over-long pairs are refused, not missed
         for name in given:
-            if version < SINCE[name]:
+            if version < SINCE[name]:  # it would ignore the field silently: the score is not the one asked for
                 need = ".".join(map(str, SINCE[name]))
                 raise ConfigError(f"vLLM {version[0]}.{version[1]} does not know {name}; it needs {need} or newer")
         if "use_activation" in given and version < (0, 12):
@@ -126,22 +122,13 @@ class Encoded:
         return cls(encoded, 2 * len(encoded) + 12 * len(value.text) + 1024)
 
 
-Sent = str | Encoded  # a query or document in a request
+Sent = Sequence[str | Encoded]  # queries or documents in a request
 
 
 def scoring_request(
-    api: API,
-    facts: ServerFacts,
-    queries: Sequence[Sent],
-    documents: Sequence[Sent],
-    options: Options,
-    request_id: str | None = None,
+    api: API, facts: ServerFacts, queries: Sent, documents: Sent, options: Options, request_id: str | None = None
 ) -> Request:
-    """Make a request to the score API, or to a rerank API of Jina's and Cohere's shape, which vLLM has too.
-
-    There is one query for all documents, or one each; for a rerank API one, which scores all without ``top_n``.
-    Raises ConfigError where the server is too old for an option.
-    """
+    """Make a request to the score API; or to a rerank API of Jina's and Cohere's shape: one query, no ``top_n``."""
     # An entry of a score answer takes about 60 bytes; a rerank answer echoes the documents, up to 12 bytes a character.
     reply_limit = (64 << 10) + 256 * len(documents)
     body = {"model": _json(facts.model)}
@@ -165,7 +152,7 @@ def _json(value: Any) -> bytes:
     return value.json if isinstance(value, Encoded) else _to_json(value).encode()
 
 
-def _list(inputs: Sequence[Sent]) -> bytes:
+def _list(inputs: Sent) -> bytes:
     if all(isinstance(each, str) for each in inputs):
         return _json(list(inputs))  # at once: a tenth of the time
     return b"[" + b", ".join(map(_json, inputs)) + b"]"
@@ -226,23 +213,20 @@ def read_models(body: bytes) -> list[Card]:
     entries = _object(body).get("data")
     if not isinstance(entries, list) or not all(isinstance(entry, dict) and "id" in entry for entry in entries):
         raise BadReply("the answer of /v1/models is no model list")
-    return [
-        Card(str(entry["id"]), str(entry.get("root") or entry["id"]), _int(entry.get("max_model_len")))
-        for entry in entries
-    ]
+    cards = (
+        (str(each["id"]), str(each.get("root") or each["id"]), _int(each.get("max_model_len"))) for each in entries
+    )
+    return [Card(*card) for card in cards]
 
 
 def error_text(body: bytes) -> str:
-    """Find the server's own words in an error answer, in one short printable line.
-
-    Four shapes are known: ``{"error": {"message"}}``, ``{"error": "text"}``, ``{"message"}`` (before 0.10.2) and
-    FastAPI's ``{"detail"}``.
-    """
+    """Find the server's own words in an error answer, in one short printable line."""
     try:
         content = _object(body)
     except BadReply:
         text = body[:1000].decode("utf-8", "replace")
     else:
+        # Known are {"error": {"message"}}, {"error": "text"}, {"message"} (before 0.10.2) and FastAPI's {"detail"}.
         error = content.get("error")
         nested = error.get("message") if isinstance(error, dict) else error
         text = str(nested or content.get("message") or content.get("detail") or content)
