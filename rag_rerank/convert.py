@@ -1,9 +1,8 @@
 """From a causal reranker to a sequence-classification checkpoint that scores the same (extra `local`).
 
-Some rerankers are causal language models that answer "yes" or "no"; their score is the logit of one token, or the
-difference of two. A logit is the last hidden state times one row of the output matrix, so one row (or the difference
-of two) as the weight of a one-label classifier gives the same score, without the output matrix and without
-``--hf-overrides``: transformers and vLLM load the result like any other cross-encoder.
+Some rerankers are causal language models that answer "yes" or "no", scored by the logit of one token or the difference
+of two. A logit is the last hidden state times one row of the output matrix. So one row, or the difference of two, as
+the weight of a one-label classifier gives the same score, without the output matrix and ``--hf-overrides``.
 """
 
 import json
@@ -125,7 +124,10 @@ class _CausalModel:
                 "Set one in its tokenizer_config.json that no prompt ends with."
             )
         self.shards = self._shards()
-        self._home = {tensor: shard for shard in self.shards for tensor in self._read(_tensors, folder / shard)}
+        self._home: dict[str, str] = {}
+        for shard in self.shards:
+            with self._read(safe_open, folder / shard, framework="pt") as source:
+                self._home |= dict.fromkeys(source.keys(), shard)
         self.head = _EMBEDDINGS if self.config.tie_word_embeddings else _HEAD
         if self.head not in self._home or "lm_head.bias" in self._home:
             raise ConfigError(f"{name!r} has no {self.head}, or an lm_head.bias: a classifier has a weight and no bias")
@@ -144,11 +146,10 @@ class _CausalModel:
         size = 0
         for done, shard in enumerate(self.shards, 1):
             with safe_open(self.folder / shard, framework="pt") as source:
-                names = [name for name in source.keys() if name != _HEAD]  # noqa: SIM118 - it is not a dict
-                tensors = {name: source.get_tensor(name) for name in names}
-                for name in [name for name in names if dtype and tensors[name].is_floating_point()]:
-                    tensors[name] = tensors[name].to(getattr(torch, str(dtype)))
+                tensors = {name: source.get_tensor(name) for name in source.keys() if name != _HEAD}  # noqa: SIM118
                 metadata = source.metadata() or {"format": "pt"}
+            for name in [name for name in tensors if dtype and tensors[name].is_floating_point()]:
+                tensors[name] = tensors[name].to(getattr(torch, str(dtype)))
             if shard == home:
                 tensors[_SCORE] = score
             save_file(tensors, out / shard, metadata=metadata)
@@ -164,16 +165,11 @@ class _CausalModel:
         """Write the config as it was, but of a classifier with one label."""
         entries = self._json("config.json")
         stored = dtype or entries.get("dtype") or entries.get("torch_dtype") or str(self._row(0).dtype).split(".")[1]
-        config = {
-            **{key: value for key, value in entries.items() if key not in _DROPPED_ENTRIES},
-            "architectures": [self.architecture],
-            # Always there: without it, readers may take the classifier's float32 for that of all weights.
-            "torch_dtype" if "torch_dtype" in entries else "dtype": stored,
-            "id2label": {"0": "LABEL_0"},
-            "label2id": {"LABEL_0": 0},
-            "pad_token_id": self.tokenizer.pad_token_id,
-        }
-        _write_json(out / "config.json", config)
+        kept = {key: value for key, value in entries.items() if key not in _DROPPED_ENTRIES}
+        # The dtype is always there: without it, readers may take the classifier's float32 for that of all weights.
+        kept |= {"architectures": [self.architecture], "torch_dtype" if "torch_dtype" in entries else "dtype": stored}
+        kept |= {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}, "pad_token_id": self.tokenizer.pad_token_id}
+        _write_json(out / "config.json", kept)
 
     def write_tokenizer(self, out: Path, template: str | None) -> None:
         """Copy the tokenizer, with the score template as its template if there is one."""
@@ -200,7 +196,6 @@ class _CausalModel:
         return shards
 
     def _row(self, row: int) -> torch.Tensor:
-        """One row of the output matrix."""
         with safe_open(self.folder / self._home[self.head], framework="pt") as shard:
             weight: torch.Tensor = shard.get_slice(self.head)[row : row + 1]
         return weight
@@ -267,12 +262,6 @@ def _put(staging: Path, target: Path) -> None:
             old.rename(target)
         raise
     shutil.rmtree(old, ignore_errors=True)
-
-
-def _tensors(shard: Path) -> list[str]:
-    with safe_open(shard, framework="pt") as source:
-        names: list[str] = source.keys()
-        return names
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

@@ -94,7 +94,7 @@ class TestFallback:
             def _score(self, queries: Any, documents: Any, until: Any, instruction: str | None = None) -> list[float]:
                 return [1.0] * len(documents)
 
-        both: Scorer = FallbackScorer(Capable(), WordOverlap())
+        both: Scorer = FallbackScorer(Capable(), Answers(lambda documents: [1.0]))
         assert (both.accepts_images, both.accepts_instruction, both.remote) == (True, False, False)
         both = FallbackScorer(Capable(), Capable())
         assert (both.accepts_instruction, both.remote, both.listwise) == (True, True, False)

@@ -77,7 +77,7 @@ class Line:
         ranked = self.ranked or []
         if self.is_pair:
             return encode(self.row | {"score": ranked[0].score})
-        added: dict[str, Any] = {"ranked": [asdict(item) for item in ranked]}
+        added: dict[str, Any] = {"ranked": [{"index": item.index, "score": item.score} for item in ranked]}
         if reorder:
             added["documents"] = [self.row["documents"][item.index] for item in ranked]
         return encode(self.row | added)

@@ -1,7 +1,4 @@
-"""LocalScorer: settings, checked early; everything that needs torch is imported with the first call.
-
-Constructing one takes microseconds, so that adapters and command lines can build it before they know that they need it.
-"""
+"""LocalScorer: settings, checked early, in microseconds; what needs torch is imported with the first call."""
 
 import asyncio
 import atexit
@@ -23,7 +20,6 @@ from rag_rerank.scorer import Scorer
 from rag_rerank.template import Template
 
 DEFAULT_MODEL = "cross-encoder/ms-marco-MiniLM-L6-v2"
-
 
 _engines: "weakref.WeakSet[Engine]" = weakref.WeakSet()
 _threads: "weakref.WeakSet[threading.Thread]" = weakref.WeakSet()
@@ -129,31 +125,18 @@ class LocalScorer(Scorer):
         model_kwargs: Mapping[str, Any] | None = None,
         tokenizer_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
-        self._settings = Settings(
-            model=os.fspath(model),
-            device=device,
-            dtype=dtype,
-            score_type=score_type,
-            template=None if template is None else "auto" if template == "auto" else Template.load(template),
-            instruction=instruction,
-            chat_template_kwargs=dict(chat_template_kwargs or {}),
-            classifier_tokens=None if classifier_tokens is None else tuple(classifier_tokens),
-            query_prompt=query_prompt,
-            document_prompt=document_prompt,
-            use_activation=use_activation,
-            max_length=max_length,
-            max_tokens_per_query=max_tokens_per_query,
-            max_tokens_per_doc=max_tokens_per_doc,
-            long_documents=long_documents,
-            late_interaction=late_interaction,
-            max_waiting_calls=max_waiting_calls,
-            revision=revision,
-            trust_remote_code=trust_remote_code,
-            local_files_only=local_files_only,
-            cache_dir=None if cache_dir is None else os.fspath(cache_dir),
-            model_kwargs=dict(model_kwargs or {}),
-            tokenizer_kwargs=dict(tokenizer_kwargs or {}),
-        )
+        given = dict(locals())  # the arguments; each is a setting of the same name
+        del given["self"]
+        given |= {
+            "model": os.fspath(model),
+            "template": Template.load(template) if template not in (None, "auto") else template,
+            "chat_template_kwargs": dict(chat_template_kwargs or {}),
+            "classifier_tokens": None if classifier_tokens is None else tuple(classifier_tokens),
+            "cache_dir": None if cache_dir is None else os.fspath(cache_dir),
+            "model_kwargs": dict(model_kwargs or {}),
+            "tokenizer_kwargs": dict(tokenizer_kwargs or {}),
+        }
+        self._settings = Settings(**given)
         self._max_waiting_calls = max_waiting_calls
 
     def _start(self) -> None:
@@ -210,12 +193,9 @@ class LocalScorer(Scorer):
     def _submit(
         self, queries: Sequence[Prepared], documents: Sequence[Prepared], instruction: str | None
     ) -> "Future[list[float]]":
-        settings = self._settings
-        return self._engine.submit(
-            _prompted(queries, "queries", "query_prompt", settings.query_prompt),
-            _prompted(documents, "documents", "document_prompt", settings.document_prompt),
-            instruction,
-        )
+        queries = _prompted(queries, "queries", "query_prompt", self._settings.query_prompt)
+        documents = _prompted(documents, "documents", "document_prompt", self._settings.document_prompt)
+        return self._engine.submit(queries, documents, instruction)
 
     def _wait(self, work: "Future[list[float]]", until: float | None) -> list[float]:
         began = time.monotonic()
@@ -229,17 +209,13 @@ class LocalScorer(Scorer):
     def _too_late(self, error: TimeoutError, began: float) -> TimeoutError:
         if isinstance(error, DeadlineExceeded):
             return error
-        return DeadlineExceeded(
-            f"{self.model_name} was still scoring when the deadline passed",
-            elapsed=time.monotonic() - began,
-            remedy="Allow more time, pass fewer documents, or call warmup() first: loading counts.",
-        )
+        message = f"{self.model_name} was still scoring when the deadline passed"
+        remedy = "Allow more time, pass fewer documents, or call warmup() first: loading counts."
+        return DeadlineExceeded(message, elapsed=time.monotonic() - began, remedy=remedy)
 
     def _facts(self, until: float | None) -> dict[str, str]:
-        model = self._engine.model
-        while model is None:
+        while (model := self._engine.model) is None:
             self._wait(self._engine.submit([], []), until)
-            model = self._engine.model
         name = "a folder" if Path(self.model_name).is_dir() else self.model_name  # wherever it lies
         return {"model": name, **model.facts}
 
@@ -255,18 +231,15 @@ class LocalScorer(Scorer):
 
 
 def _load(settings: Settings) -> Model:
-    # The one import that brings torch and transformers (2-3 s): made in the engine's thread, by the first call.
-    from rag_rerank.local.loading import load  # noqa: PLC0415
+    from rag_rerank.local.loading import load  # noqa: PLC0415 - it imports torch and transformers (2-3 s)
 
     return load(settings)
 
 
 def _prompted(inputs: Sequence[Prepared], side: Side, name: str, prompt: str | None) -> Sequence[Prepared]:
     """Put the prompt before each; ContentError for what only a server can read."""
-    prompted: list[Prepared] = []
     for position, each in enumerate(inputs):
         if isinstance(each, str):
-            prompted.append(prompt + each if prompt else each)
             continue
         kinds = {part.kind for part in each.parts if isinstance(part, Link)}
         if "video_url" in kinds:
@@ -275,5 +248,4 @@ def _prompted(inputs: Sequence[Prepared], side: Side, name: str, prompt: str | N
             raise ContentError(f"{side}[{position}] holds an address, but LocalScorer fetches nothing; pass the file")
         if prompt:
             raise ContentError(f"{side}[{position}] holds an image, which can't follow a {name}: images come first")
-        prompted.append(each)
-    return prompted
+    return [prompt + each if prompt and isinstance(each, str) else each for each in inputs]

@@ -16,11 +16,7 @@ LateInteractionRule = Literal["declared", "vllm"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
-    """The arguments of `LocalScorer`, which describes them.
-
-    Raises:
-        ConfigError: At construction: one is out of range, or torch or transformers is missing.
-    """
+    """The arguments of `LocalScorer`, which describes them; ConfigError if one is wrong or a package is missing."""
 
     model: str
     device: str | None
@@ -50,10 +46,8 @@ class Settings:
         if not self.model:
             raise ConfigError("model is empty; pass a hub id or a folder")
         for name, allowed in (
-            ("dtype", Dtype),
-            ("score_type", ScoreType),
-            ("long_documents", LongDocuments),
-            ("late_interaction", LateInteractionRule),
+            *(("dtype", Dtype), ("score_type", ScoreType)),
+            *(("long_documents", LongDocuments), ("late_interaction", LateInteractionRule)),
         ):
             if getattr(self, name) not in get_args(allowed):
                 raise ConfigError(f"{name} must be one of {', '.join(get_args(allowed))}; got {getattr(self, name)!r}")

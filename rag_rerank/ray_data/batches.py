@@ -1,6 +1,5 @@
 """A step of a pipeline in Ray Data: batches of rows, and the same with scores."""
 
-from dataclasses import asdict
 from importlib import import_module
 from typing import Any
 
@@ -66,7 +65,10 @@ class ScoreBatch:
             added = {"score": pyarrow.array(scores, pyarrow.float64())}
         else:
             item = pyarrow.struct({"index": pyarrow.int64(), "score": pyarrow.float64()})
-            ranked = [None if line.ranked is None else [asdict(item) for item in line.ranked] for line in lines]
+            ranked = [
+                None if line.ranked is None else [{"index": item.index, "score": item.score} for item in line.ranked]
+                for line in lines
+            ]
             added = {"ranked": pyarrow.array(ranked, pyarrow.list_(item))}
         added["score_error"] = pyarrow.array([line.error for line in lines], pyarrow.string())
         batch = batch.drop_columns([name for name in added if name in names])

@@ -20,46 +20,35 @@ from rag_rerank.local.transformer.batching import TokenSequence
 if TYPE_CHECKING:
     from torch import Tensor
 
-# Documents that are tokenised at a time: enough to be sorted by length to some effect, few enough that their tokens
-# (about 36 bytes each as Python numbers) and the tokenizer's own notes on them stay within a few megabytes.
+# Documents that are tokenised at a time: enough for sorting by length, few enough that their tokens (about 36 bytes
+# each as Python numbers) and the tokenizer's own notes on them stay within a few megabytes.
 PART = 256
 
 
 class WaitingCall:
     """One call that waits, or of which a part has been run. Pairs that occur twice are scored once.
 
-    Args:
-        queries: One for all documents, or one each.
-        documents: The documents; none only waits for the model to be loaded.
-        instruction: The call's own, for a model with a place for it.
-
-    Attributes:
-        future: Of its scores.
-        texts_truncated: How many texts were longer than what the model reads.
+    There is one query for all documents, or one each; with no documents it only waits for the model to be loaded.
     """
 
     def __init__(
         self, queries: Sequence[Prepared], documents: Sequence[Prepared], instruction: str | None = None
     ) -> None:
         self.future: Future[list[float]] = Future()
-        self.texts_truncated = 0
+        self.texts_truncated = 0  # those longer than what the model reads
         self._given = {"queries": queries, "documents": documents}
         self._instruction = instruction
         queries, documents = list(queries), list(documents)
         # Images are hashed by their bytes, which Python does once for each bytes object.
         pairs = list(zip(queries * len(documents) if len(queries) == 1 else queries, documents, strict=True))
         places = {pair: place for place, pair in enumerate(dict.fromkeys(pairs))}
-        self._places: list[int] | None = None  # of each document among the different ones
-        if len(places) < len(pairs):
-            self._places = [places[pair] for pair in pairs]
-            documents = [document for _, document in places]
-            queries = queries if len(queries) == 1 else [query for query, _ in places]
-        self._queries, self._documents = queries, documents
+        self._places = [places[pair] for pair in pairs]  # of each document among the different ones
+        self._queries = queries if len(queries) == 1 else [query for query, _ in places]
+        self._documents = [document for _, document in places]
         self._begun = 0  # documents that have been tokenised
         self._scored = 0
-        self._scores = [0.0] * len(documents)
+        self._scores = [0.0] * len(places)
         self._ready: deque[Item] = deque()
-        self._ready_tokens = 0
 
     @property
     def unscored(self) -> int:
@@ -75,7 +64,7 @@ class WaitingCall:
         """Count the tokens that it still wants to have run; None where they have not all been counted."""
         if not self._ready and self._begun < len(self._documents):
             self._tokenise(model)
-        return None if self._begun < len(self._documents) else self._ready_tokens
+        return None if self._begun < len(self._documents) else sum(len(item.sequence.ids) for item in self._ready)
 
     def take(self, model: Model, tokens: int) -> list["Item"]:
         """Take the next sequences to run: at least one if there is any, then no more than `tokens` hold."""
@@ -88,7 +77,6 @@ class WaitingCall:
             if taken and length > tokens:
                 break
             taken.append(self._ready.popleft())
-            self._ready_tokens -= length
             tokens -= max(1, length)
         return taken
 
@@ -105,7 +93,6 @@ class WaitingCall:
         # Longest first, so that the batch that needs most memory comes first, and if it fits, so do the others.
         order = sorted(range(len(inputs.sequences)), key=lambda position: -len(inputs.sequences[position].ids))
         self._ready.extend(Item(part, position) for position in order)
-        self._ready_tokens += sum(len(sequence.ids) for sequence in inputs.sequences)
         self.texts_truncated += sum(sequence.truncated for sequence in inputs.sequences)
 
     def take_scores(self, start: int, scores: Sequence[float]) -> None:
@@ -113,8 +100,7 @@ class WaitingCall:
         self._scores[start : start + len(scores)] = scores
         self._scored += len(scores)
         if self.unscored == 0:
-            places = self._places
-            self.succeed(self._scores if places is None else [self._scores[place] for place in places])
+            self.succeed([self._scores[place] for place in self._places])
 
     def succeed(self, scores: list[float]) -> None:
         """Give the caller its scores."""
@@ -166,14 +152,13 @@ class Item:
             part.call.take_scores(part.start, part.inputs.scores(part.outputs))
 
 
-def next_round(
-    calls: Sequence[WaitingCall], model: Model, tokens: int
-) -> list[tuple[WaitingCall, list[Item] | Exception]]:
-    """Take about so many tokens from some of the calls, which are in the order in which they came.
+_Taken = tuple[WaitingCall, list[Item] | Exception]
+"""A call and its items, or the error for its caller."""
 
-    Each call comes with its items, or with the error for its caller.
-    """
-    taken: list[tuple[WaitingCall, list[Item] | Exception]] = []
+
+def next_round(calls: Sequence[WaitingCall], model: Model, tokens: int) -> list[_Taken]:
+    """Take about so many tokens from some of the calls, which are in the order in which they came."""
+    taken: list[_Taken] = []
     shares = [(call, tokens // 4) for call in calls[:1]] if len(calls) > 1 else []
     shares += [(call, tokens) for call in sorted(calls, key=lambda call: call.unscored)]  # stable: else first come
     for call, share in shares:

@@ -1,9 +1,9 @@
 """One thread that owns a model: it loads it, and has what callers hand in scored in common batches.
 
-Why one thread: fast tokenizers answer "Already borrowed" when two threads share one, and one thread must decide what
-comes next. Callers get a future each. The thread takes some of the work that waits (see `calls`), cuts it into batches,
-and gives each call its scores as soon as its last sequence has run. On a CPU each batch is run by a worker on a core of
-its own; on a CUDA device the next batch is tokenised and sent off while the last one still runs.
+One thread, for fast tokenizers answer "Already borrowed" when two share one, and one must decide what comes next. It
+cuts some of the work that waits (see `calls`) into batches, and gives each call its scores as soon as its last sequence
+has run. On a CPU each batch is run by a worker on a core of its own; on a CUDA device the next batch is tokenised and
+sent off while the last one still runs.
 """
 
 import logging
@@ -19,36 +19,26 @@ from typing import TYPE_CHECKING
 from rag_rerank.errors import BackendError, RerankError
 from rag_rerank.inputs.multimodal import Prepared
 from rag_rerank.local.engine.calls import Item, WaitingCall, next_round
+from rag_rerank.local.engine.workers import Workers
 from rag_rerank.local.models.model import Model
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from rag_rerank.local.engine.workers import Workers
-
 logger = logging.getLogger(__name__)
 
-# Tokens up to which a batch is left to one core, and below which work is not split any further. All cores together,
-# which wait for each other at each operation, are hardly faster with so little, and much slower beside other processes.
-# Calls of 10, 4 and 1 short documents take 23, 15 and 7.3 ms this way, and 26, 13 and 6.0 ms where all cores run what
-# is below 512 tokens; beside a dozen busy processes 94, 62 and 33 ms, and 1,103, 1,068 and 378 ms (medians of
+# Tokens up to which a batch is left to one core, and below which work is not split: all cores wait for each other at
+# each operation. Calls of 10, 4 and 1 short documents take 23, 15 and 7.3 ms this way, and 26, 13 and 6.0 ms where all
+# run what is below 512 tokens; beside a dozen busy processes 94, 62 and 33 ms, and 1,103, 1,068 and 378 ms (medians of
 # interleaved calls, MiniLM, bfloat16, 2 cores). With 128 instead of 256, the first takes 31 ms.
 _MIN_BATCH = 256
 
 
 class Engine:
-    """A model in a thread of its own.
-
-    Args:
-        load: Makes the model; called in the thread when the first work comes, and again after it failed.
-        name: For the thread's name and for errors.
-
-    Attributes:
-        thread: The thread.
-    """
+    """A model in a thread of its own; `load` is called there when the first work comes, and again after it failed."""
 
     def __init__(self, load: Callable[[], Model], *, name: str) -> None:
-        self._inbox: queue.SimpleQueue[WaitingCall | _BatchResult | None] = queue.SimpleQueue()
+        self._inbox: _Inbox = queue.SimpleQueue()
         self._name = name
         self._lock = threading.Lock()
         self._warned = False
@@ -68,15 +58,13 @@ class Engine:
     ) -> "Future[list[float]]":
         """Hand in one call; see `WaitingCall`. Cancelling the future takes it back, even half done."""
         call = WaitingCall(queries, documents, instruction)
-        error: RerankError | None = None
         with self._lock:  # nothing may come behind the None that ends the thread: nobody would ever answer it
-            if self._closing.is_set():
-                error = _closed(self._name)
-            else:
+            closed = self._closing.is_set()
+            if not closed:
                 call.future.add_done_callback(lambda _: self._finished(call))
                 self._inbox.put(call)
-        if error is not None:
-            call.fail(error)
+        if closed:
+            call.fail(_closed(self._name))
         return call.future
 
     def stop(self) -> None:
@@ -96,13 +84,11 @@ class Engine:
             level = logging.DEBUG if self._warned else logging.WARNING
             self._warned = self._warned or call.texts_truncated > 0
         if call.texts_truncated:
-            logger.log(
-                level,
-                "%s reads only so much at a time: %d of a call's texts were cut. %s",
-                self._name,
-                call.texts_truncated,
-                'long_documents="max-passage" reads them to their end. (Further calls say so at level DEBUG.)',
+            message = (
+                "%s reads only so much at a time: %d of a call's texts were cut. "
+                'long_documents="max-passage" reads them to their end. (Further calls say so at level DEBUG.)'
             )
+            logger.log(level, message, self._name, call.texts_truncated)
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,23 +98,14 @@ class _BatchResult:
     items: Sequence[Item]
     outputs: "Tensor | Exception"
 
-    def read(self) -> "Tensor":
-        """Wait for the outputs, or raise what went wrong."""
-        if isinstance(self.outputs, Exception):
-            raise self.outputs
-        return self.outputs.cpu()
+
+_Inbox = queue.SimpleQueue[WaitingCall | _BatchResult | None]
 
 
 class _Loop:
     """The work of the engine's thread, until it is told to end."""
 
-    def __init__(
-        self,
-        load: Callable[[], Model],
-        inbox: "queue.SimpleQueue[WaitingCall | _BatchResult | None]",
-        closing: threading.Event,
-        name: str,
-    ) -> None:
+    def __init__(self, load: Callable[[], Model], inbox: _Inbox, closing: threading.Event, name: str) -> None:
         self._load, self._inbox, self._closing, self._name = load, inbox, closing, name
         self.model: Model | None = None
         self._workers: Workers | None = None
@@ -175,9 +152,6 @@ class _Loop:
             model = self.model = self.model or self._load()
             parallel = model.score_type.transformer.batching.parallel
             if self._workers is None and parallel > 1:
-                # Here, not above: it imports torch.
-                from rag_rerank.local.engine.workers import Workers  # noqa: PLC0415
-
                 self._workers = Workers(parallel, f"rag_rerank {self._name}")
         except Exception as error:  # noqa: BLE001 - the callers get it; the next one may have better luck
             _fail(self._calls, _as_backend_error(error, self._name))
@@ -189,8 +163,8 @@ class _Loop:
         while len(self._backlog) < idle and any(call.waits for call in self._calls if not call.future.done()):
             self._make_batches(model)
         # A large batch that is alone is run by all cores, or by the device.
-        alone = len(self._backlog) == 1 and not self._running and _tokens(self._backlog[0]) > _MIN_BATCH
-        if self._workers is None or alone:
+        alone = len(self._backlog) == 1 and not self._running
+        if self._workers is None or (alone and sum(len(item.sequence.ids) for item in self._backlog[0]) > _MIN_BATCH):
             self._run_here(model)
         else:
             while self._backlog and self._running < self._workers.count:
@@ -222,9 +196,8 @@ class _Loop:
             return
         self._backlog.extend([items[position] for position in batch] for batch in batches)
 
-    def _begin(self, model: Model, workers: "Workers") -> None:
-        items = _wanted(self._backlog.popleft())
-        if items:
+    def _begin(self, model: Model, workers: Workers) -> None:
+        if items := _wanted(self._backlog.popleft()):
             inbox = self._inbox  # not self: a worker that is idle must not keep anything
             self._running += 1
             workers.submit(lambda: inbox.put(_run_batch(model, items)))
@@ -241,7 +214,9 @@ class _Loop:
     def _hand_out(self, result: _BatchResult) -> None:
         """Give each call its outputs, or see what to do about an error."""
         try:
-            outputs = result.read()
+            if isinstance(result.outputs, Exception):
+                raise result.outputs  # noqa: TRY301 - handled like those of the next line
+            outputs = result.outputs.cpu()
         except Exception as error:  # noqa: BLE001 - on CUDA, errors show only when outputs are read
             self._after_error(error, result.items)
             return
@@ -258,10 +233,7 @@ class _Loop:
                 item.call.fail(_as_backend_error(error, self._name))
 
     def _after_error(self, error: Exception, items: Sequence[Item]) -> None:
-        """Run each call's part of a batch that failed alone: only the call that is the cause fails.
-
-        What is one call's is halved where the device's memory was too small for it.
-        """
+        """Run each call's part of a failed batch alone; halve what is one call's but too large for the memory."""
         calls = list(dict.fromkeys(item.call for item in items))
         if len(calls) > 1:
             self._backlog.extendleft([item for item in items if item.call is call] for call in calls)
@@ -277,10 +249,6 @@ def _run_batch(model: Model, items: Sequence[Item]) -> _BatchResult:
         return _BatchResult(items, model.score_type.run([item.sequence for item in items]))
     except Exception as error:  # noqa: BLE001 - whatever it is, the callers get it
         return _BatchResult(items, error)
-
-
-def _tokens(items: Sequence[Item]) -> int:
-    return sum(len(item.sequence.ids) for item in items)
 
 
 def _wanted(items: Sequence[Item]) -> list[Item]:

@@ -1,9 +1,8 @@
 """Attention over sequences that lie end to end in one row, for models as transformers wrote them.
 
-Padding a batch costs as many tokens as its lengths differ. Instead all its sequences become one row, and this function,
+Padding a batch costs as many tokens as its lengths differ. Instead its sequences become one row, and this function,
 registered with transformers' ``AttentionInterface`` (https://huggingface.co/docs/transformers/attention_interface),
-keeps them apart: each token attends to its own sequence only and, in a decoder, to the prefix that its sequence shares
-with others. Every other layer of a transformer looks at one token at a time and never notices.
+lets each token attend to its own sequence only and, in a decoder, to the prefix that this shares with others.
 """
 
 import functools
@@ -21,24 +20,19 @@ from transformers.masking_utils import AttentionMaskInterface
 
 NAME = "rag_rerank"
 
-# The CPU kernel's softmax runs 16 numbers at a time and what is left one by one: 127 keys take twice as long as 128
-# (bfloat16, AVX-512). So up to 15 of the following tokens are handed in as keys, too, and masked: 1.4 times faster over
-# real lengths in bfloat16, 1.15 times in float32.
+# The CPU kernel's softmax runs 16 numbers at a time, the rest one by one: 127 keys take twice as long as 128 (bfloat16,
+# AVX-512). So up to 15 following tokens are keys, too, and masked: 1.4 times faster over real lengths, 1.15 in float32.
 _LANES = 16
 _BLOCK = 128  # queries at a time under a sliding window, of sequences of twice that and more
 
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """The tokens ``[start, stop)`` of a row, which attend to each other and to the prefix before them, if any.
-
-    Attributes:
-        prefix: ``(start, stop)`` of tokens elsewhere in the row that come before these.
-    """
+    """The tokens ``[start, stop)`` of a row, which attend to each other and to the prefix before them, if any."""
 
     start: int
     stop: int
-    prefix: tuple[int, int] = (0, 0)
+    prefix: tuple[int, int] = (0, 0)  # start and stop, elsewhere in the row
 
     @property
     def own(self) -> tuple[int, int]:
@@ -46,37 +40,19 @@ class Segment:
         return self.start, self.stop
 
     @property
-    def prefix_length(self) -> int:
-        """Tokens of the prefix; 0 without one."""
-        return self.prefix[1] - self.prefix[0]
-
-    @property
     def length(self) -> int:
         """Tokens, the prefix included."""
-        return self.prefix_length + self.stop - self.start
-
-
-@dataclass(frozen=True, slots=True)
-class _CudaLengths:
-    """Arguments of the varlen kernel, the same in all layers."""
-
-    queries: Tensor
-    keys: Tensor
-    most_queries: int
-    most_keys: int
-    rows: Tensor | None  # the tokens that are keys, segment by segment; None: each once, in order
+        return self.prefix[1] - self.prefix[0] + self.stop - self.start
 
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """Where the segments of a row are, in order and without gaps. Behind the last there may be padding, on a CPU only.
-
-    Attributes:
-        lengths: Only for CUDA.
-    """
+    """Where the segments of a row are, in order and without gaps. Behind the last may be padding, on a CPU only."""
 
     segments: tuple[Segment, ...]
-    lengths: _CudaLengths | None = None
+    # Only for CUDA, arguments of the varlen kernel: where segments begin, of queries and keys, and the most in one.
+    offsets: tuple[Tensor, Tensor, int, int] | None = None
+    rows: Tensor | None = None  # the tokens that are keys, segment by segment; None: each once, in order
 
     @classmethod
     def of(cls, segments: Sequence[Segment], device: torch.device) -> "Layout":
@@ -86,14 +62,9 @@ class Layout:
         owns = [segment.stop - segment.start for segment in segments]
         totals = [segment.length for segment in segments]
         keys = [token for segment in segments for part in (segment.prefix, segment.own) for token in range(*part)]
-        lengths = _CudaLengths(
-            to_device([0, *itertools.accumulate(owns)], device, torch.int32),
-            to_device([0, *itertools.accumulate(totals)], device, torch.int32),
-            max(owns),
-            max(totals),
-            to_device(keys, device) if owns != totals else None,
-        )
-        return cls(tuple(segments), lengths)
+        begins = [to_device([0, *itertools.accumulate(each)], device, torch.int32) for each in (owns, totals)]
+        rows = to_device(keys, device) if owns != totals else None
+        return cls(tuple(segments), (begins[0], begins[1], max(owns), max(totals)), rows)
 
 
 def to_device(numbers: Any, device: torch.device, dtype: torch.dtype = torch.int64) -> Tensor:
@@ -118,20 +89,10 @@ def attention(
 ) -> tuple[Tensor, None]:
     """Attend, each segment to itself and its prefix; transformers calls this in each layer.
 
-    Args:
-        module: The attention layer; says whether it is causal, where `is_causal` does not.
-        query: ``[1, heads, tokens, size]``.
-        key: The same; there may be fewer heads.
-        value: As `key`.
-        attention_mask: Not used: the layout says which tokens attend to which.
-        scaling: What dot products are multiplied with; None for one over the root of `size`.
-        layout: Passed by `Unpadded` to the model, and by the model on to here.
-        sliding_window: Tokens attend to each other at distances below it.
-        softcap: Scores are brought into its range by tanh (Gemma 2).
-        is_causal: Whether tokens attend only to those before them.
-
-    Returns:
-        ``[1, tokens, heads, size]``, and None for the weights.
+    `query` is ``[1, heads, tokens, size]``; `key` and `value` may have fewer heads. `layout`, not a mask, says what
+    attends to what: under a `sliding_window`, at distances below it. tanh brings scores into the range of `softcap`
+    (Gemma 2). None for `scaling` is one over the root of `size`, for `is_causal` what the layer is. Returns
+    ``[1, tokens, heads, size]``, and None for the weights.
     """
     causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
     kernel = _varlen if query.is_cuda else _one_by_one
@@ -161,7 +122,7 @@ def _one_by_one(query: Tensor, key: Tensor, value: Tensor, layout: Layout, optio
 
 def _segment(query: Tensor, key: Tensor, value: Tensor, segment: Segment, options: _Options) -> Tensor:
     """Attention of one segment: ``[batch, heads, its tokens, size]``, keys with as many heads or one."""
-    own, before = segment.stop - segment.start, segment.prefix_length
+    own = segment.stop - segment.start
     windowed = options.window is not None and segment.length > options.window
     # Behind its keys come others, as many as make their number round; the row may end before.
     reach = segment.stop + -segment.length % _LANES
@@ -169,7 +130,7 @@ def _segment(query: Tensor, key: Tensor, value: Tensor, segment: Segment, option
         reach = segment.stop
     queries = query[:, :, segment.start : segment.stop]
     keys, values = key[:, :, segment.start : reach], value[:, :, segment.start : reach]
-    if before:
+    if own < segment.length:
         prefix = slice(*segment.prefix)
         keys, values = torch.cat((key[:, :, prefix], keys), 2), torch.cat((value[:, :, prefix], values), 2)
         # Causal attention of all tokens takes half a square; of these tokens alone, with a mask, a whole rectangle.
@@ -178,14 +139,13 @@ def _segment(query: Tensor, key: Tensor, value: Tensor, segment: Segment, option
     if windowed:
         return _banded(queries, keys, values, options)[:, :, -own:]
     if options.causal and queries.shape[2] == segment.length:
-        return _kernel(queries, keys, values, options, causal=True)[
-            :, :, -own:
-        ]  # no token attends to later ones anyway
+        return _kernel(queries, keys, values, options, causal=True)[:, :, -own:]  # none attends to later ones anyway
+    count, mask = keys.shape[2], None
     if options.causal:
-        return _kernel(queries, keys, values, options, _lower_right(own, keys.shape[2], query.dtype, segment.length))
-    count = keys.shape[2]
-    mask = None if count == segment.length else _first(1, count, query.dtype, segment.length)
-    return _kernel(queries, keys, values, options, None if mask is None else mask.expand(1, 1, own, count))
+        mask = _lower_right(own, count, query.dtype, segment.length)
+    elif count > segment.length:
+        mask = _first(1, count, query.dtype, segment.length).expand(1, 1, own, count)
+    return _kernel(queries, keys, values, options, mask)
 
 
 def _banded(query: Tensor, key: Tensor, value: Tensor, options: _Options) -> Tensor:
@@ -250,27 +210,16 @@ def _kernel(
 
 def _varlen(query: Tensor, key: Tensor, value: Tensor, layout: Layout, options: _Options) -> Tensor:
     """All segments at once on a CUDA device, by the flash attention that torch brings."""
-    lengths = layout.lengths
-    if lengths is None:
+    if layout.offsets is None:
         raise ValueError("the layout was made for another device")
     queries, keys, values = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
-    if lengths.rows is not None:
-        keys, values = keys[lengths.rows], values[lengths.rows]
+    if layout.rows is not None:
+        keys, values = keys[layout.rows], values[layout.rows]
     reach = -1 if options.window is None else options.window - 1
-    out: Tensor = _varlen_attention()(
-        queries,
-        keys,
-        values,
-        lengths.queries,
-        lengths.keys,
-        lengths.most_queries,
-        lengths.most_keys,
-        scale=options.scale,
-        window_size=(
-            reach,
-            0 if options.causal else reach,
-        ),  # causal is aligned to the last key, as in FlashAttention 2.1
-        enable_gqa=queries.shape[1] != keys.shape[1],
+    window = reach, 0 if options.causal else reach  # causal is aligned to the last key, as in FlashAttention 2.1
+    shared = queries.shape[1] != keys.shape[1]
+    out = _varlen_attention()(
+        queries, keys, values, *layout.offsets, scale=options.scale, window_size=window, enable_gqa=shared
     )
     return out.unsqueeze(0)
 
@@ -284,8 +233,7 @@ def _varlen_attention() -> Callable[..., Tensor]:
 def available(device: torch.device, dtype: torch.dtype) -> bool:
     """Tell whether rows can be attended to here; where not, batches are padded.
 
-    On the CPU always. On CUDA where torch has a varlen kernel with windows, the kernel takes the dtype, and what it
-    computes for two small segments that share a prefix is what plain attention computes.
+    On CUDA that needs a varlen kernel with windows that takes the dtype and computes what plain attention does.
     """
     if device.type == "cpu":
         return True
@@ -307,9 +255,5 @@ def available(device: torch.device, dtype: torch.dtype) -> bool:
     return True
 
 
-def _no_mask(*_: Any, **__: Any) -> None:
-    """Stand in for the mask that transformers would make: the layout says it all."""
-
-
 AttentionInterface.register(NAME, attention)
-AttentionMaskInterface.register(NAME, _no_mask)
+AttentionMaskInterface.register(NAME, lambda *_, **__: None)  # the layout says it all

@@ -6,37 +6,22 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class TokenSequence:
-    """One model input, not padded.
+    """One model input, not padded."""
 
-    Attributes:
-        ids: Token ids, special tokens included.
-        types: Token type ids (0 for the query's part, 1 for the document's), where the tokenizer makes them.
-        group: The same for prompts that begin alike: those of one query and instruction. A decoder runs what they have
-            in common once.
-        truncated: Whether the text was longer than what the model reads.
-        unattended: How many tokens at the end no token attends to; `Padded` only.
-    """
-
-    ids: list[int]
-    types: list[int] | None = None
-    group: Hashable | None = None
-    truncated: bool = False
-    unattended: int = 0
+    ids: list[int]  # special tokens included
+    types: list[int] | None = None  # where the tokenizer makes token type ids: 0 for the query, 1 for the document
+    group: Hashable | None = None  # the same for prompts that begin alike; a decoder runs what they have in common once
+    truncated: bool = False  # whether the text was longer than what the model reads
+    unattended: int = 0  # how many tokens at the end no token attends to; `Padded` only
 
 
 @dataclass(frozen=True, slots=True)
 class Batching:
-    """How large batches are best, and how many run at a time.
+    """How large batches are best, and how many run at a time."""
 
-    Attributes:
-        token_budget: Most tokens in a batch.
-        batches_ahead: How many batches' worth of waiting sequences are best cut into batches at a time.
-        parallel: How many batches are run side by side, each on a core of its own; 1 for one after the other.
-    """
-
-    token_budget: int
-    batches_ahead: int = 1
-    parallel: int = 1
+    token_budget: int  # most tokens in a batch
+    batches_ahead: int = 1  # how many batches' worth of waiting sequences are best cut into batches at a time
+    parallel: int = 1  # how many batches are run side by side, each on a core of its own; 1 for one after the other
 
 
 def by_length(lengths: Sequence[int], token_budget: int) -> list[list[int]]:

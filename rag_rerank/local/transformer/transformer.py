@@ -1,8 +1,7 @@
 """A transformer without its head, run over sequences of any lengths: unpadded where we know how, else padded.
 
-Which one it is makes no difference to what comes out, only to how long it takes. Unpadded, the sequences of a batch
-are one row (see `attention`), and what prompts of one query have in common, their prefix, is in the
-row once: a decoder's states of a prefix do not depend on what follows it.
+Both give the same. Unpadded, the sequences of a batch are one row (see `attention`), and the prefix that prompts of one
+query have in common is in it once: a decoder's states of a prefix do not depend on what follows it.
 """
 
 import itertools
@@ -27,26 +26,17 @@ ENCODERS = frozenset(
 )
 DECODERS = frozenset({"gemma", "gemma2", "gemma3_text", "llama", "mistral", "phi3", "qwen2", "qwen3", "qwen3_vl_text"})
 
-# Fewer tokens in common are not worth the bookkeeping.
-LEAST_SHARED = 16
-# How many batches' worth of padded sequences are sorted by length at a time.
-_SORTED_TOGETHER = 8
+LEAST_SHARED = 16  # fewer tokens in common are not worth the bookkeeping
 
 
 @dataclass(frozen=True, slots=True)
 class States:
-    """Last hidden states of some sequences.
+    """Last hidden states of some sequences."""
 
-    Attributes:
-        tokens: ``[tokens, size]``, in the model's dtype.
-        firsts, lasts: int64 ``[sequences]``: where in `tokens` each begins, and its last.
-        lengths: How many tokens each has.
-    """
-
-    tokens: Tensor
-    firsts: Tensor
-    lasts: Tensor
-    lengths: Sequence[int]
+    tokens: Tensor  # [tokens, size], in the model's dtype
+    firsts: Tensor  # int64 [sequences]: where in `tokens` each begins
+    lasts: Tensor  # where each has its last token
+    lengths: Sequence[int]  # how many tokens each has
 
     def first(self) -> Tensor:
         """Give the state of each first token, ``[sequences, size]``."""
@@ -99,14 +89,7 @@ class Transformer(Protocol):
 def make_transformer(
     model: "PreTrainedModel", pad_id: int | None, batching: Batching, *, unpadded: bool = True
 ) -> Transformer:
-    """Choose the fastest way to run a model that gives its own states.
-
-    Args:
-        model: Without its head; its layers may be replaced by faster ones.
-        pad_id: The token to pad with.
-        batching: How large batches are best on the device.
-        unpadded: False pads in any case.
-    """
+    """Choose the fastest way to run a model without its head; its layers may be replaced. False for `unpadded` pads."""
     if hasattr(model.config, "use_cache"):
         model.config.use_cache = False  # nothing is generated: keys and values are not asked for again
     if unpadded and known(model) and _can_unpad(model):
@@ -156,7 +139,7 @@ class Padded:
     @property
     def batching(self) -> Batching:
         """Several batches at a time, so that lengths are alike in each."""
-        return replace(self.device_batching, batches_ahead=_SORTED_TOGETHER)
+        return replace(self.device_batching, batches_ahead=8)
 
     def batches(self, sequences: Sequence[TokenSequence], token_budget: int) -> list[list[int]]:
         """Group sequences of like length."""
@@ -164,16 +147,14 @@ class Padded:
 
     def inputs(self, sequences: Sequence[TokenSequence]) -> dict[str, Tensor]:
         """Make what the model takes, int64 ``[len(sequences), longest]`` each."""
-        longest = max(len(sequence.ids) for sequence in sequences)
-        attended = [len(sequence.ids) - sequence.unattended for sequence in sequences]
+        longest = max(len(each.ids) for each in sequences)
+        attended = [len(each.ids) - each.unattended for each in sequences]
         rows = {
-            "input_ids": [sequence.ids + [self.pad_id] * (longest - len(sequence.ids)) for sequence in sequences],
+            "input_ids": [each.ids + [self.pad_id] * (longest - len(each.ids)) for each in sequences],
             "attention_mask": [[1] * count + [0] * (longest - count) for count in attended],
         }
         if sequences[0].types is not None:
-            rows["token_type_ids"] = [
-                (sequence.types or []) + [0] * (longest - len(sequence.ids)) for sequence in sequences
-            ]
+            rows["token_type_ids"] = [(each.types or []) + [0] * (longest - len(each.ids)) for each in sequences]
         return {name: to_device(numbers, self.model.device) for name, numbers in rows.items()}
 
     def states(self, sequences: Sequence[TokenSequence]) -> States:
@@ -187,18 +168,13 @@ class Padded:
 
 @dataclass(frozen=True, slots=True)
 class Unpadded:
-    """Sequences end to end in one row.
-
-    Attributes:
-        share: Whether a prefix that sequences of one group have in common is run once. Only right for decoders.
-        first_position: The number of a sequence's first position.
-    """
+    """Sequences end to end in one row."""
 
     model: "PreTrainedModel"
     pad_id: int
     device_batching: Batching
-    share: bool
-    first_position: int
+    share: bool  # whether a prefix that sequences of one group have in common is run once; only right for decoders
+    first_position: int  # the number of a sequence's first position
 
     @property
     def batching(self) -> Batching:
@@ -209,8 +185,7 @@ class Unpadded:
         """Keep sequences that begin alike together, and in order."""
         order: list[int] = []
         costs: list[int] = []
-        for positions in _by_group(sequences, share=self.share):
-            common = _common([sequences[position] for position in positions], share=self.share)
+        for positions, common in _groups(sequences, share=self.share):
             order += positions
             costs += [len(sequences[position].ids) - common for position in positions]
             costs[-len(positions)] += common
@@ -219,18 +194,12 @@ class Unpadded:
     def states(self, sequences: Sequence[TokenSequence]) -> States:
         """Run one batch. With shared prefixes, only the last states are those of the sequences."""
         row = lay_out(sequences, share=self.share)
-        ids: list[int] = []
-        positions: list[int] = []
-        types: list[int] = []
-        for of, start, stop in row.parts:
-            ids.extend(sequences[of].ids[start:stop])
-            positions.extend(range(self.first_position + start, self.first_position + stop))
-            types.extend((sequences[of].types or [])[start:stop])
+        first, flat = self.first_position, itertools.chain.from_iterable
+        ids = list(flat(sequences[of].ids[start:stop] for of, start, stop in row.parts))
+        positions = list(flat(range(first + start, first + stop) for _, start, stop in row.parts))
+        types = list(flat((sequences[of].types or [])[start:stop] for of, start, stop in row.parts))
         padding = padding_of(len(ids), self.model.device)
-        inputs = {
-            "input_ids": ids + [self.pad_id] * padding,
-            "position_ids": positions + [self.first_position] * padding,
-        }
+        inputs = {"input_ids": ids + [self.pad_id] * padding, "position_ids": positions + [first] * padding}
         if types:
             inputs["token_type_ids"] = types + [0] * padding
         states: Tensor = self.model(
@@ -242,17 +211,11 @@ class Unpadded:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """Where the tokens of a batch are in its one row.
+    """Where the tokens of a batch are in its one row."""
 
-    Attributes:
-        parts: The row's tokens, in order: ``(sequence, start, stop)`` for the tokens ``[start, stop)`` of a sequence.
-        segments: The same, as attention wants to know it.
-        spans: ``(start, stop)`` in the row of each sequence's own tokens, those behind a prefix that is shared.
-    """
-
-    parts: Sequence[tuple[int, int, int]]
-    segments: Sequence[Segment]
-    spans: Sequence[tuple[int, int]]
+    parts: Sequence[tuple[int, int, int]]  # in order: (sequence, start, stop) for its tokens [start, stop)
+    segments: Sequence[Segment]  # the same, as attention wants to know it
+    spans: Sequence[tuple[int, int]]  # of each sequence's own tokens in the row, those behind a prefix that is shared
 
     def states_of(self, tokens: Tensor) -> States:
         """Find the sequences' states among those of the row, ``[tokens, size]``."""
@@ -277,8 +240,7 @@ def lay_out(sequences: Sequence[TokenSequence], *, share: bool) -> Row:
         segments.append(Segment(*span, prefix))
         return span
 
-    for members in _by_group(sequences, share=share):
-        common = _common([sequences[position] for position in members], share=share)
+    for members, common in _groups(sequences, share=share):
         prefix = add(members[0], 0, common, (0, 0)) if common else (0, 0)
         for position in members:
             spans[position] = add(position, common, len(sequences[position].ids), prefix)
@@ -289,28 +251,26 @@ def padding_of(tokens: int, device: torch.device) -> int:
     """Say how many tokens to fill a row up with.
 
     On the CPU each new number of rows costs a new kernel, 0.6 ms and memory that is never given back (441 MB after
-    1,000 documents of different lengths): so there are few different ones, at 1.5 % more tokens. They also give the
-    last sequence something to run on into (see `attention`).
+    1,000 documents of different lengths). So there are few, at 1.5 % more tokens, which the last sequence may run into.
     """
     return 0 if device.type != "cpu" else -tokens % (16 if tokens < 512 else 64)
 
 
-def _by_group(sequences: Sequence[TokenSequence], *, share: bool) -> list[list[int]]:
-    """Positions of the sequences, those of one group together."""
+def _groups(sequences: Sequence[TokenSequence], *, share: bool) -> list[tuple[list[int], int]]:
+    """Find the positions of each group, or of each sequence, and how many tokens these begin with alike."""
     if not share:
-        return [[position] for position in range(len(sequences))]
+        return [([position], 0) for position in range(len(sequences))]
     groups: dict[object, list[int]] = {}
     for position, sequence in enumerate(sequences):
         key = position if sequence.group is None else sequence.group
         groups.setdefault(key, []).append(position)
-    return list(groups.values())
+    return [(members, _common([sequences[position].ids for position in members])) for members in groups.values()]
 
 
-def _common(sequences: Sequence[TokenSequence], *, share: bool) -> int:
-    """How many tokens all the sequences begin with; at least the last of each is its own, for its state is read."""
-    if not share or len(sequences) < 2:
+def _common(rows: Sequence[list[int]]) -> int:
+    """Count the tokens that all begin with; at least the last of each is its own, for its state is read."""
+    if len(rows) < 2:
         return 0
-    rows = [sequence.ids for sequence in sequences]
     # What the first and the last in lexical order have in common, all have.
     alike = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(min(rows), max(rows), strict=False))
     common = min(sum(1 for _ in alike), min(map(len, rows)) - 1)

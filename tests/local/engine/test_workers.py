@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from rag_rerank.local.engine.engine import Engine
-from rag_rerank.local.engine.workers import Workers, available, use_one_core
+from rag_rerank.local.engine.workers import Workers
+from rag_rerank.local.hardware import one_core_each, use_one_core
 from rag_rerank.local.models.model import Inputs
 from rag_rerank.local.transformer.batching import Batching, TokenSequence, by_tokens
 
@@ -51,7 +52,7 @@ class TestOneCore:
     @needs_cores
     def test_it_works_on_linux(self):
         """Where it doesn't, batches are run one after the other, by all cores."""
-        assert available()
+        assert one_core_each()
 
 
 class TestWorkers:

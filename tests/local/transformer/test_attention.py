@@ -297,9 +297,9 @@ class TestCUDA:
     def test_keys_are_not_gathered_where_each_is_used_once(self):
         """They lie there already, in order."""
         device = torch.device("cuda")
-        assert Layout.of([Segment(0, 3), Segment(3, 9)], device).lengths.rows is None
+        assert Layout.of([Segment(0, 3), Segment(3, 9)], device).rows is None
         prefixed = Layout.of([Segment(0, 2), Segment(2, 3, (0, 2)), Segment(3, 4, (0, 2))], device)
-        assert prefixed.lengths.rows.tolist() == [0, 1, 0, 1, 2, 0, 1, 3]
+        assert prefixed.rows.tolist() == [0, 1, 0, 1, 2, 0, 1, 3]
 
     def test_a_layout_for_the_cpu_is_refused(self):
         """Its lengths are missing."""
