@@ -2,11 +2,11 @@
 
 import itertools
 import threading
+import weakref
 from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, cast
-from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -23,38 +23,61 @@ if TYPE_CHECKING:
 
 @dataclass(slots=True, eq=False, weakref_slot=True)
 class SharedImage:
-    """An image that some sequences hold. As long as one of them is about, the same image is this object again."""
+    """An image that some sequences hold. As long as one of them is about, the same image is this object again.
+
+    Attributes:
+        number: Below 0; what stands for its tokens.
+        tokens: How many there are.
+        uses: How many sequences have yet to be run with it.
+        features: What the vision tower makes of it, from when it is asked for until the last use.
+    """
 
     image: "ImageFile"
-    number: int  # below 0; what stands for its tokens
-    tokens: int  # how many there are
-    uses: int = 0  # how many sequences have yet to be run with it
-    features: "Future[Features] | None" = None  # from when they are asked for until the last use
+    number: int
+    tokens: int
+    uses: int = 0
+    features: "Future[Features] | None" = None
 
 
 @dataclass(frozen=True, slots=True)
 class Features:
-    """What the vision tower makes of an image."""
+    """What the vision tower makes of an image.
 
-    # [1 + levels, tokens, size]: what takes the place of the tokens' embeddings, then what is added to their states
-    # behind the first layers (DeepStack, https://arxiv.org/abs/2406.04334).
+    Attributes:
+        states: ``[1 + levels, tokens, size]``: what takes the place of the tokens' embeddings, then what is added to
+            their states behind the first layers (DeepStack, https://arxiv.org/abs/2406.04334).
+        grid: How many tokens it has from top to bottom and from left to right.
+    """
+
     states: Tensor
-    grid: tuple[int, int]  # how many tokens it has from top to bottom and from left to right
+    grid: tuple[int, int]
 
 
 @dataclass(frozen=True, slots=True)
 class Tower:
-    """A vision tower."""
+    """A vision tower.
 
-    model: "PreTrainedModel"  # transformers' Qwen3VLVisionModel
+    Attributes:
+        model: transformers' ``Qwen3VLVisionModel``.
+        processor: Makes its input.
+        budget: Most patches that go through it at a time; a larger image goes alone.
+    """
+
+    model: "PreTrainedModel"
     processor: ImageProcessor
-    budget: int  # most patches that go through it at a time; a larger image goes alone
+    budget: int
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
-    _shared: "WeakValueDictionary[ImageFile, SharedImage]" = field(repr=False, default_factory=WeakValueDictionary)
+    _shared: "weakref.WeakValueDictionary[ImageFile, SharedImage]" = field(
+        repr=False, default_factory=weakref.WeakValueDictionary
+    )
     _numbers: "itertools.count[int]" = field(repr=False, default_factory=lambda: itertools.count(-1, -1))
 
     def share(self, image: "ImageFile") -> SharedImage:
-        """Find an image among those that sequences hold, or begin to share it; only one thread does."""
+        """Find an image among those that sequences hold, or begin to share it; only one thread does.
+
+        Raises:
+            ContentError: It is too oblong.
+        """
         shared = self._shared.get(image)
         if shared is None:
             tokens = self.processor.tokens(image.width, image.height)
@@ -99,8 +122,9 @@ class Tower:
     def _run(self, images: Sequence[SharedImage]) -> list[Features]:
         patches, grids = zip(*(self.processor.patches(image.image) for image in images), strict=True)
         pixels = torch.cat(patches).to(self.model.device, self.model.dtype)
-        sizes = to_device([(1, *grid) for grid in grids], self.model.device)
-        out = self.model(pixels, grid_thw=sizes, return_dict=True)
+        out = self.model(
+            pixels, grid_thw=to_device([(1, *grid) for grid in grids], self.model.device), return_dict=True
+        )
         states = torch.stack([out.pooler_output, *out.deepstack_features])
         parts = torch.split(states, [image.tokens for image in images], dim=1)
         merge = self.processor.merge
