@@ -84,7 +84,7 @@ def load(settings: Settings) -> Model:
 def _facts(settings: Settings) -> dict[str, str]:
     """Tell what of the settings can change a score as it is written there.
 
-    Versions of torch and transformers are no facts: they change the last digits, as another processor does.
+    Versions of torch and transformers are no facts: they change the last digits, and a run must survive an update.
     """
     variables = settings.variables
     facts: dict[str, Any] = {"instruction": variables.pop("instruction"), "chat_template_kwargs": variables}
@@ -219,19 +219,18 @@ class _Loading:
                 f"{self.checkpoint.name!r} has no modules.json, so how its token states become an embedding is "
                 "unknown. Pass a sentence-transformers model, or a cross-encoder."
             )
-        settings = self.settings
-        query = self._embedder(declared.query, settings.query_prompt)
-        if declared.query == declared.document and settings.query_prompt == settings.document_prompt:
-            return BiEncoder(query, query, declared.similarity)
-        return BiEncoder(query, self._embedder(declared.document, settings.document_prompt), declared.similarity)
+        sides = (declared.query, self.settings.query_prompt), (declared.document, self.settings.document_prompt)
+        query = self._embedder(*sides[0])
+        document = query if sides[0] == sides[1] else self._embedder(*sides[1])
+        return BiEncoder(query, document, declared.similarity)
 
     def late_interaction(self) -> ScoreType:
         """Load a ColBERT: an encoder and a projection, beside it or in folders of its own."""
         declared = self.checkpoint.declaration
         if self.settings.late_interaction == "vllm":
             declared = declared.as_vllm()
-        normalize = self.settings.use_activation is not False
-        self.facts["late interaction"] = f"{self.settings.late_interaction}, {normalize}"
+        normalizes = self.settings.use_activation is not False
+        self.facts["late interaction"] = f"{self.settings.late_interaction}, {normalizes}"
         query = self._token_embedder(declared, "query", self.settings.query_prompt)
         document = self._token_embedder(declared, "document", self.settings.document_prompt)
         return LateInteraction(query, document, declared.similarity == "meanmaxsim")
@@ -266,9 +265,8 @@ class _Loading:
 
     def _head(self, route: Route, own_prompt: str | None, dimensions: int | None = None) -> Head:
         """Make a vector of a text's states; of a cross-encoder's, logits."""
-        layers, token_layers = (
-            read_layers(self.checkpoint.file, each).to(self.device) for each in (route.layers, route.token_layers)
-        )
+        layers = read_layers(self.checkpoint.file, route.layers).to(self.device)
+        token_layers = read_layers(self.checkpoint.file, route.token_layers).to(self.device)
         pooling, tokenizer = cast("Pooling", route.pooling), self.checkpoint.at(route).tokenizer
         prompt = route.prompt if own_prompt is None else own_prompt
         skip = 0
@@ -341,9 +339,8 @@ class _Loading:
         if self.family is not None and self.family.template is not None:
             return Template.load(self.family.template)
         # Most checkpoints inherit a chat template from the model that they were made of; one for scoring has its roles.
-        if isinstance(saved, str) and any(
-            f"{mark}query{mark}" in saved and f"{mark}document{mark}" in saved for mark in "\"'"
-        ):
+        marks = "\"'" if isinstance(saved, str) else ""
+        if any(f"{mark}query{mark}" in saved and f"{mark}document{mark}" in saved for mark in marks):
             return Template("chat_template", saved)
         if needed:
             architecture, shipped = self.checkpoint.architectures[0], ", ".join(Template.shipped())

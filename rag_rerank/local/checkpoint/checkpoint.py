@@ -71,7 +71,7 @@ class Checkpoint:
         return other
 
     def file(self, path: str) -> Path | None:
-        """Find where a file of the checkpoint lies on this machine; None where it has no such file."""
+        """Find a file of the checkpoint on this machine; None where it has no such file."""
         found: str | None = self._read(cached_file, path, _raise_exceptions_for_missing_entries=False)
         return None if found is None else Path(found)
 

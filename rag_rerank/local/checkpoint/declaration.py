@@ -215,9 +215,8 @@ class _Reader:
             named_so = architectures[0].startswith(("HF_ColBERT", "ColBERT"))
             return "late-interaction" if named_so and not scores else "cross-encoder"
         # Before there was a model_type, PyLate wrote a Transformer and its projection.
-        return (
-            "late-interaction" if set(kinds) == {"Transformer", "Dense"} or "MultiVectorMask" in kinds else "bi-encoder"
-        )
+        late = set(kinds) == {"Transformer", "Dense"} or "MultiVectorMask" in kinds
+        return "late-interaction" if late else "bi-encoder"
 
     def steps(self, side: Side) -> list[tuple[str, str]]:
         """List what a text passes through: the kind and folder of each module."""
@@ -412,25 +411,20 @@ class _Reader:
     def _max_length(self, texts: _File, side: Side) -> int | None:
         options = texts.get("processing_kwargs", dict) or {}
         sizes = [(options.get(group) or {}).get("max_length") for group in ("chat_template", "text", "common")]
-        sizes += [
-            texts.get(f"{side}_length", int) or self.model.get(f"{side}_length", int),
-            _options(texts, "processor_kwargs").get("model_max_length"),
-            texts.get("max_seq_length", int),
-        ]
+        sizes.append(texts.get(f"{side}_length", int) or self.model.get(f"{side}_length", int))
+        sizes += [_options(texts, "processor_kwargs").get("model_max_length"), texts.get("max_seq_length", int)]
         return next((size for size in sizes if size), None)
 
     def _prompts(self) -> dict[Side, str]:
         """Find what sentence-transformers' ``encode_query`` and ``encode_document`` put before a text."""
-        saved = self.model.get("prompts", dict) or {}
+        prompts = {"query": None, "document": None} | (self.model.get("prompts", dict) or {})
         name = self.model.get("default_prompt_name", str)
-        prompts = {"query": None, "document": None} | saved
         if name is not None and name not in prompts:
             self.model.refuse("default_prompt_name", f"is {name!r}, which is not among its prompts")
         return {"query": prompts["query"] or "", "document": prompts["document"] or ""}
 
     def _similarity(self, kind: Kind) -> Similarity:
-        named = self.model.get("similarity_fn_name", str)
-        allowed = _SIMILARITIES[kind]
+        named, allowed = self.model.get("similarity_fn_name", str), _SIMILARITIES[kind]
         if kind == "late-interaction" and named in _SIMILARITIES["bi-encoder"]:
             named = None  # what PyLate writes, without meaning it
         if named is not None and named not in allowed:

@@ -1,8 +1,7 @@
 """What is in a checkpoint's folder, in a few letters: other weights or another tokenizer make another fingerprint.
 
 Hashing weights whole takes a second a gigabyte. So of each tensor only some bytes are read, at places that its size
-alone decides: training or quantising changes some of them in every tensor that it changes at all. One row of a large
-embedding may change unnoticed.
+alone decides: training or quantising changes some of them. One row of a large embedding may change unnoticed.
 """
 
 import hashlib
@@ -58,9 +57,8 @@ def _files(folder: Path) -> list[Path]:
         path
         for path in found
         if path.suffix in _SETTINGS | {".safetensors"}
-        and not path.name.startswith(".")
+        and not path.name.startswith((".", *_NO_SETTINGS))
         and not path.name.endswith(_NO_SETTINGS)
-        and not path.name.startswith(_NO_SETTINGS)
         and path.is_file()
     )
 

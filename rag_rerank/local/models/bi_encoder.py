@@ -1,9 +1,9 @@
 """Bi-encoders: each text embedded by itself, the score is how alike the embeddings of query and document are.
 
-Weaker than a cross-encoder of the same size but cheaper. An embedding model served by vLLM answers the cosine to
-``/score``, and adds no prompts.
+An embedding model served by vLLM answers the cosine to ``/score``, and adds no prompts.
 """
 
+import functools
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,13 +20,9 @@ from rag_rerank.local.transformer.transformer import States, Transformer
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
 class Embedder(TextEncoder):
-    """An encoder, and what makes one vector of a text's states."""
+    """An encoder, and what makes one vector of a text's states, float32 ``[sequences, size]``."""
 
     head: Callable[[States], Tensor]
-
-    def embed(self, sequences: Sequence[TokenSequence]) -> Tensor:
-        """Compute vectors, float32 ``[len(sequences), size]``."""
-        return self.head(self.transformer.states(sequences))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,16 +34,11 @@ class _Text(TokenSequence):
 
 @dataclass(frozen=True, slots=True)
 class BiEncoder:
-    """Embeds queries and documents, each in its own way or both in one.
-
-    Attributes:
-        query, document: What embeds them; one object where both are embedded in one way.
-        similarity: One of `SIMILARITIES`.
-    """
+    """Embeds queries and documents, each in its own way or both in one."""
 
     query: Embedder
-    document: Embedder
-    similarity: str = "cosine"
+    document: Embedder  # the query's where both are embedded in one way
+    similarity: str = "cosine"  # of `SIMILARITIES`
 
     @property
     def transformer(self) -> Transformer:
@@ -62,9 +53,8 @@ class BiEncoder:
         """Make one sequence per different text: a query that 100 documents share is embedded once."""
         wanted = [(self.query, text) for text in queries] + [(self.document, text) for text in documents]
         rows = {key: row for row, key in enumerate(dict.fromkeys(wanted))}
-        query_rows, document_rows = (
-            [rows[key] for key in keys] for keys in (wanted[: len(queries)], wanted[len(queries) :])
-        )
+        query_rows = [rows[self.query, text] for text in queries]
+        document_rows = [rows[self.document, text] for text in documents]
         sequences: list[TokenSequence] = []
         for embedder, keys in itertools.groupby(rows, key=lambda key: key[0]):
             sequences += (
@@ -72,12 +62,7 @@ class BiEncoder:
                 for text in embedder.encode([text for _, text in keys])
             )
         compare = SIMILARITIES[self.similarity]
-
-        def scores(embeddings: Tensor) -> list[float]:
-            as_list: list[float] = compare(embeddings[query_rows], embeddings[document_rows]).tolist()
-            return as_list
-
-        return Inputs(sequences, scores)
+        return Inputs(sequences, lambda vectors: compare(vectors[query_rows], vectors[document_rows]).tolist())
 
     @torch.inference_mode()
     def run(self, sequences: Sequence[TokenSequence]) -> Tensor:
@@ -86,17 +71,13 @@ class BiEncoder:
         rows_of: dict[Embedder, list[int]] = {}
         for row, text in enumerate(texts):
             rows_of.setdefault(text.embedder, []).append(row)
-        parts = [embedder.embed([texts[row] for row in rows]) for embedder, rows in rows_of.items()]
+        parts = [each.head(each.transformer.states([texts[row] for row in rows])) for each, rows in rows_of.items()]
         order = torch.tensor([row for rows in rows_of.values() for row in rows]).argsort()
         return parts[0] if len(parts) == 1 else torch.cat(parts)[order]
 
 
-def _cosine(queries: Tensor, documents: Tensor) -> Tensor:
-    return torch.nn.functional.cosine_similarity(queries, documents, eps=1e-12)
-
-
 SIMILARITIES: Mapping[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "cosine": _cosine,
+    "cosine": functools.partial(torch.nn.functional.cosine_similarity, eps=1e-12),
     "dot": lambda queries, documents: (queries * documents).sum(dim=1),
     "euclidean": lambda queries, documents: -(queries - documents).norm(dim=1),
     "manhattan": lambda queries, documents: -(queries - documents).abs().sum(dim=1),

@@ -17,8 +17,7 @@ if TYPE_CHECKING:
     from rag_rerank.local.models.vision.prompts import ImagePrompts
 
 Activation = Callable[[Tensor], Tensor]
-Head = Callable[[States], Tensor]
-"""From the states of a batch to logits ``[sequences, labels]``, of one label or two."""
+Head = Callable[[States], Tensor]  # from the states of a batch to logits [sequences, labels], of one label or two
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,9 +1,8 @@
 """Rerankers built on decoders (Qwen, Gemma, Llama, ...): the score is read from the last token's state.
 
-A ``*ForSequenceClassification`` has a row of weights for it. A ``*ForCausalLM`` answers a question with a word, and the
-score is the logit of that word (``Yes``), or how much more likely it is than its opposite (``yes`` against ``no``):
-again one row, taken from the output layer, or the difference of two. So both are one thing here, and of an output layer
-of 150,000 rows at most two are ever computed.
+A ``*ForSequenceClassification`` has a row of weights for it. A ``*ForCausalLM`` answers with a word, and the score is
+the logit of that word, or its difference from the opposite's: of an output layer of 150,000 rows at most two are ever
+computed.
 """
 
 from collections.abc import Sequence
@@ -24,27 +23,21 @@ if TYPE_CHECKING:
 
 _SCORE = "score.weight"
 
-LOGIT_OPTIONS = (
+LOGIT_OPTIONS = (  # what a causal model's config may do to its logits behind the output matrix
     *("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap"),
     *("logit_scale", "logits_scaling", "lm_head_multiplier"),
 )
-"""What a causal model's config may do to its logits behind the output matrix; a classifier doesn't."""
 
 
 def last_token_head(row: Tensor) -> Head:
-    """Make a head of the row that scores: float32 ``[hidden]``, on the decoder's device.
-
-    It computes in float32 whatever the decoder computes in, as vLLM has it.
-    """
+    """Make a head of the row that scores, float32 ``[hidden]``; it computes in float32, as vLLM has it."""
     return lambda states: (states.last().float() @ row).unsqueeze(1)
 
 
 def token_ids(tokenizer: "PreTrainedTokenizerBase", tokens: Sequence[str], name: str) -> list[int]:
     """Find the vocabulary entries of ``(true,)`` or ``(false, true)``, each as it is written there (``Ġyes``, too).
 
-    Raises:
-        ConfigError: A token is not one entry (vLLM would take the unknown token for it without a word), or half a
-            character; or there are not one or two, or they are the same.
+    ConfigError for what is not one entry (vLLM takes the unknown token for it), half a character, or the same twice.
     """
     if len(tokens) not in (1, 2) or len(set(tokens)) < len(tokens):
         raise ConfigError(f"the classifier tokens of {name!r} must be (true,) or (false, true); got {tuple(tokens)}")
@@ -62,12 +55,7 @@ def token_ids(tokenizer: "PreTrainedTokenizerBase", tokens: Sequence[str], name:
 
 
 def answer_head(model: "PreTrainedModel", ids: Sequence[int]) -> Head:
-    """Take from a causal model what makes logits of its last state, for its answers only; float32.
-
-    Args:
-        model: With its output layer.
-        ids: ``(true,)`` or ``(false, true)``; there is a logit for each.
-    """
+    """Take from a causal model what makes logits of its last state, float32, for the tokens `ids` only."""
     output: Any = model.get_output_embeddings()  # type: ignore[no-untyped-call]
     rows = output.weight[list(ids)].detach().float()
     bias = getattr(output, "bias", None)
@@ -86,11 +74,7 @@ def answer_head(model: "PreTrainedModel", ids: Sequence[int]) -> Head:
 
 @torch.inference_mode()
 def check_answer_head(model: "PreTrainedModel", head: Head, ids: Sequence[int], name: str) -> None:
-    """Compare the logits of `answer_head` with the model's own, on a few tokens.
-
-    Raises:
-        ConfigError: They differ by more than rounding: the model does more to its states than we know of.
-    """
+    """Raise ConfigError if the logits of `answer_head` and the model's own differ by more than rounding."""
     tokens = torch.arange(1, 9, device=model.device).unsqueeze(0)
     theirs = model(input_ids=tokens).logits[0, -1, list(ids)].float()
     states = model.base_model(input_ids=tokens).last_hidden_state[0]
@@ -105,11 +89,7 @@ def check_answer_head(model: "PreTrainedModel", head: Head, ids: Sequence[int], 
 
 
 def score_row(checkpoint: "Checkpoint") -> Tensor:
-    """Read the weight of a classifier's head with one label from the checkpoint's files; float32.
-
-    Raises:
-        ConfigError: There is none, or one for several labels.
-    """
+    """Read the weight of a classifier's head with one label from the checkpoint's files; float32."""
     index = checkpoint.json("model.safetensors.index.json")
     name = "model.safetensors" if index is None else index["weight_map"].get(_SCORE)
     path = None if name is None else checkpoint.file(name)

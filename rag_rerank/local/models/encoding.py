@@ -23,9 +23,8 @@ def encode(
 ) -> list[TokenSequence]:
     """Tokenise texts, or pairs of texts, in one call and without padding.
 
-    Text that spells a special token (``[SEP]`` in a document) stays text. What is longer than `max_length` is cut:
-    pairs from the longer side, as vLLM does for ``truncate_prompt_tokens=-1``, or from the second only, as vLLM does
-    where ``max_tokens_per_doc`` is set too.
+    Text that spells a special token (``[SEP]`` in a document) stays text. Pairs are cut from the longer side, as vLLM
+    does for ``truncate_prompt_tokens=-1``, or from the second only, as where ``max_tokens_per_doc`` is set too.
     """
     if not texts:
         return []
@@ -41,18 +40,15 @@ def encode(
     )
     types = encoded.get("token_type_ids") or [None] * len(texts)
     truncated = [bool(encoding.overflowing) for encoding in encoded.encodings or ()] or [False] * len(texts)
-    return [
-        TokenSequence(ids, kinds, truncated=was_truncated)
-        for ids, kinds, was_truncated in zip(encoded["input_ids"], types, truncated, strict=True)
-    ]
+    rows = zip(encoded["input_ids"], types, truncated, strict=True)
+    return [TokenSequence(ids, kinds, truncated=cut) for ids, kinds, cut in rows]
 
 
 def truncate(tokenizer: "PreTrainedTokenizerBase", text: str, max_tokens: int) -> str:
     """Take the beginning of `text` that is at most `max_tokens` tokens long, special tokens not counted.
 
-    Cut between characters of the original text, not between tokens, because decoded tokens may encode to more of them.
-    The same cut as vLLM's ``max_tokens_per_doc`` makes, and so the same score (vLLM 0.32,
-    ``entrypoints/pooling/scoring/utils.py``).
+    Cut between characters, because decoded tokens may encode to more of them, as vLLM's ``max_tokens_per_doc`` does
+    (vLLM 0.32, ``entrypoints/pooling/scoring/utils.py``).
     """
     if max_tokens <= 0:
         return ""
@@ -69,47 +65,30 @@ def truncate(tokenizer: "PreTrainedTokenizerBase", text: str, max_tokens: int) -
 
 @dataclass(frozen=True, slots=True, eq=False)
 class TextEncoder:
-    """What turns the texts of one side, queries or documents, into states.
-
-    Attributes:
-        max_length: Longest sequence, in tokens.
-        prompt: What stands before each text.
-        marker: A token that stands before the prompt.
-        lower_case: Whether texts are lowered before the tokenizer sees them.
-    """
+    """What turns the texts of one side, queries or documents, into states."""
 
     transformer: "Transformer"
     tokenizer: "PreTrainedTokenizerBase"
-    max_length: int
-    prompt: str = ""
-    marker: int | None = None
-    lower_case: bool = False
+    max_length: int  # of a sequence, in tokens
+    prompt: str = ""  # before each text
+    marker: int | None = None  # a token that stands before the prompt
+    lower_case: bool = False  # whether texts are lowered before the tokenizer sees them
 
     def space(self) -> int:
         """Count the tokens of a text that are read."""
-        return self.max_length - self.prompt_length() - (self.tokenizer.num_special_tokens_to_add() - self._leading())
-
-    def prompt_length(self) -> int:
-        """Count the tokens up to the end of the prompt."""
         prompt: list[int] = self.tokenizer(self.prompt, add_special_tokens=False)["input_ids"] if self.prompt else []
-        return self._leading() + (self.marker is not None) + len(prompt)
+        special = self.tokenizer.num_special_tokens_to_add() + (self.marker is not None)
+        return self.max_length - special - len(prompt)
 
     def encode(self, texts: list[str]) -> list[TokenSequence]:
         """Tokenise texts, each behind the prompt."""
         texts = [self.prompt + (text.lower() if self.lower_case else text) for text in texts]
         if self.marker is None:
             return encode(self.tokenizer, texts, None, self.max_length)
-        marker, at = [self.marker], self._leading()
-        return [
-            replace(
-                sequence,
-                ids=sequence.ids[:at] + marker + sequence.ids[at:],
-                types=sequence.types and [*sequence.types, 0],
-            )
-            for sequence in encode(self.tokenizer, texts, None, self.max_length - 1)
-        ]
-
-    def _leading(self) -> int:
-        """How many special tokens stand before a text."""
+        # What any two texts begin with are special tokens, behind which the marker goes.
         first, second = (self.tokenizer(text, verbose=False)["input_ids"] for text in ("a", "7"))
-        return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(first, second, strict=False)))
+        at = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(first, second, strict=False)))
+        return [
+            replace(each, ids=[*each.ids[:at], self.marker, *each.ids[at:]], types=each.types and [*each.types, 0])
+            for each in encode(self.tokenizer, texts, None, self.max_length - 1)
+        ]

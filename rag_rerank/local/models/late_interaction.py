@@ -1,8 +1,7 @@
 """Late interaction (ColBERT): a vector per token, scored by how well each query token is met by some document token.
 
-The score is the sum, over the tokens of the query, of the largest dot product with any token of the document. It grows
-with the length of the query. What a checkpoint declares decides which tokens are compared, what stands before a text,
-and whether a query is filled up with ``[MASK]``. vLLM goes by none of that: it compares all tokens, special ones too.
+The score is the sum, over the tokens of the query, of the largest dot product with any token of the document. What a
+checkpoint declares decides which tokens are compared; vLLM compares all, special ones too.
 """
 
 from collections.abc import Iterable, Sequence
@@ -38,23 +37,14 @@ class _Document(TokenSequence):
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
 class TokenEmbedder(TextEncoder):
-    """An encoder with a projection of its token states.
+    """An encoder with a projection of its token states."""
 
-    Attributes:
-        layers: From states to token vectors; float32 whatever the encoder computes in.
-        skipped: Tokens that are not compared.
-        kept: If there are any, the only tokens that are compared.
-        expand_to: How many tokens a query is filled up to.
-        expand_with: With what.
-        attend: Whether what it is filled up with is attended to.
-    """
-
-    layers: torch.nn.Module
-    skipped: frozenset[int] = frozenset()
-    kept: frozenset[int] = frozenset()
-    expand_to: int = 0
+    layers: torch.nn.Module  # from states to token vectors; float32 whatever the encoder computes in
+    skipped: frozenset[int] = frozenset()  # tokens that are not compared
+    kept: frozenset[int] = frozenset()  # if any, the only tokens that are compared
+    expand_to: int = 0  # how many tokens a query is filled up to
     expand_with: int = 0
-    attend: bool = True
+    attend: bool = True  # whether what it is filled up with is attended to
 
     def encode(self, texts: list[str]) -> list[TokenSequence]:
         """Tokenise texts, and fill them up."""
@@ -66,11 +56,8 @@ class TokenEmbedder(TextEncoder):
         vectors: Tensor = self.layers(tokens.float())
         if not self.skipped and not self.kept:
             return vectors, owners
-        compared = [
-            token not in self.skipped and (not self.kept or token in self.kept)
-            for sequence in sequences
-            for token in sequence.ids
-        ]
+        ids = [token for sequence in sequences for token in sequence.ids]
+        compared = [token not in self.skipped and (not self.kept or token in self.kept) for token in ids]
         rows = torch.tensor(compared, device=vectors.device)
         return vectors[rows], owners[rows]
 
@@ -78,12 +65,8 @@ class TokenEmbedder(TextEncoder):
         missing = self.expand_to - len(sequence.ids)
         if missing <= 0:
             return sequence
-        return replace(
-            sequence,
-            ids=sequence.ids + [self.expand_with] * missing,
-            types=sequence.types and sequence.types + [0] * missing,
-            unattended=0 if self.attend else missing,
-        )
+        ids, types = sequence.ids + [self.expand_with] * missing, sequence.types and sequence.types + [0] * missing
+        return replace(sequence, ids=ids, types=types, unattended=0 if self.attend else missing)
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,15 +75,11 @@ class LateInteraction:
 
     A document is reduced to its score in the batch that encodes it, on the device. Kept until the call ends, the
     vectors of 1,000 documents of 512 tokens would be 262 MB (128 numbers each, float32), all copied from the GPU.
-
-    Attributes:
-        query, document: What embeds them.
-        mean: Whether scores are divided by the number of the query's tokens.
     """
 
     query: TokenEmbedder
     document: TokenEmbedder
-    mean: bool = False
+    mean: bool = False  # whether scores are divided by the number of the query's tokens
 
     @property
     def transformer(self) -> Transformer:
@@ -121,12 +100,7 @@ class LateInteraction:
             _Document(ids=text.ids, types=text.types, truncated=text.truncated, against=shared[query])
             for query, text in zip(queries, self.document.encode(documents), strict=True)
         ]
-
-        def scores(outputs: Tensor) -> list[float]:
-            as_list: list[float] = outputs[:, 0].tolist()
-            return as_list
-
-        return Inputs(sequences, scores)
+        return Inputs(sequences, lambda outputs: outputs[:, 0].tolist())
 
     @torch.inference_mode()
     def run(self, sequences: Sequence[TokenSequence]) -> Tensor:

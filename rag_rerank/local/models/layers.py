@@ -32,9 +32,8 @@ def activation(name: str, where: str) -> nn.Module:
             return made
     except (TypeError, RuntimeError, ValueError, IndexError):
         pass
-    raise ConfigError(
-        f"{where} asks for the activation {name!r}, which is none of torch.nn that works on each number alone"
-    )
+    why = "which is none of torch.nn that works on each number alone"
+    raise ConfigError(f"{where} asks for the activation {name!r}, {why}")
 
 
 def config_activation(config: "PreTrainedConfig") -> str | None:
@@ -86,10 +85,8 @@ def _module(file: Callable[[str], str | Path | None], layer: Layer) -> nn.Module
         norm = nn.LayerNorm(len(weights["norm.weight"]))
         norm.load_state_dict({name.removeprefix("norm."): weight for name, weight in weights.items()})
         return norm
-    dense = nn.Sequential(
-        _linear(path, weights, ("linear.", "colbert_linear.")),
-        activation(layer.activation, f"{layer.folder}/config.json"),
-    )
+    linear = _linear(path, weights, ("linear.", "colbert_linear."))
+    dense = nn.Sequential(linear, activation(layer.activation, f"{layer.folder}/config.json"))
     if not layer.residual:
         return dense
     square = "residual.weight" not in weights

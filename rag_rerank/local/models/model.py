@@ -1,9 +1,7 @@
 """A loaded model: the seam between the engine, which knows time and threads, and the score types, which know models.
 
-A score type turns queries and documents into token sequences, runs any batch of sequences from any mixture of calls,
-and turns the outputs of one call's sequences into its scores. A cross-encoder makes one sequence per pair and one logit
-of each; a bi-encoder makes one sequence per text and an embedding of each; late interaction makes one sequence per
-document and, in `run`, its score against the query that the sequence refers to.
+A cross-encoder makes one sequence per pair and one logit of each; a bi-encoder one sequence per text and an embedding
+of each; late interaction one sequence per document and, in `run`, its score against the query that it refers to.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -24,22 +22,13 @@ if TYPE_CHECKING:
 
 Side = Literal["queries", "documents"]
 
-PLACEHOLDER_TOKENS = 3
-"""Tokens of an image in a prompt, ``<|vision_start|><|image_pad|><|vision_end|>``, before the image's own take the
-place of the middle one."""
-
-_MIN_TOKENS_PER_IMAGE = 16
+PLACEHOLDER_TOKENS = 3  # <|vision_start|><|image_pad|><|vision_end|>, before an image's own replace the middle one
 # A lower limit leaves query or document as it is; so does `VLLMScorer`, which can't know a model's placeholder.
+_MIN_TOKENS_PER_IMAGE = 16
 
 
 class InputError(ContentError):
-    """A query or document that the model can't read; the engine puts its position before the message.
-
-    Args:
-        side: Which of the two it is.
-        value: The query or document.
-        message: Why, to follow ``documents[3]``.
-    """
+    """A query or document that the model can't read, and why; the engine puts its position before the message."""
 
     def __init__(self, side: Side, value: Prepared, message: str) -> None:
         super().__init__(message)
@@ -48,15 +37,10 @@ class InputError(ContentError):
 
 @dataclass(frozen=True, slots=True)
 class Inputs:
-    """What one call wants to have run.
-
-    Attributes:
-        sequences: The token sequences.
-        scores: Turns their outputs, float32 ``[len(sequences), size]`` in the same order, into the call's scores.
-    """
+    """What one call wants to have run."""
 
     sequences: "Sequence[TokenSequence]"
-    scores: "Callable[[Tensor], list[float]]"
+    scores: "Callable[[Tensor], list[float]]"  # from their outputs, float32 [len(sequences), size] in the same order
 
 
 class ScoreType(Protocol):
@@ -68,11 +52,7 @@ class ScoreType(Protocol):
 
     # Any: text, and Multimodal where the model accepts images.
     def inputs(self, queries: list[Any], documents: list[Any], instruction: str | None = None, /) -> Inputs:
-        """Tokenise: one query for all documents, or one each.
-
-        Raises:
-            InputError: It can't read one of them.
-        """
+        """Tokenise: one query for all documents, or one each; InputError for what it can't read."""
 
     def document_space(self, queries: list[Any], instruction: str | None = None, /) -> list[int]:
         """Count the tokens of a document that are read beside each of the queries."""
@@ -83,38 +63,22 @@ class ScoreType(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Model:
-    """A model as `LocalScorer` was asked to use it.
-
-    Attributes:
-        score_type: How it scores.
-        tokenizer: The checkpoint's.
-        facts: What can change a score, for `Scorer.identity`.
-        text_only: Why it takes no images, to follow ``documents[3]``; None where it does.
-        no_instruction: Why a call can't bring an instruction; None where it can.
-        max_tokens_per_query, max_tokens_per_doc: Cut each query or document at so many tokens first; None doesn't.
-        passages: Whether a document longer than the window is scored as passages, by the best of them.
-        document_prompt: What `LocalScorer` puts before each document, and so before each passage.
-    """
+    """A model as `LocalScorer` was asked to use it."""
 
     score_type: ScoreType
     tokenizer: "PreTrainedTokenizerBase"
-    facts: Mapping[str, str]
-    text_only: str | None = None
-    no_instruction: str | None = None
+    facts: Mapping[str, str]  # what can change a score, for `Scorer.identity`
+    text_only: str | None = None  # why it takes no images, to follow documents[3]
+    no_instruction: str | None = None  # why a call can't bring an instruction
     max_tokens_per_query: int | None = None
     max_tokens_per_doc: int | None = None
-    passages: bool = False
-    document_prompt: str = ""
+    passages: bool = False  # whether a document longer than the window is scored as passages, by the best of them
+    document_prompt: str = ""  # what `LocalScorer` puts before each document, and so before each passage
 
     def inputs(
         self, queries: Sequence[Prepared], documents: Sequence[Prepared], instruction: str | None = None
     ) -> Inputs:
-        """Tokenise a call or a part of one: one query for all documents, or one each.
-
-        Raises:
-            ConfigError: There is no place for an instruction.
-            InputError: The model can't read one of them.
-        """
+        """Tokenise a call or a part of one; ConfigError without a place for its instruction, else as `ScoreType`."""
         if instruction is not None and self.no_instruction is not None:
             raise ConfigError(self.no_instruction)
         cut_queries = self._cut("queries", queries, self.max_tokens_per_query)
@@ -131,10 +95,8 @@ class Model:
         spaces = self.score_type.document_space(queries, instruction)
         if len(queries) == 1:
             queries, spaces = queries * len(documents), spaces * len(documents)
-        split = [
-            split_document(self.tokenizer, document, space, self.document_prompt)
-            for document, space in zip(documents, spaces, strict=True)
-        ]
+        pairs = zip(documents, spaces, strict=True)
+        split = [split_document(self.tokenizer, document, space, self.document_prompt) for document, space in pairs]
         inputs = self.score_type.inputs(
             [query for query, passages in zip(queries, split, strict=True) for _ in passages],
             [passage for passages in split for passage in passages],

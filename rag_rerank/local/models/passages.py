@@ -1,8 +1,7 @@
 """Documents longer than the model's window: scored as overlapping passages, by their best one.
 
 MaxP of Dai and Callan, "Deeper Text Understanding for IR with Contextual Neural Language Modeling", SIGIR 2019
-(https://arxiv.org/abs/1905.09217): each passage overlaps half of the one before it, and a document is as relevant as
-its most relevant passage.
+(https://arxiv.org/abs/1905.09217).
 """
 
 from collections.abc import Sequence
@@ -20,10 +19,7 @@ MIN_SPACE = 32
 def split_document(
     tokenizer: "PreTrainedTokenizerBase", document: Prepared, space: int, prompt: str = ""
 ) -> Sequence[Prepared]:
-    """Split a document into passages of at most `space` tokens, each behind the document's prompt.
-
-    One with images stays one passage.
-    """
+    """Split a document, if it is text, into passages of at most `space` tokens, each behind the document's prompt."""
     if not isinstance(document, str):
         return [document]
     text = document.removeprefix(prompt)
@@ -36,10 +32,7 @@ def split_document(
 
 
 def passages(tokenizer: "PreTrainedTokenizerBase", text: str, size: int) -> list[str]:
-    """Cut a text into passages of `size` tokens, each overlapping half of the one before; the last ends with the text.
-
-    A text that fits is its own and only passage. Passages are parts of the original text.
-    """
+    """Cut a text into passages of `size` tokens that overlap half of the one before; the last ends with the text."""
     offsets = tokenizer(
         text, add_special_tokens=False, return_offsets_mapping=True, verbose=False, split_special_tokens=True
     )["offset_mapping"]

@@ -1,7 +1,7 @@
 """From pairs to token sequences for models that read a prompt: a rendered template, or query and document as a pair.
 
-What is too long is cut from the document, never from the query or the template: the end of a prompt is where a causal
-reranker's score is read, and vLLM's own ``truncate_prompt_tokens`` would cut just that.
+What is too long is cut from the document: the end of a prompt is where a causal reranker's score is read, and vLLM's
+own ``truncate_prompt_tokens`` would cut just that.
 """
 
 import itertools
@@ -18,47 +18,32 @@ from rag_rerank.template import Template
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-
 # Words may join over the edges of a document: a prompt has a few tokens more or less than its parts.
 SLACK = 8
 
 
 @dataclass(frozen=True, slots=True)
 class Prompts:
-    """Makes the token sequences of pairs.
-
-    Attributes:
-        max_length: Longest sequence, in tokens.
-        template: None encodes query and document as the tokenizer's pair.
-        variables: For the template, such as the instruction.
-        truncation: From which of a plain pair the tokens beyond `max_length` are cut.
-        prompt: What stands before the query of a plain pair.
-    """
+    """Makes the token sequences of pairs."""
 
     tokenizer: "PreTrainedTokenizerBase"
-    max_length: int
-    template: Template | None = None
-    variables: Mapping[str, Any] = field(default_factory=dict)
-    truncation: Truncation = "longest_first"
-    prompt: str = ""
+    max_length: int  # of a sequence, in tokens
+    template: Template | None = None  # None encodes query and document as the tokenizer's pair
+    variables: Mapping[str, Any] = field(default_factory=dict)  # for the template, such as the instruction
+    truncation: Truncation = "longest_first"  # from which of a plain pair the tokens beyond `max_length` are cut
+    prompt: str = ""  # before the query of a plain pair
 
     def instructed(self, instruction: str | None) -> Self:
         """Give the same with a call's own instruction; None keeps the scorer's."""
         return self if instruction is None else replace(self, variables={**self.variables, "instruction": instruction})
 
     def sequences(self, queries: Sequence[str], documents: Sequence[str]) -> list[TokenSequence]:
-        """Make one sequence per pair, of one query for all documents or one each.
-
-        Raises:
-            BackendRejected: A query leaves no space for any document.
-        """
+        """Make one sequence per pair, of one query for all documents or one each; see `no_space`."""
         rows = list(queries) * len(documents) if len(queries) == 1 else list(queries)
         if self.template is None:
             return self._pairs(rows, list(documents))
-        prompts = [
-            self.template.render(query, document, self.variables)
-            for query, document in zip(rows, documents, strict=True)
-        ]
+        pairs = zip(rows, documents, strict=True)
+        prompts = [self.template.render(query, document, self.variables) for query, document in pairs]
         spaces: dict[str, int] = {}
         sequences = []
         for ids, query, document in zip(self._ids(prompts), rows, documents, strict=True):
@@ -98,10 +83,7 @@ class Prompts:
         return sequences
 
     def _shortened(self, template: Template, ids: list[int], query: str, document: str, space: int) -> list[int]:
-        """Cut the document of a prompt to `space` tokens; to fewer, should the prompt still be too long.
-
-        The same cut as `VLLMScorer` has the server make, and so the same score.
-        """
+        """Cut the document of a prompt to `space` tokens or fewer, as `VLLMScorer` has the server do."""
         while True:
             if space < 1:
                 raise no_space(self.max_length)
@@ -123,8 +105,7 @@ class Prompts:
 class ChatPrompts(Prompts):
     """Makes the token sequences that sentence-transformers makes with a checkpoint's own chat template.
 
-    The template says itself where special tokens go. What is too long is cut from the end of all that stands before the
-    template's last tokens, which are the same for all prompts.
+    What is too long is cut from the end of all that stands before the template's last tokens.
     """
 
     def _shortened(self, template: Template, ids: list[int], query: str, document: str, space: int) -> list[int]:
@@ -134,10 +115,8 @@ class ChatPrompts(Prompts):
             raise no_space(self.max_length)
         # Two prompts that have nothing in common but the template.
         first, second = self._ids([template.render(text, text, self.variables) for text in ("0", "1 2 3 4")])
-        alike = itertools.takewhile(
-            lambda pair: pair[0] == pair[1], zip(reversed(first), reversed(second), strict=False)
-        )
-        end = sum(1 for _ in alike)
+        backwards = zip(reversed(first), reversed(second), strict=False)
+        end = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], backwards))
         return ids[: self.max_length - end] + ids[len(ids) - end :]
 
     def _ids(self, texts: list[str], *, add_special_tokens: bool = False) -> list[list[int]]:
