@@ -125,18 +125,31 @@ class LocalScorer(Scorer):
         model_kwargs: Mapping[str, Any] | None = None,
         tokenizer_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
-        given = dict(locals())  # the arguments; each is a setting of the same name
-        del given["self"]
-        given |= {
-            "model": os.fspath(model),
-            "template": Template.load(template) if template not in (None, "auto") else template,
-            "chat_template_kwargs": dict(chat_template_kwargs or {}),
-            "classifier_tokens": None if classifier_tokens is None else tuple(classifier_tokens),
-            "cache_dir": None if cache_dir is None else os.fspath(cache_dir),
-            "model_kwargs": dict(model_kwargs or {}),
-            "tokenizer_kwargs": dict(tokenizer_kwargs or {}),
-        }
-        self._settings = Settings(**given)
+        self._settings = Settings(
+            model=os.fspath(model),
+            device=device,
+            dtype=dtype,
+            score_type=score_type,
+            template=None if template is None else "auto" if template == "auto" else Template.load(template),
+            instruction=instruction,
+            chat_template_kwargs=dict(chat_template_kwargs or {}),
+            classifier_tokens=None if classifier_tokens is None else tuple(classifier_tokens),
+            query_prompt=query_prompt,
+            document_prompt=document_prompt,
+            use_activation=use_activation,
+            max_length=max_length,
+            max_tokens_per_query=max_tokens_per_query,
+            max_tokens_per_doc=max_tokens_per_doc,
+            long_documents=long_documents,
+            late_interaction=late_interaction,
+            max_waiting_calls=max_waiting_calls,
+            revision=revision,
+            trust_remote_code=trust_remote_code,
+            local_files_only=local_files_only,
+            cache_dir=None if cache_dir is None else os.fspath(cache_dir),
+            model_kwargs=dict(model_kwargs or {}),
+            tokenizer_kwargs=dict(tokenizer_kwargs or {}),
+        )
         self._max_waiting_calls = max_waiting_calls
 
     def _start(self) -> None:
