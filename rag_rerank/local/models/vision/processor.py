@@ -1,8 +1,7 @@
 """From an image to the patches that a Qwen vision tower reads: scaled, normalized, cut up.
 
-The same numbers as transformers' ``Qwen2VLImageProcessor`` over torchvision makes, which is what a vLLM server runs;
-but torchvision is not needed, for its scaling is torch's own. (transformers without torchvision scales with Pillow,
-whose rounding differs: up to one number in a hundred by one or two of 255 steps.)
+The same numbers as transformers' ``Qwen2VLImageProcessor`` over torchvision makes, as on a vLLM server. (transformers
+without torchvision scales with Pillow, whose rounding differs: up to one number in a hundred by one or two of 255.)
 """
 
 import math
@@ -19,46 +18,31 @@ if TYPE_CHECKING:
     from rag_rerank.inputs.images import ImageFile
     from rag_rerank.local.checkpoint.checkpoint import Checkpoint
 
-_BICUBIC = 3  # Pillow's number for it
 _MOST_OBLONG = 200  # transformers and vLLM refuse what is longer for its width
 
 
 @dataclass(frozen=True, slots=True)
 class ImageProcessor:
-    """What the checkpoint says about its images.
+    """What the checkpoint says about its images."""
 
-    Attributes:
-        min_pixels, max_pixels: Images are scaled up or down to be within, width times height.
-        patch: Side of a patch, in pixels.
-        frames: How often each image is repeated: the tower was made for videos.
-        merge: This many patches, squared, become one token.
-        mean, std: Of red, green and blue, from 0 to 1.
-        scale: What makes 0 to 1 of the numbers in an image.
-    """
-
-    min_pixels: int
+    min_pixels: int  # width times height, which images are scaled up or down to
     max_pixels: int
-    patch: int
-    frames: int
-    merge: int
-    mean: tuple[float, ...]
+    patch: int  # side of a patch, in pixels
+    frames: int  # how often each image is repeated: the tower was made for videos
+    merge: int  # this many patches, squared, become one token
+    mean: tuple[float, ...]  # of red, green and blue, from 0 to 1
     std: tuple[float, ...]
-    scale: float
+    scale: float  # what makes 0 to 1 of the numbers in an image
 
     @classmethod
     def of(cls, checkpoint: "Checkpoint") -> "ImageProcessor":
-        """Read it from ``processor_config.json`` or ``preprocessor_config.json``.
-
-        Raises:
-            ConfigError: It is in neither, or asks for steps that are not known here.
-        """
+        """Read it from ``processor_config.json`` or ``preprocessor_config.json``; ConfigError for unknown steps."""
         options: Mapping[str, Any] | None = (checkpoint.json("processor_config.json") or {}).get("image_processor")
         options = options or checkpoint.json("preprocessor_config.json")
         if options is None:
-            raise ConfigError(
-                f"{checkpoint.name!r} has no preprocessor_config.json, which says how images are to be scaled"
-            )
-        usual = {"do_resize": True, "do_rescale": True, "do_normalize": True, "resample": _BICUBIC}
+            missing = "no preprocessor_config.json, which says how images are to be scaled"
+            raise ConfigError(f"{checkpoint.name!r} has {missing}")
+        usual = {"do_resize": True, "do_rescale": True, "do_normalize": True, "resample": 3}  # Pillow's bicubic
         for name, value in usual.items():
             if options.get(name, value) != value:
                 raise ConfigError(f"{checkpoint.name!r} asks for {name}={options[name]!r}; only {value!r} is supported")
@@ -76,11 +60,7 @@ class ImageProcessor:
         )
 
     def size(self, width: int, height: int) -> tuple[int, int]:
-        """Choose width and height to scale an image to: whole tokens, about its own shape, as ``smart_resize`` does.
-
-        Raises:
-            ContentError: It is more than 200 times as long as wide.
-        """
+        """Choose width and height to scale an image to: whole tokens, about its own shape, as ``smart_resize`` does."""
         if max(width, height) > _MOST_OBLONG * min(width, height):
             raise ContentError(
                 f"holds an image of {width} x {height} pixels; the model reads none that is more than "
@@ -104,8 +84,7 @@ class ImageProcessor:
     def patches(self, image: "ImageFile") -> tuple[Tensor, tuple[int, int]]:
         """Decode an image and cut it up; about 30 ms for a million pixels.
 
-        Returns:
-            float32 ``[patches, numbers]``, and how many patches it has from top to bottom and from left to right.
+        Gives float32 ``[patches, numbers]``, and how many patches it has from top to bottom and from left to right.
         """
         decoded = image.decoded()
         numbers = torch.frombuffer(bytearray(decoded.tobytes()), dtype=torch.uint8)

@@ -1,9 +1,8 @@
 """Prompts with images in them: where they stand, how many tokens they take, and what is cut when all is too long.
 
-As in vLLM's score API, the placeholders of a query's or document's images stand before its text, whatever their order
-was, and the template gets both as one string. Then each placeholder's middle token is replaced with as many as
-the image has. In `VisionSequence.ids` these are numbers below 0, different for different images: so two prompts
-have just those tokens in common that mean the same, and a prefix with an image in it can be shared like any other.
+As in vLLM's score API, the placeholders of images stand before the text, whatever their order was. Each one's middle
+token is then replaced with as many as the image has: in `VisionSequence.ids` numbers below 0, different for different
+images, so that a prefix with an image in it can be shared like any other.
 """
 
 from collections.abc import Sequence
@@ -17,31 +16,22 @@ from rag_rerank.local.models.prompts import SLACK, Prompts, no_space
 from rag_rerank.local.models.vision.tower import SharedImage, Tower
 from rag_rerank.local.transformer.batching import TokenSequence
 
+# What stands for an image in a prompt of Qwen2-VL and its successors.
 PLACEHOLDER = "<|vision_start|>", "<|image_pad|>", "<|vision_end|>"
-"""What stands for an image in a prompt of Qwen2-VL and its successors."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VisionSequence(TokenSequence):
-    """A token sequence with images.
-
-    Attributes:
-        images: In their order.
-    """
+    """A token sequence with images, in their order."""
 
     images: tuple[SharedImage, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class ImagePrompts:
-    """Makes the token sequences of pairs, some of them with images.
+    """Makes the token sequences of pairs, some of them with images."""
 
-    Attributes:
-        prompts: For text, which images become for a start.
-        tower: Where the images are to go.
-    """
-
-    prompts: Prompts
+    prompts: Prompts  # for text, which images become for a start
     tower: Tower
 
     def instructed(self, instruction: str | None) -> Self:
@@ -51,9 +41,7 @@ class ImagePrompts:
     def sequences(self, queries: Sequence[Prepared], documents: Sequence[Prepared]) -> list[TokenSequence]:
         """Make one sequence per pair, of one query for all documents or one each.
 
-        Raises:
-            InputError: An image can't be read, or takes more tokens than there are.
-            BackendRejected: A query leaves no room for any document.
+        InputError for an image that can't be read or takes too many tokens; see `no_space` besides.
         """
         rows = list(queries) * len(documents) if len(queries) == 1 else list(queries)
         pairs = list(zip(rows, documents, strict=True))
@@ -67,9 +55,8 @@ class ImagePrompts:
     def document_space(self, queries: Sequence[Prepared]) -> list[int]:
         """Count the tokens of a document that fit beside each query."""
         spaces = self.prompts.document_space([_as_text(query) for query in queries])
-        return [
-            space - _extra_tokens(self._images("queries", query)) for space, query in zip(spaces, queries, strict=True)
-        ]
+        extra = [_extra_tokens(self._images("queries", query)) for query in queries]
+        return [space - more for space, more in zip(spaces, extra, strict=True)]
 
     def _sequence(self, query: Prepared, document: Prepared) -> TokenSequence:
         images = self._images("queries", query) + self._images("documents", document)
@@ -84,17 +71,12 @@ class ImagePrompts:
         if any(plain.ids.count(mark) != len(images) for mark in (start, pad, end)):
             if plain.truncated:  # within a placeholder
                 self._check_space(query, document, spare=SLACK)
-            raise ContentError(
-                "the template or instruction holds a placeholder for an image; leave these to the images"
-            )
-        remaining = iter(images)
+            where = "the template or instruction"
+            raise ContentError(f"{where} holds a placeholder for an image; leave these to the images")
+        numbers = ([image.number] * image.tokens for image in images)
         ids: list[int] = []
         for token in plain.ids:
-            if token == pad:
-                image = next(remaining)
-                ids += [image.number] * image.tokens
-            else:
-                ids.append(token)
+            ids += next(numbers) if token == pad else [token]
         self.tower.expect(images)
         return VisionSequence(ids=ids, group=self.prompts.group(query), truncated=plain.truncated, images=images)
 

@@ -2,11 +2,11 @@
 
 import itertools
 import threading
-import weakref
 from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, cast
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -23,61 +23,38 @@ if TYPE_CHECKING:
 
 @dataclass(slots=True, eq=False, weakref_slot=True)
 class SharedImage:
-    """An image that some sequences hold. As long as one of them is about, the same image is this object again.
-
-    Attributes:
-        number: Below 0; what stands for its tokens.
-        tokens: How many there are.
-        uses: How many sequences have yet to be run with it.
-        features: What the vision tower makes of it, from when it is asked for until the last use.
-    """
+    """An image that some sequences hold. As long as one of them is about, the same image is this object again."""
 
     image: "ImageFile"
-    number: int
-    tokens: int
-    uses: int = 0
-    features: "Future[Features] | None" = None
+    number: int  # below 0; what stands for its tokens
+    tokens: int  # how many there are
+    uses: int = 0  # how many sequences have yet to be run with it
+    features: "Future[Features] | None" = None  # from when they are asked for until the last use
 
 
 @dataclass(frozen=True, slots=True)
 class Features:
-    """What the vision tower makes of an image.
+    """What the vision tower makes of an image."""
 
-    Attributes:
-        states: ``[1 + levels, tokens, size]``: what takes the place of the tokens' embeddings, then what is added to
-            their states behind the first layers (DeepStack, https://arxiv.org/abs/2406.04334).
-        grid: How many tokens it has from top to bottom and from left to right.
-    """
-
+    # [1 + levels, tokens, size]: what takes the place of the tokens' embeddings, then what is added to their states
+    # behind the first layers (DeepStack, https://arxiv.org/abs/2406.04334).
     states: Tensor
-    grid: tuple[int, int]
+    grid: tuple[int, int]  # how many tokens it has from top to bottom and from left to right
 
 
 @dataclass(frozen=True, slots=True)
 class Tower:
-    """A vision tower.
+    """A vision tower."""
 
-    Attributes:
-        model: transformers' ``Qwen3VLVisionModel``.
-        processor: Makes its input.
-        budget: Most patches that go through it at a time; a larger image goes alone.
-    """
-
-    model: "PreTrainedModel"
+    model: "PreTrainedModel"  # transformers' Qwen3VLVisionModel
     processor: ImageProcessor
-    budget: int
+    budget: int  # most patches that go through it at a time; a larger image goes alone
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
-    _shared: "weakref.WeakValueDictionary[ImageFile, SharedImage]" = field(
-        repr=False, default_factory=weakref.WeakValueDictionary
-    )
+    _shared: "WeakValueDictionary[ImageFile, SharedImage]" = field(repr=False, default_factory=WeakValueDictionary)
     _numbers: "itertools.count[int]" = field(repr=False, default_factory=lambda: itertools.count(-1, -1))
 
     def share(self, image: "ImageFile") -> SharedImage:
-        """Find an image among those that sequences hold, or begin to share it; only one thread does.
-
-        Raises:
-            ContentError: It is too oblong.
-        """
+        """Find an image among those that sequences hold, or begin to share it; only one thread does."""
         shared = self._shared.get(image)
         if shared is None:
             tokens = self.processor.tokens(image.width, image.height)
@@ -122,9 +99,8 @@ class Tower:
     def _run(self, images: Sequence[SharedImage]) -> list[Features]:
         patches, grids = zip(*(self.processor.patches(image.image) for image in images), strict=True)
         pixels = torch.cat(patches).to(self.model.device, self.model.dtype)
-        out = self.model(
-            pixels, grid_thw=to_device([(1, *grid) for grid in grids], self.model.device), return_dict=True
-        )
+        sizes = to_device([(1, *grid) for grid in grids], self.model.device)
+        out = self.model(pixels, grid_thw=sizes, return_dict=True)
         states = torch.stack([out.pooler_output, *out.deepstack_features])
         parts = torch.split(states, [image.tokens for image in images], dim=1)
         merge = self.processor.merge
