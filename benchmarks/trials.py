@@ -23,9 +23,9 @@ from benchmarks.report import kendall
 from benchmarks.texts import Load, Texts
 from rag_rerank import LocalScorer
 from rag_rerank.local.loading import load
-from rag_rerank.local.models.cross_encoder import CrossEncoder
-from rag_rerank.local.models.model import Pace, TokenSequence
+from rag_rerank.local.models.model import ScoreType
 from rag_rerank.local.transformer import linear
+from rag_rerank.local.transformer.batching import Batching, TokenSequence
 from rag_rerank.local.transformer.transformer import Padded
 
 Run = Callable[[list[TokenSequence]], Tensor]
@@ -58,11 +58,11 @@ def weight_only(module: torch.nn.Module) -> None:
 def contestants(folder: str, console: Console) -> dict[str, Run]:
     """How each runs a batch."""
 
-    def ours(dtype: str, *, packed: bool = True) -> CrossEncoder:
+    def ours(dtype: str, *, packed: bool = True) -> ScoreType:
         works = linear._works
         linear._works = works if packed else lambda _: False
         try:
-            return load(LocalScorer(folder, dtype=dtype)._settings)
+            return load(LocalScorer(folder, dtype=dtype)._settings).score_type
         finally:
             linear._works = works
 
@@ -80,7 +80,7 @@ def contestants(folder: str, console: Console) -> dict[str, Run]:
 
     def compiled() -> Run:
         whole = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.bfloat16).eval()
-        padded = Padded(whole, AutoTokenizer.from_pretrained(folder).pad_token_id, Pace(2048))
+        padded = Padded(whole, AutoTokenizer.from_pretrained(folder).pad_token_id, Batching(2048))
         forward = torch.compile(whole, dynamic=True)
 
         @torch.inference_mode()
@@ -125,7 +125,7 @@ def main() -> None:
         call = next(calls)
         sequences = list(model.inputs(call.queries, call.documents[0]).sequences)
         sequences.sort(key=lambda sequence: -len(sequence.ids))
-        cut = model.batches(sequences, 2048)
+        cut = model.score_type.transformer.batches(sequences, 2048)
         scores: dict[str, list[float]] = {}
         for name in names[number % len(names) :] + names[: number % len(names)]:
             began = time.perf_counter()
