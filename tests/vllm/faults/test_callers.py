@@ -266,6 +266,7 @@ class TestSharing:
     def test_event_loops(self, serve: Serve, connect: Connect):
         """Row 43: one after another, side by side, and none of the caller's (Jupyter); nothing is left open."""
         server = serve()
+        gc.collect()  # what other tests have left open warns now
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             scorer = connect(server)
