@@ -314,7 +314,7 @@ class TestGoingOn:
             process = subprocess.Popen(
                 command, stderr=subprocess.PIPE, text=True, env={**environment, "RAY_ADDRESS": cluster}
             )
-            stderr = process.communicate(timeout=60)[1]
+            stderr = process.communicate(timeout=300)[1]
             assert process.returncode == 130, stderr
             assert f"The finished shards are kept in {out}: the same command continues behind them." in stderr
             finished = {row["document"] for row in read(out)}
