@@ -192,7 +192,7 @@ class TestEnds:
             while len(server.score_requests) < 5 and time.monotonic() < deadline:
                 time.sleep(0.02)
             process.send_signal(signal.SIGINT)
-            stdout, stderr = process.communicate(timeout=60)
+            stdout, stderr = process.communicate(timeout=300)
             assert (process.returncode, stdout) == (130, "")
             assert "Interrupted. What was scored is kept: the same command goes on from there." in stderr
             assert "Traceback" not in stderr
