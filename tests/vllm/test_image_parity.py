@@ -86,7 +86,7 @@ def post(server: VLLMServer, query: Input, documents: Sequence[Input], **options
 
     def wire(each: Input) -> object:
         ready = prepare(each, "it")
-        return ready.wire if isinstance(ready, Multimodal) else ready
+        return json.loads(ready.encoded()) if isinstance(ready, Multimodal) else ready
 
     body = {"text_1": wire(query), "text_2": [wire(each) for each in documents], **options}
     answer = httpx.post(f"{server.base_url}/score", json=body, timeout=120)
