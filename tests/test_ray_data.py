@@ -293,7 +293,7 @@ class TestGoingOn:
                 return [http(json.dumps(answer))]
             if request.wants_scores:
                 asked.extend(request.documents)
-                if len(asked) > 30 and process is not None and process.poll() is None:
+                if len(asked) > 60 and process is not None and process.poll() is None:
                     process.send_signal(signal.SIGINT)
                     return [30.0]
             return None
