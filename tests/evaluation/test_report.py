@@ -12,7 +12,7 @@ from tests.evaluation.collections import small
 from tests.scorers import Answers, WordOverlap
 
 VOID = {"meta", "br", "hr", "img", "input", "link", "use", "path", "rect", "circle"}
-EVIL = '<script>alert("x")</script><img src=http://evil/x onerror=1>{{ 7 * 7 }}$\\alpha$'
+EVIL = '<script>alert("x")</script><img src=http://evil/x onerror=1>{{ 7919 * 7919 }}$\\alpha$'
 
 
 class Page(HTMLParser):
@@ -94,7 +94,7 @@ class TestPage:
         assert [tag for tag, _ in page.tags].count("script") == 1  # the page's own
         assert not [tag for tag, _ in page.tags if tag == "img"]
         assert page.text.count(EVIL) > 8
-        assert "49" not in re.sub(r"<svg.*?</svg>", "", html, flags=re.DOTALL)
+        assert "62710561" not in re.sub(r"<svg.*?</svg>", "", html, flags=re.DOTALL)
 
     def test_both_colour_schemes_have_all_colours(self):
         """And nothing is coloured but through them."""
