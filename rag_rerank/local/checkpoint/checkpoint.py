@@ -5,7 +5,7 @@ import functools
 import importlib.util
 import json
 import threading
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, cast
@@ -114,6 +114,18 @@ class Checkpoint:
         torch.nn.Module.to(loaded, device)
         torch.nn.Module.eval(loaded)
         return loaded
+
+    def stored(self, names: Collection[str]) -> dict[str, torch.Tensor]:
+        """Read weights as the files have them, in float32; without those that are not there by these names."""
+        folder = f"{self.transformer}/".removeprefix("/")
+        index = self.json(f"{folder}model.safetensors.index.json")
+        files = dict.fromkeys(names, "model.safetensors") if index is None else index["weight_map"]
+        found: dict[str, torch.Tensor] = {}
+        for file in {files[name] for name in names if name in files}:
+            if (path := self.file(folder + file)) is not None:
+                with safe_open(path, framework="pt") as weights:
+                    found |= {name: weights.get_tensor(name).float() for name in {*names} & {*weights.keys()}}
+        return found
 
     @functools.cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
