@@ -53,9 +53,11 @@ from rag_rerank.local.transformer.transformer import (
     Transformer,
     TwoSided,
     Unpadded,
-    known,
+    from_transformers,
     make_transformer,
+    prepare,
     rope_limit,
+    tested,
 )
 from rag_rerank.template import Template
 
@@ -180,14 +182,15 @@ class _Loading:
         make_head_precise(model, self.checkpoint.stored)
         transformer: Padded | Unpadded
         # A checkpoint's own code may read its score from elsewhere (nemotron: the mean): that runs as it is.
-        if isinstance(score, torch.nn.Linear) and type(model).__module__.startswith("transformers."):
+        if isinstance(score, torch.nn.Linear) and from_transformers(model):
             weight = score.weight.detach().float()
             head = last_token_head(weight[-1] - weight[0] if len(weight) > 1 else weight[0])
             transformer = self._transformer(_body(model))
-        elif self.unpadded and known(_body(model)):
-            head, transformer = classification_head(model), self._transformer(_body(model))
         else:
             head, transformer = (lambda states: states.tokens), whole
+            if self._may_unpad(_body(model)) and (by_parts := classification_head(model)):
+                made = self._transformer(_body(model))
+                head, transformer = (by_parts, made) if isinstance(made, Unpadded) else (head, transformer)
         return self._pair_model(model, reference, transformer, head)
 
     def causal(self) -> ScoreType:
@@ -254,6 +257,7 @@ class _Loading:
         checkpoint: Checkpoint | None = None,
     ) -> Reference | None:
         """Take from plain transformers what is to come out; None if that is not to be verified."""
+        prepare(body)
         if not self.settings.verify:
             return None
         checkpoint = checkpoint or self.checkpoint
@@ -418,11 +422,17 @@ class _Loading:
         pad_id = (checkpoint or self.checkpoint).tokenizer.pad_token_id
         return Padded(model, pad_id or 0, choose_batching(self.device))
 
+    def _may_unpad(self, body: PreTrainedModel) -> bool:
+        """Tell whether to try it: where that is not to be proven here, tests must have done so."""
+        return self.unpadded and (tested(body) or (self.settings.verify and from_transformers(body)))
+
     def _transformer(
         self, model: PreTrainedModel, checkpoint: Checkpoint | None = None, *, unpadded: bool = True
     ) -> Padded | Unpadded:
         pad_id = (checkpoint or self.checkpoint).tokenizer.pad_token_id
-        return make_transformer(model, pad_id, choose_batching(self.device), unpadded=self.unpadded and unpadded)
+        return make_transformer(
+            model, pad_id, choose_batching(self.device), unpadded=unpadded and self._may_unpad(model)
+        )
 
     def _max_length(self, model: PreTrainedModel, route: Route) -> int:
         asked = self.settings.max_length

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any, Self
 import torch
 from torch import Tensor
 
-from rag_rerank.errors import ConfigError
 from rag_rerank.local.models.model import Inputs
 from rag_rerank.local.models.prompts import Prompts
 from rag_rerank.local.transformer.batching import Batching, TokenSequence
@@ -97,21 +96,24 @@ def _in_float32(_: object, arguments: tuple[Any, ...], options: dict[str, Any]) 
     return tuple(map(cast, arguments)), {name: cast(value) for name, value in options.items()}
 
 
-def classification_head(model: Any) -> Head:
-    """Take the head off a ``*ForSequenceClassification`` of one of `ENCODERS`, as transformers wrote it."""
-    kind = model.config.model_type
-    if kind in ("bert", "gte"):
-        return lambda states: model.classifier(model.base_model.pooler(states.first().unsqueeze(1)))
-    if kind in ("camembert", "electra", "roberta", "xlm-roberta"):
-        return lambda states: model.classifier(states.first().unsqueeze(1))  # takes the first token by itself
-    if kind == "distilbert":
-        return lambda states: model.classifier(torch.relu(model.pre_classifier(states.first())))
-    dense = (model.head,) if kind == "modernbert" else (model.dense, model.activation)
-    layers, pooling = torch.nn.Sequential(*dense, model.classifier), model.config.classifier_pooling
-    if pooling in ("cls", "bos"):
-        return lambda states: layers(states.first())
-    if pooling == "mean":
-        return lambda states: layers(states.mean())
-    if pooling == "late":  # the logits of all tokens, averaged
-        return lambda states: states.mean(layers)
-    raise ConfigError(f"classifier_pooling={pooling!r} is not supported; these are: bos, cls, late, mean")
+def classification_head(model: Any) -> Head | None:
+    """Take the head off a ``*ForSequenceClassification`` of an encoder, by its parts; None for another kind."""
+    body, classifier = model.base_model, getattr(model, "classifier", None)
+    pooler = getattr(body, "pooler", None)
+    if classifier is None or body is model or isinstance(pooler, torch.nn.Linear):
+        return None
+    if isinstance(pooler, torch.nn.Module):  # BERT
+        return lambda states: classifier(pooler(states.first().unsqueeze(1)))
+    if not isinstance(classifier, torch.nn.Linear):  # RoBERTa's takes the first token by itself
+        return lambda states: classifier(states.first().unsqueeze(1))
+    if hasattr(model, "pre_classifier"):  # DistilBERT
+        return lambda states: classifier(torch.relu(model.pre_classifier(states.first())))
+    # ModernBERT, EuroBERT
+    parts = [getattr(model, name) for name in ("head", "dense", "activation") if hasattr(model, name)]
+    layers = torch.nn.Sequential(*parts, classifier)
+    heads: dict[str, Head] = {
+        **dict.fromkeys(("cls", "bos"), lambda states: layers(states.first())),
+        "mean": lambda states: layers(states.mean()),
+        "late": lambda states: states.mean(layers),  # the logits of all tokens, averaged
+    }
+    return heads.get(getattr(model.config, "classifier_pooling", "cls"))

@@ -21,7 +21,8 @@ from rag_rerank.local.transformer.linear import pack
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-# Architectures (``model_type``) that tests run both ways. All others are padded.
+# Architectures (``model_type``) that tests run both ways: what is run without padding where nothing is to be verified.
+# Where it is (see `proof`), all that have transformers' interface for attention are tried.
 ENCODERS = frozenset(
     {"bert", "camembert", "distilbert", "electra", "eurobert", "gte", "modernbert", "roberta", "xlm-roberta"}
 )
@@ -97,22 +98,33 @@ def make_transformer(
     model: "PreTrainedModel", pad_id: int | None, batching: Batching, *, unpadded: bool = True
 ) -> "Padded | Unpadded":
     """Choose the fastest way to run a model without its head; its layers may be replaced. False for `unpadded` pads."""
-    if hasattr(model.config, "use_cache"):
-        model.config.use_cache = False  # nothing is generated: keys and values are not asked for again
-    if unpadded and known(model) and _can_unpad(model):
+    prepare(model)
+    if unpadded and _can_unpad(model):
         model.set_attn_implementation(NAME)
     if model.config._attn_implementation != NAME:  # transformers 5.0 can't set it for ModernBERT, and only warns
-        if _soft_capped(model):
-            model.set_attn_implementation("eager")  # the fast kernels don't know it
         return Padded(model, pad_id or 0, batching)
     pack(model, batching.token_budget)
     first_position = next((first for first, _ in position_tables(model)), 0)
-    return Unpadded(model, pad_id or 0, batching, model.config.model_type in DECODERS, first_position)
+    causal = any(getattr(module, "is_causal", False) for module in model.modules())
+    return Unpadded(model, pad_id or 0, batching, causal, first_position)
 
 
-def known(model: "PreTrainedModel") -> bool:
+def prepare(model: "PreTrainedModel") -> None:
+    """Have a model give what transformers' most exact kernels give, and keep nothing."""
+    if hasattr(model.config, "use_cache"):
+        model.config.use_cache = False  # nothing is generated: keys and values are not asked for again
+    if _soft_capped(model) and model.config._attn_implementation == "sdpa":
+        model.set_attn_implementation("eager")  # the fast kernels don't know it
+
+
+def tested(model: "PreTrainedModel") -> bool:
     """Tell whether this is an architecture that the tests cover, and not a checkpoint's own code."""
-    return model.config.model_type in ENCODERS | DECODERS and type(model).__module__.startswith("transformers.")
+    return model.config.model_type in ENCODERS | DECODERS and from_transformers(model)
+
+
+def from_transformers(model: "PreTrainedModel") -> bool:
+    """Tell whether transformers wrote the code, not the checkpoint's authors."""
+    return type(model).__module__.startswith("transformers.")
 
 
 def is_causal(model: "PreTrainedModel") -> bool:
@@ -124,7 +136,9 @@ def is_causal(model: "PreTrainedModel") -> bool:
 def _can_unpad(model: "PreTrainedModel") -> bool:
     if model.config._attn_implementation not in ("sdpa", "eager", NAME):
         return False  # the caller asked for another
-    if model.config.model_type in DECODERS and not is_causal(model):
+    if not from_transformers(model) or not (tested(model) or model._supports_attention_backend):
+        return False
+    if not is_causal(model):
         return False  # its tokens attend to those behind them: nothing can be shared, and transformers knows how
     if model.device.type == "cuda" and _soft_capped(model):
         return False  # the varlen kernel has no soft cap
