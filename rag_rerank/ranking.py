@@ -2,6 +2,7 @@
 
 import logging
 import math
+import numbers
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -43,11 +44,11 @@ class Ranking:
 
     def __post_init__(self) -> None:
         top_n, threshold = self.top_n, self.score_threshold
-        if top_n is not None and (isinstance(top_n, bool) or not isinstance(top_n, int)):
+        if top_n is not None and (isinstance(top_n, bool) or not isinstance(top_n, numbers.Integral)):
             raise TypeError(f"top_n must be an int or None, got {type(top_n).__name__}")
         if top_n is not None and top_n < 1:
             raise ValueError(f"top_n must be at least 1, got {top_n}; None keeps all documents")
-        if threshold is not None and not isinstance(threshold, int | float):
+        if threshold is not None and not isinstance(threshold, numbers.Real):
             raise TypeError(f"score_threshold must be a number or None, got {type(threshold).__name__}")
         if threshold is not None and not math.isfinite(threshold):
             raise ValueError(f"score_threshold must be finite, got {threshold}; None keeps all documents")

@@ -3,6 +3,8 @@
 import hashlib
 import json
 import logging
+import os
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
@@ -47,12 +49,26 @@ _NO_FACTS = (
 )
 
 
+# While it makes a model, transformers changes torch's default dtype for the whole process: of two at a time, one would
+# put back the other's. A fork waits, so that a child has neither the lock closed nor half a model's dtype.
+_one_at_a_time = threading.RLock()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(
+        before=_one_at_a_time.acquire, after_in_parent=_one_at_a_time.release, after_in_child=_one_at_a_time.release
+    )
+
+
 def load(settings: Settings) -> Model:
-    """Load a model for scoring.
+    """Load a model for scoring, while no other is loaded in this process.
 
     ConfigError if it is not there, not a reranker, not safetensors, lacks weights, has no known template, or does not
     fit the settings.
     """
+    with _one_at_a_time:
+        return _load(settings)
+
+
+def _load(settings: Settings) -> Model:
     checkpoint = Checkpoint(settings)
     device = choose_device(settings.device)
     family = find_family(checkpoint.name, checkpoint.architectures)

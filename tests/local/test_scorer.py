@@ -273,21 +273,6 @@ class TestRefused:
         with pytest.raises(ConfigError, match=device):
             LocalScorer(cross_encoder, device=device).score("q", "d")
 
-    @pytest.mark.parametrize(
-        ("arguments", "words"),
-        [
-            ({"model": ""}, "model is empty"),
-            ({"dtype": "int8"}, "dtype must be one of"),
-            ({"score_type": "causal"}, "score_type must be one of"),
-            ({"max_length": 0}, "max_length"),
-            ({"model_kwargs": {"token": "hf_canary"}}, "HF_TOKEN"),
-        ],
-    )
-    def test_wrong_settings_are_refused_at_construction(self, arguments: dict[str, object], words: str):
-        """Before anything is loaded."""
-        with pytest.raises(ConfigError, match=words):
-            LocalScorer(**arguments)
-
 
 class TestPooling:
     """The poolings of sentence-transformers, in both forms of their config."""
@@ -343,6 +328,36 @@ class TestCallers:
         count, scores = asyncio.run(beats())
         assert count > 3
         assert largest_difference(scores, local.score(QUERY, documents)) <= 1e-5
+
+    async def test_an_event_loop_only_waits(self, local_cross_encoder: LocalScorer, without_collections: None):
+        """For 20,000 documents, in all of which nothing is done in its own thread."""
+        documents = [f"document {number % 300}" for number in range(20_000)]
+        began = time.thread_time()
+        scores = await local_cross_encoder.ascore("document 7", documents)
+        assert time.thread_time() - began < 0.05
+        assert len(set(scores)) <= 300
+
+    async def test_closing_does_not_block_the_event_loop(self, cross_encoder: Path, monkeypatch: pytest.MonkeyPatch):
+        """However long the batch takes that is running."""
+        scorer, held, running = LocalScorer(cross_encoder), threading.Event(), threading.Event()
+        await scorer.ascore("q", ["d"])
+        model = scorer._engine.model.score_type
+        run = type(model).run
+
+        def slow(model: object, sequences: object) -> object:
+            running.set()
+            held.wait(10)
+            return run(model, sequences)
+
+        monkeypatch.setattr(type(model), "run", slow)
+        call = asyncio.create_task(scorer.ascore("q", ["a"]))
+        await asyncio.to_thread(running.wait, 10)
+        closing = asyncio.create_task(scorer.aclose())
+        await asyncio.sleep(0.01)
+        assert not closing.done()
+        held.set()
+        await closing
+        assert len(await call) == 1
 
     def test_one_event_loop_after_another(self, local_cross_encoder: LocalScorer):
         """The engine belongs to no loop."""
