@@ -48,6 +48,7 @@ SPECIAL_TOKENS = [
     *("<|begin_of_text|>", "<|end_of_text|>", "<|reserved_special_token_7|>", "<|finetune_right_pad_id|>"),  # Llama 3
     *("<|start_header_id|>", "<|end_header_id|>", "<|eom_id|>", "<|eot_id|>", "<|python_tag|>"),
     *("[INST]", "[/INST]", "[AVAILABLE_TOOLS]", "[/TOOL_RESULTS]", "[TOOL_CALLS]", "[IMG]"),  # Mistral
+    *("<\uff5cUser\uff5c>", "<\uff5cend\u2581of\u2581sentence\uff5c>"),  # DeepSeek
     *("<|rerank_token|>", "<|embed_token|>", "<|score_token|>", "<image>", "<IMG_CONTEXT>"),  # Jina, nemotron VL
 ]
 

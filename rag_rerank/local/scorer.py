@@ -253,9 +253,10 @@ def _text(path: Any) -> Any:
 
 
 def _load(settings: Settings) -> Model:
-    from rag_rerank.local.loading import load  # noqa: PLC0415 - it imports torch and transformers (2-3 s)
+    from rag_rerank.local.loading import load, one_at_a_time  # noqa: PLC0415 - imports torch, transformers (2-3 s)
 
-    return load(settings)
+    with one_at_a_time:
+        return load(settings)
 
 
 def _prompted(inputs: Sequence[Prepared], side: Side, name: str, prompt: str | None) -> Sequence[Prepared]:
