@@ -15,7 +15,7 @@ from rag_rerank import ConfigError, LocalScorer
     ("arguments", "words"),
     [
         ({"model": ""}, "model is empty"),
-        ({"model": None}, "model must be str, got NoneType"),
+        ({"model": 7}, "model must be str, got int"),
         ({"dtype": "int8"}, "dtype must be one of"),
         ({"dtype": torch.int8}, "dtype must be one of"),
         ({"score_type": "causal"}, "score_type must be one of"),
