@@ -64,10 +64,11 @@ class Ranking:
     def rank(self, scores: Sequence[float | None]) -> list[Ranked]:
         """Threshold, sort, cut. Documents without a score follow the scored ones, in retrieval order."""
         threshold = -math.inf if self.score_threshold is None else self.score_threshold
-        scored = [(index, score) for index, score in enumerate(scores) if score is not None and score >= threshold]
-        scored.sort(key=lambda pair: -pair[1])  # sorted on the negative, not reversed: reversing would turn ties around
-        unscored = [Ranked(index, None) for index, score in enumerate(scores) if score is None]
-        return ([Ranked(index, score) for index, score in scored] + unscored)[: self.top_n]
+        scored = [index for index, score in enumerate(scores) if score is not None and score >= threshold]
+        # Sorted on the negative, not reversed: reversing would turn ties around.
+        scored.sort(key=lambda index: -(scores[index] or 0.0))
+        unscored = [index for index, score in enumerate(scores) if score is None]
+        return [Ranked(index, scores[index]) for index in (scored + unscored)[: self.top_n]]
 
     def result(self, outcomes: Sequence[Outcome]) -> list[Ranked] | RerankError:
         """Rank one query's documents; those without a score follow under ``"passthrough"``, else its error is given."""
