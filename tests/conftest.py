@@ -1,5 +1,6 @@
 """What the tests share: one real model, one tiny one, and a real vLLM server for each."""
 
+import gc
 import os
 import signal
 from collections.abc import Callable, Iterator
@@ -24,6 +25,14 @@ from tests import vllm_server
 from tests.vllm_server import VLLMServer
 
 KEY = "canary-5ecret-k3y"
+
+
+@pytest.fixture
+def without_collections() -> Iterator[None]:
+    """Garbage is collected by whichever thread is at it; a test of one thread's time wants none."""
+    gc.disable()
+    yield
+    gc.enable()
 
 
 @pytest.fixture(scope="session")
