@@ -18,7 +18,7 @@ LateInteractionRule = Literal["declared", "vllm"]
 
 _KINDS: dict[str, type] = {
     **dict.fromkeys(("model", "instruction", "query_prompt", "document_prompt", "revision", "cache_dir"), str),
-    **dict.fromkeys(("use_activation", "trust_remote_code", "local_files_only"), bool),
+    **dict.fromkeys(("use_activation", "verify", "trust_remote_code", "local_files_only"), bool),
     **dict.fromkeys(("chat_template_kwargs", "model_kwargs", "tokenizer_kwargs"), Mapping),
 }
 _CHOICES = {
