@@ -48,6 +48,11 @@ class Batch:
         self._positions: list[int] = []
 
     @property
+    def top_n(self) -> int | None:
+        """How many documents of each query are kept."""
+        return self._ranking.top_n
+
+    @property
     def is_slow(self) -> bool:
         """Whether `prepare` takes longer than an event loop may stand."""
         return len(self._given) > 100 or any(is_slow(query) or is_slow(each) for query, each in self._given)

@@ -17,6 +17,7 @@ from rag_rerank.errors import (
     ConfigError,
     ContentError,
     DeadlineExceeded,
+    short_name,
 )
 from rag_rerank.identity import Identity
 from rag_rerank.scorer import Scorer
@@ -193,11 +194,11 @@ class _Call:
         tried = f"{len(errors)} of {len(self._fallback._members)} scorers were tried and failed"
         message = f"{tried}, the last of them {_name(scorer)}: {last.message}"
         error = copy.copy(last)  # its cause, what the connection or the model said, stays the last one's own
-        error.message, error.args, error.elapsed = message, (message,), time.monotonic() - self._began
+        error.message, error.elapsed = message, time.monotonic() - self._began
         error.__cause__ = ExceptionGroup(tried, errors)
         return error
 
 
 def _name(scorer: Scorer) -> str:
     """Name a scorer by class and model: both scorers may run the same model."""
-    return f"{type(scorer).__name__} ({scorer.model_name})"
+    return f"{type(scorer).__name__} ({short_name(scorer.model_name)})"

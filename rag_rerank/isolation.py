@@ -148,7 +148,6 @@ def naming_query(error: RerankError, position: int) -> RerankError:
         return named
     told = copy.copy(error)
     told.message = f"queries[{position}]: {error.message}"
-    told.args = (told.message,)
     told.query = position
     told.__cause__ = error.__cause__
     return told
@@ -205,7 +204,7 @@ def _by_query(queries: Sequence[Prepared], positions: Sequence[int]) -> list[Seq
 
 
 def _like(error: BackendError, joined: E) -> E:
-    for name in ("endpoint", "attempts", "elapsed", "remedy", "reason", "status"):
+    for name in ("endpoint", "attempts", "elapsed", "remedy", "reason", "status", "retry_after", "model"):
         if hasattr(error, name):
             setattr(joined, name, getattr(error, name))
     return joined

@@ -114,7 +114,6 @@ class Call:
         except (BackendRejected, BackendUnavailable) as error:
             for link in _links([*queries, *documents]):  # vLLM quotes an address that it can't fetch
                 error.message = hidden(error.message, link.url)
-            error.args = (error.message,)
             if self._is_multimodal(chunk[0]):
                 self._explain(error)
             blamed = yield from self._blames_documents(error, queries, documents)

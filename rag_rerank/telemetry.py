@@ -1,0 +1,181 @@
+"""What is told of calls: how many are unfinished, how long each waited and ran, as a log line, a span and metrics.
+
+OpenTelemetry (the package ``opentelemetry-api``) is imported and used only after `enable`. Span and attributes have the
+names that are proposed in https://github.com/open-telemetry/semantic-conventions-genai/issues/253; what has none there
+begins with ``rag_rerank``.
+"""
+
+import contextlib
+import logging
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
+
+from rag_rerank.errors import ConfigError, short_name
+
+if TYPE_CHECKING:
+    from opentelemetry.metrics import Histogram, MeterProvider, UpDownCounter
+    from opentelemetry.trace import Tracer, TracerProvider
+
+logger = logging.getLogger(__name__)
+
+# Seconds; OpenTelemetry's own are for milliseconds. From a short document on a GPU to the longest of deadlines.
+_SECONDS = [0.0025 * 2**power for power in range(16)]
+_DOCUMENTS = [1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000]
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """How many calls of a scorer are unfinished in this process.
+
+    Attributes:
+        waiting: Those whose work has not begun.
+        running: Those that are being worked on; with a server, all that were sent to it.
+        most: How many there may be; one more is refused. None for any number.
+    """
+
+    waiting: int
+    running: int
+    most: int | None = None
+
+
+@dataclass(slots=True, eq=False)
+class Call:
+    """One call to a back end, on the clock of `time.monotonic`."""
+
+    began: float = field(default_factory=time.monotonic)
+    started: float | None = None  # when its work began
+
+    def start(self) -> None:
+        """Note that its work begins; only the first time counts."""
+        if self.started is None:
+            self.started = time.monotonic()
+
+    def times(self) -> tuple[float, float]:
+        """Tell how many seconds it waited, and how many it has run."""
+        now = time.monotonic()
+        started = now if self.started is None else self.started
+        return started - self.began, now - started
+
+
+current: ContextVar[Call | None] = ContextVar("rag_rerank_call", default=None)
+"""The call that a thread or task makes: a back end with a queue notes when its work begins."""
+
+
+class _Observed(Protocol):
+    """What is told of a scorer."""
+
+    @property
+    def model_name(self) -> str: ...
+
+    @property
+    def remote(self) -> bool: ...
+
+
+@dataclass(frozen=True, slots=True)
+class _Instruments:
+    """What OpenTelemetry makes spans and metrics with."""
+
+    tracer: "Tracer"
+    duration: "Histogram"
+    wait: "Histogram"
+    candidates: "Histogram"
+    unfinished: "UpDownCounter"
+
+    @contextlib.contextmanager
+    def measured(
+        self, scorer: _Observed, call: Call, facts: Mapping[str, Any], failure: Callable[[], Exception | None]
+    ) -> Iterator[None]:
+        """Make the span around a call, and its metrics when it is over; spans of HTTP requests are within it."""
+        from opentelemetry.trace import SpanKind, StatusCode  # noqa: PLC0415 - installed, as `enable` has seen
+
+        kind = SpanKind.CLIENT if scorer.remote else SpanKind.INTERNAL
+        common = {"gen_ai.operation.name": "rerank", "gen_ai.provider.name": "rag_rerank"}
+        common["rag_rerank.scorer"] = type(scorer).__name__
+        model = {"gen_ai.request.model": short_name(scorer.model_name)}
+        error: BaseException | None = None
+        self.unfinished.add(1, common)
+        told = common | model | facts
+        with self.tracer.start_as_current_span(
+            "rerank", kind=kind, attributes=told, record_exception=False, set_status_on_exception=False
+        ) as span:
+            try:
+                yield
+                error = failure()
+            except BaseException as raised:
+                error = raised
+                raise
+            finally:
+                wait, run = call.times()
+                labels = common | {"gen_ai.request.model": short_name(scorer.model_name)}  # of a server: known by now
+                if error is not None:
+                    labels["error.type"] = type(error).__name__
+                    span.set_status(StatusCode.ERROR, str(error))
+                span.update_name(f"rerank {labels['gen_ai.request.model']}")
+                span.set_attributes(labels | {"rag_rerank.wait_time": wait, "rag_rerank.run_time": run})
+                self.unfinished.add(-1, common)
+                self.duration.record(wait + run, labels)
+                self.wait.record(wait, labels)
+                self.candidates.record(facts["gen_ai.rerank.candidate.count"], labels)
+
+
+_instruments: _Instruments | None = None
+
+
+def enable(tracer_provider: "TracerProvider | None" = None, meter_provider: "MeterProvider | None" = None) -> None:
+    """Make a span and metrics of each call to a back end in this process, from now on.
+
+    Args:
+        tracer_provider: OpenTelemetry's; None takes the global one.
+        meter_provider: The same for metrics.
+
+    Raises:
+        ConfigError: The package opentelemetry-api is not installed.
+    """
+    global _instruments  # noqa: PLW0603 - one switch for a process, as OpenTelemetry's own providers
+    try:
+        from opentelemetry import metrics, trace  # noqa: PLC0415 - optional
+    except ImportError as error:
+        raise ConfigError("telemetry needs OpenTelemetry: pip install opentelemetry-api") from error
+    meter = metrics.get_meter("rag_rerank", meter_provider=meter_provider)
+    seconds: dict[str, Any] = {"unit": "s", "explicit_bucket_boundaries_advisory": _SECONDS}
+    documents: dict[str, Any] = {"unit": "{document}", "explicit_bucket_boundaries_advisory": _DOCUMENTS}
+    _instruments = _Instruments(
+        trace.get_tracer("rag_rerank", tracer_provider=tracer_provider),
+        meter.create_histogram("gen_ai.client.operation.duration", description="Time of a call", **seconds),
+        meter.create_histogram("rag_rerank.wait.duration", description="Time before its work began", **seconds),
+        meter.create_histogram("rag_rerank.candidates", description="Documents of a call", **documents),
+        meter.create_up_down_counter("rag_rerank.calls.unfinished", unit="{call}", description="Waiting or running"),
+    )
+
+
+def disable() -> None:
+    """Make neither spans nor metrics any more."""
+    global _instruments  # noqa: PLW0603 - as in `enable`
+    _instruments = None
+
+
+@contextlib.contextmanager
+def observed(
+    scorer: _Observed,
+    call: Call,
+    failure: Callable[[], Exception | None],
+    *,
+    queries: int,
+    documents: int,
+    top_n: int | None,
+) -> Iterator[None]:
+    """Tell of a call when it is over; `failure` then gives its error."""
+    made = _instruments
+    facts = {"gen_ai.rerank.candidate.count": documents, "rag_rerank.query.count": queries}
+    if top_n is not None:
+        facts["gen_ai.rerank.top_n"] = top_n
+    try:
+        with contextlib.nullcontext() if made is None else made.measured(scorer, call, facts, failure):
+            yield
+    finally:
+        if logger.isEnabledFor(logging.DEBUG):
+            name = short_name(scorer.model_name)
+            logger.debug("%s: %d documents, waited %.3f s, ran %.3f s", name, documents, *call.times())
