@@ -428,9 +428,9 @@ class Scorer(Closeable, ABC):
         refused = asking.pairs is None
         self._unfinished.add(call)
         telemetry.current.set(call)
-        counts = {"queries": len(queries), "documents": len(documents), "top_n": top_n}
+        sizes = len(queries), len(documents), top_n
         try:
-            with telemetry.observed(self, call, lambda: failure(asking.outcomes), **counts):
+            with telemetry.observed(self, call, lambda: failure(asking.outcomes), *sizes):
                 yield asking
         finally:
             self._unfinished.discard(call)

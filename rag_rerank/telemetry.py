@@ -97,7 +97,7 @@ class _Instruments:
         model = {"gen_ai.request.model": short_name(scorer.model_name)}
         error: BaseException | None = None
         self.unfinished.add(1, common)
-        told = common | model | facts
+        told = {**common, **model, **facts}
         with self.tracer.start_as_current_span(
             "rerank", kind=kind, attributes=told, record_exception=False, set_status_on_exception=False
         ) as span:
@@ -162,7 +162,6 @@ def observed(
     scorer: _Observed,
     call: Call,
     failure: Callable[[], Exception | None],
-    *,
     queries: int,
     documents: int,
     top_n: int | None,
