@@ -80,13 +80,17 @@ class FallbackScorer(Scorer):
         self.accepts_images = any(scorer.accepts_images for scorer in scorers)  # those that don't are passed over
         # One that has no place for an instruction would score something else.
         self.accepts_instruction = all(scorer.accepts_instruction for scorer in scorers)
-        self.listwise = any(scorer.listwise for scorer in scorers)
         self.remote = all(scorer.remote for scorer in scorers)
 
     @property
     def model_name(self) -> str:
         """The model of the scorer that answered last, in whichever thread; the first one's before any has."""
         return self._answered.model_name
+
+    @property
+    def listwise(self) -> bool:  # type: ignore[override]  # as that of the scorers
+        """Whether any of the scorers' models scores a query's documents together."""
+        return any(member.scorer.listwise for member in self._members)
 
     def identity(self, *, deadline: float | None = None) -> Identity:
         """Say who all of the scorers are; not steady, for any of them may answer."""

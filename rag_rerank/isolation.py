@@ -7,7 +7,7 @@ model that fails is asked once, with a text that nothing refuses.
 
 import copy
 import math
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from typing import TypeVar
 
 from rag_rerank.errors import (
@@ -40,7 +40,8 @@ class Asking:
     Args:
         queries: One for all documents, or one each.
         documents: The documents.
-        listwise: The documents of one query are scored together, so they are never asked about apart.
+        listwise: Tells whether the documents of one query are scored together, so that they are never asked about
+            apart; it may not be known before the first answer.
         located: Errors say for themselves what they concern; nothing is asked again.
 
     Attributes:
@@ -49,7 +50,7 @@ class Asking:
     """
 
     def __init__(
-        self, queries: Sequence[Prepared], documents: Sequence[Prepared], *, listwise: bool, located: bool
+        self, queries: Sequence[Prepared], documents: Sequence[Prepared], *, listwise: Callable[[], bool], located: bool
     ) -> None:
         self._count = len(documents)
         self._steps = _isolate(queries, documents, listwise=listwise, located=located)
@@ -78,7 +79,7 @@ class Asking:
 
 
 def _isolate(
-    queries: Sequence[Prepared], documents: Sequence[Prepared], *, listwise: bool, located: bool
+    queries: Sequence[Prepared], documents: Sequence[Prepared], *, listwise: Callable[[], bool], located: bool
 ) -> Generator[Pairs, Sequence[float] | RerankError, list[Outcome]]:
     """Yield what to ask, take what came of it; one pair of n that fails costs about 2 log2(n) questions more."""
     outcomes: list[Outcome] = [math.nan] * len(documents)
@@ -93,7 +94,7 @@ def _isolate(
             if len(parts) > 1:
                 works = works or not isinstance((yield _PROBE, _PROBE), RerankError)
                 parts = parts if works else []
-            elif parts and len(positions) > 1 and not listwise and not isinstance(found, ContentError):
+            elif parts and len(positions) > 1 and not listwise() and not isinstance(found, ContentError):
                 # Where the query fails with any document, it is to blame; or the back end is.
                 query = queries[0 if len(queries) == 1 else positions[0]]
                 middle = len(positions) // 2

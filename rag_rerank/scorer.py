@@ -41,7 +41,8 @@ class Scorer(Closeable, ABC):
         accepts_images: Whether queries and documents may be more than text; also True where that is not known before
             the model is loaded or the server asked. The back end then gets `Multimodal` for these.
         accepts_instruction: Whether a call may bring an `instruction`; `_score` then takes one.
-        listwise: Whether the documents of a query are scored together, so that they are never split over calls.
+        listwise: Whether the documents of a query are scored together, so that they are never split over calls; also
+            True where that is not known before the first call.
         remote: Whether another machine does the work, so that waiting for it needs no processor here.
     """
 
@@ -361,7 +362,7 @@ class Scorer(Closeable, ABC):
     def _run(self, batch: Batch, deadline: float | None, instruction: str | None) -> None:
         until = self._begin(deadline, instruction)
         batch.prepare(until)
-        for queries, documents in batch.calls():
+        for queries, documents in batch.calls(lambda: self.listwise):
             until = self._begin(None, instruction) if deadline is None else until
             batch.take(self._outcomes(queries, documents, until, instruction, batch.top_n))
 
@@ -371,7 +372,7 @@ class Scorer(Closeable, ABC):
             await asyncio.to_thread(batch.prepare, until)
         else:
             batch.prepare(until)
-        for queries, documents in batch.calls():
+        for queries, documents in batch.calls(lambda: self.listwise):
             until = self._begin(None, instruction) if deadline is None else until
             batch.take(await self._aoutcomes(queries, documents, until, instruction, batch.top_n))
 
@@ -416,7 +417,7 @@ class Scorer(Closeable, ABC):
         self, queries: list[Prepared], documents: list[Prepared], until: float | None, top_n: int | None
     ) -> Iterator[Asking]:
         """Begin a call, unless its time is up or too many wait; it counts as unfinished meanwhile."""
-        asking = Asking(queries, documents, listwise=self.listwise, located=self._locates_failures)
+        asking = Asking(queries, documents, listwise=lambda: self.listwise, located=self._locates_failures)
         call, most = telemetry.Call(), self._max_waiting_calls
         if not self._queues:
             call.start()

@@ -44,8 +44,9 @@ class Call:
     queries: Inputs  # one for all documents, or one each
     documents: Inputs  # at least one
     options: Options
-    api: API = "score"
     fit: bool = False
+    _api: API = "score"
+    _whole: bool = False  # whether all documents go in one request, for they are scored together
     _scores: dict[int, float] = field(default_factory=dict)  # by position, as the refusals
     _refusals: dict[int, BackendRejected] = field(default_factory=dict)
     _accepted: set[bool] = field(default_factory=set)  # True: a request with an image; False: one with text only
@@ -53,7 +54,10 @@ class Call:
 
     async def score(self) -> list[float]:
         """Score each document, in order; DocumentRejected where the server takes the request, but not with these."""
-        limits = await self._document_limits()
+        facts = await self.exchange.describe()
+        self._api = facts.form.api
+        self._whole = facts.listwise and len(self.queries) == 1
+        limits = await self._document_limits(facts)
         chunks = deque(self._chunks(limits))
         await self._side_by_side(chunks, lambda chunk: self._score_chunk(chunk, limits[chunk[0]], chunks))
         if self._refusals:
@@ -83,10 +87,12 @@ class Call:
         Those of one query go together where it can be sent once instead of for each document: in a rerank API, and with
         an image in it. What the server has to fetch goes alone: the others don't wait for it, nor fail with it.
         """
+        if self._whole:
+            return [list(range(len(self.documents)))]
         groups: dict[object, list[int]] = {}
         for position, limit in enumerate(limits):
             query, document = self._query(position), self.documents[position]
-            alone = query if self.api == "rerank" or isinstance(query, Multimodal) else None
+            alone = query if self._api != "score" or isinstance(query, Multimodal) else None
             multimodal = self._text_limits(query, document) if self._is_multimodal(position) else None
             groups.setdefault((limit, alone, multimodal), []).append(position)
         chunks: list[list[int]] = []
@@ -107,7 +113,7 @@ class Call:
 
         One rejected document of 32 costs 11 requests more, or 12 where nothing was accepted before.
         """
-        one = len(self.queries) == 1 or self.api == "rerank" or isinstance(self._query(chunk[0]), Multimodal)
+        one = len(self.queries) == 1 or self._api != "score" or isinstance(self._query(chunk[0]), Multimodal)
         queries = [self._query(position) for position in (chunk[:1] if one else chunk)]
         documents = [self.documents[position] for position in chunk]
         options = self.options if limit is None else replace(self.options, max_tokens_per_doc=limit)
@@ -120,6 +126,9 @@ class Call:
                 error.message = hidden(error.message, link.url)
             if self._is_multimodal(chunk[0]):
                 self._explain(error)
+            if self._whole:
+                error.remedy = "The model scores all documents of a query together: pass fewer, or shorter ones."
+                raise
             blamed = await self._blames_documents(error, queries, documents)
             if not blamed or isinstance(error, BackendUnavailable):
                 raise
@@ -191,13 +200,14 @@ class Call:
         error.status, error.reason, error.endpoint = first.status, first.message, first.endpoint
         return error
 
-    async def _document_limits(self) -> list[int | None]:
+    async def _document_limits(self, facts: ServerFacts) -> list[int | None]:
         """Find at how many tokens to cut the document of each pair; None where it is not to be cut so."""
         limits: list[int | None] = [None] * len(self.documents)
-        if not self.fit:
+        if not self.fit or self._whole:
             return limits
-        facts = await self.exchange.describe()
-        if self.api == "rerank" and facts.version is None:
+        if self._api == "tei":
+            self.options = replace(self.options, truncate_prompt_tokens=-1)
+        if self._api != "score" and facts.version is None:
             return limits  # no vLLM server, as it seems: others may stumble over a field of vLLM's
         long = [position for position in range(len(limits)) if self._may_be_long(position, facts.window)]
         if not long or not (await self._has_template(facts)):
@@ -264,8 +274,8 @@ class Call:
         """Get one request answered; without `positions` among the caller's documents a small one that takes no turn."""
         asked, sent = [self._sent(query) for query in queries], [self._sent(document) for document in documents]
         return await self.exchange.ask(
-            lambda facts, request_id: scoring_request(self.api, facts, asked, sent, options, request_id),
-            lambda body: read_answer(self.api, body, positions or (0,)),
+            lambda facts, request_id: scoring_request(facts, asked, sent, options, request_id),
+            lambda facts, body: read_answer(facts.form.api, body, positions or (0,)),
             takes_turn=positions is not None,
         )
 

@@ -1,12 +1,13 @@
 """How one request gets its answer: from which server, in how many tries, in what time, and what is no answer."""
 
 import asyncio
+import functools
 import math
 import random
 import time
 import uuid
 from collections.abc import Awaitable, Callable
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY, dataclass, replace
 from datetime import UTC
 from email.utils import parsedate_to_datetime
 from typing import Any, Literal, Protocol, TypeVar
@@ -20,10 +21,11 @@ from rag_rerank.errors import (
     ConfigError,
     DeadlineExceeded,
 )
+from rag_rerank.inputs import NEUTRAL
 from rag_rerank.vllm import wire
 from rag_rerank.vllm.endpoint import Endpoint
 from rag_rerank.vllm.servers import Server, Servers
-from rag_rerank.vllm.wire import Answer, Card, Failure, Reply, Request, ServerFacts, printable
+from rag_rerank.vllm.wire import API, Answer, Card, Failure, Form, Options, Reply, Request, ServerFacts, printable
 
 T = TypeVar("T")
 E = TypeVar("E", bound=BackendError)
@@ -92,6 +94,7 @@ class Exchange:
     _: KW_ONLY
     until: float | None  # when the call must be over, on `clock`
     model: str | None = None  # None takes the only one that is served
+    api: API | Literal["auto"] = "score"
     clock: Callable[[], float] = time.monotonic
     now: Callable[[], float] = time.time
     sleep: Callable[[float], Awaitable[None]] = asyncio.sleep
@@ -119,7 +122,11 @@ class Exchange:
         return await self._try(self._described) if facts is None else facts
 
     async def ask(
-        self, make: Callable[[ServerFacts, str], Request], read: Callable[[bytes], Answer], *, takes_turn: bool = True
+        self,
+        make: Callable[[ServerFacts, str], Request],
+        read: Callable[[ServerFacts, bytes], Answer],
+        *,
+        takes_turn: bool = True,
     ) -> Answer:
         """Get a request answered; with scores that are not finite only if it had such in the last try."""
 
@@ -128,7 +135,7 @@ class Exchange:
             sent_id = self.new_id()
             request = make(facts, sent_id)
             try:
-                answer = await self._once(server, request, lambda body: self._own(server, read(body), sent_id))
+                answer = await self._once(server, request, lambda body: self._own(server, read(facts, body), sent_id))
             except _ModelMissing:
                 server.facts = None  # it was started again with another model
                 missing = await self._missing(server, facts.model)
@@ -295,18 +302,58 @@ class Exchange:
     async def _described(self, server: Server) -> ServerFacts:
         """Learn what a server tells about itself, asked if it is not known."""
         if server.facts is None:
-            try:
-                version = await self._once(server, Request("GET", "/version"), wire.read_version)
-            except BackendRejected:  # a gateway that forwards only /v1
-                version = None
-            try:
-                cards = await self._once(server, Request("GET", "/v1/models"), self._cards)
-            except BackendRejected:
+            version, cards = await self._told(server)
+            if version is None and not isinstance(cards, list) and (nested := server.endpoint.nested):
+                given, server.endpoint = server.endpoint, nested
+                told = await self._told(server)
+                if told[0] is None and not isinstance(told[1], list):
+                    server.endpoint = given
+                else:
+                    version, cards = told
+            if not isinstance(cards, list):
                 if self.model is None:
-                    raise
+                    raise cards
                 cards = []
-            server.facts = self._facts(server, version, cards)
+            facts = self._facts(server, version, cards)
+            server.facts = replace(facts, form=await self._form(server, facts))
         return server.facts
+
+    async def _told(self, server: Server) -> tuple[tuple[int, int] | None, list[Card] | BackendRejected]:
+        """Ask for the version of vLLM, and for the models or why there are none."""
+        try:
+            version = await self._once(server, Request("GET", "/version"), wire.read_version)
+        except BackendRejected:  # a gateway that forwards only /v1
+            version = None
+        refusals: list[BackendRejected] = []
+        for path in wire.MODEL_LISTS[:1] if self.api == "score" else wire.MODEL_LISTS:
+            try:
+                return version, await self._once(server, Request("GET", path), self._cards)
+            except BackendRejected as error:
+                refusals.append(error)
+        return version, refusals[0]
+
+    async def _form(self, server: Server, facts: ServerFacts) -> Form:
+        """Find how a server is asked for scores: the only way, or the first that it answers."""
+        forms = server.endpoint.forms(self.api)
+        if len(forms) == 1:
+            return forms[0]
+        refusals: list[BackendError] = []
+        for form in forms:
+            request = wire.scoring_request(replace(facts, form=form), [NEUTRAL], [NEUTRAL], Options())
+            try:
+                await self._once(server, request, functools.partial(wire.read_answer, form.api, positions=[0]))
+            except AuthError:
+                raise
+            except BackendRejected as error:
+                refusals.append(error)
+            except _MayPass as failure:
+                if not isinstance(failure.error, BadReply):
+                    raise
+                refusals.append(failure.error)
+            else:
+                return form
+        # A path that is not there tells less than what a server has against a request.
+        raise next((each for each in refusals if getattr(each, "status", None) != 404), refusals[0])
 
     def _cards(self, body: bytes) -> list[Card]:
         """Read the models that are served; where one is named, a server need not tell."""
