@@ -1,5 +1,6 @@
 """Servers of other makes, each a small one with the paths and replies of its documentation: the same guarantees."""
 
+import contextlib
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -55,12 +56,9 @@ class Make:
     most: int = 1000
 
     def __call__(self, request: Request) -> Steps:
-        path = request.path.removeprefix(self.prefix)
-        if not request.path.startswith(self.prefix):
-            return [http("404 page not found", 404)]
-        if self.models and path == self.models[0]:
+        if self.models and request.path == self.prefix + self.models[0]:
             return [http(self.models[1])]
-        if path not in self.paths or not request.wants_scores:
+        if request.path not in [self.prefix + path for path in self.paths] or not request.wants_scores:
             return [http('{"detail": "Not Found"}', 404)]
         documents = request.content.get(self.texts)
         if documents is None:
@@ -72,6 +70,13 @@ class Make:
             return refusal(400, "refused")
         query = request.content.get("query", request.content.get("text_1"))
         return [http(json.dumps(self.reply(request.content, [oracle(query, document) for document in documents])))]
+
+
+@contextlib.contextmanager
+def scoring(make: Callable[[Request], Steps], path: str = "", **settings: object):
+    """The server, and a scorer that asks it."""
+    with FaultyServer(make) as server, VLLMScorer(server.base_url + path, max_retries=0, **settings) as scorer:
+        yield server, scorer
 
 
 TEI = Make(("/rerank",), "texts", bare_list, ("/info", '{"model_id": "BAAI/bge", "max_input_length": 512}'))
@@ -97,26 +102,23 @@ class TestEachMake:
 
     def test_it_is_asked_in_its_own_form(self, make: Make, path: str, endpoint: str, settings: dict):
         """Each document gets its own score; 1:N and N:N."""
-        with FaultyServer(make) as server:
-            with VLLMScorer(server.base_url + path, endpoint=endpoint, max_retries=0, **settings) as scorer:
-                assert scorer.score("q", DOCUMENTS) == EXPECTED
-                assert scorer.score(["q", "r", "q"], DOCUMENTS) == [oracle(*pair) for pair in zip("qrq", DOCUMENTS)]
+        with scoring(make, path, endpoint=endpoint, **settings) as (_, scorer):
+            assert scorer.score("q", DOCUMENTS) == EXPECTED
+            assert scorer.score(["q", "r", "q"], DOCUMENTS) == [EXPECTED[0], oracle("r", "b"), EXPECTED[2]]
 
     def test_auto_finds_it_out(self, make: Make, path: str, endpoint: str, settings: dict):
         """Once: the second call sends one request."""
-        with FaultyServer(make) as server:
-            with VLLMScorer(server.base_url + path, endpoint="auto", max_retries=0, **settings) as scorer:
-                assert scorer.score("q", DOCUMENTS) == EXPECTED
-                before = len(server.requests)
-                assert scorer.score("q", DOCUMENTS) == EXPECTED
-                assert len(server.requests) == before + 1
+        with scoring(make, path, endpoint="auto", **settings) as (server, scorer):
+            assert scorer.score("q", DOCUMENTS) == EXPECTED
+            before = len(server.requests)
+            assert scorer.score("q", DOCUMENTS) == EXPECTED
+            assert len(server.requests) == before + 1
 
     def test_one_refused_document_costs_only_itself(self, make: Make, path: str, endpoint: str, settings: dict):
         """As with vLLM."""
-        with FaultyServer(make) as server:
-            with VLLMScorer(server.base_url + path, endpoint=endpoint, max_retries=0, **settings) as scorer:
-                with pytest.raises(DocumentRejected) as caught:
-                    scorer.score("q", [*DOCUMENTS, "refused"])
+        with scoring(make, path, endpoint=endpoint, **settings) as (_, scorer):
+            with pytest.raises(DocumentRejected) as caught:
+                scorer.score("q", [*DOCUMENTS, "refused"])
         assert caught.value.scores == (*EXPECTED, None)
 
 
@@ -124,24 +126,22 @@ def test_more_documents_than_tei_takes_at_once():
     """32 by default: they go in more requests."""
     documents = [f"document {number}" for number in range(100)]
     tei = Make(TEI.paths, TEI.texts, TEI.reply, TEI.models, most=32)
-    with FaultyServer(tei) as server, VLLMScorer(server.base_url, endpoint="tei", max_retries=0) as scorer:
+    with scoring(tei, endpoint="tei") as (_, scorer):
         assert scorer.score("q", documents) == [oracle("q", document) for document in documents]
 
 
 def test_tei_cuts_what_is_too_long():
     """Unless that is switched off, as elsewhere."""
     for setting, said in (("auto", {"truncate": True}), (None, {})):
-        with FaultyServer(TEI) as server:
-            with VLLMScorer(server.base_url, endpoint="tei", truncate_prompt_tokens=setting) as scorer:
-                scorer.score("q", ["d"])
+        with scoring(TEI, endpoint="tei", truncate_prompt_tokens=setting) as (server, scorer):
+            scorer.score("q", ["d"])
             assert server.score_requests[-1].content == {"query": "q", "texts": ["d"]} | said
 
 
 def test_an_option_that_tei_can_not_be_told_is_a_wrong_setting():
     """Not a score without it."""
-    with FaultyServer(TEI) as server, VLLMScorer(server.base_url, endpoint="tei") as scorer:
-        with pytest.raises(ConfigError, match="does not know instruction"):
-            scorer.score("q", ["d"], instruction="i")
+    with scoring(TEI, endpoint="tei") as (_, scorer), pytest.raises(ConfigError, match="does not know instruction"):
+        scorer.score("q", ["d"], instruction="i")
 
 
 def test_nothing_that_auto_knows():
@@ -153,9 +153,9 @@ def test_nothing_that_auto_knows():
     def http_404(request: Request) -> Steps:
         return [http('{"error": {"message": "Invalid URL"}}', 404)]
 
-    with FaultyServer(refuse) as server, VLLMScorer(server.base_url, model="m", endpoint="auto") as scorer:
-        with pytest.raises(BackendRejected, match="no channel for m"):
-            scorer.score("q", ["d"])
+    settings = {"model": "m", "endpoint": "auto"}
+    with scoring(refuse, **settings) as (_, scorer), pytest.raises(BackendRejected, match="no channel for m"):
+        scorer.score("q", ["d"])
 
 
 def test_an_endpoint_that_is_none_of_these():

@@ -25,7 +25,6 @@ from rag_rerank.vllm.wire import (
     scoring_request,
 )
 
-
 RERANK, TEI = Form("rerank", "/v1/rerank"), Form("tei", "/rerank")
 
 
