@@ -116,9 +116,11 @@ class TestEachMake:
 
     def test_one_refused_document_costs_only_itself(self, make: Make, path: str, endpoint: str, settings: dict):
         """As with vLLM."""
-        with scoring(make, path, endpoint=endpoint, **settings) as (_, scorer):
-            with pytest.raises(DocumentRejected) as caught:
-                scorer.score("q", [*DOCUMENTS, "refused"])
+        with (
+            scoring(make, path, endpoint=endpoint, **settings) as (_, scorer),
+            pytest.raises(DocumentRejected) as caught,
+        ):
+            scorer.score("q", [*DOCUMENTS, "refused"])
         assert caught.value.scores == (*EXPECTED, None)
 
 
