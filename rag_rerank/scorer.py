@@ -183,7 +183,7 @@ class Scorer(Closeable, ABC):
         """
         until = self._begin(deadline, instruction)
         pairs = pair_up(queries, documents, until)
-        return _scores(self._outcomes(*pairs, until, instruction))
+        return _scores(self._outcomes(pairs, until, instruction))
 
     async def ascore(
         self,
@@ -199,7 +199,7 @@ class Scorer(Closeable, ABC):
             pairs = await asyncio.to_thread(pair_up, queries, documents, until)
         else:
             pairs = pair_up(queries, documents, until)
-        return _scores(await self._aoutcomes(*pairs, until, instruction))
+        return _scores(await self._aoutcomes(pairs, until, instruction))
 
     def rerank(
         self,
@@ -362,9 +362,9 @@ class Scorer(Closeable, ABC):
     def _run(self, batch: Batch, deadline: float | None, instruction: str | None) -> None:
         until = self._begin(deadline, instruction)
         batch.prepare(until)
-        for queries, documents in batch.calls(lambda: self.listwise):
+        for pairs in batch.calls(lambda: self.listwise):
             until = self._begin(None, instruction) if deadline is None else until
-            batch.take(self._outcomes(queries, documents, until, instruction, batch.top_n))
+            batch.take(self._outcomes(pairs, until, instruction, batch.top_n))
 
     async def _arun(self, batch: Batch, deadline: float | None, instruction: str | None) -> None:
         until = self._begin(deadline, instruction)
@@ -372,20 +372,15 @@ class Scorer(Closeable, ABC):
             await asyncio.to_thread(batch.prepare, until)
         else:
             batch.prepare(until)
-        for queries, documents in batch.calls(lambda: self.listwise):
+        for pairs in batch.calls(lambda: self.listwise):
             until = self._begin(None, instruction) if deadline is None else until
-            batch.take(await self._aoutcomes(queries, documents, until, instruction, batch.top_n))
+            batch.take(await self._aoutcomes(pairs, until, instruction, batch.top_n))
 
     def _outcomes(
-        self,
-        queries: list[Prepared],
-        documents: list[Prepared],
-        until: float | None,
-        instruction: str | None,
-        top_n: int | None = None,
+        self, pairs: Pairs, until: float | None, instruction: str | None, top_n: int | None = None
     ) -> list[Outcome]:
         options = {} if instruction is None else {"instruction": instruction}
-        with self._call(queries, documents, until, top_n) as asking:
+        with self._call(pairs, until, top_n) as asking:
             while asking.pairs is not None:
                 try:
                     self._check_images(asking.pairs)
@@ -395,15 +390,10 @@ class Scorer(Closeable, ABC):
         return asking.outcomes
 
     async def _aoutcomes(
-        self,
-        queries: list[Prepared],
-        documents: list[Prepared],
-        until: float | None,
-        instruction: str | None,
-        top_n: int | None = None,
+        self, pairs: Pairs, until: float | None, instruction: str | None, top_n: int | None = None
     ) -> list[Outcome]:
         options = {} if instruction is None else {"instruction": instruction}
-        with self._call(queries, documents, until, top_n) as asking:
+        with self._call(pairs, until, top_n) as asking:
             while asking.pairs is not None:
                 try:
                     self._check_images(asking.pairs)
@@ -413,11 +403,9 @@ class Scorer(Closeable, ABC):
         return asking.outcomes
 
     @contextlib.contextmanager
-    def _call(
-        self, queries: list[Prepared], documents: list[Prepared], until: float | None, top_n: int | None
-    ) -> Iterator[Asking]:
+    def _call(self, pairs: Pairs, until: float | None, top_n: int | None) -> Iterator[Asking]:
         """Begin a call, unless its time is up or too many wait; it counts as unfinished meanwhile."""
-        asking = Asking(queries, documents, listwise=lambda: self.listwise, located=self._locates_failures)
+        asking = Asking(*pairs, listwise=lambda: self.listwise, located=self._locates_failures)
         call, most = telemetry.Call(), self._max_waiting_calls
         if not self._queues:
             call.start()
@@ -429,9 +417,9 @@ class Scorer(Closeable, ABC):
         refused = asking.pairs is None
         self._unfinished.add(call)
         telemetry.current.set(call)
-        sizes = len(queries), len(documents), top_n
+        queries, documents = map(len, pairs)
         try:
-            with telemetry.observed(self, call, lambda: failure(asking.outcomes), *sizes):
+            with telemetry.observed(self, call, lambda: failure(asking.outcomes), queries, documents, top_n):
                 yield asking
         finally:
             self._unfinished.discard(call)

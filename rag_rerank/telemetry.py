@@ -8,10 +8,10 @@ begins with ``rag_rerank``.
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from rag_rerank.errors import ConfigError, short_name
 
@@ -64,16 +64,6 @@ current: ContextVar[Call | None] = ContextVar("rag_rerank_call", default=None)
 """The call that a thread or task makes: a back end with a queue notes when its work begins."""
 
 
-class _Observed(Protocol):
-    """What is told of a scorer."""
-
-    @property
-    def model_name(self) -> str: ...
-
-    @property
-    def remote(self) -> bool: ...
-
-
 @dataclass(frozen=True, slots=True)
 class _Instruments:
     """What OpenTelemetry makes spans and metrics with."""
@@ -83,42 +73,6 @@ class _Instruments:
     wait: "Histogram"
     candidates: "Histogram"
     unfinished: "UpDownCounter"
-
-    @contextlib.contextmanager
-    def measured(
-        self, scorer: _Observed, call: Call, facts: Mapping[str, Any], failure: Callable[[], Exception | None]
-    ) -> Iterator[None]:
-        """Make the span around a call, and its metrics when it is over; spans of HTTP requests are within it."""
-        from opentelemetry.trace import SpanKind, StatusCode  # noqa: PLC0415 - installed, as `enable` has seen
-
-        kind = SpanKind.CLIENT if scorer.remote else SpanKind.INTERNAL
-        common = {"gen_ai.operation.name": "rerank", "gen_ai.provider.name": "rag_rerank"}
-        common["rag_rerank.scorer"] = type(scorer).__name__
-        model = {"gen_ai.request.model": short_name(scorer.model_name)}
-        error: BaseException | None = None
-        self.unfinished.add(1, common)
-        told = {**common, **model, **facts}
-        with self.tracer.start_as_current_span(
-            "rerank", kind=kind, attributes=told, record_exception=False, set_status_on_exception=False
-        ) as span:
-            try:
-                yield
-                error = failure()
-            except BaseException as raised:
-                error = raised
-                raise
-            finally:
-                wait, run = call.times()
-                labels = common | {"gen_ai.request.model": short_name(scorer.model_name)}  # of a server: known by now
-                if error is not None:
-                    labels["error.type"] = type(error).__name__
-                    span.set_status(StatusCode.ERROR, str(error))
-                span.update_name(f"rerank {labels['gen_ai.request.model']}")
-                span.set_attributes(labels | {"rag_rerank.wait_time": wait, "rag_rerank.run_time": run})
-                self.unfinished.add(-1, common)
-                self.duration.record(wait + run, labels)
-                self.wait.record(wait, labels)
-                self.candidates.record(facts["gen_ai.rerank.candidate.count"], labels)
 
 
 _instruments: _Instruments | None = None
@@ -144,10 +98,10 @@ def enable(tracer_provider: "TracerProvider | None" = None, meter_provider: "Met
     documents: dict[str, Any] = {"unit": "{document}", "explicit_bucket_boundaries_advisory": _DOCUMENTS}
     _instruments = _Instruments(
         trace.get_tracer("rag_rerank", tracer_provider=tracer_provider),
-        meter.create_histogram("gen_ai.client.operation.duration", description="Time of a call", **seconds),
-        meter.create_histogram("rag_rerank.wait.duration", description="Time before its work began", **seconds),
-        meter.create_histogram("rag_rerank.candidates", description="Documents of a call", **documents),
-        meter.create_up_down_counter("rag_rerank.calls.unfinished", unit="{call}", description="Waiting or running"),
+        meter.create_histogram("gen_ai.client.operation.duration", **seconds),
+        meter.create_histogram("rag_rerank.wait.duration", **seconds),
+        meter.create_histogram("rag_rerank.candidates", **documents),
+        meter.create_up_down_counter("rag_rerank.calls.unfinished", unit="{call}"),
     )
 
 
@@ -159,7 +113,7 @@ def disable() -> None:
 
 @contextlib.contextmanager
 def observed(
-    scorer: _Observed,
+    scorer: Any,  # a Scorer, which is built on this
     call: Call,
     failure: Callable[[], Exception | None],
     queries: int,
@@ -167,14 +121,49 @@ def observed(
     top_n: int | None,
 ) -> Iterator[None]:
     """Tell of a call when it is over; `failure` then gives its error."""
-    made = _instruments
     facts = {"gen_ai.rerank.candidate.count": documents, "rag_rerank.query.count": queries}
-    if top_n is not None:
-        facts["gen_ai.rerank.top_n"] = top_n
+    facts |= {} if top_n is None else {"gen_ai.rerank.top_n": top_n}
     try:
-        with contextlib.nullcontext() if made is None else made.measured(scorer, call, facts, failure):
+        with (
+            contextlib.nullcontext() if _instruments is None else _measured(_instruments, scorer, call, facts, failure)
+        ):
             yield
     finally:
         if logger.isEnabledFor(logging.DEBUG):
             name = short_name(scorer.model_name)
             logger.debug("%s: %d documents, waited %.3f s, ran %.3f s", name, documents, *call.times())
+
+
+@contextlib.contextmanager
+def _measured(
+    made: _Instruments, scorer: Any, call: Call, facts: dict[str, int], failure: Callable[[], Exception | None]
+) -> Iterator[None]:
+    """Make the span around a call, in which those of its HTTP requests are, and its metrics when it is over."""
+    from opentelemetry.trace import SpanKind, StatusCode  # noqa: PLC0415 - installed, as `enable` has seen
+
+    common = {"gen_ai.operation.name": "rerank", "gen_ai.provider.name": "rag_rerank"}
+    common["rag_rerank.scorer"] = type(scorer).__name__
+    kind = SpanKind.CLIENT if scorer.remote else SpanKind.INTERNAL
+    error: BaseException | None = None
+    made.unfinished.add(1, common)
+    with made.tracer.start_as_current_span(
+        "rerank", kind=kind, attributes={**common, **facts}, record_exception=False, set_status_on_exception=False
+    ) as span:
+        try:
+            yield
+            error = failure()
+        except BaseException as raised:
+            error = raised
+            raise
+        finally:
+            wait, run = call.times()
+            labels = common | {"gen_ai.request.model": short_name(scorer.model_name)}  # of a server: known by now
+            if error is not None:
+                labels["error.type"] = type(error).__name__
+                span.set_status(StatusCode.ERROR, str(error))
+            span.update_name(f"rerank {labels['gen_ai.request.model']}")
+            span.set_attributes(labels | {"rag_rerank.wait_time": wait, "rag_rerank.run_time": run})
+            made.unfinished.add(-1, common)
+            made.duration.record(wait + run, labels)
+            made.wait.record(wait, labels)
+            made.candidates.record(facts["gen_ai.rerank.candidate.count"], labels)

@@ -95,14 +95,15 @@ def version(server: CheckedServer) -> Finding:
 def _program(server: CheckedServer) -> str | None:
     """Find out which program answers; None for vLLM, and for one that is not known."""
     reply, cards = _listed(server)
-    named = (name for header, name in _BY_HEADER.items() if header in reply.headers)
-    return next(named, None) or next((_BY_OWNER[card.owner] for card in cards if card.owner in _BY_OWNER), None)
+    named = [name for header, name in _BY_HEADER.items() if header in reply.headers]
+    named += [_BY_OWNER[owner] for card in cards if (owner := str(card.owner)) in _BY_OWNER]
+    return named[0] if named else None
 
 
 def _listed(server: CheckedServer) -> tuple[Reply, list[Card]]:
     """Ask for the models; give the first answer where none is a list."""
     replies = []
-    for path in wire.MODEL_LISTS:
+    for path in server.client.servers.endpoints[0].lists("auto"):
         replies.append(reply := server.get(path))
         if reply.status == 200:
             with contextlib.suppress(BadReply):

@@ -275,7 +275,7 @@ class Call:
         asked, sent = [self._sent(query) for query in queries], [self._sent(document) for document in documents]
         return await self.exchange.ask(
             lambda facts, request_id: scoring_request(facts, asked, sent, options, request_id),
-            lambda facts, body: read_answer(facts.form.api, body, positions or (0,)),
+            lambda body: read_answer(self._api, body, positions or (0,)),
             takes_turn=positions is not None,
         )
 

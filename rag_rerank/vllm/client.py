@@ -76,7 +76,7 @@ class Client:
 
     def ask(self, until: float | None) -> Answer:
         """Get "a" and "a" scored as they are, with no prompt or template around them; waits."""
-        return self.transport.run(self._exchange(until).ask(self._request, _read), until)
+        return self.transport.run(self._exchange(until).ask(self._request, self.read), until)
 
     def request(self, request_id: str) -> Request:
         """Make the request of `ask`, for `send`, to a server that is known already."""
@@ -98,10 +98,6 @@ class Client:
 
     def _exchange(self, until: float | None) -> Exchange:
         return Exchange(self.transport, self.servers, self.rules, until=until, model=self.model, api=self.api)
-
-
-def _read(facts: ServerFacts, body: bytes) -> Answer:
-    return wire.read_answer(facts.form.api, body, [0])
 
 
 def _text(value: Prepared) -> str:

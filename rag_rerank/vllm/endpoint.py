@@ -2,12 +2,14 @@
 
 import ipaddress
 import re
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Literal
 from urllib.parse import urlsplit
 
 from rag_rerank.errors import ConfigError
 from rag_rerank.vllm.wire import API, VLLM_SCORE, Form
+
+_UNCLEAR = ("/score", "/rerank")  # a path of the API, or of a server that is below it
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,20 +46,25 @@ class Endpoint:
         return cls(f"{parts.scheme}://{parts.netloc}{prefix.rstrip('/')}", label, path)
 
     def forms(self, endpoint: API | Literal["auto"]) -> list[Form]:
-        """List how a server may be asked here: one way; for ``"auto"`` all, the likeliest first."""
+        """List how a server may be asked here, the likeliest first."""
         version = "/v2" if self.path.startswith("/v2") else "/v1"
         rerank = Form("rerank", self.path if "/rerank" in self.path else f"{version}/rerank")
-        tei = Form("tei", "/rerank")
-        if endpoint != "auto":
-            return [{"score": VLLM_SCORE, "rerank": rerank, "tei": tei}[endpoint]]
-        first = [rerank, VLLM_SCORE] if "/rerank" in self.path or version == "/v2" else [VLLM_SCORE, rerank]
-        others = [Form("rerank", f"{version}/rerank") for version in ("/v1", "", "/v2")]
-        return list(dict.fromkeys([*first, *others, tei]))
+        known: dict[str, list[Form]] = {
+            "score": [VLLM_SCORE],
+            "rerank": [rerank],
+            "tei": [Form("tei", "/rerank")],
+            "others": [Form("rerank", path) for path in ("/v1/rerank", "/rerank", "/v2/rerank")],
+        }
+        if self.path in _UNCLEAR:  # it may be that of a server below
+            known["score"].append(Form("score", f"{self.path}/v1/score"))
+        first = ["rerank", "score"] if "/rerank" in self.path or version == "/v2" else ["score", "rerank"]
+        names = [*first, "others", "tei"] if endpoint == "auto" else [endpoint]
+        return list(dict.fromkeys(form for name in names for form in known[name]))
 
-    @property
-    def nested(self) -> "Endpoint | None":
-        """The address read as that of a server below ``/score`` or ``/rerank``, where it ends so."""
-        return replace(self, root=self.root + self.path, path="") if self.path in ("/score", "/rerank") else None
+    def lists(self, endpoint: API | Literal["auto"]) -> list[str]:
+        """List where a server may tell its models: most, below an unclear path, infinity, text-embeddings-inference."""
+        below = [f"{self.path}/v1/models"] if self.path in _UNCLEAR else []
+        return ["/v1/models", *below, *([] if endpoint == "score" else ["/models", "/info"])]
 
     @property
     def is_private(self) -> bool:

@@ -122,11 +122,7 @@ class Exchange:
         return await self._try(self._described) if facts is None else facts
 
     async def ask(
-        self,
-        make: Callable[[ServerFacts, str], Request],
-        read: Callable[[ServerFacts, bytes], Answer],
-        *,
-        takes_turn: bool = True,
+        self, make: Callable[[ServerFacts, str], Request], read: Callable[[bytes], Answer], *, takes_turn: bool = True
     ) -> Answer:
         """Get a request answered; with scores that are not finite only if it had such in the last try."""
 
@@ -135,7 +131,7 @@ class Exchange:
             sent_id = self.new_id()
             request = make(facts, sent_id)
             try:
-                answer = await self._once(server, request, lambda body: self._own(server, read(facts, body), sent_id))
+                answer = await self._once(server, request, lambda body: self._own(server, read(body), sent_id))
             except _ModelMissing:
                 server.facts = None  # it was started again with another model
                 missing = await self._missing(server, facts.model)
@@ -302,58 +298,45 @@ class Exchange:
     async def _described(self, server: Server) -> ServerFacts:
         """Learn what a server tells about itself, asked if it is not known."""
         if server.facts is None:
-            version, cards = await self._told(server)
-            if version is None and not isinstance(cards, list) and (nested := server.endpoint.nested):
-                given, server.endpoint = server.endpoint, nested
-                told = await self._told(server)
-                if told[0] is None and not isinstance(told[1], list):
-                    server.endpoint = given
-                else:
-                    version, cards = told
-            if not isinstance(cards, list):
-                if self.model is None:
-                    raise cards
-                cards = []
-            facts = self._facts(server, version, cards)
+            try:
+                version = await self._once(server, Request("GET", "/version"), wire.read_version)
+            except BackendRejected:  # a gateway that forwards only /v1
+                version = None
+            facts = self._facts(server, version, await self._listed(server))
             server.facts = replace(facts, form=await self._form(server, facts))
         return server.facts
 
-    async def _told(self, server: Server) -> tuple[tuple[int, int] | None, list[Card] | BackendRejected]:
-        """Ask for the version of vLLM, and for the models or why there are none."""
-        try:
-            version = await self._once(server, Request("GET", "/version"), wire.read_version)
-        except BackendRejected:  # a gateway that forwards only /v1
-            version = None
-        refusals: list[BackendRejected] = []
-        for path in wire.MODEL_LISTS[:1] if self.api == "score" else wire.MODEL_LISTS:
+    async def _listed(self, server: Server) -> list[Card]:
+        """Get the models that are served; none where one is named and the server doesn't tell."""
+        refusal: BackendRejected | None = None
+        for path in server.endpoint.lists(self.api):
             try:
-                return version, await self._once(server, Request("GET", path), self._cards)
+                return await self._once(server, Request("GET", path), self._cards)
             except BackendRejected as error:
-                refusals.append(error)
-        return version, refusals[0]
+                refusal = refusal or error
+        if self.model is None and refusal is not None:
+            raise refusal
+        return []
 
     async def _form(self, server: Server, facts: ServerFacts) -> Form:
         """Find how a server is asked for scores: the only way, or the first that it answers."""
         forms = server.endpoint.forms(self.api)
-        if len(forms) == 1:
-            return forms[0]
-        refusals: list[BackendError] = []
-        for form in forms:
+        refusal: BackendError | None = None
+        for form in forms if len(forms) > 1 else ():
             request = wire.scoring_request(replace(facts, form=form), [NEUTRAL], [NEUTRAL], Options())
             try:
                 await self._once(server, request, functools.partial(wire.read_answer, form.api, positions=[0]))
-            except AuthError:
-                raise
-            except BackendRejected as error:
-                refusals.append(error)
-            except _MayPass as failure:
-                if not isinstance(failure.error, BadReply):
+            except (BackendRejected, _MayPass) as error:
+                refused = error.error if isinstance(error, _MayPass) else error
+                if isinstance(refused, AuthError) or not isinstance(refused, BackendRejected | BadReply):
                     raise
-                refusals.append(failure.error)
+                if getattr(refusal, "status", 404) == 404:  # a path that is not there tells less
+                    refusal = refused
             else:
                 return form
-        # A path that is not there tells less than what a server has against a request.
-        raise next((each for each in refusals if getattr(each, "status", None) != 404), refusals[0])
+        if refusal is not None:
+            raise refusal
+        return forms[0]
 
     def _cards(self, body: bytes) -> list[Card]:
         """Read the models that are served; where one is named, a server need not tell."""

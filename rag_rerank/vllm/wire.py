@@ -30,8 +30,6 @@ class Form(NamedTuple):
 
 
 VLLM_SCORE = Form("score", "/v1/score")
-MODEL_LISTS = "/v1/models", "/models", "/info"
-"""Where servers tell their models: most, infinity, text-embeddings-inference."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,17 +136,12 @@ class Options:
 
     def tei_fields(self) -> dict[str, Any]:
         """Make fields of a request to text-embeddings-inference; ConfigError for what it can't be told."""
-        fields: dict[str, Any] = {}
-        for name in SINCE:
-            match name, getattr(self, name):
-                case (_, None) | ("use_activation", True):
-                    pass
-                case ("use_activation", False):
-                    fields["raw_scores"] = True
-                case ("truncate_prompt_tokens", -1):
-                    fields["truncate"] = True
-                case (_, value):
-                    raise ConfigError(f"text-embeddings-inference does not know {name}={value!r}")
+        given = {name: getattr(self, name) for name in SINCE if getattr(self, name) is not None}
+        fields = {"raw_scores": True} if given.pop("use_activation", True) is False else {}
+        if given.get("truncate_prompt_tokens") == -1:
+            fields["truncate"] = bool(given.pop("truncate_prompt_tokens"))
+        if given:
+            raise ConfigError(f"text-embeddings-inference does not know {', '.join(given)}")
         return fields | dict(self.extra_body or {})
 
 
@@ -278,15 +271,11 @@ def read_models(body: bytes) -> list[Card]:
     entries = content.get("data")
     if not isinstance(entries, list) or not all(isinstance(entry, dict) and "id" in entry for entry in entries):
         raise BadReply("the answer of /v1/models is no model list")
-    return [
-        Card(
-            str(each["id"]),
-            str(each.get("root") or each["id"]),
-            _int(each.get("max_model_len")),
-            None if (owner := each.get("owned_by")) is None else str(owner),
-        )
+    cards = (
+        (str(each["id"]), str(each.get("root") or each["id"]), _int(each.get("max_model_len")), each.get("owned_by"))
         for each in entries
-    ]
+    )
+    return [Card(*card) for card in cards]
 
 
 def error_text(body: bytes) -> str:
