@@ -16,14 +16,13 @@ from typing import TYPE_CHECKING, Any
 from rag_rerank.errors import ConfigError, short_name
 
 if TYPE_CHECKING:
-    from opentelemetry.metrics import Histogram, MeterProvider, UpDownCounter
-    from opentelemetry.trace import Tracer, TracerProvider
+    from opentelemetry.metrics import MeterProvider
+    from opentelemetry.trace import TracerProvider
 
 logger = logging.getLogger(__name__)
 
-# Seconds; OpenTelemetry's own are for milliseconds. From a short document on a GPU to the longest of deadlines.
-_SECONDS = [0.0025 * 2**power for power in range(16)]
-_DOCUMENTS = [1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000]
+# In seconds, from a short document on a GPU to the longest of deadlines; OpenTelemetry's own are for milliseconds.
+_BUCKETS = [0.0025 * 2**power for power in range(16)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,18 +63,7 @@ current: ContextVar[Call | None] = ContextVar("rag_rerank_call", default=None)
 """The call that a thread or task makes: a back end with a queue notes when its work begins."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Instruments:
-    """What OpenTelemetry makes spans and metrics with."""
-
-    tracer: "Tracer"
-    duration: "Histogram"
-    wait: "Histogram"
-    candidates: "Histogram"
-    unfinished: "UpDownCounter"
-
-
-_instruments: _Instruments | None = None
+_made: dict[str, Any] | None = None  # what spans and metrics are made with, after `enable`
 
 
 def enable(tracer_provider: "TracerProvider | None" = None, meter_provider: "MeterProvider | None" = None) -> None:
@@ -88,27 +76,26 @@ def enable(tracer_provider: "TracerProvider | None" = None, meter_provider: "Met
     Raises:
         ConfigError: The package opentelemetry-api is not installed.
     """
-    global _instruments  # noqa: PLW0603 - one switch for a process, as OpenTelemetry's own providers
+    global _made  # noqa: PLW0603 - one switch for a process, as OpenTelemetry's own providers
     try:
         from opentelemetry import metrics, trace  # noqa: PLC0415 - optional
     except ImportError as error:
         raise ConfigError("telemetry needs OpenTelemetry: pip install opentelemetry-api") from error
     meter = metrics.get_meter("rag_rerank", meter_provider=meter_provider)
-    seconds: dict[str, Any] = {"unit": "s", "explicit_bucket_boundaries_advisory": _SECONDS}
-    documents: dict[str, Any] = {"unit": "{document}", "explicit_bucket_boundaries_advisory": _DOCUMENTS}
-    _instruments = _Instruments(
-        trace.get_tracer("rag_rerank", tracer_provider=tracer_provider),
-        meter.create_histogram("gen_ai.client.operation.duration", **seconds),
-        meter.create_histogram("rag_rerank.wait.duration", **seconds),
-        meter.create_histogram("rag_rerank.candidates", **documents),
-        meter.create_up_down_counter("rag_rerank.calls.unfinished", unit="{call}"),
-    )
+    seconds: dict[str, Any] = {"unit": "s", "explicit_bucket_boundaries_advisory": _BUCKETS}
+    _made = {
+        "tracer": trace.get_tracer("rag_rerank", tracer_provider=tracer_provider),
+        "duration": meter.create_histogram("gen_ai.client.operation.duration", **seconds),
+        "wait": meter.create_histogram("rag_rerank.wait.duration", **seconds),
+        "candidates": meter.create_histogram("rag_rerank.candidates", unit="{document}"),
+        "unfinished": meter.create_up_down_counter("rag_rerank.calls.unfinished", unit="{call}"),
+    }
 
 
 def disable() -> None:
     """Make neither spans nor metrics any more."""
-    global _instruments  # noqa: PLW0603 - as in `enable`
-    _instruments = None
+    global _made  # noqa: PLW0603 - as in `enable`
+    _made = None
 
 
 @contextlib.contextmanager
@@ -124,9 +111,7 @@ def observed(
     facts = {"gen_ai.rerank.candidate.count": documents, "rag_rerank.query.count": queries}
     facts |= {} if top_n is None else {"gen_ai.rerank.top_n": top_n}
     try:
-        with (
-            contextlib.nullcontext() if _instruments is None else _measured(_instruments, scorer, call, facts, failure)
-        ):
+        with contextlib.nullcontext() if _made is None else _measured(_made, scorer, call, facts, failure):
             yield
     finally:
         if logger.isEnabledFor(logging.DEBUG):
@@ -136,7 +121,7 @@ def observed(
 
 @contextlib.contextmanager
 def _measured(
-    made: _Instruments, scorer: Any, call: Call, facts: dict[str, int], failure: Callable[[], Exception | None]
+    made: dict[str, Any], scorer: Any, call: Call, facts: dict[str, int], failure: Callable[[], Exception | None]
 ) -> Iterator[None]:
     """Make the span around a call, in which those of its HTTP requests are, and its metrics when it is over."""
     from opentelemetry.trace import SpanKind, StatusCode  # noqa: PLC0415 - installed, as `enable` has seen
@@ -145,8 +130,8 @@ def _measured(
     common["rag_rerank.scorer"] = type(scorer).__name__
     kind = SpanKind.CLIENT if scorer.remote else SpanKind.INTERNAL
     error: BaseException | None = None
-    made.unfinished.add(1, common)
-    with made.tracer.start_as_current_span(
+    made["unfinished"].add(1, common)
+    with made["tracer"].start_as_current_span(
         "rerank", kind=kind, attributes={**common, **facts}, record_exception=False, set_status_on_exception=False
     ) as span:
         try:
@@ -163,7 +148,7 @@ def _measured(
                 span.set_status(StatusCode.ERROR, str(error))
             span.update_name(f"rerank {labels['gen_ai.request.model']}")
             span.set_attributes(labels | {"rag_rerank.wait_time": wait, "rag_rerank.run_time": run})
-            made.unfinished.add(-1, common)
-            made.duration.record(wait + run, labels)
-            made.wait.record(wait, labels)
-            made.candidates.record(facts["gen_ai.rerank.candidate.count"], labels)
+            made["unfinished"].add(-1, common)
+            made["duration"].record(wait + run, labels)
+            made["wait"].record(wait, labels)
+            made["candidates"].record(facts["gen_ai.rerank.candidate.count"], labels)

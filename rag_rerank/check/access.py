@@ -174,6 +174,10 @@ def _without_api(server: CheckedServer, error: BackendRejected) -> Finding:
     return Finding("Score API", "problem", sentence(error.message), serve(server))
 
 
+def _gives_scores(outcome: Reply | Failure) -> bool:
+    return isinstance(outcome, Reply) and outcome.status == 200
+
+
 def serve(server: CheckedServer) -> str:
     """Say how the model that a server serves is to be served; it must be of a known family."""
     family = server.family
@@ -205,21 +209,17 @@ def key(server: CheckedServer) -> Finding:
     inside = server.send_without_key(request)
     outside = server.send_without_key(replace(request, path=open_path))
     guarded = isinstance(inside, Reply) and inside.status in {401, 403}
-    if _is_good(inside):
+    if _gives_scores(inside):
         said = "It takes the key, but gives scores without one, too: whoever reaches the server may use it."
         remedy = "Start it with --api-key if it is to be guarded, or unset VLLM_API_KEY."
         return Finding("Key", "warning", said, remedy)
-    if guarded and _is_good(outside):
+    if guarded and _gives_scores(outside):
         said = f"The key guards {path}, but {open_path} gives scores without one: vLLM guards /v1 only."
         remedy = "Put a proxy before it that lets through /v1 and /version only, and let nobody else reach its port."
         return Finding("Key", "warning", said, remedy)
     if guarded:
         return Finding("Key", "good", "It takes the key, and gives no scores without one.")
     return Finding("Key", "note", "It takes the key; what it does without one could not be seen.")
-
-
-def _is_good(outcome: Reply | Failure) -> bool:
-    return isinstance(outcome, Reply) and outcome.status == 200
 
 
 def alike(first: CheckedServer, others: Sequence[CheckedServer]) -> Iterator[Finding]:

@@ -24,9 +24,7 @@ def batches(server: CheckedServer) -> Finding:
     together = server.score(queries, documents, together=_BATCH)
     of_one = server.score(queries[0], documents, together=_BATCH)[:1]
     if largest_difference(alone[:1], of_one) > ROUGHLY_ROUNDED > largest_difference(alone[:1], together[:1]):
-        said = (
-            "A document's score depends on the others of its query, as a listwise model's does: chunk_size changes it."
-        )
+        said = "A document's score depends on the others of its query, as a listwise model's does."
         return Finding("Batches", "warning", said, "Pass chunk_size= as large as your largest call.")
     apart = largest_difference(alone, [together[position] for position in chosen])
     if apart <= ROUNDED:

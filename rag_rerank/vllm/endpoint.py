@@ -49,17 +49,14 @@ class Endpoint:
         """List how a server may be asked here, the likeliest first."""
         version = "/v2" if self.path.startswith("/v2") else "/v1"
         rerank = Form("rerank", self.path if "/rerank" in self.path else f"{version}/rerank")
-        known: dict[str, list[Form]] = {
-            "score": [VLLM_SCORE],
-            "rerank": [rerank],
-            "tei": [Form("tei", "/rerank")],
-            "others": [Form("rerank", path) for path in ("/v1/rerank", "/rerank", "/v2/rerank")],
-        }
-        if self.path in _UNCLEAR:  # it may be that of a server below
-            known["score"].append(Form("score", f"{self.path}/v1/score"))
-        first = ["rerank", "score"] if "/rerank" in self.path or version == "/v2" else ["score", "rerank"]
-        names = [*first, "others", "tei"] if endpoint == "auto" else [endpoint]
-        return list(dict.fromkeys(form for name in names for form in known[name]))
+        tei = Form("tei", "/rerank")
+        below = [Form("score", f"{self.path}/v1/score")] if self.path in _UNCLEAR else []
+        if endpoint != "auto":
+            return {"score": [VLLM_SCORE, *below], "rerank": [rerank], "tei": [tei]}[endpoint]
+        likely = [VLLM_SCORE, *below, rerank]
+        likely = likely[::-1] if "/rerank" in self.path or version == "/v2" else likely
+        others = [Form("rerank", path) for path in ("/v1/rerank", "/rerank", "/v2/rerank")]
+        return list(dict.fromkeys([*likely, *others, tei]))
 
     def lists(self, endpoint: API | Literal["auto"]) -> list[str]:
         """List where a server may tell its models: most, below an unclear path, infinity, text-embeddings-inference."""

@@ -100,9 +100,9 @@ class ServerFacts:
 
 @functools.lru_cache(64)
 def _is_listwise(model: str) -> bool:
-    with contextlib.suppress(OSError, ValueError, AttributeError):  # it may lie on another machine, or be a hub id
-        config = Path(model, "config.json")
-        if config.is_file() and "JinaForRanking" in json.loads(config.read_bytes()).get("architectures", ()):
+    config = Path(model, "config.json")
+    with contextlib.suppress(OSError):  # it may lie on another machine, or be a hub id
+        if config.is_file() and b"JinaForRanking" in config.read_bytes():
             return True
     return "jina-reranker-v3" in model.lower()
 
