@@ -22,6 +22,7 @@ from rag_rerank.vllm.wire import API, SINCE, Answer, Encoded, Options, ServerFac
 
 # Of one request, where it has more than one document: about 10 ms of encoding, in which an event loop stands still.
 MAX_BYTES = 8 << 20
+_LEAST_BYTES = 64 << 10  # no proxy's limit is lower; what refuses less counts something else
 # The most tokens of an image or video in the prompt: Qwen-VL 3, Phi-3-vision 5. It stands before the text.
 IMAGE_TOKENS = 16
 # The most tokens of "a" and "a" without a template: BERT 5, RoBERTa 6, a bi-encoder 6. The shortest template has 12.
@@ -47,6 +48,7 @@ class Call:
     fit: bool = False
     _api: API = "score"
     _whole: bool = False  # whether all documents go in one request, for they are scored together
+    _most_bytes: int = MAX_BYTES
     _scores: dict[int, float] = field(default_factory=dict)  # by position, as the refusals
     _refusals: dict[int, BackendRejected] = field(default_factory=dict)
     _accepted: set[bool] = field(default_factory=set)  # True: a request with an image; False: one with text only
@@ -57,6 +59,7 @@ class Call:
         facts = await self.exchange.describe()
         self._api = facts.form.api
         self._whole = facts.listwise and len(self.queries) == 1
+        self._most_bytes = facts.most_bytes or MAX_BYTES
         limits = await self._document_limits(facts)
         chunks = deque(self._chunks(limits))
         await self._side_by_side(chunks, lambda chunk: self._score_chunk(chunk, limits[chunk[0]], chunks))
@@ -97,15 +100,15 @@ class Call:
             groups.setdefault((limit, alone, multimodal), []).append(position)
         chunks: list[list[int]] = []
         for group in groups.values():
-            size = MAX_BYTES + 1  # so that a chunk is begun
+            size = self._most_bytes + 1  # so that a chunk is begun
             for position in group:
                 more = _size(self.documents[position]) + (0 if len(self.queries) == 1 else _size(self._query(position)))
                 fetched = not isinstance(self.documents[position], str) and bool(_links([self.documents[position]]))
-                if fetched or size + more > MAX_BYTES or len(chunks[-1]) == self.exchange.rules.chunk_size:
+                if fetched or size + more > self._most_bytes or len(chunks[-1]) == self.exchange.rules.chunk_size:
                     chunks.append([])
                     size = 0
                 chunks[-1].append(position)
-                size = MAX_BYTES + 1 if fetched else size + more
+                size = self._most_bytes + 1 if fetched else size + more
         return chunks
 
     async def _score_chunk(self, chunk: list[int], limit: int | None, chunks: deque[list[int]]) -> None:
@@ -136,6 +139,9 @@ class Call:
                 self._refusals[chunk[0]] = error
                 self._encoded.pop(id(documents[0]), None)
                 return
+            if error.status == 413 and (size := sum(map(_size, documents))) > _LEAST_BYTES:
+                self._most_bytes = min(self._most_bytes, size // 2)
+                self.exchange.servers.remember(most_bytes=self._most_bytes)  # later calls need not meet the limit
             # By length: over-long documents end up in the same half. Those to blame are found with fewer requests.
             chunk.sort(key=lambda position: _size(self.documents[position]))
             middle = len(chunk) // 2

@@ -288,6 +288,8 @@ class Exchange:
                 "It has no score API there: vLLM offers it for a reranker with one label or an embedding model "
                 "(--runner pooling), not for a model that generates text."
             )
+        elif status == 413:
+            remedy = "Let the proxy before it take larger requests (nginx: client_max_body_size)."
         elif "maximum context length" in said:
             remedy = "Set truncate_prompt_tokens=-1 to have over-long documents cut."
         # `call` looks for a document that is to blame.

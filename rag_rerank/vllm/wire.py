@@ -90,6 +90,7 @@ class ServerFacts:
     checkpoint: str | None = None  # the hub id or folder behind that name
     window: int | None = None  # how many tokens the model reads at most
     has_template: bool | None = None  # whether it puts pairs into a score template; None before anybody has tried
+    most_bytes: int | None = None  # of the texts in a request; None before one was too large
     form: Form = VLLM_SCORE
 
     @property
