@@ -417,9 +417,9 @@ class Scorer(Closeable, ABC):
         refused = asking.pairs is None
         self._unfinished.add(call)
         telemetry.current.set(call)
-        queries, documents = map(len, pairs)
+        facts = {"queries": len(pairs[0]), "documents": len(pairs[1]), "top_n": top_n}
         try:
-            with telemetry.observed(self, call, lambda: failure(asking.outcomes), queries, documents, top_n):
+            with telemetry.observed(self, call, lambda: failure(asking.outcomes), **facts):
                 yield asking
         finally:
             self._unfinished.discard(call)

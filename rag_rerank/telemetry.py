@@ -1,4 +1,4 @@
-"""What is told of calls: how many are unfinished, how long each waited and ran, as a log line, a span and metrics.
+"""What is told of calls: how many are unfinished, and how long each waited and ran, as a span and metrics.
 
 OpenTelemetry (the package ``opentelemetry-api``) is imported and used only after `enable`. Span and attributes have the
 names that are proposed in https://github.com/open-telemetry/semantic-conventions-genai/issues/253; what has none there
@@ -6,7 +6,6 @@ begins with ``rag_rerank``.
 """
 
 import contextlib
-import logging
 import time
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
@@ -19,7 +18,7 @@ if TYPE_CHECKING:
     from opentelemetry.metrics import MeterProvider
     from opentelemetry.trace import TracerProvider
 
-logger = logging.getLogger(__name__)
+_Context = contextlib.AbstractContextManager[None]
 
 # In seconds, from a short document on a GPU to the longest of deadlines; OpenTelemetry's own are for milliseconds.
 _BUCKETS = [0.0025 * 2**power for power in range(16)]
@@ -98,41 +97,32 @@ def disable() -> None:
     _made = None
 
 
-@contextlib.contextmanager
-def observed(
-    scorer: Any,  # a Scorer, which is built on this
-    call: Call,
-    failure: Callable[[], Exception | None],
-    queries: int,
-    documents: int,
-    top_n: int | None,
-) -> Iterator[None]:
-    """Tell of a call when it is over; `failure` then gives its error."""
-    facts = {"gen_ai.rerank.candidate.count": documents, "rag_rerank.query.count": queries}
-    facts |= {} if top_n is None else {"gen_ai.rerank.top_n": top_n}
-    try:
-        with contextlib.nullcontext() if _made is None else _measured(_made, scorer, call, facts, failure):
-            yield
-    finally:
-        if logger.isEnabledFor(logging.DEBUG):
-            name = short_name(scorer.model_name)
-            logger.debug("%s: %d documents, waited %.3f s, ran %.3f s", name, documents, *call.times())
+def observed(scorer: Any, call: Call, failure: Callable[[], Exception | None], **facts: int | None) -> _Context:
+    """Go around a call of a scorer and tell of it when it is over; `failure` then gives its error."""
+    return contextlib.nullcontext() if _made is None else _measured(_made, scorer, call, failure, facts)
 
 
 @contextlib.contextmanager
 def _measured(
-    made: dict[str, Any], scorer: Any, call: Call, facts: dict[str, int], failure: Callable[[], Exception | None]
+    made: dict[str, Any],
+    scorer: Any,  # a Scorer, which is built on this
+    call: Call,
+    failure: Callable[[], Exception | None],
+    facts: dict[str, int | None],
 ) -> Iterator[None]:
     """Make the span around a call, in which those of its HTTP requests are, and its metrics when it is over."""
     from opentelemetry.trace import SpanKind, StatusCode  # noqa: PLC0415 - installed, as `enable` has seen
 
     common = {"gen_ai.operation.name": "rerank", "gen_ai.provider.name": "rag_rerank"}
     common["rag_rerank.scorer"] = type(scorer).__name__
+    counts = {"gen_ai.rerank.candidate.count": facts["documents"], "rag_rerank.query.count": facts["queries"]}
+    if facts["top_n"] is not None:
+        counts["gen_ai.rerank.top_n"] = facts["top_n"]
     kind = SpanKind.CLIENT if scorer.remote else SpanKind.INTERNAL
     error: BaseException | None = None
     made["unfinished"].add(1, common)
     with made["tracer"].start_as_current_span(
-        "rerank", kind=kind, attributes={**common, **facts}, record_exception=False, set_status_on_exception=False
+        "rerank", kind=kind, attributes={**common, **counts}, record_exception=False, set_status_on_exception=False
     ) as span:
         try:
             yield
@@ -151,4 +141,4 @@ def _measured(
             made["unfinished"].add(-1, common)
             made["duration"].record(wait + run, labels)
             made["wait"].record(wait, labels)
-            made["candidates"].record(facts["gen_ai.rerank.candidate.count"], labels)
+            made["candidates"].record(facts["documents"], labels)

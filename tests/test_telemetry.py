@@ -1,7 +1,6 @@
-"""What is told of calls: the load, a span and metrics through OpenTelemetry's SDK, a line in the log."""
+"""What is told of calls: the load, a span and metrics, through OpenTelemetry's SDK."""
 
 import asyncio
-import logging
 import pickle
 import subprocess
 import sys
@@ -198,12 +197,3 @@ class TestSpans:
         """Nothing of OpenTelemetry is imported, nor needed."""
         score = "import sys; from tests.scorers import WordOverlap; WordOverlap().score('a', ['b'])"
         subprocess.run([sys.executable, "-c", f"{score}; assert 'opentelemetry' not in sys.modules"], check=True)
-
-
-def test_a_log_line_has_the_times(caplog: pytest.LogCaptureFixture):
-    """At DEBUG, for who has no OpenTelemetry; a folder by its name."""
-    scorer = Gate()
-    scorer.opened.set()
-    with caplog.at_level(logging.DEBUG, "rag_rerank.telemetry"):
-        scorer.score("q", ["d"])
-    assert "gate: 1 documents, waited 0.000 s, ran " in caplog.text

@@ -162,7 +162,8 @@ def _without_api(server: CheckedServer, error: BackendRejected) -> Finding:
     """Make the finding that it has no such API: where else scores may be had."""
     asked, endpoint = server.client.form, server.client.servers.endpoints[0]
     for form in endpoint.forms("auto"):
-        if form != asked and server.gives_scores(form):
+        request = wire.scoring_request(replace(server.told, form=form), ["a"], ["a"], wire.Options())
+        if form != asked and _gives_scores(server.client.send(request)):
             said = f"It has no {asked.api} API at {asked.path}, but a {form.api} API at {form.path}."
             if form.api == "score":
                 return Finding("Score API", "problem", said, "Leave out --endpoint (endpoint= in Python).")

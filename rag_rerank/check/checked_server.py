@@ -8,7 +8,7 @@ from typing import Any
 
 from rag_rerank.errors import BackendUnavailable, BadReply
 from rag_rerank.families import Family, find_family
-from rag_rerank.vllm.client import Answer, Client, Failure, Form, Reply, Request, ServerFacts, Servers, Transport, wire
+from rag_rerank.vllm.client import Answer, Client, Failure, Reply, Request, ServerFacts, Servers, Transport
 
 
 class CheckedServer:
@@ -38,14 +38,6 @@ class CheckedServer:
             return replace(self.client, transport=transport).send(request)
         finally:
             transport.close()
-
-    def gives_scores(self, form: Form) -> bool:
-        """Tell whether a request in that form gets scores."""
-        outcome = self.client.send(wire.scoring_request(replace(self.told, form=form), ["a"], ["a"], wire.Options()))
-        try:
-            return isinstance(outcome, Reply) and bool(wire.read_answer(form.api, outcome.body, [0]).scores)
-        except BadReply:
-            return False
 
     def get(self, path: str) -> Reply:
         """Get a path, whatever the status; BackendUnavailable where there was no answer."""

@@ -69,7 +69,8 @@ class Make:
         if "refused" in documents:
             return refusal(400, "refused")
         query = request.content.get("query", request.content.get("text_1"))
-        return [http(json.dumps(self.reply(request.content, [oracle(query, document) for document in documents])))]
+        queries = query if isinstance(query, list) else [query] * len(documents)
+        return [http(json.dumps(self.reply(request.content, list(map(oracle, queries, documents)))))]
 
 
 @contextlib.contextmanager
