@@ -184,6 +184,8 @@ def scoring_request(
     api, body = facts.form.api, {"model": _json(facts.model)}
     if api == "score":
         body |= {"text_1": _json(queries[0]) if len(queries) == 1 else _list(queries), "text_2": _list(documents)}
+    elif len(queries) > 1:
+        raise ConfigError(f"one of the servers is asked by {facts.form.path}, another otherwise; pass endpoint=")
     else:
         body = {} if api == "tei" else body
         body |= {"query": _json(queries[0]), "texts" if api == "tei" else "documents": _list(documents)}

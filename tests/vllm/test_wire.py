@@ -154,6 +154,11 @@ class TestRerankRequest:
         with pytest.raises(ConfigError):
             scoring_request(ServerFacts((0, 21), "m", form=RERANK), ["q"], ["a"], Options(instruction="i"))
 
+    def test_several_queries_do_not_fit(self):
+        """A call that was cut for a score API must not lose them at another server's rerank API."""
+        with pytest.raises(ConfigError, match="asked by /v1/rerank, another otherwise"):
+            scoring_request(ServerFacts(None, "m", form=RERANK), ["q", "r"], ["a", "b"], Options())
+
 
 class TestTEIRequest:
     """The same, for text-embeddings-inference."""
