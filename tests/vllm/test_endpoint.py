@@ -48,11 +48,20 @@ def test_the_path_says_where_the_rerank_api_is(base_url: str, rerank: str, first
     """It is taken as it is; "auto" begins with it, and ends with text-embeddings-inference."""
     endpoint = Endpoint.parse(base_url)
     assert endpoint.forms("rerank") == [("rerank", rerank)]
-    assert endpoint.forms("score") == [("score", "/v1/score")]
+    assert endpoint.forms("score")[0] == ("score", "/v1/score")
     forms = endpoint.forms("auto")
     assert (forms[0].path, forms[-1]) == (first, ("tei", "/rerank"))
     assert {form.path for form in forms} >= {"/v1/score", "/v1/rerank", "/v2/rerank", "/rerank"}
     assert len(set(forms)) == len(forms)
+
+
+@pytest.mark.parametrize("path", ["/score", "/rerank"])
+def test_a_server_may_be_below_a_path_that_is_called_so(path: str):
+    """Where it is not one level above, as is more usual; a version behind the path makes it clear."""
+    endpoint = Endpoint.parse(f"http://host{path}")
+    assert [form.path for form in endpoint.forms("score")] == ["/v1/score", f"{path}/v1/score"]
+    assert endpoint.lists("score") == ["/v1/models", f"{path}/v1/models"]
+    assert Endpoint.parse(f"http://host{path}/v1").forms("score") == [("score", "/v1/score")]
 
 
 def test_one_server_is_asked_once_however_its_address_is_written():
