@@ -119,7 +119,7 @@ class Exchange:
     async def describe(self) -> ServerFacts:
         """Learn what one of the servers tells about itself; asked once."""
         facts = self.servers.facts
-        return await self._try(self._described) if facts is None else facts
+        return await self._try(self._described, takes_turn=False) if facts is None else facts
 
     async def ask(
         self, make: Callable[[ServerFacts, str], Request], read: Callable[[bytes], Answer], *, takes_turn: bool = True
