@@ -8,7 +8,7 @@ model that fails is asked once, with a text that nothing refuses.
 import copy
 import math
 from collections.abc import Callable, Generator, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from rag_rerank.errors import (
     AuthError,
@@ -40,8 +40,8 @@ class Asking:
     Args:
         queries: One for all documents, or one each.
         documents: The documents.
-        listwise: Tells whether the documents of one query are scored together, so that they are never asked about
-            apart; it may not be known before the first answer.
+        scorer: Who is asked. Where it is `listwise`, which may not be known before the first answer, documents of one
+            query are never asked about apart. Errors get its `model_name`.
         located: Errors say for themselves what they concern; nothing is asked again.
 
     Attributes:
@@ -50,10 +50,15 @@ class Asking:
     """
 
     def __init__(
-        self, queries: Sequence[Prepared], documents: Sequence[Prepared], *, listwise: Callable[[], bool], located: bool
+        self,
+        queries: Sequence[Prepared],
+        documents: Sequence[Prepared],
+        *,
+        scorer: Any,  # a Scorer, which is built on this
+        located: bool,
     ) -> None:
-        self._count = len(documents)
-        self._steps = _isolate(queries, documents, listwise=listwise, located=located)
+        self._count, self._scorer = len(documents), scorer
+        self._steps = _isolate(queries, documents, listwise=lambda: scorer.listwise, located=located)
         self.pairs: Pairs | None = next(self._steps) if documents else None
         self.outcomes: list[Outcome] = []
 
@@ -62,7 +67,7 @@ class Asking:
         try:
             self.pairs = self._steps.send(reply)
         except StopIteration as end:
-            self.pairs, self.outcomes = None, end.value
+            self._end(end.value)
 
     def fail(self, error: Exception) -> None:
         """Take an error; raise what is none of ours, but that a probe fails only says that nothing works."""
@@ -75,7 +80,13 @@ class Asking:
 
     def give_up(self, error: RerankError) -> None:
         """Ask nothing: every pair has this error."""
-        self.pairs, self.outcomes = None, [error] * self._count
+        self._end([error] * self._count)
+
+    def _end(self, outcomes: list[Outcome]) -> None:
+        self.pairs, self.outcomes = None, outcomes
+        for outcome in outcomes:
+            if isinstance(outcome, BackendError) and outcome.model is None:
+                outcome.model = self._scorer.model_name
 
 
 def _isolate(

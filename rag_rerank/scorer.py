@@ -8,6 +8,7 @@ wait, one finite score for every pair, and what becomes of a query or document t
 import asyncio
 import contextlib
 import math
+import numbers
 import os
 import threading
 import time
@@ -18,11 +19,11 @@ from typing import Any, Self, overload
 from rag_rerank import telemetry
 from rag_rerank.batch import Batch
 from rag_rerank.closeable import Closeable
-from rag_rerank.errors import BackendError, BackendUnavailable, ConfigError, DeadlineExceeded, RerankError, short_name
+from rag_rerank.errors import BackendUnavailable, ConfigError, DeadlineExceeded, RerankError, short_name
 from rag_rerank.identity import PROBES, SCORING_VERSION, Identity
 from rag_rerank.inputs.content import Input
 from rag_rerank.inputs.multimodal import Multimodal, Prepared
-from rag_rerank.inputs.preparing import is_slow, pair_up, text_only
+from rag_rerank.inputs.preparing import MANY, is_slow, off_loop, pair_up, text_only
 from rag_rerank.isolation import Asking, Outcome, Pairs, failure
 from rag_rerank.ranking import OnBatchError, OnError, Ranked, Ranking
 
@@ -111,8 +112,8 @@ class Scorer(Closeable, ABC):
         """Give back what the scorer holds; called once."""
 
     async def _aclose(self) -> None:
-        """Give back what the scorer holds, from an event loop."""
-        self._close()
+        """Give back what the scorer holds, from an event loop. By default it runs `_close` in a worker thread."""
+        await asyncio.to_thread(self._close)
 
     def _facts(self, until: float | None) -> dict[str, str]:
         """Say what, beside the class and the model's name, can change a score; nothing secret.
@@ -195,11 +196,9 @@ class Scorer(Closeable, ABC):
     ) -> list[float]:
         """Score without blocking the event loop, see `score`; cancelling the task abandons the call."""
         until = self._begin(deadline, instruction)
-        if is_slow(queries) or is_slow(documents):
-            pairs = await asyncio.to_thread(pair_up, queries, documents, until)
-        else:
-            pairs = pair_up(queries, documents, until)
-        return _scores(await self._aoutcomes(pairs, until, instruction))
+        pairs = await off_loop(is_slow(queries) or is_slow(documents), pair_up, queries, documents, until)
+        outcomes = await self._aoutcomes(pairs, until, instruction)
+        return await off_loop(len(outcomes) > MANY, _scores, outcomes)
 
     def rerank(
         self,
@@ -232,8 +231,7 @@ class Scorer(Closeable, ABC):
             TypeError, ValueError, ConfigError, BackendError: As `score`; a wrong argument is never passed through.
         """
         batch = Batch([query], [documents], Ranking(top_n, score_threshold, on_error), alone=True)
-        self._run(batch, deadline, instruction)
-        ranked: list[Ranked] = batch.results()[0]
+        ranked: list[Ranked] = self._run(batch, deadline, instruction)[0]
         return ranked
 
     async def arerank(
@@ -249,8 +247,7 @@ class Scorer(Closeable, ABC):
     ) -> list[Ranked]:
         """Rerank without blocking the event loop; see `rerank`."""
         batch = Batch([query], [documents], Ranking(top_n, score_threshold, on_error), alone=True)
-        await self._arun(batch, deadline, instruction)
-        ranked: list[Ranked] = batch.results()[0]
+        ranked: list[Ranked] = (await self._arun(batch, deadline, instruction))[0]
         return ranked
 
     @overload
@@ -314,8 +311,7 @@ class Scorer(Closeable, ABC):
                 returned.
         """
         batch = Batch(queries, documents, Ranking(top_n, score_threshold, on_error, may_return=True))
-        self._run(batch, deadline, instruction)
-        return batch.results()
+        return self._run(batch, deadline, instruction)
 
     @overload
     async def arerank_batch(
@@ -355,26 +351,26 @@ class Scorer(Closeable, ABC):
         deadline: float | None = None,
     ) -> Any:
         """Rerank several queries without blocking the event loop; see `rerank_batch`."""
-        batch = Batch(queries, documents, Ranking(top_n, score_threshold, on_error, may_return=True))
-        await self._arun(batch, deadline, instruction)
-        return batch.results()
+        ranking = Ranking(top_n, score_threshold, on_error, may_return=True)
+        batch = await off_loop(is_slow(queries), Batch, queries, documents, ranking)
+        return await self._arun(batch, deadline, instruction)
 
-    def _run(self, batch: Batch, deadline: float | None, instruction: str | None) -> None:
+    def _run(self, batch: Batch, deadline: float | None, instruction: str | None) -> list[Any]:
         until = self._begin(deadline, instruction)
         batch.prepare(until)
         for pairs in batch.calls(lambda: self.listwise):
             until = self._begin(None, instruction) if deadline is None else until
             batch.take(self._outcomes(pairs, until, instruction, batch.top_n))
+        return batch.results()
 
-    async def _arun(self, batch: Batch, deadline: float | None, instruction: str | None) -> None:
+    async def _arun(self, batch: Batch, deadline: float | None, instruction: str | None) -> list[Any]:
         until = self._begin(deadline, instruction)
-        if batch.is_slow:
-            await asyncio.to_thread(batch.prepare, until)
-        else:
-            batch.prepare(until)
+        await off_loop(batch.is_slow, batch.prepare, until)
         for pairs in batch.calls(lambda: self.listwise):
             until = self._begin(None, instruction) if deadline is None else until
-            batch.take(await self._aoutcomes(pairs, until, instruction, batch.top_n))
+            outcomes = await self._aoutcomes(pairs, until, instruction, batch.top_n)
+            await off_loop(len(outcomes) > MANY, batch.take, outcomes)
+        return await off_loop(batch.is_slow, batch.results)
 
     def _outcomes(
         self, pairs: Pairs, until: float | None, instruction: str | None, top_n: int | None = None
@@ -393,11 +389,13 @@ class Scorer(Closeable, ABC):
         self, pairs: Pairs, until: float | None, instruction: str | None, top_n: int | None = None
     ) -> list[Outcome]:
         options = {} if instruction is None else {"instruction": instruction}
+        many = len(pairs[1]) > MANY
         with self._call(pairs, until, top_n) as asking:
             while asking.pairs is not None:
                 try:
-                    self._check_images(asking.pairs)
-                    asking.take(await self._ascore(*asking.pairs, until, **options))
+                    await off_loop(many, self._check_images, asking.pairs)
+                    scores = await self._ascore(*asking.pairs, until, **options)
+                    await off_loop(many, asking.take, scores)
                 except Exception as error:  # noqa: BLE001 - raised there, unless it is of a query or of a probe
                     asking.fail(error)
         return asking.outcomes
@@ -405,7 +403,7 @@ class Scorer(Closeable, ABC):
     @contextlib.contextmanager
     def _call(self, pairs: Pairs, until: float | None, top_n: int | None) -> Iterator[Asking]:
         """Begin a call, unless its time is up or too many wait; it counts as unfinished meanwhile."""
-        asking = Asking(*pairs, listwise=lambda: self.listwise, located=self._locates_failures)
+        asking = Asking(*pairs, scorer=self, located=self._locates_failures)
         call, most = telemetry.Call(), self._max_waiting_calls
         if not self._queues:
             call.start()
@@ -426,9 +424,6 @@ class Scorer(Closeable, ABC):
         if not refused:
             took = sum(call.times())
             self._call_time = took if self._call_time is None else 0.8 * self._call_time + 0.2 * took
-        for outcome in asking.outcomes:
-            if isinstance(outcome, BackendError) and outcome.model is None:
-                outcome.model = self.model_name
 
     def _overloaded(self, most: int) -> BackendUnavailable:
         message = f"{short_name(self.model_name)} has {most} calls waiting already"
@@ -461,11 +456,11 @@ class Scorer(Closeable, ABC):
             deadline = self._default_deadline
         if deadline is None:
             return None
-        if isinstance(deadline, bool) or not isinstance(deadline, int | float):
+        if isinstance(deadline, bool) or not isinstance(deadline, numbers.Real):
             raise TypeError(f"deadline must be a number of seconds or None, got {type(deadline).__name__}")
         if math.isnan(deadline):
             raise ValueError("deadline must be a number of seconds, got nan")
-        return None if deadline == math.inf else time.monotonic() + max(deadline, 0.0)
+        return None if deadline == math.inf else time.monotonic() + max(float(deadline), 0.0)
 
     def close(self) -> None:
         """Give back the model or the connections. Closing twice is harmless; scoring afterwards is an error."""
