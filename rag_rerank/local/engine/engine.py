@@ -17,7 +17,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from rag_rerank.errors import BackendError, ConfigError, RerankError
+from rag_rerank.errors import BackendError, ConfigError, RerankError, short_name
 from rag_rerank.inputs.multimodal import Prepared
 from rag_rerank.local.engine.calls import Item, WaitingCall, next_round
 from rag_rerank.local.engine.workers import Workers
