@@ -290,7 +290,7 @@ class Exchange:
             )
         elif status == 413:
             remedy = (
-                "Shorten it, or let the proxy before the server take larger requests (nginx: client_max_body_size)."
+                "Shorten it, or have the proxy take larger requests (nginx: client_max_body_size)."
             )
         elif "maximum context length" in said:
             remedy = "Set truncate_prompt_tokens=-1 to have over-long documents cut."
