@@ -100,7 +100,7 @@ def examine(kind: str, folder: Path) -> Row:
         except Unproven as error:
             return Row(kind, "refused", "it gives something else in batches, even of equal length", str(error))
         except ConfigError as error:
-            return Row(kind, "refused", str(error).replace(repr(str(folder)), "it"))
+            return Row(kind, "refused", str(error).replace(repr(str(folder)), "it").strip())
         except RerankError as error:
             return Row(kind, "wrong", "no scores", str(error))
     logits = [expected[0], *expected, *expected]
