@@ -285,9 +285,9 @@ def _ours(error: BaseException, name: str, *, loading: bool = False) -> RerankEr
     kind, remedy = type(error).__name__, None
     if _out_of_memory(error):
         remedy = (
-            "The memory is full: set max_length, use a smaller dtype or model, share the device with less, or raise"
+            "The memory is full: set max_length, use a smaller dtype or model, share the device with less, or raise "
+            "the process's limit (ulimit -v, the container's)."
         )
-        remedy += " the process's limit (ulimit -v, the container's)."
     elif "temporary directory" in str(error):
         remedy = "Set TMPDIR to a folder that can be written to."
     elif isinstance(error, ImportError):
