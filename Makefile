@@ -1,5 +1,4 @@
-# make demo | notebooks | test | check | docs | dist | bench | load | soak | newest: each sets up what it needs, nothing by
-# hand.
+# make demo | notebooks | test | check | docs | dist | bench | load | soak | newest: each sets up what it needs.
 #
 #   .venv        this project, its adapters, and everything that demo, tests and checks use
 #   .venv-lowest the lowest versions that the adapters allow, for their tests
@@ -29,7 +28,7 @@ RELEASED := .released/ms-marco-MiniLM-L-12-v2-from-int8
 
 demo: .venv/.installed $(RELEASED)
 	@echo "The model is ms-marco-MiniLM-L-12-v2, dequantised from int8. On 2 cores this takes less than a minute."
-	$(BIN)/rag-rerank demo --model $(RELEASED)
+	$(BIN)/rag-rerank demo --model $(RELEASED) --dtype float32
 
 notebooks: .venv/.installed-dev $(RELEASED)
 	$(INSTALL) jupyterlab
