@@ -7,21 +7,23 @@ Ctrl-C.
 
 import sys
 
-from rag_rerank.errors import ConfigError, RerankError
+from rag_rerank.errors import RerankError
 
 
 def main() -> None:
-    """Run the command line; errors that a user can mend are one line, without a traceback."""
+    """Run the command line; errors that a user can mend are one line, with ``--traceback`` all of them."""
     try:
         from rag_rerank.cli.app import app
     except ModuleNotFoundError as error:
         _fail(f"the command line needs {error.name}: pip install 'rag-rerank[cli]'", code=2)
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
     try:
         app()
-    except (ConfigError, TypeError, ValueError) as error:
-        _fail(str(error), code=2)
-    except RerankError as error:
-        _fail(str(error), code=1)
+    except (RerankError, TypeError, ValueError) as error:
+        if "--traceback" in sys.argv:
+            raise
+        _fail(str(error), code=2 if isinstance(error, TypeError | ValueError) else 1)
 
 
 def _fail(message: str, code: int) -> None:

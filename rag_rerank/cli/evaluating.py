@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from typer import Argument, Option
 
-from rag_rerank.cli.options import DeviceOption, DtypeOption, KeyOverHTTPOption, ScorerOptions
+from rag_rerank.cli.options import DeviceOption, DtypeOption, KeyOverHTTPOption, ScorerOptions, console
 from rag_rerank.errors import BackendError, ConfigError
 from rag_rerank.inputs import NEUTRAL
 from rag_rerank.scorer import Scorer
@@ -44,6 +44,9 @@ def evaluate(
         list[int] | None, Option(min=1, help="Candidates to rerank; may be repeated. 10, 20, 50, 100 if none.")
     ] = None,
     queries: Annotated[int | None, Option(min=1, help="Only the first so many.")] = None,
+    language: Annotated[
+        str, Option(help='Of the texts, for BM25: a Snowball stemmer, "none", or "characters" for Chinese or Japanese.')
+    ] = "english",
     measures: Annotated[
         str, Option(help="As ir-measures calls them. Verdicts are by the first.")
     ] = "nDCG@10,MRR@10,Recall@10,MAP",
@@ -88,10 +91,11 @@ def evaluate(
             depths=depths,
             measures=measures.replace(",", " ").split(),
             limit=queries,
+            language=language,
             cache=where,
             progress=stack.enter_context(_bar()),
         )
-    show(evaluation, Console())
+    show(evaluation, console())
     _write(evaluation, as_json, trec_run, html)
 
 
@@ -139,8 +143,8 @@ def _bar() -> "Iterator[Callable[[str, int, int], None]]":
     """Show a progress bar on stderr; yield what moves it."""
     columns = TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
     tasks: dict[str, TaskID] = {}
-    console = Console(stderr=True)
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+    stderr = Console(stderr=True)
+    with Progress(*columns, console=stderr, transient=True, disable=not stderr.is_terminal) as bar:
 
         def report(task: str, done: int, total: int) -> None:
             if task not in tasks:

@@ -1,12 +1,15 @@
 """Options that several commands have, and the scorer that they ask for."""
 
 import inspect
+import os
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import wraps
 from itertools import chain
 from typing import Annotated, Any
 
+from rich.console import Console
 from typer import Option
 
 from rag_rerank import ConfigError, LocalScorer, LocalSettings, Scorer, VLLMScorer
@@ -27,7 +30,7 @@ class ScorerOptions:
     model: Annotated[str | None, Option(help=_MODEL_HELP)] = None
     base_url: Annotated[list[str] | None, Option(help=_URL_HELP)] = None
     host: Annotated[str | None, Option(help="The vLLM server's host, instead of --base-url.")] = None
-    port: Annotated[int | None, Option(help="The vLLM server's port, instead of --base-url.")] = None
+    port: Annotated[int | None, Option(min=1, max=65535, help="The vLLM server's port, instead of --base-url.")] = None
     device: DeviceOption = None
     dtype: DtypeOption = "auto"
     logits: Annotated[bool, Option("--logits", help="Raw logits instead of the model's own scale.")] = False
@@ -48,6 +51,11 @@ class ScorerOptions:
             raise ConfigError("--device and --dtype are for local models; a server has chosen its own")
         key = self.send_key_over_http
         return VLLMScorer(urls, model=self.model, use_activation=use_activation, send_key_over_http=key)
+
+
+def console() -> Console:
+    """Make a console on stdout whose tables are cut to a terminal's width, but not where they are piped or kept."""
+    return Console(highlight=False, width=None if sys.stdout.isatty() or os.environ.get("COLUMNS") else 1000)
 
 
 def takes_scorer(*left_out: str) -> Callable[[Callable[..., None]], Callable[..., None]]:

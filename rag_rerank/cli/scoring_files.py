@@ -12,7 +12,6 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from rag_rerank.errors import BackendError, ConfigError
 from rag_rerank.files import Tally, partial_of, rejects_of, rerank_file
 from rag_rerank.files.rows import likely_cause
-from rag_rerank.ray_data import Progress as RayProgress
 from rag_rerank.ray_data import rejects_in, rerank_folder
 from rag_rerank.scorer import Scorer
 
@@ -26,23 +25,13 @@ def rerank_files(
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("", total=1.0, done="starting")
 
-        def of_file(tally: Tally, fraction: float) -> None:
+        def show(tally: Tally, fraction: float) -> None:
             if tally.resumed == tally.lines > 0:
-                console.print(f"Continuing behind line {tally.lines:,} of {source}.")
+                console.print(f"{tally.lines:,} lines of {source} were finished before.")
             bar.update(task, completed=fraction, done=f"{tally.lines:,} lines, {tally.documents:,} documents")
 
-        def of_folder(now: RayProgress) -> None:
-            finished = f"{now.finished:,} of {now.shards:,} shards"
-            if now.tally.lines == now.tally.resumed > 0:
-                console.print(f"{finished} were finished before.")
-            done = f"{finished}, {now.tally.documents:,} documents"
-            bar.update(task, completed=now.finished / max(1, now.shards), done=done)
-
         with _told_how_to_continue(console, target, "shards" if ray else "lines"):
-            if ray:
-                tally = rerank_folder(scorer, source, target, **options, progress=of_folder)
-            else:
-                tally = rerank_file(scorer, source, target, **options, progress=of_file)
+            tally = (rerank_folder if ray else rerank_file)(scorer, source, target, **options, progress=show)
     _summarise(console, tally, target, rejects_in(target) if ray else rejects_of(target), strict=strict)
 
 

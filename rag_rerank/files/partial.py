@@ -1,11 +1,12 @@
 """What a run has finished, kept on disk so that the next run can continue."""
 
 import json
+import operator
 import os
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, astuple, dataclass, replace
 from pathlib import Path
 from typing import IO, Any, Self
 
@@ -42,6 +43,9 @@ class Tally:
         """Lines with nothing on them, which are skipped."""
         return self.lines - self.ranked - self.rejected
 
+    def __add__(self, other: "Tally") -> "Tally":
+        return Tally(*map(operator.add, astuple(self), astuple(other)))
+
 
 def partial_of(target: Path) -> Path:
     """Name the file that holds the finished lines until `target` is complete."""
@@ -51,6 +55,18 @@ def partial_of(target: Path) -> Path:
 def rejects_of(target: Path) -> Path:
     """Name the file of the lines that could not be reranked: ``{"line": number, "error": why, "raw": the line}``."""
     return target.with_name(f"{target.name}.rejects.jsonl")
+
+
+def _state_of(target: Path) -> Path:
+    return target.with_name(f"{target.name}.partial.json")
+
+
+def lines_kept(target: Path) -> int:
+    """Count the lines that a run which has not come to its end has finished."""
+    try:
+        return int(json.loads(_state_of(target).read_bytes())["tally"]["lines"])
+    except (OSError, ValueError, KeyError):
+        return 0
 
 
 class Partial:
@@ -73,7 +89,7 @@ class Partial:
         self.tally = Tally()
         self._target, self._facts = target, facts
         self._path = partial_of(target)
-        self._state = self._path.with_name(f"{self._path.name}.json")
+        self._state = _state_of(target)
         self._rejects_path = partial_of(rejects_of(target))
         self._columns = Columns(target, source) if target.suffix == ".parquet" else None
         begun = self._path.exists()
@@ -108,12 +124,11 @@ class Partial:
             if added:
                 file.writelines(added)
                 _sync(file)
-        done = self.tally
-        documents += done.documents
-        self.tally = Tally(lines, done.ranked + len(ranked), done.rejected + len(rejects), documents, done.resumed)
+        new = lines - self.tally.lines
+        self.tally += Tally(new, len(ranked), len(rejects), documents)
         sizes = {"bytes": self._ranked.tell(), "rejects_bytes": self._rejects.tell()}
         state = {"facts": self._facts, "scorer": self.identity.to_dict(), "tally": asdict(self.tally), **sizes}
-        write_whole(self._state, json.dumps(state).encode())
+        write_whole(self._state, state)
 
     def finish(self) -> None:
         """Put the output in its place, all at once, and the rejects, or remove those of an earlier output."""
@@ -187,10 +202,10 @@ def refuse_changes(path: Path, before: Identity, now: Identity) -> None:
         raise ConfigError(f"{path} was begun by another run ({'; '.join(changes)}); {START_OVER}")
 
 
-def write_whole(path: Path, data: bytes) -> None:
-    """Write a file so that it is there whole or not at all; it is on disk when this returns."""
+def write_whole(path: Path, values: object) -> None:
+    """Write JSON to a file so that it is there whole or not at all; it is on disk when this returns."""
     with (new := path.with_name(f"{path.name}.new")).open("wb") as file:
-        file.write(data)
+        file.write(json.dumps(values).encode())
         _sync(file)
     new.replace(path)
 

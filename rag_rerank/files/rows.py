@@ -22,6 +22,7 @@ from rag_rerank.ranking import Ranked
 from rag_rerank.scorer import Scorer
 
 _PROBE = PROBES[0][0], [document for query, document in PROBES if query == PROBES[0][0]]
+GROUP = 256  # documents of one call to the scorer: enough to fill its batches, soon enough done to lose little
 _SERVER_DEADLINE = 300.0  # seconds for a call where nobody waits for the answer, and a server may be starting again
 
 
@@ -34,6 +35,7 @@ class Options:
     instruction: str | None = None
     reorder: bool = False
     deadline: float | None = None
+    group: int = GROUP
 
     def check(self, scorer: Scorer) -> None:
         """Refuse wrong options before any work, as `Scorer.rerank` does."""

@@ -1,12 +1,13 @@
 """A step of a pipeline in Ray Data: batches of rows, and the same with scores."""
 
+from dataclasses import asdict
 from importlib import import_module
 from typing import Any
 
 from rag_rerank.errors import ConfigError
 from rag_rerank.files.formats import encode
 from rag_rerank.files.rows import Options, parse, rank
-from rag_rerank.ray_data.pool import DEFAULT_POOL, Pool, import_ray, limit_threads, pool_options
+from rag_rerank.ray_data.pool import DEFAULT_POOL, Pool, import_ray
 from rag_rerank.scorer import Scorer
 
 BATCH_SIZE = 256  # rows
@@ -43,7 +44,6 @@ class ScoreBatch:
     ) -> None:
         self._options = Options(top_n, score_threshold, instruction, deadline=deadline)
         self._options.check(scorer)
-        limit_threads()
         self._scorer = scorer
 
     def __call__(self, batch: Any) -> Any:
@@ -65,10 +65,7 @@ class ScoreBatch:
             added = {"score": pyarrow.array(scores, pyarrow.float64())}
         else:
             item = pyarrow.struct({"index": pyarrow.int64(), "score": pyarrow.float64()})
-            ranked = [
-                None if line.ranked is None else [{"index": item.index, "score": item.score} for item in line.ranked]
-                for line in lines
-            ]
+            ranked = [None if line.ranked is None else list(map(asdict, line.ranked)) for line in lines]
             added = {"ranked": pyarrow.array(ranked, pyarrow.list_(item))}
         added["score_error"] = pyarrow.array([line.error for line in lines], pyarrow.string())
         batch = batch.drop_columns([name for name in added if name in names])
@@ -99,11 +96,14 @@ def score_dataset(
     """
     ray = import_ray()
     ScoreBatch(scorer, **options)  # refuses wrong options before any work
+    actors, resources = pool.fit(ray, scorer)
     return dataset.map_batches(
         ScoreBatch,
         fn_constructor_args=(scorer,),
         fn_constructor_kwargs=options,
         batch_size=batch_size,
         batch_format="pyarrow",
-        **pool_options(ray, scorer, pool),
+        # One batch at a time: what waits at one actor, an idle one can't take.
+        compute=ray.data.ActorPoolStrategy(size=actors, max_tasks_in_flight_per_actor=1),
+        **resources,
     )

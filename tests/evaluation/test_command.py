@@ -26,7 +26,7 @@ from tests.vllm_server import VLLMServer
 
 
 def command(*arguments: str | Path) -> list[str]:
-    return [sys.executable, "-m", "rag_rerank.cli", "eval", *map(str, arguments)]
+    return [sys.executable, "-m", "rag_rerank", "eval", *map(str, arguments)]
 
 
 def environment(home: Path) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""``python -m rag_rerank.cli``."""
+"""``python -m rag_rerank``."""
 
 from rag_rerank.cli import main
 
