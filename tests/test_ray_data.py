@@ -25,7 +25,7 @@ from rag_rerank.ray_data.pool import equal_share
 from rag_rerank.ray_data.shards import cut, files_in
 from tests.faulty_server import FaultyServer, Request, Steps, http, oracle, scores
 from tests.models import CORPUS
-from tests.scorers import Journal
+from tests.scorers import Journal, WordOverlap
 
 ray = pytest.importorskip("ray")
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:ray.data")
@@ -81,6 +81,20 @@ class Threads(Scorer):
 
         threads = [float(torch.get_num_threads()), float(os.environ["RAYON_NUM_THREADS"])]
         return (threads * len(documents))[: len(documents)]
+
+
+class OneOfTwo(WordOverlap):
+    """Has other weights in all processes but the first that asks."""
+
+    def __init__(self, first: Path) -> None:
+        super().__init__()
+        self.first = first
+
+    def _start(self) -> None:
+        try:
+            self.first.touch(exist_ok=False)
+        except FileExistsError:
+            self.weight = 0.5
 
 
 def write(path: Path, rows: list[dict[str, Any]]) -> None:
@@ -261,6 +275,13 @@ class TestGoingOn:
         with pytest.raises(ConfigError, match="b.jsonl: .* bytes of .*, before none"):
             rerank_folder(journal, folder, out, **options)
         assert rerank_folder(journal, folder, out, **options, restart=True) == Tally(80, 80, 0, 80, 0)
+
+    def test_not_with_a_machine_that_has_other_weights(self, folder: Path, out: Path, tmp_path: Path):
+        """Its first shard ends the run, and none of its scores are kept."""
+        write(folder / "a.jsonl", [{"query": "q", "document": "q"}] * 40)
+        with pytest.raises(ConfigError, match="scores of the probe: .*, before "):
+            rerank_folder(OneOfTwo(tmp_path / "first"), folder, out, pool=TWO, shard_lines=1)
+        assert {row["score"] for row in read(out)} <= {1.0}
 
     def test_after_ctrl_c_on_the_command_line(self, cluster: str, folder: Path, out: Path):
         """On the cluster at RAY_ADDRESS first, then on one of its own; in between, changes are refused."""

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, astuple, dataclass, replace
 from pathlib import Path
-from typing import IO, Any, Self
+from typing import IO, Any, NamedTuple, Self, TypeVar
 
 from rag_rerank.errors import ConfigError
 from rag_rerank.files.formats import Columns, compress
@@ -17,6 +17,7 @@ from rag_rerank.identity import Identity
 if sys.platform != "win32":
     import fcntl
 
+T = TypeVar("T")
 START_OVER = "--restart (in Python restart=True) discards it and starts over"
 
 
@@ -63,10 +64,23 @@ def _state_of(target: Path) -> Path:
 
 def lines_kept(target: Path) -> int:
     """Count the lines that a run which has not come to its end has finished."""
-    try:
-        return int(json.loads(_state_of(target).read_bytes())["tally"]["lines"])
-    except (OSError, ValueError, KeyError):
-        return 0
+    state = _state_of(target)
+    return read_whole(state, _State.read).tally.lines if state.exists() else 0
+
+
+class _State(NamedTuple):
+    """How far a run was: what and who it was made from, and how much of its files is kept."""
+
+    facts: Identity
+    scorer: Identity
+    tally: Tally
+    bytes: int
+    rejects_bytes: int
+
+    @classmethod
+    def read(cls, found: Any) -> Self:
+        scorer, facts, tally = Identity.from_dict(found["scorer"]), dict(found["facts"]), Tally(**found["tally"])
+        return cls(Identity(facts), scorer, tally, found["bytes"], found["rejects_bytes"])
 
 
 class Partial:
@@ -101,9 +115,9 @@ class Partial:
         begun = begun and self._rejects_path.exists() and self._state.exists()
         self._rejects = self._rejects_path.open("a+b")
         try:
-            state = self._read_state() if begun and not restart else None
+            state = read_whole(self._state, _State.read) if begun and not restart else None
             if state is not None:
-                refuse_changes(self._path, Identity(state["facts"]), Identity(facts))
+                refuse_changes(self._path, state.facts, Identity(facts))
             self.identity = identify()
             if state is not None:
                 self._resume(state)
@@ -171,27 +185,15 @@ class Partial:
         for path in (self._state, self._rejects_path, self._path):
             path.unlink(missing_ok=True)
 
-    def _read_state(self) -> dict[str, Any]:
-        try:
-            state = json.loads(self._state.read_bytes())
-            state["tally"], state["scorer"] = Tally(**state["tally"]), Identity.from_dict(state["scorer"])
-            state["sizes"] = state["bytes"], state["rejects_bytes"]
-            dict[str, str](state["facts"])
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ConfigError(f"{self._state} can't be read; {START_OVER}") from error
-        else:
-            return dict(state)
-
-    def _resume(self, state: Mapping[str, Any]) -> None:
+    def _resume(self, state: _State) -> None:
         """Go back to the end of the last group that was kept, if the scorer and the files are as they were then."""
-        refuse_changes(self._path, state["scorer"], self.identity)
-        tally, sizes = state["tally"], state["sizes"]
-        counted = _lines_in(self._ranked, sizes[0]), _lines_in(self._rejects, sizes[1])
-        if counted != (tally.ranked, tally.rejected):
+        refuse_changes(self._path, state.scorer, self.identity)
+        counted = _lines_in(self._ranked, state.bytes), _lines_in(self._rejects, state.rejects_bytes)
+        if counted != (state.tally.ranked, state.tally.rejected):
             raise ConfigError(f"{self._path} or its rejects were changed since; {START_OVER}")
-        self._ranked.truncate(sizes[0])
-        self._rejects.truncate(sizes[1])
-        self.tally = replace(tally, resumed=tally.lines)
+        self._ranked.truncate(state.bytes)
+        self._rejects.truncate(state.rejects_bytes)
+        self.tally = replace(state.tally, resumed=state.tally.lines)
         if self._columns is not None:
             self._columns.add_file(self._path)
 
@@ -208,6 +210,14 @@ def write_whole(path: Path, values: object) -> None:
         file.write(json.dumps(values).encode())
         _sync(file)
     new.replace(path)
+
+
+def read_whole(path: Path, made: Callable[[Any], T]) -> T:
+    """Make something of a file of JSON, or raise a ConfigError."""
+    try:
+        return made(json.loads(path.read_bytes()))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(f"{path} can't be read; {START_OVER}") from error
 
 
 def lock(file: IO[bytes], path: Path, until: float) -> bool:

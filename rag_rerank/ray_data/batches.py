@@ -6,11 +6,9 @@ from typing import Any
 
 from rag_rerank.errors import ConfigError
 from rag_rerank.files.formats import encode
-from rag_rerank.files.rows import Options, parse, rank
+from rag_rerank.files.rows import GROUP, Options, parse, rank
 from rag_rerank.ray_data.pool import DEFAULT_POOL, Pool, import_ray
 from rag_rerank.scorer import Scorer
-
-BATCH_SIZE = 256  # rows
 
 
 class ScoreBatch:
@@ -23,26 +21,15 @@ class ScoreBatch:
     Args:
         scorer: A `LocalScorer` loads its model in each actor, once. A `VLLMScorer` has connections of its own, and
             reads its key from ``VLLM_API_KEY`` on the actor's machine.
-        top_n: How many to keep of each list; None keeps all.
-        score_threshold: Keep only scores at or above it, of lists.
-        instruction: As in `Scorer.rerank`.
-        deadline: Seconds that a batch may take; None: 300 on a server, no limit for a local model.
+        **options: Of `rag_rerank.files.rerank_file`: `top_n`, `score_threshold`, `instruction`, `deadline` of a batch.
 
     Raises:
         ConfigError: The columns are not there, or the scorer can't work as configured.
         BackendError: No scores, and not through the fault of single rows.
     """
 
-    def __init__(
-        self,
-        scorer: Scorer,
-        *,
-        top_n: int | None = None,
-        score_threshold: float | None = None,
-        instruction: str | None = None,
-        deadline: float | None = None,
-    ) -> None:
-        self._options = Options(top_n, score_threshold, instruction, deadline=deadline)
+    def __init__(self, scorer: Scorer, **options: Any) -> None:
+        self._options = Options(**options)
         self._options.check(scorer)
         self._scorer = scorer
 
@@ -75,7 +62,7 @@ class ScoreBatch:
 
 
 def score_dataset(
-    dataset: Any, scorer: Scorer, *, pool: Pool = DEFAULT_POOL, batch_size: int = BATCH_SIZE, **options: Any
+    dataset: Any, scorer: Scorer, *, pool: Pool = DEFAULT_POOL, batch_size: int = GROUP, **options: Any
 ) -> Any:
     """Score a Ray Dataset over a pool of actors, as `ScoreBatch` does.
 

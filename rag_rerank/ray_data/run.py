@@ -5,7 +5,6 @@ _rejects/, with a file for each shard that has lines that can't be scored, and _
 the run began with, and shards/, what its actors work at and the tally of each finished shard.
 """
 
-import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -15,7 +14,7 @@ from typing import Any
 
 from rag_rerank.errors import BackendError, ConfigError, RerankError
 from rag_rerank.files import Tally, rejects_of, rerank_file
-from rag_rerank.files.partial import START_OVER, lines_kept, lock, refuse_changes, write_whole
+from rag_rerank.files.partial import START_OVER, lines_kept, lock, read_whole, refuse_changes, write_whole
 from rag_rerank.files.rows import Options
 from rag_rerank.files.run import input_facts
 from rag_rerank.identity import Identity
@@ -197,10 +196,10 @@ def _begin(target: Path, facts: Mapping[str, str], scorer: Identity, *, restart:
     """Say who began the run: another scorer, other options or another input don't continue it."""
     record, shards = target / _OWN / "run.json", target / _OWN / "shards"
     if record.exists() and not restart:
-        begun = _read(record)
-        refuse_changes(target, Identity(begun["facts"]), Identity(facts))
-        refuse_changes(target, Identity.from_dict(begun["scorer"]), scorer)
-        return Identity.from_dict(begun["scorer"])
+        begun = read_whole(record, lambda found: (Identity(found["facts"]), Identity.from_dict(found["scorer"])))
+        refuse_changes(target, begun[0], Identity(facts))
+        refuse_changes(target, begun[1], scorer)
+        return begun[1]
     for path in shards.rglob(f"*{_TALLY}"):  # of each output
         (target / path.relative_to(shards)).with_name(path.name.removesuffix(_TALLY)).unlink(missing_ok=True)
     shutil.rmtree(rejects_in(target), ignore_errors=True)
@@ -218,14 +217,7 @@ def _work(target: Path, shard: Shard) -> Path:
 def _tally(target: Path, shard: Shard) -> Tally:
     """Read the tally of a finished shard."""
     work = _work(target, shard)
-    return Tally(**_read(work.with_name(f"{work.name}{_TALLY}")))
-
-
-def _read(path: Path) -> Any:
-    try:
-        return json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{path} can't be read; {START_OVER}") from error
+    return read_whole(work.with_name(f"{work.name}{_TALLY}"), lambda found: Tally(**found))
 
 
 def _facts(files: Mapping[str, Path]) -> dict[str, str]:
