@@ -7,7 +7,7 @@ Ctrl-C.
 
 import sys
 
-from rag_rerank.errors import RerankError
+from rag_rerank.errors import ConfigError, RerankError
 
 
 def main() -> None:
@@ -20,10 +20,11 @@ def main() -> None:
         raise SystemExit(130) from None
     try:
         app()
-    except (RerankError, TypeError, ValueError) as error:
+    except (RerankError, TypeError, ValueError, OSError) as error:
         if "--traceback" in sys.argv:
             raise
-        _fail(str(error), code=2 if isinstance(error, TypeError | ValueError) else 1)
+        failed = isinstance(error, RerankError) and not isinstance(error, ConfigError)
+        _fail(str(error), code=1 if failed else 2)
 
 
 def _fail(message: str, code: int) -> None:

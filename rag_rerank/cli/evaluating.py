@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -16,15 +17,20 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from typer import Argument, Option
 
-from rag_rerank.cli.options import DeviceOption, DtypeOption, KeyOverHTTPOption, ScorerOptions, console
-from rag_rerank.errors import BackendError, ConfigError
+from rag_rerank.cli.options import (
+    DeviceOption,
+    DtypeOption,
+    KeyOverHTTPOption,
+    ScorerOptions,
+    console,
+    said_what_is_kept,
+)
+from rag_rerank.errors import ConfigError
 from rag_rerank.inputs import NEUTRAL
 from rag_rerank.scorer import Scorer
 
 if TYPE_CHECKING:
     from rag_rerank.evaluation import Collection, Evaluation, Run
-
-_INTERRUPTED = 130  # the exit code of what Ctrl-C ended, as shells have it
 
 File = Path | None
 Names = list[str] | None
@@ -77,7 +83,8 @@ def evaluate(
     collection, candidates = _collection(folder, run, qrels, max(depths), bare=not (model or base_url))
     where: Path | bool = not no_cache if cache is None or no_cache else cache
     with ExitStack() as stack:
-        stack.enter_context(_resumable(kept=where is not False))
+        kept = "What was scored is kept: the same command goes on from there.\n" if where else "Nothing was kept.\n"
+        stack.enter_context(said_what_is_kept(lambda: kept))
         scorers: dict[str, Scorer] = {}
         if collection.documents:
             options = ScorerOptions(device=device, dtype=dtype, send_key_over_http=send_key_over_http)
@@ -154,20 +161,6 @@ def _bar() -> "Iterator[Callable[[str, int, int], None]]":
         yield report
 
 
-@contextmanager
-def _resumable(*, kept: bool) -> Iterator[None]:
-    """Say what became of the scores where scoring ends early."""
-    outcome = "What was scored is kept: the same command goes on from there." if kept else "Nothing was kept."
-    try:
-        yield
-    except KeyboardInterrupt:
-        typer.echo(f"Interrupted. {outcome}", err=True)
-        raise typer.Exit(_INTERRUPTED) from None
-    except BackendError:
-        typer.echo(outcome, err=True)
-        raise
-
-
 def _check_files(as_json: File, trec_run: File, html: File) -> None:
     """Refuse, before hours of scoring, a file that could not be written after them, with a ConfigError."""
     for path in (as_json, trec_run, html):
@@ -182,24 +175,18 @@ def _write(evaluation: "Evaluation", as_json: File, trec_run: File, html: File) 
     from rag_rerank.evaluation import write_run
 
     if as_json is not None:
-        _write_text(as_json, json.dumps(evaluation.as_json(), ensure_ascii=False, allow_nan=False, indent=1) + "\n")
+        text = json.dumps(evaluation.as_json(), ensure_ascii=False, allow_nan=False, indent=1)
+        as_json.write_text(f"{text}\n", encoding="utf-8")
+    runs = []
     if trec_run is not None:
         for system in evaluation.systems:
-            path = trec_run
-            if len(evaluation.systems) > 1:
-                name = "".join(letter if letter.isalnum() or letter in "._-" else "-" for letter in system.name)
-                path = trec_run.with_name(f"{trec_run.stem}.{name}{trec_run.suffix}")
-            write_run(path, evaluation.run(system), tag=f"{system.name}@{evaluation.depths[-1]}")
-            typer.echo(f"wrote {path}", err=True)
+            name = re.sub(r"[^\w.-]", "-", system.name)
+            several = len(evaluation.systems) > 1
+            runs.append(trec_run.with_name(f"{trec_run.stem}.{name}{trec_run.suffix}") if several else trec_run)
+            write_run(runs[-1], evaluation.run(system), tag=f"{system.name}@{evaluation.depths[-1]}")
     if html is not None:
         from rag_rerank.evaluation.report import render
 
-        _write_text(html, render(evaluation))
-
-
-def _write_text(path: Path, text: str) -> None:
-    try:
-        path.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(f"{path} can't be written: {error.strerror or error}") from error
-    typer.echo(f"wrote {path}", err=True)
+        html.write_text(render(evaluation), encoding="utf-8")
+    for path in filter(None, (as_json, *runs, html)):
+        typer.echo(f"wrote {path}", err=True)

@@ -3,7 +3,8 @@
 import inspect
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import wraps
 from itertools import chain
@@ -12,7 +13,7 @@ from typing import Annotated, Any
 from rich.console import Console
 from typer import Option
 
-from rag_rerank import ConfigError, LocalScorer, LocalSettings, Scorer, VLLMScorer
+from rag_rerank import BackendError, ConfigError, LocalScorer, LocalSettings, Scorer, VLLMScorer
 
 DeviceOption = Annotated[str | None, Option(help="Local only: cuda, cuda:1, mps, cpu.")]
 DtypeOption = Annotated[str, Option(help="Local only: auto, float32, bfloat16, float16.")]
@@ -56,6 +57,18 @@ class ScorerOptions:
 def console() -> Console:
     """Make a console on stdout whose tables are cut to a terminal's width, but not where they are piped or kept."""
     return Console(highlight=False, width=None if sys.stdout.isatty() or os.environ.get("COLUMNS") else 1000)
+
+
+@contextmanager
+def said_what_is_kept(kept: Callable[[], str]) -> Iterator[None]:
+    """Say what is kept for the next run, where this one ends early; after Ctrl-C with exit code 130, as shells do."""
+    try:
+        yield
+    except (KeyboardInterrupt, BackendError, OSError) as error:
+        sys.stderr.write(kept())
+        if isinstance(error, KeyboardInterrupt):
+            raise SystemExit(130) from None
+        raise
 
 
 def takes_scorer(*left_out: str) -> Callable[[Callable[..., None]], Callable[..., None]]:

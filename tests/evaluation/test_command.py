@@ -194,7 +194,7 @@ class TestEnds:
             process.send_signal(signal.SIGINT)
             stdout, stderr = process.communicate(timeout=300)
             assert (process.returncode, stdout) == (130, "")
-            assert "Interrupted. What was scored is kept: the same command goes on from there." in stderr
+            assert "What was scored is kept: the same command goes on from there." in stderr
             assert "Traceback" not in stderr
             server.behave = lambda request: None
             result = run(tmp_path, folder, "--base-url", server.base_url, "--depth", "3", "--json", tmp_path / "x")
