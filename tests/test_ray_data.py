@@ -83,18 +83,11 @@ class Threads(Scorer):
         return (threads * len(documents))[: len(documents)]
 
 
-class OneOfTwo(WordOverlap):
-    """Has other weights in all processes but the first that asks."""
+class OfItsProcess(WordOverlap):
+    """Is another one in each process."""
 
-    def __init__(self, first: Path) -> None:
-        super().__init__()
-        self.first = first
-
-    def _start(self) -> None:
-        try:
-            self.first.touch(exist_ok=False)
-        except FileExistsError:
-            self.weight = 0.5
+    def _facts(self, until: float | None) -> dict[str, str]:
+        return {"process": str(os.getpid())}
 
 
 def write(path: Path, rows: list[dict[str, Any]]) -> None:
@@ -276,12 +269,12 @@ class TestGoingOn:
             rerank_folder(journal, folder, out, **options)
         assert rerank_folder(journal, folder, out, **options, restart=True) == Tally(80, 80, 0, 80, 0)
 
-    def test_not_with_a_machine_that_has_other_weights(self, folder: Path, out: Path, tmp_path: Path):
-        """Its first shard ends the run, and none of its scores are kept."""
-        write(folder / "a.jsonl", [{"query": "q", "document": "q"}] * 40)
-        with pytest.raises(ConfigError, match="scores of the probe: .*, before "):
-            rerank_folder(OneOfTwo(tmp_path / "first"), folder, out, pool=TWO, shard_lines=1)
-        assert {row["score"] for row in read(out)} <= {1.0}
+    def test_not_with_a_machine_that_has_another_scorer(self, folder: Path, out: Path):
+        """Its first shard ends the run, and has no output."""
+        write(folder / "a.jsonl", numbered(8))
+        with pytest.raises(ConfigError, match=r"process: \d+, before \d+"):
+            rerank_folder(OfItsProcess(), folder, out, pool=TWO, shard_lines=4)
+        assert len(read(out)) <= 4
 
     def test_after_ctrl_c_on_the_command_line(self, cluster: str, folder: Path, out: Path):
         """On the cluster at RAY_ADDRESS first, then on one of its own; in between, changes are refused."""

@@ -4,7 +4,7 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -17,6 +17,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from rag_rerank.errors import ConfigError
 from rag_rerank.files import Tally, partial_of, rejects_of, rerank_file
+from tests.killing import killed_at
 from tests.scorers import WordOverlap
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="no fork, no flock")
@@ -33,38 +34,6 @@ INPUTS = [
     for count in (3, 6)
 ]
 OPTIONS: list[dict[str, Any]] = [{}, {"top_n": 1}, {"score_threshold": 0.4}, {"group": 4}]
-
-
-def killed_at(point: int, work: Callable[[], Any]) -> int:
-    """Do `work` in a process of its own that SIGKILL ends before it changes the disk for the `point`-th time.
-
-    Returns:
-        The exit code: 0 if it came to its end before, -SIGKILL if it was killed, 2 for a ConfigError.
-    """
-    process = os.fork()
-    if process == 0:
-        code, left = 3, [point]
-        try:
-
-            def counted(change: Callable[..., Any]) -> Callable[..., Any]:
-                def counting(*arguments: Any, **options: Any) -> Any:
-                    left[0] -= 1
-                    if left[0] < 0:
-                        os.kill(os.getpid(), signal.SIGKILL)
-                    return change(*arguments, **options)
-
-                return counting
-
-            os.fsync = counted(os.fsync)
-            for name in ("replace", "unlink"):
-                setattr(Path, name, counted(getattr(Path, name)))
-            work()
-            code = 0
-        except ConfigError:
-            code = 2
-        finally:
-            os._exit(code)
-    return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
 
 
 class Swapped(WordOverlap):
