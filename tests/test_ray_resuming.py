@@ -66,9 +66,8 @@ class FolderRuns(RuleBasedStateMachine):
         self.patch.setattr(os, "fsync", lambda file: None)  # SIGKILL takes nothing back that was written
         self.patch.setattr(run, "connected", in_this_process)
         self.folder = TemporaryDirectory()
-        self.source, self.target = (Path(self.folder.name, name) for name in ("in", "out"))
-        self.source.mkdir()
-        self.weight, self.input, self.options, self.times = 1.0, 0, OPTIONS[0], 0
+        self.source, self.target = (Path(self.folder.name, name) for name in ("a.jsonl", "out"))
+        self.now: Any = None  # weight, number of the input, options
         self.begun: Any = None  # what the run in the folder is made of, and the files that it makes
 
     def teardown(self) -> None:
@@ -76,23 +75,23 @@ class FolderRuns(RuleBasedStateMachine):
         self.patch.undo()
 
     @initialize()
-    def first_input(self) -> None:
-        self.change_input()
+    def first(self) -> None:
+        self.become(1.0, 0, OPTIONS[0])
 
-    @rule()
-    def change_input(self) -> None:
-        self.input = 1 - self.input
-        self.times += 1
-        (self.source / "a.jsonl").write_text(INPUTS[self.input])
-        os.utime(self.source / "a.jsonl", ns=(self.times, self.times))
+    @rule(what=st.sampled_from(["weights", "input", "options", "nothing"]), options=st.sampled_from(OPTIONS))
+    def change(self, what: str, options: dict[str, Any]) -> None:
+        """One thing of what the unfinished run is made of, so that each has to be compared for itself."""
+        weight, number, kept = self.begun[0] if self.begun else self.now
+        self.become(
+            1.25 - weight if what == "weights" else weight,
+            1 - number if what == "input" else number,
+            options if what == "options" else kept,
+        )
 
-    @rule(weight=st.sampled_from([0.25, 1.0]))
-    def change_weights(self, weight: float) -> None:
-        self.weight = weight
-
-    @rule(options=st.sampled_from(OPTIONS))
-    def change_options(self, options: dict[str, Any]) -> None:
-        self.options = options
+    def become(self, weight: float, number: int, options: dict[str, Any]) -> None:
+        self.now = weight, number, options
+        self.source.write_text(INPUTS[number])
+        os.utime(self.source, ns=(number, number))
 
     @rule(point=st.integers(0, 60), restart=st.booleans())
     def kill(self, point: int, restart: bool) -> None:
@@ -125,13 +124,10 @@ class FolderRuns(RuleBasedStateMachine):
     def nothing_is_mixed(self) -> None:
         assert self.made(self.target).items() <= (self.begun[1].items() if self.begun else set())
 
-    @property
-    def now(self) -> Any:
-        return self.weight, self.times, self.options
-
     def run(self, target: Path | None = None, *, restart: bool = False) -> None:
-        scorer, options = WordOverlap(weight=self.weight), {"shard_lines": 3, "group": 3} | self.options
-        rerank_folder(scorer, self.source, target or self.target, restart=restart, **options)
+        weight, _, options = self.now
+        options = {"shard_lines": 3, "group": 3} | options
+        rerank_folder(WordOverlap(weight=weight), self.source, target or self.target, restart=restart, **options)
 
     def expected(self) -> dict[str, bytes]:
         """The files of a run that nothing disturbs."""

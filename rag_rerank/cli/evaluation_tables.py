@@ -103,7 +103,7 @@ def _remarks(evaluation: Evaluation, system: System) -> str:
     comparison, enough = system.deepest.gains[evaluation.measure], system.enough(evaluation.measure)
     if comparison.verdict == "helps" and enough.depth < system.deepest.depth:
         less = enough.against_deepest[evaluation.measure]
-        more = f"{-less.high:+.3f} … {-less.low:+.3f} ({_INTERVAL})"
+        more = f"{0 - less.high:+.3f} … {0 - less.low:+.3f} ({_INTERVAL})"
         remarks.insert(0, f"{system.deepest.depth} candidates change {evaluation.measure} of {enough.depth} by {more}.")
     if system.rejected:
         remarks.append(f"{system.rejected:,} documents could not be scored; they are ranked last.")
