@@ -76,7 +76,7 @@ class TestLocal:
         encoded = [json.dumps(row, ensure_ascii=False).encode() for row in rows]
         with FaultyServer() as server:
             where = ["--base-url", server.base_url]
-            done = run_bytes("score", *where, stdin=b"\xef\xbb\xbf" + b"\r\n\r\n".join(encoded))
+            done = run_bytes("score", *where, stdin=b"\xef\xbb\xbf\r\n" + b"\r\n\r\n".join(encoded))
             assert list(map(json.loads, done.stdout.splitlines())) == [
                 {"scores": [oracle("q", "a"), oracle("q", "b")]},
                 {"score": oracle("q", "a")},

@@ -80,13 +80,14 @@ class FolderRuns(RuleBasedStateMachine):
 
     @rule(what=st.sampled_from(["weights", "input", "options", "nothing"]), options=st.sampled_from(OPTIONS))
     def change(self, what: str, options: dict[str, Any]) -> None:
-        """One thing of what the unfinished run is made of, so that each has to be compared for itself."""
+        """One thing of what the last run was made of, so that each is compared for itself; and run at once."""
         weight, number, kept = self.begun[0] if self.begun else self.now
         self.become(
             1.25 - weight if what == "weights" else weight,
             1 - number if what == "input" else number,
             options if what == "options" else kept,
         )
+        self.finish()
 
     def become(self, weight: float, number: int, options: dict[str, Any]) -> None:
         self.now = weight, number, options

@@ -17,7 +17,7 @@ from rag_rerank.cli.options import ScorerOptions, console, takes_scorer
 from rag_rerank.cli.scoring_files import rerank_files
 from rag_rerank.display import Reranked, described, one_line
 from rag_rerank.errors import ConfigError
-from rag_rerank.files.rows import Line, Options, parse
+from rag_rerank.files.rows import Line, Options, is_blank, parse
 from rag_rerank.inputs.content import Image, Input
 from rag_rerank.ray_data import Pool
 from rag_rerank.ray_data.run import SHARD_LINES
@@ -193,7 +193,7 @@ def _lines() -> Iterator[Line]:
     if sys.stdin is None or sys.stdin.isatty():  # None: closed by the shell
         raise ConfigError("pass a query and documents, or pipe JSON Lines in; --help tells more")
     for number, raw in enumerate(sys.stdin.buffer, 1):
-        if raw.strip():
+        if not is_blank(raw):
             line = parse(number, raw)
             if line.error is not None:
                 raise ConfigError(f"stdin, line {number}: {line.error}")

@@ -2,6 +2,7 @@
 
 import json
 import math
+from codecs import BOM_UTF8
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -88,6 +89,11 @@ class Line:
         """Write the line of the rejects."""
         # Bytes that are not UTF-8 become lone surrogates: raw.encode(errors="surrogateescape") restores them.
         return encode({"line": self.number, "error": self.error, "raw": self.raw.decode(errors="surrogateescape")})
+
+
+def is_blank(raw: bytes) -> bool:
+    """Tell a line with nothing on it, but perhaps the mark that some editors put before the first line."""
+    return not raw.strip(b" \t\r\n\v\f" + BOM_UTF8)
 
 
 def parse(number: int, raw: bytes) -> Line:

@@ -8,7 +8,7 @@ from pathlib import Path
 from rag_rerank.errors import ConfigError
 from rag_rerank.files.formats import WHOLE, Part, Reader, check_name
 from rag_rerank.files.partial import START_OVER, Partial, Tally, refuse_changes
-from rag_rerank.files.rows import GROUP, Line, Options, parse, rank, results
+from rag_rerank.files.rows import GROUP, Line, Options, is_blank, parse, rank, results
 from rag_rerank.identity import Identity
 from rag_rerank.scorer import Scorer
 
@@ -132,7 +132,7 @@ def _groups(numbered: Iterable[tuple[int, bytes]], documents: int, before: int) 
     number = lines = texts = size = 0
     for number, raw in numbered:
         lines += 1
-        if raw.strip():
+        if not is_blank(raw):
             group.append(parse(before + number, raw))
             texts += len(group[-1].documents)
             size += len(raw)

@@ -101,13 +101,14 @@ class Runs(RuleBasedStateMachine):
 
     @rule(what=st.sampled_from(["weights", "input", "options", "nothing"]), options=st.sampled_from(OPTIONS))
     def change(self, what: str, options: dict[str, Any]) -> None:
-        """One thing of what the unfinished run is made of, so that each has to be compared for itself."""
+        """One thing of what the last run was made of, so that each is compared for itself; and run at once."""
         weight, number, kept = self.begun or self.now
         self.become(
             1.25 - weight if what == "weights" else weight,
             1 - number if what == "input" else number,
             options if what == "options" else kept,
         )
+        self.interrupt(99, restart=False)
 
     def become(self, weight: float, number: int, options: dict[str, Any]) -> None:
         self.now = weight, number, options
@@ -198,4 +199,4 @@ class Runs(RuleBasedStateMachine):
 
 
 class TestRuns(Runs.TestCase):
-    settings = settings(max_examples=40, stateful_step_count=20)
+    settings = settings(max_examples=60, stateful_step_count=20)
