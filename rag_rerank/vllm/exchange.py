@@ -5,11 +5,11 @@ import math
 import random
 import time
 import uuid
-from collections.abc import Awaitable, Callable
-from dataclasses import KW_ONLY, dataclass
+from collections.abc import Awaitable, Callable, Coroutine
+from dataclasses import KW_ONLY, dataclass, field
 from datetime import UTC
 from email.utils import parsedate_to_datetime
-from typing import Any, Literal, Protocol, TypeVar
+from typing import Any, Generic, Literal, Protocol, TypeVar, cast
 
 from rag_rerank.errors import (
     AuthError,
@@ -22,15 +22,14 @@ from rag_rerank.errors import (
 )
 from rag_rerank.vllm import wire
 from rag_rerank.vllm.endpoint import Endpoint
-from rag_rerank.vllm.servers import Server, Servers
+from rag_rerank.vllm.servers import Server, Servers, logger
 from rag_rerank.vllm.wire import Answer, Card, Failure, Reply, Request, ServerFacts, printable
 
 T = TypeVar("T")
 E = TypeVar("E", bound=BackendError)
 
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 8.0  # seconds
-# Seconds that a server may ask for; what asks for more is told to the caller at once, as openai's client does.
-LONGEST_RETRY_AFTER = 120.0
+LONGEST_RETRY_AFTER = 120.0  # seconds that a call waits where a server asks for it; else the caller is told at once
 # By which a reply to another request of ours is known, also on servers that have not echoed an id yet.
 ID_PREFIX = "rag-rerank-"
 
@@ -52,7 +51,7 @@ class _MayPass(Exception):
 
     error: BackendError  # what the caller gets if there is no other try
     again: Literal["soon", "later", "elsewhere"] = "later"
-    after: float | None = None  # seconds that the server wants to be left alone
+    blames: bool = False  # its server, once another one has answered the same request
     answer: Any = None  # what the caller gets instead of the error: well-formed, with a score that is not finite
 
 
@@ -76,6 +75,51 @@ class Sender(Protocol):
 
     async def send(self, send: Send) -> Reply | Failure:
         """Send a request in this event loop; cancelling the task gives it up."""
+
+
+@dataclass(eq=False)
+class _Attempts(Generic[T]):
+    """Attempts under way for one request: one, or several where servers are silent."""
+
+    sleep: Callable[[float], Awaitable[None]]
+    under_way: dict[asyncio.Task[T], tuple[Server, float]] = field(default_factory=dict)  # and when each began
+    blamed: list[tuple[Server, float]] = field(default_factory=list)
+
+    @property
+    def servers(self) -> list[Server]:
+        """Those that are asked."""
+        return [server for server, _ in self.under_way.values()]
+
+    def begin(self, attempt: Coroutine[Any, Any, T], server: Server, began: float) -> None:
+        """Begin another one."""
+        self.under_way[asyncio.create_task(attempt)] = server, began
+
+    async def first(self, seconds: float) -> list[T]:
+        """Wait for the first answer, for so long; empty where there is none. Raises _MayPass where one has failed."""
+        if not self.under_way:
+            await self.sleep(seconds)
+            return []
+        timeout = None if seconds == math.inf else seconds
+        done, _ = await asyncio.wait(self.under_way, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
+        for task in sorted(done, key=lambda task: task.exception() is not None)[:1]:  # the others are done next time
+            server, began = self.under_way.pop(task)
+            try:
+                answer = task.result()
+            except _MayPass as failure:
+                if failure.blames:
+                    self.blamed.append((server, began))
+                raise
+            for other, moment in self.blamed:
+                if other is not server:
+                    other.failed(moment)
+            return [answer]
+        return []
+
+    async def end(self) -> None:
+        """Give up what is still under way."""
+        for task in self.under_way:
+            task.cancel()
+        await asyncio.gather(*self.under_way, return_exceptions=True)
 
 
 class _ModelMissing(BackendRejected):
@@ -103,9 +147,10 @@ class Exchange:
         self._attempts = 0
         self._answered_by: str | None = None
         self._attempt_timeout = self.rules.attempt_timeout or math.inf
+        # After so many seconds without a sign of life (vLLM hangs after SIGTERM) another server is asked as well.
+        self._share = math.inf
         if self.rules.attempt_timeout is None and len(self.servers) > 1:
-            # A server that hangs (vLLM does after SIGTERM) must leave time for the next one.
-            self._attempt_timeout = max(0.001, self._left() / (1 + self.rules.max_retries))
+            self._share = max(0.001, self._left() / (1 + self.rules.max_retries))
 
     @property
     def model_name(self) -> str:
@@ -170,44 +215,71 @@ class Exchange:
         error.status = 404
         return error
 
-    async def _try(self, attempt: Callable[[Server], Awaitable[T]], *, takes_turn: bool = True) -> T:
-        """Attempt until it works or finally fails, or no try or no time is left."""
+    async def _try(self, attempt: Callable[[Server], Coroutine[Any, Any, T]], *, takes_turn: bool = True) -> T:
+        """Attempt until it works or finally fails, or no try or no time is left; other servers are no retries.
+
+        An attempt is not given up because its server is silent: another one is asked as well, and the first answer
+        counts. So several servers answer whatever one of them would.
+        """
         tries = 1 + self.rules.max_retries
         if self.servers.down:
             tries = min(tries, len(self.servers))
         tried: list[Server] = []
-        paused: dict[Server, float] = {}  # until when
-        while True:
-            now = self.clock()
-            busy = [server for server, until in paused.items() if until > now]
-            server = self.servers.choose(tried, busy, takes_turn=takes_turn)
-            tried.append(server)
-            try:
-                return await attempt(server)
-            except _MayPass as failure:
-                pause = self._pause(failure, tried)
-                if len(tried) >= tries or pause >= self._left():
-                    if failure.answer is not None:
-                        answer: T = failure.answer
-                        return answer
-                    self.servers.down = len(tried) >= tries
-                    raise failure.error from failure.error.__cause__
-                paused[server] = self.clock() + (failure.after or 0.0)
-            if pause > 0:
-                await self.sleep(pause)
+        attempts: _Attempts[T] = _Attempts(self.sleep)
+        try:
+            while True:
+                server, began = self.servers.choose(tried, attempts.servers, takes_turn=takes_turn), self.clock()
+                tried.append(server)
+                attempts.begin(attempt(server), server, began)
+                pause: float | None = None  # until the next attempt, once one has failed
+                while pause is None or pause > 0:
+                    try:
+                        answers = await attempts.first(self._share if pause is None else pause)
+                    except _MayPass as failure:
+                        pause = self._pause(failure, tried, tries)
+                        if pause == math.inf and not attempts.under_way:
+                            return cast("T", self._given_up(failure, down=len(tried) >= tries))
+                        continue
+                    if answers:
+                        return answers[0]
+                    if pause is not None:
+                        break  # it is over
+                    if not server.works_off(began, self._share, self.clock()):
+                        server.failed(began)
+                        if self.servers.others_answer(attempts.servers):
+                            break
+        finally:
+            await attempts.end()
 
-    def _pause(self, failure: _MayPass, tried: list[Server]) -> float:
+    def _given_up(self, failure: _MayPass, *, down: bool) -> Any:
+        """Return what a call gets that is not tried again, or raise it."""
+        if failure.answer is not None:
+            return failure.answer
+        self.servers.down = down
+        raise failure.error from failure.error.__cause__
+
+    def _pause(self, failure: _MayPass, tried: list[Server], tries: int) -> float:
         """Find the seconds until the next try; infinite if there must be none."""
+        pause = self._back_off(failure, tried)
+        if (len(tried) >= tries and not self.servers.others_answer(tried)) or pause >= self._left():
+            return math.inf
+        if pause < math.inf:
+            logger.info("%s Attempt %d follows in %.3g s.", failure.error, len(tried) + 1, pause)
+        return pause
+
+    def _back_off(self, failure: _MayPass, tried: list[Server]) -> float:
         if self.servers.others_answer(tried):
             return 0.0
-        if failure.after is not None:
-            return failure.after if failure.after <= LONGEST_RETRY_AFTER else math.inf
         if failure.again == "elsewhere":
             return math.inf
+        asked = self.servers.asked_until() - self.clock()
+        if asked > 0:
+            return asked if asked <= LONGEST_RETRY_AFTER else math.inf
         if failure.again == "soon" and len(tried) == 1:
             return 0.0
         bound: float = min(LONGEST_PAUSE, FIRST_PAUSE * 2 ** (len(tried) - 1))
-        return self.jitter() * bound  # full jitter: callers that failed together do not come back together
+        # Callers that failed together do not come back together; nor before a hiccup of a quarter of a second is over.
+        return bound * (1 + self.jitter()) / 2
 
     async def _once(self, server: Server, request: Request, read: Callable[[bytes], T]) -> T:
         """Send a request and read its answer, or raise."""
@@ -227,27 +299,31 @@ class Exchange:
             return not faults
 
         limits = None if timeout == math.inf else timeout, min(self.rules.connect_timeout, timeout)
+        sent = self.clock()
         outcome = await self.transport.send(Send(server.endpoint, request, *limits, judge))
         self._attempts += 1
         if isinstance(outcome, Failure):
-            raise self._failed(server, outcome)
+            raise self._failed(server, outcome, sent)
         if not 200 <= outcome.status < 300:
-            raise self._refused(server, outcome, request)
-        self._answered(server)
+            raise self._refused(server, outcome, request, sent)
         if results:
+            self._answered(server)
+            if request.body is not None:
+                server.gave_scores(sent, self.clock())
             return results[0]
         fault, remedy = faults[0], "Is it a vLLM server?"
-        raise _MayPass(self.error(BadReply, fault.message, remedy, server=server, cause=fault, whole=fault.whole))
+        error = self.error(BadReply, fault.message, remedy, server=server, cause=fault, whole=fault.whole)
+        raise _MayPass(error, blames=True)
 
-    def _failed(self, server: Server, failure: Failure) -> Exception:
+    def _failed(self, server: Server, failure: Failure, sent: float) -> Exception:
         """Make the error for no answer."""
         if self._left() < 0.001:  # the caller's time was up, which says nothing about the server
             text = "the server had not answered when the deadline passed"
             remedy = "Allow more time (deadline= or timeout=) or pass fewer documents."
             return self.error(DeadlineExceeded, text, remedy, server=server, cause=failure.cause)
         if failure.kind == "unread":
-            return _MayPass(self.error(BadReply, failure.text, server=server, whole=True))
-        server.failed(gone=failure.kind == "connect")
+            return _MayPass(self.error(BadReply, failure.text, server=server, whole=True), blames=True)
+        server.failed(sent, gone=failure.kind == "connect")
         again: Literal["soon", "later", "elsewhere"] = "later"
         text, remedy = failure.text, "Is the vLLM server running there, and has it finished loading?"
         if failure.kind == "broken":
@@ -259,17 +335,19 @@ class Exchange:
             text, remedy = f"no answer within {self._attempt_timeout:.3g} s", "Is it overloaded? See attempt_timeout=."
         return _MayPass(self.error(BackendUnavailable, text, remedy, server=server, cause=failure.cause), again)
 
-    def _refused(self, server: Server, reply: Reply, request: Request) -> Exception:
+    def _refused(self, server: Server, reply: Reply, request: Request, sent: float) -> Exception:
         """Make the error for a status that is no success."""
         status, said = reply.status, wire.error_text(reply.body)
         message = f"the server answered {status}" + (f": {said}" if said else "")
-        if status >= 500 or status in (408, 429):
+        if (status >= 500 and status not in (501, 505)) or status in (408, 409, 425, 429):
             if status in (502, 503, 504):
-                server.failed(gone=False)
+                server.failed(sent)
             after = _retry_after(reply.headers.get("retry-after", ""), self.now())
+            if after is not None:
+                server.asked(after, self.clock())
             unavailable = self.error(BackendUnavailable, message, server=server)
             unavailable.retry_after, unavailable.status = after, status
-            return _MayPass(unavailable, after=after)
+            return _MayPass(unavailable, blames=status >= 500)
         self._answered(server)
         kind: type[BackendRejected] = BackendRejected
         remedy = None
@@ -343,7 +421,7 @@ class Exchange:
         return answer
 
     def _answered(self, server: Server) -> None:
-        server.back_off.worked()
+        server.worked()
         self.servers.down = False
 
     def _left(self) -> float:
