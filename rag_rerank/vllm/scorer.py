@@ -145,7 +145,7 @@ class VLLMScorer(Scorer):
         endpoints = _endpoints(base_url)
         self.client = Client(
             servers=Servers(endpoints),
-            transport=Transport(endpoints, api_key, send_key_over_http=send_key_over_http),
+            transport=Transport(endpoints, api_key, over_http=send_key_over_http),
             rules=rules,
             options=options,
             api=endpoint,

@@ -40,9 +40,9 @@ class Reply:
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """No reply; ``unread`` if one came that must not be read (too large, compressed)."""
+    """No reply; ``unread`` if one came that must not be read (too large); ``local`` if this process is to blame."""
 
-    kind: Literal["timeout", "connect", "certificate", "broken", "unread"]
+    kind: Literal["timeout", "connect", "certificate", "broken", "unread", "local"]
     text: str  # one clause
     cause: Exception | None = None  # the HTTP library's
 

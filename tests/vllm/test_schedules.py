@@ -126,7 +126,7 @@ class Setting:
     named: bool = False
     jitter: float = 0.5
     met: list[Fault] = field(default_factory=list, init=False)
-    silent: int = field(default=0, init=False)  # requests after which another server was asked as well
+    slow: int = field(default=0, init=False)  # requests after which another server may have been asked as well
 
     def __post_init__(self) -> None:
         self.documents = [f"{index} " + "text " * 4 * number for index, number in enumerate(self.texts)]
@@ -154,13 +154,18 @@ class Setting:
         )
 
     def answer(self, send: Send, now: float) -> tuple[float, Outcome]:
+        seconds, outcome = self.outcome(send)
+        if self.servers > 1 and self.deadline is not None and self.attempt_timeout is None:
+            # An attempt has up to four requests.
+            self.slow += 4 * seconds >= self.deadline / (1 + self.max_retries)
+        return seconds, outcome
+
+    def outcome(self, send: Send) -> tuple[float, Outcome]:
         if self.world.hosts[-1] in self.dead:
             return 0.0, REFUSED
         whether, which, when = self.code[3 * len(self.world.sent) - 3 :][:3].ljust(3, b"\0")
         seconds = SECONDS[when % len(SECONDS)]
         late = send.timeout is not None and seconds > send.timeout
-        if self.servers > 1 and self.deadline is not None and self.attempt_timeout is None:
-            self.silent += max(seconds, 2.0) >= self.deadline / (1 + self.max_retries)  # 2 s for connecting
         if whether < self.calm and not late:
             return seconds, self.server.reply(send)
         fault = LATE if late else FAULTS[which % len(FAULTS)]
@@ -228,7 +233,7 @@ class Setting:
     def check_requests(self) -> None:
         """None is tried too often, and none is sent for nothing; another server is asked without being a retry."""
         tries, sent = self.max_retries + self.servers, self.world.score_requests
-        others = self.silent * (self.servers - 1)
+        others = self.slow * (self.servers - 1)
         chunks = Counter(tuple(request.documents) for request in sent)
         assert all(count <= tries + others for documents, count in chunks.items() if documents != ("a",))
         # What was not a fault was the answer; but not where it did not fit a former answer by another model.
@@ -237,7 +242,7 @@ class Setting:
         # A try is 4 requests at most: version and models of a server that is not known, scores, and models again where
         # the model is said to be missing; what a server is like, which fitting asks first, takes 2 a try.
         assert len(self.world.sent) <= tries * (4 * self.most_asked + 2 * self.fit) + 4 * others
-        assert self.world.most_at_once <= self.max_concurrency * (self.servers if self.silent else 1)
+        assert self.world.most_at_once <= self.max_concurrency * (self.servers if self.slow else 1)
 
 
 numbers = st.integers(0, 9)
