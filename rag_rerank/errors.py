@@ -49,6 +49,9 @@ class BackendError(RerankError):
         query: In a batch, the position of the query that failed.
         reason: With `indices`: why, without the positions that are in the message.
         whole: Whether the back end knows that no single query or document is to blame; then none is looked for.
+        status: The HTTP status, where there was one.
+        request_id: The request's id: the server's (``x-request-id``), else ours.
+        body: The beginning of what the server answered, without keys.
     """
 
     indices: tuple[int, ...] = ()
@@ -56,6 +59,9 @@ class BackendError(RerankError):
     query: int | None = None
     reason: str | None = None
     whole: bool = False
+    status: int | None = None
+    request_id: str | None = None
+    body: str | None = None
 
     # All but the message have defaults so that errors survive pickling (multiprocessing, Ray): unpickling calls
     # the class with `args` alone and then restores `__dict__`.
@@ -92,11 +98,9 @@ class BackendUnavailable(BackendError):
 
     Attributes:
         retry_after: Seconds for which the server asked to be left alone, where it did.
-        status: The HTTP status, where there was one.
     """
 
     retry_after: float | None = None
-    status: int | None = None
 
 
 class DeadlineExceeded(BackendError, TimeoutError):
@@ -104,13 +108,7 @@ class DeadlineExceeded(BackendError, TimeoutError):
 
 
 class BackendRejected(BackendError):
-    """The server understood the request and refused it; the same request would be refused again.
-
-    Attributes:
-        status: The HTTP status, where there was one.
-    """
-
-    status: int | None = None
+    """The server understood the request and refused it; the same request would be refused again."""
 
 
 class AuthError(BackendRejected):

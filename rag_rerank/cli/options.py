@@ -17,6 +17,7 @@ KeyOverHTTPOption = Annotated[
     bool, Option("--send-key-over-http", help="Allow the key to be sent unencrypted to another machine.")
 ]
 _MODEL_HELP = f"Hub id or folder ({LocalSettings.model} if none), or the name on the server."
+_HEADER_HELP = 'A header for a server, such as "X-Tenant: search"; may be repeated.'
 _URL_HELP = "A vLLM server; may be repeated for several. The key is read from VLLM_API_KEY."
 
 
@@ -32,6 +33,7 @@ class ScorerOptions:
     dtype: DtypeOption = "auto"
     logits: Annotated[bool, Option("--logits", help="Raw logits instead of the model's own scale.")] = False
     send_key_over_http: KeyOverHTTPOption = False
+    header: Annotated[list[str] | None, Option(help=_HEADER_HELP)] = None
 
     def make(self) -> Scorer:
         """Make the scorer that they ask for: remote as soon as one of them says where."""
@@ -46,8 +48,20 @@ class ScorerOptions:
             return LocalScorer(model, device=self.device, dtype=dtype, use_activation=use_activation)  # type: ignore[arg-type]  # checked there
         if self.device is not None or self.dtype != "auto":
             raise ConfigError("--device and --dtype are for local models; a server has chosen its own")
-        key = self.send_key_over_http
-        return VLLMScorer(urls, model=self.model, use_activation=use_activation, send_key_over_http=key)
+        return VLLMScorer(
+            urls,
+            model=self.model,
+            use_activation=use_activation,
+            send_key_over_http=self.send_key_over_http,
+            default_headers=dict(map(_header, self.header or ())),
+        )
+
+
+def _header(text: str) -> tuple[str, str]:
+    name, colon, value = text.partition(":")
+    if not colon:
+        raise ConfigError("--header takes a name and a value: --header 'Name: value'")
+    return name.strip(), value.strip()
 
 
 def takes_scorer(*left_out: str) -> Callable[[Callable[..., None]], Callable[..., None]]:

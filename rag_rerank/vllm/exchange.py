@@ -45,6 +45,19 @@ class Rules:
     attempt_timeout: float | None = None
 
 
+@dataclass(slots=True)
+class Usage:
+    """What a call takes.
+
+    Attributes:
+        requests: How many requests were sent, also those that failed or only asked something.
+        prompt_tokens: How many tokens the server read, as far as it told.
+    """
+
+    requests: int = 0
+    prompt_tokens: int = 0
+
+
 @dataclass(eq=False)
 class _MayPass(Exception):
     """A failure that another try may not meet: at once on a new connection, after a pause, or with another server."""
@@ -136,6 +149,7 @@ class Exchange:
     _: KW_ONLY
     until: float | None  # when the call must be over, on `clock`
     model: str | None = None  # None takes the only one that is served
+    usage: Usage = field(default_factory=Usage)
     clock: Callable[[], float] = time.monotonic
     now: Callable[[], float] = time.time
     sleep: Callable[[float], Awaitable[None]] = asyncio.sleep
@@ -144,7 +158,6 @@ class Exchange:
 
     def __post_init__(self) -> None:
         self._began = self.clock()
-        self._attempts = 0
         self._answered_by: str | None = None
         self._attempt_timeout = self.rules.attempt_timeout or math.inf
         # After so many seconds without a sign of life (vLLM hangs after SIGTERM) another server is asked as well.
@@ -178,6 +191,7 @@ class Exchange:
                 server.facts = None  # it was started again with another model
                 missing = await self._missing(server, facts.model)
                 raise missing if self.model is not None else _MayPass(missing, "soon") from None
+            self.usage.prompt_tokens += answer.prompt_tokens or 0
             if not all(map(math.isfinite, answer.scores)):
                 raise _MayPass(self.error(BadReply, "a score is not finite", server=server), answer=answer)
             return answer
@@ -196,7 +210,7 @@ class Exchange:
     ) -> E:
         """Make an error of one server or all, with how many attempts and how long."""
         where, elapsed = self.servers.label if server is None else server.endpoint.label, self.clock() - self._began
-        error = kind(message, endpoint=where, attempts=self._attempts, elapsed=elapsed, remedy=remedy)
+        error = kind(message, endpoint=where, attempts=self.usage.requests, elapsed=elapsed, remedy=remedy)
         error.whole = whole
         if cause is not None:
             error.__cause__ = cause
@@ -301,7 +315,7 @@ class Exchange:
         limits = None if timeout == math.inf else timeout, min(self.rules.connect_timeout, timeout)
         sent = self.clock()
         outcome = await self.transport.send(Send(server.endpoint, request, *limits, judge))
-        self._attempts += 1
+        self.usage.requests += 1
         if isinstance(outcome, Failure):
             raise self._failed(server, outcome, sent)
         if not 200 <= outcome.status < 300:
@@ -311,9 +325,11 @@ class Exchange:
             if request.body is not None:
                 server.gave_scores(sent, self.clock())
             return results[0]
-        fault, remedy = faults[0], "Is it a vLLM server?"
-        error = self.error(BadReply, fault.message, remedy, server=server, cause=fault, whole=fault.whole)
-        raise _MayPass(error, blames=True)
+        fault, remedy, message = faults[0], "Is it a vLLM server?", faults[0].message
+        if wire.is_model_missing(outcome.body):  # an error with a status of success, as some gateways send
+            message += f": {wire.error_text(outcome.body)}"
+        error = self.error(BadReply, message, remedy, server=server, cause=fault, whole=fault.whole)
+        raise _MayPass(_told(error, outcome, request), blames=True)
 
     def _failed(self, server: Server, failure: Failure, sent: float) -> Exception:
         """Make the error for no answer."""
@@ -323,6 +339,9 @@ class Exchange:
             return self.error(DeadlineExceeded, text, remedy, server=server, cause=failure.cause)
         if failure.kind == "unread":
             return _MayPass(self.error(BadReply, failure.text, server=server, whole=True), blames=True)
+        if failure.kind == "local":
+            remedy = "Allow more (ulimit -n), or make fewer calls at a time (max_waiting_calls=)."
+            return _MayPass(self.error(BackendUnavailable, failure.text, remedy, server=server, cause=failure.cause))
         server.failed(sent, gone=failure.kind == "connect")
         again: Literal["soon", "later", "elsewhere"] = "later"
         text, remedy = failure.text, "Is the vLLM server running there, and has it finished loading?"
@@ -332,7 +351,8 @@ class Exchange:
             again = "elsewhere"
             remedy = "The certificate must be valid for that name; SSL_CERT_FILE names more authorities to trust."
         elif failure.kind == "timeout":
-            text, remedy = f"no answer within {self._attempt_timeout:.3g} s", "Is it overloaded? See attempt_timeout=."
+            limit = "the time for a try" if self._attempt_timeout == math.inf else f"{self._attempt_timeout:.3g} s"
+            text, remedy = f"no answer within {limit}", "Is it overloaded? See attempt_timeout= and timeout=."
         return _MayPass(self.error(BackendUnavailable, text, remedy, server=server, cause=failure.cause), again)
 
     def _refused(self, server: Server, reply: Reply, request: Request, sent: float) -> Exception:
@@ -346,8 +366,8 @@ class Exchange:
             if after is not None:
                 server.asked(after, self.clock())
             unavailable = self.error(BackendUnavailable, message, server=server)
-            unavailable.retry_after, unavailable.status = after, status
-            return _MayPass(unavailable, blames=status >= 500)
+            unavailable.retry_after = after
+            return _MayPass(_told(unavailable, reply, request), blames=status >= 500)
         self._answered(server)
         kind: type[BackendRejected] = BackendRejected
         remedy = None
@@ -366,9 +386,7 @@ class Exchange:
         elif "maximum context length" in said:
             remedy = "Set truncate_prompt_tokens=-1 to have over-long documents cut."
         # `call` looks for a document that is to blame.
-        error = self.error(kind, message, remedy, server=server, whole=True)
-        error.status = status
-        return error
+        return _told(self.error(kind, message, remedy, server=server, whole=True), reply, request)
 
     async def _described(self, server: Server) -> ServerFacts:
         """Learn what a server tells about itself, asked if it is not known."""
@@ -427,6 +445,13 @@ class Exchange:
     def _left(self) -> float:
         """Tell the seconds that are left for the call."""
         return math.inf if self.until is None else self.until - self.clock()
+
+
+def _told(error: E, reply: Reply, request: Request) -> E:
+    """Note in an error what the server told: status, id, the beginning of the body."""
+    error.status, error.body = reply.status, reply.body[:2000].decode("utf-8", "replace")
+    error.request_id = reply.headers.get("x-request-id") or request.id
+    return error
 
 
 def _not_ours(message: str) -> BadReply:

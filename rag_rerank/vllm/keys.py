@@ -1,9 +1,10 @@
 """What lets requests in: keys, and headers and query parameters such as gateways want."""
 
-import inspect
 import os
+import pickle
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 from rag_rerank.errors import BackendUnavailable, ConfigError
 from rag_rerank.vllm.endpoint import Endpoint
@@ -30,29 +31,28 @@ class Keys:
         over_http: bool,
     ) -> None:
         self.headers, self.query = dict(headers), dict(query)
-        for name, value in [*self.headers.items(), *self.query.items()]:
-            if not (isinstance(name, str) and isinstance(value, str)):
-                raise ConfigError("default_headers and default_query take names and values that are text")
-        for name, value in self.headers.items():
+        named = [*self.headers.items(), *self.query.items()]
+        for name, value in named:
+            _checked(value, f"default_headers or default_query[{name!r}]")
+        for name in self.headers:
             if not re.fullmatch(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+", name) or name.lower() in _OURS:
                 raise ConfigError(f"default_headers can't set {name!r}")
-            _checked(value, f"default_headers[{name!r}]")
+        self._secrets = [value for name, value in named if SECRET.search(name)]
         if api_key is None:
             api_key = os.environ.get("VLLM_API_KEY") or ""
-        if isinstance(api_key, Mapping):
-            self._keys = {Endpoint.parse(url).root: key for url, key in api_key.items()}
-            if strangers := self._keys.keys() - {endpoint.root for endpoint in endpoints}:
-                raise ConfigError(f"api_key names servers that base_url does not: {', '.join(sorted(strangers))}")
-        else:
-            self._keys = {endpoint.root: api_key for endpoint in endpoints}
-        if any(name.lower() == "authorization" for name in self.headers):
+        if not isinstance(api_key, Mapping):
+            api_key = {endpoint.root: api_key for endpoint in endpoints}
+        self._keys = {Endpoint.parse(url).root: key for url, key in api_key.items()}
+        if strangers := self._keys.keys() - {endpoint.root for endpoint in endpoints}:
+            raise ConfigError(f"api_key names servers that base_url does not: {', '.join(sorted(strangers))}")
+        if "authorization" in map(str.lower, self.headers):
             self._keys = {}  # said twice: the header is meant
-        for key in self._keys.values():
+        for key in filter(None, self._keys.values()):
             if not callable(key):
                 _checked(key, "api_key")
-        self._secrets = [value for name, value in [*self.headers.items(), *self.query.items()] if SECRET.search(name)]
-        for endpoint in () if over_http else endpoints:
-            if (self._keys.get(endpoint.root) or self._secrets) and not endpoint.is_private:
+        exposed = [endpoint for endpoint in endpoints if not (over_http or endpoint.is_private)]
+        for endpoint in exposed:
+            if self._keys.get(endpoint.root) or self._secrets:
                 said = f"the key would go unencrypted to {endpoint.label}; use https, or pass send_key_over_http=True"
                 raise ConfigError(f"{said} where the network in between is trusted")
 
@@ -84,9 +84,13 @@ class Keys:
         return text
 
 
-def is_portable(key: object) -> bool:
-    """Tell whether a pickle may carry it: a function goes by its name, anything else might hold a key."""
-    return inspect.isfunction(key)
+def portable(name: str, function: object) -> Any:
+    """Give a function that a pickle can carry, by its name; ConfigError for one that another process can't find."""
+    try:
+        pickle.dumps(function)
+    except (pickle.PicklingError, AttributeError, TypeError) as error:
+        raise ConfigError(f"{name} can't go to another process: pass a function that a module defines") from error
+    return function
 
 
 def _plausible(secrets: Iterable[str]) -> list[str]:

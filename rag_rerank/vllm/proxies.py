@@ -48,7 +48,7 @@ def _is_excepted(host: str, label: str, exceptions: str) -> bool:
     """Tell whether NO_PROXY names a host: by name, a domain that it is in, address, network, or with its port."""
     for entry in filter(None, (each.strip().lower() for each in exceptions.split(","))):
         name = entry.split("://")[-1].removeprefix("*").strip("[]")
-        if entry == "*" or label == entry or host == name or (name and host.endswith("." + name.removeprefix("."))):
+        if entry in ("*", label) or host == name or (name and host.endswith("." + name.removeprefix("."))):
             return True
         try:
             if ipaddress.ip_address(host) in ipaddress.ip_network(name, strict=False):

@@ -10,8 +10,8 @@ import contextlib
 import errno
 import functools
 import importlib
+import inspect
 import os
-import pickle
 import ssl
 import time
 import weakref
@@ -30,7 +30,7 @@ from rag_rerank.errors import ConfigError, DeadlineExceeded, RerankError
 from rag_rerank.vllm.background import Background
 from rag_rerank.vllm.endpoint import Endpoint
 from rag_rerank.vllm.exchange import Send
-from rag_rerank.vllm.keys import Key, Keys, is_portable
+from rag_rerank.vllm.keys import Key, Keys, portable
 from rag_rerank.vllm.proxies import proxy_for
 from rag_rerank.vllm.wire import Failure, Reply
 
@@ -58,6 +58,11 @@ _CLOSED = "The scorer was closed while it was scoring."
 
 _background = Background()
 _running: set[asyncio.Task[Any]] = set()  # a loop keeps no hold on its tasks
+
+
+def limits_of(timeout: object) -> httpx.Timeout | None:
+    """Give what bounds single tries, if it is that."""
+    return timeout if isinstance(timeout, httpx.Timeout) else None
 
 
 class Transport:
@@ -88,7 +93,7 @@ class Transport:
             raise ConfigError(f"{said}, such as lambda: httpx.AsyncClient(verify=False)")
         self._keys = Keys(endpoints, api_key, headers or {}, query or {}, over_http=over_http)
         self._endpoints, self._factory, self._limits = tuple(endpoints), http_client, limits
-        self._portable_key = api_key if is_portable(api_key) else None
+        self._portable_key = api_key if inspect.isfunction(api_key) else None  # anything else may hold a key
         self._over_http = over_http
         # Of the user's client, its own proxies hold.
         proxies = {} if http_client else {endpoint: proxy_for(endpoint) for endpoint in endpoints}
@@ -101,18 +106,11 @@ class Transport:
         if self._keys.has_secrets:
             said = "default_headers or default_query hold a secret, by its name, which no pickle carries"
             raise ConfigError(f"{said}; make the scorer in each process, or have http_client= send it")
-        for name, function in (("http_client", self._factory), ("api_key", self._portable_key)):
-            try:
-                pickle.dumps(function)
-            except (pickle.PicklingError, AttributeError, TypeError) as error:
-                raise ConfigError(
-                    f"{name} can't go to another process: pass a function that a module defines"
-                ) from error
         remake = functools.partial(
             Transport,
             self._endpoints,
-            self._portable_key,
-            http_client=self._factory,
+            portable("api_key", self._portable_key),
+            http_client=portable("http_client", self._factory),
             headers=self._keys.headers,
             query=self._keys.query,
             limits=self._limits,
