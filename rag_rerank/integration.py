@@ -16,7 +16,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self, cast, dataclass_transform
+from typing import Any, Literal, Self, cast, dataclass_transform
 
 from rag_rerank.closeable import Closeable
 from rag_rerank.errors import RerankError
@@ -180,11 +180,9 @@ class VLLMSettings(ScorerSettings):
     """The settings of `VLLMScorer`, which describes them; checked by it, too.
 
     The framework's class declares ``api_key`` in its own way of hiding secrets: anything with ``get_secret_value``. It
-    leaves `HIDDEN` out of what it shows or writes; components share a scorer only if these are equal (functions: the
-    same).
+    leaves `http_client`, `default_headers` and `default_query` out of what it shows or writes, too. Components share a
+    scorer only if these are equal (functions: the same).
     """
-
-    HIDDEN: ClassVar = ("api_key", "http_client", "default_headers", "default_query")
 
     base_url: str | list[str] | None = None
     model: str | None = None

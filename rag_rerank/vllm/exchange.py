@@ -32,6 +32,8 @@ E = TypeVar("E", bound=BackendError)
 
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 8.0  # seconds
 LONGEST_RETRY_AFTER = 120.0  # seconds that a call waits where a server asks for it; else the caller is told at once
+# Seconds for which what is known of a server holds; where it could not tell, it is asked again soon.
+LONGEST_AGE, SHORTEST_AGE = 60.0, 5.0
 # By which a reply to another request of ours is known, also on servers that have not echoed an id yet.
 ID_PREFIX = "rag-rerank-"
 
@@ -174,8 +176,10 @@ class Exchange:
         facts = self.servers.facts
         return self.model or ("the model" if facts is None else facts.model)
 
-    async def describe(self) -> ServerFacts:
-        """Learn what one of the servers tells about itself; asked once."""
+    async def describe(self, *, surely: bool = False) -> ServerFacts:
+        """Learn what one of the servers tells about itself; asked anew to be sure, where it may have restarted."""
+        if surely and self.servers.may_have_restarted(self.clock() - LONGEST_AGE):
+            self.servers.forget()
         facts = self.servers.facts
         return await self._try(self._described, takes_turn=False) if facts is None else facts
 
@@ -190,10 +194,10 @@ class Exchange:
             request = make(facts, sent_id)
             try:
                 answer = await self._once(server, request, lambda body: self._own(server, read(body), sent_id))
-            except _ModelMissing:
+            except _ModelMissing as refusal:
                 server.facts = None  # it was started again with another model
-                missing = await self._missing(server, facts.model)
-                raise missing if self.model is not None else _MayPass(missing, "soon") from None
+                missing = await self._missing(server, facts.model, refusal)
+                raise missing if self.model is not None or missing is refusal else _MayPass(missing, "soon") from None
             self.usage.prompt_tokens += answer.prompt_tokens or 0
             if not all(map(math.isfinite, answer.scores)):
                 raise _MayPass(self.error(BadReply, "a score is not finite", server=server), answer=answer)
@@ -219,18 +223,31 @@ class Exchange:
             error.__cause__ = cause
         return error
 
-    async def _missing(self, server: Server, model: str) -> BackendRejected:
-        """Make the error for a model that is not served, with those that are."""
+    async def _missing(self, server: Server, model: str, refusal: BackendRejected) -> BackendRejected:
+        """Make the error for a model that is not served, with those that are; the refusal where it is served."""
         remedy = "Pass the name that it serves as model=."
-        try:
-            cards = await self._once(server, Request("GET", "/v1/models"), wire.read_models)
+        cards = await self._optional(server, Request("GET", "/v1/models"), wire.read_models)
+        if cards and any(card.name == model for card in cards):
+            refusal.remedy = 'It has no such API there. endpoint="auto" finds out whether it has another one.'
+            return refusal
+        if cards is not None:
             remedy = f"It serves: {_names(cards)}. Pass one of them as model=."
-        except BackendRejected:  # a gateway that lists none
-            pass
         said = f"the server does not serve the model {model!r}"
         error = self.error(BackendRejected, said, remedy, server=server, whole=True)
         error.status = 404
         return error
+
+    async def _optional(self, server: Server, request: Request, read: Callable[[bytes], T]) -> T | None:
+        """Ask what a server need not tell; None where it answers anything else, as gateways do."""
+        try:
+            return await self._once(server, request, read, optional=True)
+        except BackendRejected:
+            return None
+        except _MayPass as failure:
+            if failure.error.status is None and not isinstance(failure.error, BadReply):
+                raise  # nobody is there
+            server.asked_at = self.clock() - LONGEST_AGE + SHORTEST_AGE
+            return None
 
     async def _try(self, attempt: Callable[[Server], Coroutine[Any, Any, T]], *, takes_turn: bool = True) -> T:
         """Attempt until it works or finally fails, or no try or no time is left; other servers are no retries.
@@ -298,8 +315,8 @@ class Exchange:
         # Callers that failed together do not come back together; nor before a hiccup of a quarter of a second is over.
         return bound * (1 + self.jitter()) / 2
 
-    async def _once(self, server: Server, request: Request, read: Callable[[bytes], T]) -> T:
-        """Send a request and read its answer, or raise."""
+    async def _once(self, server: Server, request: Request, read: Callable[[bytes], T], *, optional: bool = False) -> T:
+        """Send a request and read its answer, or raise; nothing is held against a server that need not answer."""
         left = self._left()
         if left <= 0:
             raise self.error(DeadlineExceeded, "the deadline passed", server=server)
@@ -322,9 +339,10 @@ class Exchange:
         if isinstance(outcome, Failure):
             raise self._failed(server, outcome, sent)
         if not 200 <= outcome.status < 300:
-            raise self._refused(server, outcome, request, sent)
+            raise self._refused(server, outcome, request, None if optional else sent)
         if results:
             self._answered(server)
+            server.connection = outcome.connection
             if request.body is not None:
                 server.gave_scores(sent, self.clock())
             return results[0]
@@ -358,15 +376,15 @@ class Exchange:
             text, remedy = f"no answer within {limit}", "Is it overloaded? See attempt_timeout= and timeout=."
         return _MayPass(self.error(BackendUnavailable, text, remedy, server=server, cause=failure.cause), again)
 
-    def _refused(self, server: Server, reply: Reply, request: Request, sent: float) -> Exception:
+    def _refused(self, server: Server, reply: Reply, request: Request, sent: float | None) -> Exception:
         """Make the error for a status that is no success."""
         status, said = reply.status, wire.error_text(reply.body)
         message = f"the server answered {status}" + (f": {said}" if said else "")
         if (status >= 500 and status not in (501, 505)) or status in (408, 409, 425, 429):
-            if status in (502, 503, 504):
+            if status in (502, 503, 504) and sent is not None:
                 server.failed(sent)
             after = _retry_after(reply.headers.get("retry-after", ""), self.now())
-            if after is not None:
+            if after is not None and sent is not None:
                 server.asked(after, self.clock())
             unavailable = self.error(BackendUnavailable, message, server=server)
             unavailable.retry_after = after
@@ -389,30 +407,39 @@ class Exchange:
         elif status == 413:
             remedy = "Let the proxy before it take larger requests (nginx: client_max_body_size)."
         elif "maximum context length" in said:
-            remedy = "Set truncate_prompt_tokens=-1 to have over-long documents cut."
+            remedy = "Set max_tokens_per_doc= to have over-long documents cut."
         # `call` looks for a document that is to blame.
         return _told(self.error(kind, message, remedy, server=server, whole=True), reply, request)
 
     async def _described(self, server: Server) -> ServerFacts:
-        """Learn what a server tells about itself, asked if it is not known."""
-        if server.facts is None:
-            try:
-                version = await self._once(server, Request("GET", "/version"), wire.read_version)
-            except BackendRejected:  # a gateway that forwards only /v1
-                version = None
+        """Learn what a server tells about itself, asked if it is not known or was long ago."""
+        before, now = server.facts, self.clock()
+        if before is None or now - server.asked_at > LONGEST_AGE:
+            server.asked_at = now  # others go on with what is known meanwhile
+            version = await self._optional(server, Request("GET", "/version"), wire.read_version)
             facts = self._facts(server, version, await self._listed(server))
-            server.facts = replace(facts, form=await self._form(server, facts))
-        return server.facts
+            if before is not None and before == replace(
+                facts, has_template=before.has_template, form=before.form, most_bytes=before.most_bytes
+            ):
+                server.facts = replace(before, has_template=None)  # a restart may have changed no more than that
+            else:
+                server.facts = replace(facts, form=await self._form(server, facts))
+        return server.facts or await self._described(server)
 
     async def _listed(self, server: Server) -> list[Card]:
         """Get the models that are served; none where one is named and the server doesn't tell."""
         refusal: BackendRejected | None = None
         for path in server.endpoint.lists(self.api):
+            if self.model is not None:
+                cards = await self._optional(server, Request("GET", path), wire.read_models)
+                if cards is not None:
+                    return cards
+                continue
             try:
-                return await self._once(server, Request("GET", path), self._cards)
+                return await self._once(server, Request("GET", path), wire.read_models)
             except BackendRejected as error:
                 refusal = refusal or error
-        if self.model is None and refusal is not None:
+        if refusal is not None:
             raise refusal
         return []
 
@@ -436,24 +463,18 @@ class Exchange:
             raise refusal
         return forms[0]
 
-    def _cards(self, body: bytes) -> list[Card]:
-        """Read the models that are served; where one is named, a server need not tell."""
-        try:
-            return wire.read_models(body)
-        except BadReply:
-            if self.model is None:
-                raise
-            return []
-
     def _facts(self, server: Server, version: tuple[int, int] | None, cards: list[Card]) -> ServerFacts:
+        if not any(card.window for card in cards):
+            version = None  # some gateways have a version of their own: only vLLM's lists tell how long prompts may be
         if self.model is not None:
             card = next((card for card in cards if card.name == self.model), Card(self.model, ""))
             return ServerFacts(version, self.model, card.root or None, card.window)
         label = server.endpoint.label
         if len({card.root for card in cards}) != 1:
             raise ConfigError(f"{label} serves {len(cards)} models; pass model=. It serves: {_names(cards)}.")
-        known = self.servers.facts
+        known = self.servers.facts_beside(server)
         if known is not None and known.model != cards[0].name:
+            self.servers.forget()  # unless they all have another one now
             raise ConfigError(f"{label} serves {cards[0].name!r}, another one {known.model!r}; pass model=.")
         return ServerFacts(version, cards[0].name, cards[0].root, cards[0].window)
 

@@ -40,10 +40,13 @@ class Keys:
         self._secrets = [value for name, value in named if SECRET.search(name)]
         if api_key is None:
             api_key = os.environ.get("VLLM_API_KEY") or ""
-        if not isinstance(api_key, Mapping):
-            api_key = {endpoint.root: api_key for endpoint in endpoints}
-        self._keys = {Endpoint.parse(url).root: key for url, key in api_key.items()}
-        if strangers := self._keys.keys() - {endpoint.root for endpoint in endpoints}:
+        roots = [endpoint.root for endpoint in endpoints]
+        self._keys: dict[str, Key] = (
+            {Endpoint.parse(url).root: key for url, key in api_key.items()}
+            if isinstance(api_key, Mapping)
+            else dict.fromkeys(roots, api_key)
+        )
+        if strangers := self._keys.keys() - set(roots):
             raise ConfigError(f"api_key names servers that base_url does not: {', '.join(sorted(strangers))}")
         if "authorization" in map(str.lower, self.headers):
             self._keys = {}  # said twice: the header is meant

@@ -8,7 +8,7 @@ from typing import Any
 
 from rag_rerank.backoff import BackOff
 from rag_rerank.vllm.endpoint import Endpoint
-from rag_rerank.vllm.wire import ServerFacts
+from rag_rerank.vllm.wire import Connection, ServerFacts
 
 logger = logging.getLogger("rag_rerank.vllm")
 
@@ -24,6 +24,8 @@ class Server:
         self.asked_until = -math.inf  # until when it asked to be left alone (Retry-After)
         self.answered = self.answered_sent = -math.inf  # when it last gave scores; when the latest of these was sent
         self.facts: ServerFacts | None = None  # None before it was asked, and after it was gone
+        self.asked_at = -math.inf  # when that was
+        self.connection: Connection | None = None  # over which it answered last
         self.echoes_ids = False  # whether it has given a request's id back
 
     def failed(self, began: float, *, gone: bool = False) -> None:
@@ -100,6 +102,16 @@ class Servers:
     def asked_until(self) -> float:
         """Tell when the first of them may be asked again, by what they asked for (Retry-After)."""
         return min(server.asked_until for server in self._servers)
+
+    def may_have_restarted(self, oldest: float) -> bool:
+        """Tell whether one has closed the connection over which it answered last, or was asked before that moment."""
+        known = [server for server in self._servers if server.facts is not None]
+        lost = (server.connection is not None and not server.connection.is_open for server in known)
+        return any(lost) or any(server.asked_at < oldest for server in known)
+
+    def facts_beside(self, asked: Server) -> ServerFacts | None:
+        """Give what another one told about itself."""
+        return next((other.facts for other in self._servers if other is not asked and other.facts is not None), None)
 
     def forget(self) -> None:
         """Have all servers asked again who they are."""

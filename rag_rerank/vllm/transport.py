@@ -17,7 +17,7 @@ import time
 import weakref
 import zlib
 from collections.abc import AsyncGenerator, Callable, Coroutine, Generator, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from http.cookiejar import CookieJar, DefaultCookiePolicy
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
@@ -184,6 +184,7 @@ class Transport:
                     if reply.status != _OK:
                         reply = replace(reply, body=self._keys.scrub(reply.body, key))
                     stream = response.extensions.get("network_stream")
+                    reply = reply if stream is None else replace(reply, connection=_Connection(stream))
                     if not send.judge(reply) and stream is not None and response.http_version != "HTTP/2":
                         await stream.aclose()  # in HTTP/2, answers have numbers
                     return reply
@@ -260,6 +261,15 @@ class Transport:
         known = self._clients.get(asyncio.get_running_loop())
         if known is not None:
             await known[1].aclose()
+
+
+@dataclass(frozen=True, slots=True)
+class _Connection:
+    stream: Any  # httpcore's
+
+    @property
+    def is_open(self) -> bool:
+        return not self.stream.get_extra_info("is_readable")  # with nothing asked, only its end can be read
 
 
 class _Ending:

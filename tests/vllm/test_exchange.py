@@ -189,7 +189,7 @@ class TestRefusals:
             (Reply(300, b""), BackendRejected, "never followed.*base_url"),
             (Reply(399, b""), BackendRejected, "never followed.*base_url"),
             (Reply(404, b'{"detail": "Not Found"}'), BackendRejected, "404: Not Found .*--runner pooling"),
-            (refusal(400, "maximum context length is 512"), BackendRejected, "truncate_prompt_tokens=-1"),
+            (refusal(400, "maximum context length is 512"), BackendRejected, "max_tokens_per_doc="),
             (refusal(400, "odd"), BackendRejected, r"answered 400: odd \(server0:1, 1 attempt, 0.00 s\)\.$"),
         ],
     )
@@ -219,12 +219,20 @@ class TestRefusals:
         assert type(caught.value) is BackendRejected
         assert "--runner pooling" not in str(caught.value)
 
-    def test_an_unknown_model_is_found_out_in_as_many_tries_as_it_takes(self):
-        """The list of models may be late, too."""
-        lists = Script(refusal(500), EMPTY, server=Server(models=["x"]))
-        world = World(lambda send, now: lists(send, now) if send.request.body is None else (0.0, MISSING), model="m")
-        with pytest.raises(BackendRejected, match=r"'m'.*It serves: x\."):
+    def test_a_list_that_fails_is_done_without(self):
+        """What is said is said of the model."""
+        world = World(
+            lambda send, now: (0.0, refusal(500) if send.request.body is None else MISSING), model="m", max_retries=0
+        )
+        with pytest.raises(BackendRejected, match="does not serve the model 'm'.*Pass the name"):
             score(world)
+
+    def test_a_model_that_is_listed_is_not_missing(self):
+        """Some programs say so of a path that they don't have."""
+        world = World(Script(refusal(404, "Invalid URL")), model="m")
+        with pytest.raises(BackendRejected, match=r'404: Invalid URL .*endpoint="auto"'):
+            score(world)
+        assert world.paths == ["/v1/score", "/v1/models"]
 
 
 class TestRetryAfter:
@@ -913,7 +921,7 @@ class TestLearning:
 
     def test_a_description_is_tried_for_as_a_score_is(self):
         """By the same rules."""
-        world = World(Script(BROKEN, refusal(500)), known=False)
+        world = World(Script(BROKEN, None, refusal(500)), known=False)
         assert learn(world).model == "m"
         assert world.slept == [0.5]
 
@@ -929,8 +937,39 @@ class TestLearning:
     def test_a_named_model_needs_no_list_of_models(self, models: Reply):
         """A gateway may have none, or name models differently."""
         world = World(Script(None, models), known=False, model="mine")
-        assert learn(world) == ServerFacts((0, 32), "mine")
+        assert learn(world) == ServerFacts(None, "mine")
         assert len(world.sent) == 2
+
+    @pytest.mark.parametrize("reply", [BUSY, refusal(500), UNREAD, Reply(200, b"nginx")])
+    def test_what_a_server_need_not_tell_stops_no_call(self, reply: Outcome):
+        """It is not known then, and asked again soon; nothing is held against the server."""
+
+        def answer(send: Send, now: float) -> tuple[float, Outcome]:
+            return (0.0, reply) if send.request.body is None else Server()(send, now)
+
+        world = World(answer, known=False, model="m")
+        assert score(world) == SCORES
+        assert score(world) == SCORES
+        assert world.paths == ["/version", "/v1/models", "/v1/score", "/v1/score"]
+        world.now += 6
+        assert score(world) == SCORES
+        assert world.paths[4:] == ["/version", "/v1/models", "/v1/score"]
+
+    def test_another_programs_version_is_not_vllms(self):
+        """A router's, whose list of models does not tell how long prompts may be; a source build's says nothing."""
+        world = World(Server(version="0.1.10", tells_window=False), known=False)
+        assert world.score("q", ["a"], instruction="i") == [oracle("q", "a")]
+        assert learn(World(Server(version="0.1.dev1+gabc"), known=False)).version is None
+
+    def test_what_is_known_is_asked_anew_after_a_minute(self):
+        """The server may have been started again with other options."""
+        world = World(known=False)
+        assert score(world) == SCORES
+        world.answer = Server(window=99)
+        world.now += 61
+        assert score(world) == SCORES
+        assert world.servers.facts.window == 99
+        assert world.paths == ["/version", "/v1/models", "/v1/score"] * 2
 
     def test_an_unnamed_model_is_the_one_that_is_served(self):
         """Aliases of one checkpoint count as one; the first is asked for."""

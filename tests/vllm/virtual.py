@@ -266,6 +266,7 @@ class World:
         self._ids = itertools.count(1)
         for server in self.each_server:
             server.back_off = BackOff(self.clock)
+            server.asked_at = START
             server.facts = ServerFacts((0, 32), "m", "org/m", 1_000_000) if known else None
 
     @property

@@ -136,7 +136,8 @@ class VLLMReranker(rag_rerank.VLLMSettings, _OwnScorer):
 
     def __getstate__(self) -> dict[Any, Any]:
         state = super().__getstate__()
-        return {**state, "__dict__": state["__dict__"] | dict.fromkeys(self.HIDDEN)}
+        hidden = dict.fromkeys(("api_key", "http_client", "default_headers", "default_query"))
+        return {**state, "__dict__": state["__dict__"] | hidden}
 
     @property
     def lc_secrets(self) -> dict[str, str]:
