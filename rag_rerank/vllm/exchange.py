@@ -196,8 +196,7 @@ class Exchange:
                 answer = await self._once(server, request, lambda body: self._own(server, read(body), sent_id))
             except _ModelMissing as refusal:
                 server.facts = None  # it was started again with another model
-                missing = await self._missing(server, facts.model, refusal)
-                raise missing if self.model is not None or missing is refusal else _MayPass(missing, "soon") from None
+                raise await self._missing(server, facts.model, refusal) from None
             self.usage.prompt_tokens += answer.prompt_tokens or 0
             if not all(map(math.isfinite, answer.scores)):
                 raise _MayPass(self.error(BadReply, "a score is not finite", server=server), answer=answer)
@@ -223,19 +222,21 @@ class Exchange:
             error.__cause__ = cause
         return error
 
-    async def _missing(self, server: Server, model: str, refusal: BackendRejected) -> BackendRejected:
-        """Make the error for a model that is not served, with those that are; the refusal where it is served."""
-        remedy = "Pass the name that it serves as model=."
+    async def _missing(self, server: Server, model: str, refusal: BackendRejected) -> Exception:
+        """Make the error for a model that is not served, as it seems, with those that are."""
+        said, remedy = f"the server does not serve the model {model!r}", "Pass the name that it serves as model=."
         cards = await self._optional(server, Request("GET", "/v1/models"), wire.read_models)
-        if cards and any(card.name == model for card in cards):
-            refusal.remedy = 'It has no such API there. endpoint="auto" finds out whether it has another one.'
-            return refusal
-        if cards is not None:
+        is_listed = any(card.name == model for card in cards or ())
+        if is_listed:
+            said, remedy = (
+                refusal.message,
+                'It has no such API there. endpoint="auto" finds out whether it has another.',
+            )
+        elif cards is not None:
             remedy = f"It serves: {_names(cards)}. Pass one of them as model=."
-        said = f"the server does not serve the model {model!r}"
         error = self.error(BackendRejected, said, remedy, server=server, whole=True)
-        error.status = 404
-        return error
+        error.status, error.body, error.request_id = 404, refusal.body, refusal.request_id
+        return error if is_listed or self.model is not None else _MayPass(error, "soon")
 
     async def _optional(self, server: Server, request: Request, read: Callable[[bytes], T]) -> T | None:
         """Ask what a server need not tell; None where it answers anything else, as gateways do."""
@@ -405,9 +406,7 @@ class Exchange:
                 "(--runner pooling), not for a model that generates text."
             )
         elif status == 413:
-            remedy = (
-                "Shorten it, or have the proxy take larger requests (nginx: client_max_body_size)."
-            )
+            remedy = "Shorten it, or have the proxy take larger requests (nginx: client_max_body_size)."
         elif "maximum context length" in said:
             remedy = "Set max_tokens_per_doc= to have over-long documents cut."
         # `call` looks for a document that is to blame.

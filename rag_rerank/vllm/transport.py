@@ -364,7 +364,8 @@ async def _read(response: httpx.Response, limit: int) -> Reply | Failure:
             async for chunk in response.stream:  # type: ignore[union-attr]
                 body += chunk if unpack is None else unpack.decompress(chunk, limit + 1 - len(body))
                 if len(body) > limit:
-                    fault = f"the answer is longer than {limit} bytes"
+                    packed = "" if unpack is None else f"compressed ({encoding}) and "
+                    fault = f"the answer is {packed}longer than {limit} bytes"
                     break
         except zlib.error as error:
             fault = f"the answer can't be unpacked: {error}"
