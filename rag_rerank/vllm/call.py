@@ -231,7 +231,8 @@ class Call:
         if self._api == "tei":
             self.options = replace(self.options, truncate_prompt_tokens=-1)
         if self._api != "score" and facts.version is None:
-            return  # no vLLM server, as it seems: others may stumble over a field of vLLM's
+            self.fit = False  # no vLLM server, as it seems: others may stumble over a field of vLLM's
+            return
         long = await self._long(facts.window)
         if long:
             facts = await self.exchange.describe(surely=True)

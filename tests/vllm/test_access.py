@@ -3,13 +3,14 @@
 import asyncio
 import logging
 import pickle
+import zlib
 from typing import Any
 
 import httpx
 import pytest
 
 from rag_rerank import AuthError, BackendUnavailable, ConfigError, VLLMScorer
-from tests.faulty_server import HANG, FaultyServer, on_scores, oracle, refusal, right
+from tests.faulty_server import HANG, FaultyServer, Request, Steps, http, on_scores, oracle, refusal, right
 from tests.vllm.faults.common import soon
 
 EXACT = [oracle("q", "a")]
@@ -157,6 +158,19 @@ class TestHeadersAndKeys:
             scorer.score("q", ["a"])
         assert (caught.value.status, caught.value.request_id) == (401, "abc")
         assert "bad key [key]" in str(caught.value.body)
+
+
+@pytest.mark.parametrize(("encoding", "bits"), [("gzip", 31), ("deflate", 15)])
+def test_a_gateway_that_compresses_everything(encoding: str, bits: int):
+    """Though it was asked for plain."""
+
+    def behave(request: Request) -> Steps:
+        packer = zlib.compressobj(wbits=bits)
+        body = packer.compress(b"".join(right(request)).split(b"\r\n\r\n", 1)[1]) + packer.flush()
+        return [http(body, Content_Encoding=encoding)]
+
+    with FaultyServer(behave) as server, VLLMScorer(server.base_url) as scorer:
+        assert scorer.score("q", ["a"]) == EXACT
 
 
 class TestTimeLimits:
