@@ -74,7 +74,8 @@ class VLLMScorer(Scorer):
             over-long documents are rejected. ``"auto"`` is -1, but where the server puts pairs into a score template
             the document is cut at the tokens that query and template leave for it: vLLM would cut the end of the
             prompt, from which the score is read. Templates are told by the number of tokens that the server counts;
-            a template that is rendered here (`template`) leaves nothing to cut.
+            where a gateway hides it, over-long documents are rejected. A template that is rendered here (`template`)
+            leaves nothing to cut.
         max_tokens_per_query, max_tokens_per_doc: Cut each query or document at so many tokens (vLLM 0.20).
         priority: Of the requests, where the server schedules by it; lower goes first.
         extra_body: More fields for the request, as they are.
@@ -85,9 +86,10 @@ class VLLMScorer(Scorer):
         timeout: Seconds that a call may take in all, tries and waits included, unless it names a `deadline`. None: no
             bound. An `httpx.Timeout` bounds each try instead, as httpx does, and takes the place of `connect_timeout`.
         max_retries: How often a request is repeated after a failure that may pass: connection refused or broken, the
-            statuses 408, 429 and 5xx, or an invalid reply. At once with another server or after a connection broke;
-            else with full jitter over 0.5 s, doubling, or when the server says (Retry-After). After a request that
-            failed in all its tries, requests get one each, until one is answered.
+            statuses 408, 409, 425, 429 and 5xx (but 501 and 505), or an invalid reply. At once after a connection
+            broke; else after 0.25 to 0.5 s, doubling, or when the server says (Retry-After). Asking another server
+            is no repetition. After a request that failed in all its tries, requests get one each, until one is
+            answered.
         chunk_size: How many documents a request may have. A listwise model (jina-reranker-v3) gets all documents of a
             query in one request, for each score depends on the others.
         max_concurrency: How many requests of one call may be under way at once. Neither changes a score.
@@ -95,8 +97,9 @@ class VLLMScorer(Scorer):
             `BackendUnavailable`. None: any number, of which a server that is asked for more than it can do answers
             none in time, for each waits behind all others (see docs/pages/scaling.md).
         connect_timeout: Seconds in which there must be a connection.
-        attempt_timeout: Seconds in which a request must be answered before it is repeated. None: an equal share of the
-            call's time for each try where there are several servers; with one, all of it.
+        attempt_timeout: Seconds in which a request must be answered before it is given up and repeated. None: all of
+            the call's time; of several servers, another is asked as well where one is silent for a third of it (with
+            two retries), unless it works off what came before.
         send_key_over_http: Allow the key to be sent unencrypted to another machine.
 
     Raises:
