@@ -58,18 +58,18 @@ async def give_up(scorer: VLLMScorer, count: int, *, cancelled: bool) -> None:
 
 @pytest.mark.parametrize("cancelled", [True, False], ids=["cancelled", "late"])
 def test_in_an_event_loop(server: FaultyServer, connect: Connect, cancelled: bool):
-    """2,000 calls, each given up while it connects, sends, waits, reads or closes."""
+    """400 calls, each given up while it connects, sends, waits, reads or closes."""
     scorer = connect(server)
 
     async def calls() -> None:
         await scorer.ascore(QUERY, FEW)
         before = descriptors() - 2 * server.open_connections
-        await give_up(scorer, 2000, cancelled=cancelled)
+        await give_up(scorer, 400, cancelled=cancelled)
         assert await asyncio.to_thread(soon, lambda: held(scorer) == (0, 0))
         assert await scorer.ascore(QUERY, FEW) == EXACT[:5]
         # Both ends of a connection are in this process; idle ones are kept, 32 at most.
         assert await asyncio.to_thread(soon, lambda: descriptors() - 2 * server.open_connections <= before)
-        assert server.open_connections <= 32
+        assert await asyncio.to_thread(soon, lambda: server.open_connections <= 32)
 
     asyncio.run(calls())
 
@@ -82,25 +82,25 @@ def test_in_threads(server: FaultyServer, connect: Connect):
 
     def call(number: int) -> None:
         with contextlib.suppress(RerankError):
-            scorer.score("q", ["d"], deadline=0.001 + 0.012 * number / 2000)
+            scorer.score("q", ["d"], deadline=0.001 + 0.012 * number / 400)
 
     with ThreadPoolExecutor(AT_ONCE) as pool:
-        list(pool.map(call, range(2000)))
+        list(pool.map(call, range(400)))
     assert scorer.score(QUERY, FEW) == EXACT[:5]
     assert soon(lambda: held(scorer) == (0, 0))
     assert soon(lambda: descriptors() - 2 * server.open_connections <= before)
-    assert server.open_connections <= 32
+    assert soon(lambda: server.open_connections <= 32)
 
 
 def test_requests_beside_one_that_fails(server: FaultyServer, connect: Connect):
-    """500 calls of four requests, one of which is refused while the others are under way."""
+    """100 calls of four requests, one of which is refused while the others are under way."""
     scorer = connect(server, chunk_size=1)
 
     async def calls() -> None:
         await scorer.ascore(QUERY, FEW)
         before = descriptors() - 2 * server.open_connections
         server.behave = on_scores(lambda request: refusal(401) if request.documents == ["d"] else later(request))
-        for _ in range(50):
+        for _ in range(10):
             tasks = (scorer.ascore("q", ["a", "b", "c", "d"]) for _ in range(10))
             assert all(isinstance(error, RerankError) for error in await asyncio.gather(*tasks, return_exceptions=True))
         assert await asyncio.to_thread(soon, lambda: held(scorer) == (0, 0))
