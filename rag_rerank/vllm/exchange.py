@@ -101,18 +101,29 @@ class _Attempts(Generic[T]):
     sleep: Callable[[float], Awaitable[None]]
     under_way: dict[asyncio.Task[T], tuple[Server, float]] = field(default_factory=dict)  # and when each began
     blamed: list[tuple[Server, float]] = field(default_factory=list)
+    alone: tuple[Coroutine[Any, Any, T], Server, float] | None = None
 
     @property
     def servers(self) -> list[Server]:
         """Those that are asked."""
         return [server for server, _ in self.under_way.values()]
 
-    def begin(self, attempt: Coroutine[Any, Any, T], server: Server, began: float) -> None:
-        """Begin another one."""
-        self.under_way[asyncio.create_task(attempt)] = server, began
+    def begin(self, attempt: Coroutine[Any, Any, T], server: Server, began: float, *, alone: bool) -> None:
+        """Begin another one; alone, it needs no task of its own."""
+        if alone:
+            self.alone = attempt, server, began
+        else:
+            self.under_way[asyncio.create_task(attempt)] = server, began
 
     async def first(self, seconds: float) -> list[T]:
         """Wait for the first answer, for so long; empty where there is none. Raises _MayPass where one has failed."""
+        if self.alone is not None:
+            (attempt, server, began), self.alone = self.alone, None
+            try:
+                return self._answered(await attempt, server)
+            except _MayPass as failure:
+                self._failed(failure, server, began)
+                raise
         if not self.under_way:
             await self.sleep(seconds)
             return []
@@ -121,16 +132,21 @@ class _Attempts(Generic[T]):
         for task in sorted(done, key=lambda task: task.exception() is not None)[:1]:  # the others are done next time
             server, began = self.under_way.pop(task)
             try:
-                answer = task.result()
+                return self._answered(task.result(), server)
             except _MayPass as failure:
-                if failure.blames:
-                    self.blamed.append((server, began))
+                self._failed(failure, server, began)
                 raise
-            for other, moment in self.blamed:
-                if other is not server:
-                    other.failed(moment)
-            return [answer]
         return []
+
+    def _answered(self, answer: T, server: Server) -> list[T]:
+        for other, began in self.blamed:
+            if other is not server:
+                other.failed(began)
+        return [answer]
+
+    def _failed(self, failure: "_MayPass", server: Server, began: float) -> None:
+        if failure.blames:
+            self.blamed.append((server, began))
 
     async def end(self) -> None:
         """Give up what is still under way."""
@@ -265,7 +281,7 @@ class Exchange:
             while True:
                 server, began = self.servers.choose(tried, attempts.servers, takes_turn=takes_turn), self.clock()
                 tried.append(server)
-                attempts.begin(attempt(server), server, began)
+                attempts.begin(attempt(server), server, began, alone=self._share == math.inf)
                 pause: float | None = None  # until the next attempt, once one has failed
                 while pause is None or pause > 0:
                     try:
