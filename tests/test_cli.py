@@ -141,6 +141,18 @@ class TestRemote:
         assert len(json.loads(run(*arguments, VLLM_API_KEY=vllm_cross_encoder.api_key).stdout)["scores"]) == 2
 
 
+def test_headers_go_along():
+    """--header, as often as a gateway wants."""
+    with FaultyServer() as server:
+        arguments = ("score", QUERY, "a", "--json", "--base-url", server.base_url)
+        result = run(*arguments, "--header", "X-Tenant: search", "--header", "X-Team:b", VLLM_API_KEY="")
+        assert result.returncode == 0, result.stderr
+        headers = server.score_requests[-1].headers
+        wrong = run(*arguments, "--header", "X-Tenant", VLLM_API_KEY="")
+    assert (headers["x-tenant"], headers["x-team"]) == ("search", "b")
+    assert "--header" in wrong.stderr
+
+
 class TestTemplates:
     """What the package knows about models."""
 
