@@ -151,10 +151,10 @@ class Transport:
             # httpx times out single reads; this bounds the whole exchange.
             done, _ = await asyncio.wait([task], timeout=send.timeout)
         except asyncio.CancelledError:
-            ending.begin()
+            await ending.of(task)
             raise
         if not done:
-            ending.begin()
+            await ending.of(task)
             return Failure("timeout", "timed out")
         return task.result()
 
@@ -292,13 +292,19 @@ class _Ending:
             if self._begun and self._sends:
                 self.scope.cancel()
 
-    def begin(self, turns: int = 20) -> None:
-        """End it: now, or when it sends; after some turns of the loop where nothing tells what it does."""
+    async def of(self, task: "asyncio.Task[Any]") -> None:
+        """End it and wait for that, unless a connection is being made: the loop may stop with the call."""
+        self._begin()
+        if not self._connects:
+            await asyncio.wait([task], timeout=1.0)
+
+    def _begin(self, turns: int = 20) -> None:
+        """End it now, or when it sends; after some turns of the loop where nothing tells what it does."""
         self._begun = True
         if self._sends or not turns:
             self.scope.cancel()
         elif not self._connects:
-            asyncio.get_running_loop().call_soon(self.begin, turns - 1)
+            asyncio.get_running_loop().call_soon(self._begin, turns - 1)
 
 
 def _over(task: "asyncio.Task[Reply | Failure]") -> None:
