@@ -99,6 +99,7 @@ class Route:
     """What a text passes through."""
 
     folder: str = ""  # the transformer's, within the checkpoint
+    task: str | None = None  # what sentence-transformers loads it for
     prompt: str = ""  # before each text
     max_length: int | None = None  # longest input in tokens, where sentence-transformers' files limit it
     lower_case: bool = False  # whether texts are lowered first
@@ -129,7 +130,6 @@ class Declaration:
     skipped_in: tuple[str, ...] = ("document",)
     kept_ids: tuple[int, ...] = ()  # if any, the only tokens of documents that are compared
     markers: tuple[str, ...] = ()  # prompts that were tokens of their own in training
-    adapter: bool = False  # whether weights of an adapter (PEFT) lie here
 
     def as_vllm(self) -> "Declaration":
         """Give what vLLM makes of a declaration of late interaction: only the projection and its length."""
@@ -154,12 +154,10 @@ def read_declaration(name: str, read: Callable[[str], Any], kind: Kind | None = 
         reader = _Reader(read)
         kind = kind or reader.kind()
         if reader.modules is None:
-            declared = reader.stanford() if kind == "late-interaction" else reader.plain(kind)
-        elif kind == "cross-encoder":
-            declared = reader.cross_encoder()
-        else:
-            declared = reader.bi_encoder() if kind == "bi-encoder" else reader.multi_vector()
-        return replace(declared, adapter=read("adapter_config.json") is not None)
+            return reader.stanford() if kind == "late-interaction" else reader.plain(kind)
+        if kind == "cross-encoder":
+            return reader.cross_encoder()
+        return reader.bi_encoder() if kind == "bi-encoder" else reader.multi_vector()
     except _Refused as error:
         raise ConfigError(f"{name!r}: {error}") from error
 
@@ -388,6 +386,7 @@ class _Reader:
             passed = makes
         route = Route(
             folder=folder,
+            task=task,
             prompt=prompt,
             max_length=self._max_length(texts, side),
             lower_case=bool(texts.get("do_lower_case", bool)),
