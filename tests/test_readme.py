@@ -1,5 +1,11 @@
-"""The READMEs are true: their examples run as they stand and print what stands below them."""
+"""The README, the guides and the adapters' READMEs are true: their examples run and print what stands below them.
 
+The examples of a page build on each other. The model that they name comes from a hub's cache, as on a reader's machine:
+there it has the released weights of `tests.released`.
+"""
+
+import json
+import os
 import re
 import subprocess
 import sys
@@ -7,46 +13,114 @@ from pathlib import Path
 
 import pytest
 
+from rag_rerank import LocalScorer, embedded
+from rag_rerank.evaluation import Collection
+from rag_rerank.evaluation.retrieval import BM25
 from rag_rerank.families import FAMILIES
+from tests import released
 
 ROOT = Path(__file__).resolve().parent.parent
-READMES = [
-    "README.md",
-    "integrations/langchain/README.md",
-    "integrations/llama_index/README.md",
-    "docs/pages/index.md",
-    "docs/pages/scaling.md",
-    "docs/pages/contributing.md",
-]
+PAGES = [ROOT / "README.md", *sorted(ROOT.glob("integrations/*/README.md")), *sorted(ROOT.glob("docs/pages/*.md"))]
 EXAMPLE = re.compile(r"```python\n(.*?)```(?:\n\n```text\n(.*?)```)?", re.DOTALL)
+MODEL = "cross-encoder/ms-marco-MiniLM-L12-v2"
+
+# Runs examples in one namespace, as a reader does in one session, and writes what each of them printed.
+RUN = """
+import contextlib, io, json, sys
+printed, names = [], {"__name__": "__main__"}
+for code in json.load(sys.stdin):
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        exec(code, names)
+    printed.append(out.getvalue())
+print(json.dumps(printed))
+"""
 
 
-def examples(with_output: bool) -> list[object]:
-    """(code, output) of every Python block, with its place in the file as its name."""
-    return [
-        pytest.param(match[1], match[2], id=f"{readme}-{number}")
-        for readme in READMES
-        for number, match in enumerate(EXAMPLE.finditer((ROOT / readme).read_text(encoding="utf-8")), 1)
-        if bool(match[2]) == with_output
-    ]
+def examples(page: Path) -> list[tuple[str, str]]:
+    """(code, output) of every Python block; where there is no output, it is to be read, not run."""
+    return EXAMPLE.findall(page.read_text(encoding="utf-8"))
 
 
-@pytest.mark.parametrize(("code", "printed"), examples(with_output=True))
-def test_an_example_prints_what_stands_below_it(code: str, printed: str):
-    """In an interpreter of its own, as a reader would try it."""
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=120)
+def name(page: Path) -> str:
+    return str(page.relative_to(ROOT))
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """HF_HOME with the model in it."""
+    folder = tmp_path_factory.mktemp("hub")
+    model = folder / "hub" / f"models--{MODEL.replace('/', '--')}"
+    (model / "refs").mkdir(parents=True)
+    (model / "refs" / "main").write_text("released", encoding="utf-8")
+    (model / "snapshots").mkdir()
+    (model / "snapshots" / "released").symlink_to(released.folder())
+    return folder
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if any(output for _, output in examples(page))], ids=name)
+def test_examples_print_what_stands_below_them(page: Path, hub: Path):
+    runnable = [(code, output) for code, output in examples(page) if output]
+    result = subprocess.run(
+        [sys.executable, "-c", RUN],
+        input=json.dumps([code for code, _ in runnable]),
+        env=os.environ | {"HF_HOME": str(hub), "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
     assert result.returncode == 0, result.stderr
-    assert result.stdout == printed
+    assert json.loads(result.stdout.splitlines()[-1]) == [output for _, output in runnable]
 
 
-@pytest.mark.parametrize(("code", "printed"), examples(with_output=False))
-def test_an_example_without_output_compiles(code: str, printed: None):
-    """It needs a server or a vector store of yours."""
-    compile(code, "README.md", "exec")
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_examples_without_output_compile(page: Path):
+    """They need a server or a vector store of yours."""
+    for code, _ in examples(page):
+        compile(code, name(page), "exec")
+
+
+def test_links_lead_somewhere():
+    """Those to other files, and to chapters of other pages."""
+    for page in PAGES:
+        for target in re.findall(r"\]\(((?!https?:)[^)]+)\)", page.read_text(encoding="utf-8")):
+            path, _, anchor = target.partition("#")
+            file = (page.parent / path) if path else page
+            assert file.exists(), f"{name(page)}: {target}"
+            if anchor and "." not in anchor:  # names of the API reference have dots; mkdocs checks those
+                chapters = re.findall(r"^#+ (.*)$", file.read_text(encoding="utf-8"), re.MULTILINE)
+                slugs = [re.sub(r"[^\w\- ]", "", chapter).strip().lower().replace(" ", "-") for chapter in chapters]
+                assert anchor in slugs, f"{name(page)}: {target}"
+
+
+def test_the_readme_is_short():
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 150
+
+
+def test_the_readme_begins_with_what_reranking_does():
+    """The documents of its first table are those that BM25 and the released cross-encoder put on top."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    query = re.search(r"\*\*(.*?\?)\*\*", readme)[1]
+    rows = re.findall(r"^\| [123] \| (.*?) \| (.*?) \|$", readme, re.MULTILINE)
+    collection = Collection.load(embedded.collection_folder())
+    found = list(BM25(collection.documents).retrieve(query, 20))
+    with LocalScorer(released.folder()) as scorer:
+        ranked = scorer.rerank(query, [collection.documents[each] for each in found], top_n=3)
+    for cells, ids in [
+        ([before for before, _ in rows], found[:3]),
+        ([after for _, after in rows], [found[each.index] for each in ranked]),
+    ]:
+        for cell, document in zip(cells, ids, strict=True):
+            text = " ".join(collection.documents[document].split())
+            assert cell.strip("✓ *…") in text
+            assert ("✓" in cell) == (
+                document
+                in collection.judgments[next(iter(key for key, value in collection.queries.items() if value == query))]
+            )
 
 
 def family_table() -> str:
-    """The README's table of models, from the one in rag_rerank.families."""
+    """The guide's table of models, from the one in rag_rerank.families."""
     score = {"head": "head", "bi-encoder": "cosine", "late-interaction": "MaxSim"}
     rows = ["| model | template; score from | `LocalScorer` | `vllm serve MODEL` and |", "|---|---|---|---|"]
     for family in FAMILIES:
@@ -61,7 +135,7 @@ def family_table() -> str:
 
 def test_the_table_of_models_is_that_of_the_package():
     """To write it anew: python -m tests.test_readme."""
-    assert family_table() in (ROOT / "README.md").read_text(encoding="utf-8")
+    assert family_table() in (ROOT / "docs" / "pages" / "models.md").read_text(encoding="utf-8")
 
 
 def test_the_tree_for_contributors_is_the_tree_of_the_package():

@@ -1,4 +1,4 @@
-"""What the README says about other rerankers is true: its code runs, before and after, and its table is complete."""
+"""What the guide says about other rerankers is true: its code runs, before and after, and its table is complete."""
 
 import ast
 import importlib
@@ -16,8 +16,8 @@ from langchain_core.documents import Document
 from langchain_rag_rerank import LocalReranker, VLLMReranker
 from tests.vllm_server import VLLMServer
 
-README = Path(__file__).resolve().parents[3] / "integrations" / "langchain" / "README.md"
-SECTION = README.read_text(encoding="utf-8").partition("## Coming from another reranker")[2]
+GUIDE = Path(__file__).resolve().parents[3] / "docs" / "pages" / "langchain.md"
+SECTION = GUIDE.read_text(encoding="utf-8").partition("## Coming from another reranker")[2]
 BLOCK = re.compile(r"```python\n(.*?)```", re.DOTALL)
 
 # The arguments of the versions that were current when this was written: langchain-classic 1.0.8, langchain-community
@@ -73,7 +73,7 @@ def run(code: str, folder: Path | None = None, base_url: str | None = None) -> A
     if base_url is not None:
         code = code.replace("http://localhost:8000", base_url)
     space: dict[str, Any] = {}
-    exec(compile(code, str(README), "exec"), space)  # noqa: S102 - ours
+    exec(compile(code, str(GUIDE), "exec"), space)  # noqa: S102 - ours
     return space["reranker"]
 
 

@@ -33,7 +33,7 @@ TEXTS = [
 ORDER = ["n4", "n2", "n1", "n0", "n3"]
 """The nodes with `TEXTS` as `KeywordScorer` ranks them for `QUERY`; its last two are a tie."""
 SECRET = "sk-very-secret"
-README = Path(__file__).resolve().parents[3] / "integrations" / "llama_index" / "README.md"
+GUIDE = Path(__file__).resolve().parents[3] / "docs" / "pages" / "llama_index.md"
 NOBODY = "http://127.0.0.1:9"  # the discard port: nothing answers there
 
 
@@ -172,8 +172,8 @@ async def until(condition: Callable[[], bool]) -> None:
 
 
 def migrations() -> dict[str, tuple[str, str]]:
-    """From the README: code with another reranker, and with one of ours, by the other's name."""
-    chapter = README.read_text(encoding="utf-8").partition("## Coming from another reranker\n")[2]
+    """From the guide: code with another reranker, and with one of ours, by the other's name."""
+    chapter = GUIDE.read_text(encoding="utf-8").partition("## Coming from another reranker\n")[2]
     blocks = {
         title: tuple(re.findall(r"```python\n(.*?)```", text, re.DOTALL))
         for title, text in re.findall(r"^### (.*?)\n(.*?)(?=^### |\Z)", chapter, re.DOTALL | re.MULTILINE)
@@ -184,5 +184,5 @@ def migrations() -> dict[str, tuple[str, str]]:
 def made_by(code: str) -> Any:
     """The reranker that an example makes."""
     names: dict[str, Any] = {}
-    exec(compile(code, str(README), "exec"), names)  # noqa: S102 - our own README
+    exec(compile(code, str(GUIDE), "exec"), names)  # noqa: S102 - our own
     return names["reranker"]

@@ -1,4 +1,4 @@
-"""The README's way from other rerankers to these: the code runs, and no argument of theirs is left without a word.
+"""The guide's way from other rerankers to these: the code runs, and no argument of theirs is left without a word.
 
 LlamaIndex's own SentenceTransformerRerank is here to be compared with. Of the others, what was written is read, and the
 arguments are those of the newest packages on PyPI in 2026.
@@ -15,7 +15,7 @@ from llama_index.core.postprocessor import SentenceTransformerRerank
 from sentence_transformers import CrossEncoder
 
 from llama_index.postprocessor.rag_rerank import LocalReranker, VLLMReranker
-from tests.integrations.llamaindex.support import QUERY, README, TEXTS, found, ids, made_by, migrations, scores
+from tests.integrations.llamaindex.support import GUIDE, QUERY, TEXTS, found, ids, made_by, migrations, scores
 
 ARGUMENTS = {
     "SentenceTransformerRerank": "model device cache_folder top_n keep_retrieval_score cross_encoder_kwargs",  # 0.6.0
@@ -35,8 +35,8 @@ def _key(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def table() -> dict[str, list[str]]:
-    """For each of their arguments the fields that the README names for it."""
-    text = README.read_text(encoding="utf-8").partition("### Their arguments\n")[2]
+    """For each of their arguments the fields that the guide names for it."""
+    text = GUIDE.read_text(encoding="utf-8").partition("### Their arguments\n")[2]
     rows = re.findall(r"^\| (`.*?) \| .*? \| (.*?) \|$", text, re.MULTILINE)
     return {
         theirs: re.findall(r"`([a-z_]+)`", here) for names, here in rows for theirs in re.findall(r"`(\w+)`", names)
