@@ -381,8 +381,8 @@ class TestScoreAPI:
 
     def test_a_command_to_paste_holds_no_other(self):
         """The name of the checkpoint is the server's."""
-        remedy = str(examine(Fake(apis=(), models={"m": "$(x)/bge-reranker-base"}))["Score API"].remedy)
-        assert remedy == "Serve it so: vllm serve '$(x)/bge-reranker-base'"
+        remedy = str(examine(Fake(apis=(), models={"m": "$(x)/zerank-2-reranker-vllm"}))["Score API"].remedy)
+        assert "; vllm serve '$(x)/zerank-2-reranker-vllm' --runner pooling" in remedy
 
     def test_only_the_other_one(self):
         """Then that is what to ask."""
@@ -443,8 +443,8 @@ class TestTemplate:
         [
             ("Qwen/Qwen3-Reranker-0.6B", 80, "good", "as qwen3-reranker needs it"),
             ("Qwen/Qwen3-Reranker-0.6B", 2, "problem", "ranks at random without"),
-            ("BAAI/bge-reranker-base", 6, "good", "needed none"),
-            ("BAAI/bge-reranker-base", 30, "note", "was trained without one"),
+            ("Alibaba-NLP/gte-multilingual-reranker-base", 6, "good", "needed none"),
+            ("Alibaba-NLP/gte-multilingual-reranker-base", 30, "note", "was trained without one"),
             ("mine/reranker", 5, "good", "needed none"),
             ("mine/reranker", 80, "good", "uses a score template"),
             ("mine/reranker", 2, "note", "looks as if it needed one"),
