@@ -26,7 +26,7 @@ from transformers.modeling_layers import GenericForSequenceClassification
 from rag_rerank.errors import ConfigError
 from rag_rerank.local.checkpoint.checkpoint import Checkpoint
 from rag_rerank.local.checkpoint.declaration import Pooling
-from rag_rerank.local.checkpoint.files import INDEX, WEIGHTS, Files, Weights, opened
+from rag_rerank.local.checkpoint.files import INDEX, ONLY_SAFETENSORS, WEIGHTS, Files, Weights, opened
 from rag_rerank.local.checkpoint.fingerprint import TOKENIZER_FILES
 from rag_rerank.local.models.decoder import LOGIT_OPTIONS, token_ids
 from rag_rerank.local.models.layers import activation, config_activation, read_layers
@@ -123,6 +123,8 @@ def convert(
     _check_target(target, overwrite)
     checkpoint = Checkpoint(Files(str(model), revision, cache_dir, local_files_only))
     weights = Weights(checkpoint.files, checkpoint.route.folder)
+    if weights.missing:
+        raise ConfigError(f"{checkpoint.name!r} has no {weights.missing[0]}: {ONLY_SAFETENSORS}")
     if next(iter(weights.shards.values())).parent.resolve().is_relative_to(target.resolve()):
         raise ConfigError(f"{str(target)!r} holds the model itself; pass another folder to write to")
     if checkpoint.tokenizer.pad_token_id is None:

@@ -129,7 +129,10 @@ def modular_modules(folder: Path, kind: str) -> list[Any]:
     )
     hidden = [] if decoder else [dense, LayerNorm(64)] if kind == "modernbert" else [dense]
     pooling = Pooling(64, "lasttoken" if decoder else "cls")
-    return [Transformer(str(folder)), pooling, *hidden, scoring(64, bias=roberta)]
+    modules = [Transformer(str(folder)), pooling, *hidden, scoring(64, bias=roberta)]
+    for layer in (part for module in modules[2:] for part in module.modules() if isinstance(part, torch.nn.Linear)):
+        torch.nn.init.normal_(layer.weight, std=0.4)  # for scores that differ
+    return modules
 
 
 def make_converted(folder: Path) -> Path:
@@ -137,7 +140,6 @@ def make_converted(folder: Path) -> Path:
     torch.manual_seed(2)
     parts = folder.with_name(f"{folder.name}-parts")
     modules = modular_modules(parts / "transformer", "modernbert")
-    torch.nn.init.normal_(modules[-1].linear.weight)
     CrossEncoder(modules=modules, device="cpu").save_pretrained(str(parts / "modular"))
     return convert(parts / "modular", folder)
 

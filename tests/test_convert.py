@@ -174,7 +174,7 @@ class TestModular:
 
     def scores(self, folder: Path, **options: Any) -> list[float]:
         queries, documents = zip(*short_pairs(30), strict=True)
-        with LocalScorer(folder, dtype="float32", **options) as scorer:
+        with LocalScorer(folder, dtype="float32", template=None, **options) as scorer:
             return scorer.score(queries, documents)
 
     def assert_equal(self, source: Path, tmp_path: Path) -> Path:

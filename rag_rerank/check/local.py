@@ -65,7 +65,11 @@ def _files(declared: Declaration) -> Iterator[Finding]:
 
 def _beside_vllm(title: str, ours: list[str], theirs: str, remedy: str | None) -> Finding:
     said = f"It declares {', '.join(ours)}"
-    return Finding(title, "note", f"{said}; vLLM takes {theirs}.", remedy) if remedy else Finding(title, "good", said + ".")
+    return (
+        Finding(title, "note", f"{said}; vLLM takes {theirs}.", remedy)
+        if remedy
+        else Finding(title, "good", said + ".")
+    )
 
 
 def _route(route: Route) -> str:

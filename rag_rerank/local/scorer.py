@@ -9,7 +9,7 @@ import weakref
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rag_rerank.errors import ContentError, DeadlineExceeded
 from rag_rerank.inputs.multimodal import Link, Prepared
@@ -18,6 +18,9 @@ from rag_rerank.local.models.model import Model, Side
 from rag_rerank.local.settings import Dtype, LateInteractionRule, LongDocuments, ScoreType, Settings
 from rag_rerank.scorer import Scorer
 from rag_rerank.template import Template
+
+if TYPE_CHECKING:
+    from rag_rerank.local.transformer.proof import Proof
 
 DEFAULT_MODEL = "cross-encoder/ms-marco-MiniLM-L6-v2"
 
@@ -74,6 +77,10 @@ class LocalScorer(Scorer):
         late_interaction: ``"declared"`` compares the tokens of queries and documents as a ColBERT's authors do: with
             the prefixes, the filling up with ``[MASK]``, the lengths and the punctuation left out that the checkpoint
             declares. ``"vllm"`` goes by none of that, as vLLM does. Without effect on other models.
+        verify: Whether the way that the model is run is compared with plain transformers when it is loaded, on a short
+            and a long text, in a tenth of the time that loading takes; see `proof`. A model that scores a pair beside
+            others otherwise than alone is run in batches of equal length, or is a `ConfigError`. False takes the way
+            that this package's tests cover for the architecture; others are run in batches of equal length, unproven.
         max_waiting_calls: How many calls may be unfinished at a time; one more is refused at once.
         revision: Branch, tag or commit on the hub.
         trust_remote_code: Whether code from the checkpoint may run. Only ever on by this argument.
@@ -117,6 +124,7 @@ class LocalScorer(Scorer):
         max_tokens_per_doc: int | None = None,
         long_documents: LongDocuments = "truncate",
         late_interaction: LateInteractionRule = "declared",
+        verify: bool = True,
         max_waiting_calls: int = 1024,
         revision: str | None = None,
         trust_remote_code: bool = False,
@@ -142,6 +150,7 @@ class LocalScorer(Scorer):
             max_tokens_per_doc=max_tokens_per_doc,
             long_documents=long_documents,
             late_interaction=late_interaction,
+            verify=verify,
             max_waiting_calls=max_waiting_calls,
             revision=revision,
             trust_remote_code=trust_remote_code,
@@ -178,6 +187,15 @@ class LocalScorer(Scorer):
         """
         self._begin(None, None)
         self._wait(self._engine.submit(["warm"], ["up"]), None)
+
+    def proof(self) -> "Proof":
+        """Tell how the model is run, and how far that is from plain transformers; loads it first.
+
+        Raises:
+            ConfigError: It can't be loaded as asked.
+        """
+        self._begin(None, None)
+        return self._loaded(None).proof
 
     def _score(
         self,
@@ -226,9 +244,13 @@ class LocalScorer(Scorer):
         remedy = "Allow more time, pass fewer documents, or call warmup() first: loading counts."
         return DeadlineExceeded(message, elapsed=time.monotonic() - began, remedy=remedy)
 
-    def _facts(self, until: float | None) -> dict[str, str]:
+    def _loaded(self, until: float | None) -> Model:
         while (model := self._engine.model) is None:
             self._wait(self._engine.submit([], []), until)
+        return model
+
+    def _facts(self, until: float | None) -> dict[str, str]:
+        model = self._loaded(until)
         name = "a folder" if Path(self.model_name).is_dir() else self.model_name  # wherever it lies
         return {"model": name, **model.facts}
 

@@ -34,6 +34,7 @@ class Settings:
     max_tokens_per_doc: int | None
     long_documents: LongDocuments
     late_interaction: LateInteractionRule
+    verify: bool
     max_waiting_calls: int
     revision: str | None
     trust_remote_code: bool

@@ -428,6 +428,14 @@ class TestScores:
         """The scale is that of its users."""
         assert "Raw logits" in examine(Fake(), use_activation=False)["Scores"].says
 
+    @pytest.mark.parametrize("signs", [(1, -1), (1, 1)])
+    def test_a_modular_cross_encoder_that_is_served_as_an_embedding_model(self, signs: tuple[int, int]):
+        """Its one number a text is an embedding there: its cosine is 1 or -1."""
+        fake = Fake(lambda query, document, _: float(query == document or signs[relevant(query, document)]))
+        found = examine(fake)["Scores"]
+        assert (found.verdict, "All scores are 1 or -1" in found.says) == ("problem", True)
+        assert found.remedy == "Serve what this makes: rag-rerank convert someone/reranker OUT"
+
     def test_a_reranker_that_is_served_as_an_embedding_model(self):
         """vllm serve --runner pooling without the overrides does that."""
         found = examine(Fake(cosine, models={"m": "/models/Qwen3-Reranker-0.6B"}))["Scores"]

@@ -59,7 +59,7 @@ class Adapter:
         rows = [shape[0] for name, shape in self.shapes.items() if name.startswith(saved) and len(shape) == 2]
         return min(rows, default=None) if saved else None
 
-    @torch.inference_mode()
+    @torch.no_grad()  # not inference_mode: weights that are made in it can't be changed any more
     def merge(self, model: PreTrainedModel) -> PreTrainedModel:
         """Return the model with weights that score as `peft.PeftModel` does."""
         from peft import PeftConfig, PeftModel  # noqa: PLC0415 - not installed everywhere

@@ -3,7 +3,7 @@
 import copy
 import functools
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path, PurePosixPath
 from types import MappingProxyType
@@ -23,7 +23,7 @@ from transformers.utils import logging as transformers_logging
 from rag_rerank.errors import ConfigError
 from rag_rerank.local.checkpoint.adapter import Adapter, read_adapter
 from rag_rerank.local.checkpoint.declaration import Kind, Route, read_declaration
-from rag_rerank.local.checkpoint.files import Files, check_weights
+from rag_rerank.local.checkpoint.files import Files, Weights, check_weights
 from rag_rerank.local.checkpoint.fingerprint import fingerprint
 
 _SMALL = 500_000_000  # bytes of a folder's weights, which are there before a progress bar can be read
@@ -131,6 +131,11 @@ class Checkpoint:
         torch.nn.Module.to(loaded, device)
         torch.nn.Module.eval(loaded)
         return loaded
+
+    def stored(self, names: Collection[str]) -> dict[str, torch.Tensor]:
+        """Read weights as the files have them, in float32; without those that are not there by these names."""
+        weights = Weights(self.files, self.route.folder)
+        return {name: weights.rows(name).float() for name in names if name in weights.home}
 
     @functools.cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:

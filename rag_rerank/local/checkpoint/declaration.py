@@ -367,6 +367,8 @@ class _Reader:
                 reads = reads or dense_input
                 makes = config.get("module_output_name", str) or reads
                 activation = config.get("activation_function", str) or "torch.nn.modules.activation.Tanh"
+                if makes == _SCORES and pooling is None:
+                    config.refuse("module_output_name", f"is {_SCORES}, but no Pooling makes one vector of a text")
                 layer = Layer("Dense", place, activation, bool(config.get("use_residual", bool)))
                 (layers if pooling else token_layers).append(layer)
             elif kind in ("LayerNorm", "Normalize"):

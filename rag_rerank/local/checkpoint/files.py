@@ -15,7 +15,7 @@ from rag_rerank.errors import ConfigError
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 
-_ONLY_SAFETENSORS = (
+ONLY_SAFETENSORS = (
     "only safetensors are read, for pickle weights can run code. Where that does no harm, load the model with "
     "transformers, call save_pretrained, and pass the result"
 )
@@ -82,6 +82,7 @@ class Weights:
     Attributes:
         shards: The files by their names, in order.
         home: The name of the file that each tensor is in.
+        missing: The names of files that the index lists and that are not beside it.
     """
 
     def __init__(self, files: Files, folder: str = "") -> None:
@@ -89,10 +90,12 @@ class Weights:
         index = None if files.path(folder, WEIGHTS) else files.json(folder, INDEX)
         self.shards: dict[str, Path] = {}
         self.home: dict[str, str] = {}
+        self.missing: list[str] = []
         for shard in sorted(set((index or {}).get("weight_map", {}).values())) or [WEIGHTS]:
             path = files.path(folder, shard) if PurePosixPath(shard).name == shard else None
             if path is None:
-                raise ConfigError(f"{files.name!r} has no {shard}: {_ONLY_SAFETENSORS}")
+                self.missing.append(shard)
+                continue
             self.shards[shard] = path
             with opened(path) as tensors:
                 self.home |= dict.fromkeys(tensors.keys(), shard)
@@ -122,7 +125,7 @@ def check_weights(folder: Path) -> None:
     """Raise ConfigError for a folder whose weights would be read wrongly, or not at all."""
     weights, pickles = list(folder.glob("*.safetensors")), list(folder.glob("*.bin"))
     if pickles and not weights:
-        raise ConfigError(f"{str(pickles[0])!r} holds pickled weights: {_ONLY_SAFETENSORS}")
+        raise ConfigError(f"{str(pickles[0])!r} holds pickled weights: {ONLY_SAFETENSORS}")
     for path in weights:
         with opened(path):
             pass

@@ -18,6 +18,7 @@ from rag_rerank.local.loading import load
 from rag_rerank.local.models.encoding import truncate
 from rag_rerank.local.models.vision.transformer import VisionTransformer
 from rag_rerank.local.transformer.batching import Batching
+from rag_rerank.local.transformer.transformer import Padded
 from tests.pairs import largest_difference
 from tests.vision_models import (
     LEAST,
@@ -269,7 +270,7 @@ class TestWork:
         in_a_row = model.score_type.run(sequences)
         decoder.set_attn_implementation("sdpa")
         body = type("Body", (), {"visual": tower.model, "language_model": decoder})
-        padded = VisionTransformer.of(body, tower.processor, 0, Batching(4096), unpadded=False)
+        padded = VisionTransformer.of(body, tower.processor, Padded(decoder, 0, Batching(4096)))
         with torch.inference_mode():
             states = padded.states(sequences)
         logits = model.score_type.head(states).diff()  # of its two answers
