@@ -79,18 +79,19 @@ def test_a_causal_model_that_declares_its_answers(tmp_path: Path):
 def test_embeddings(tmp_path: Path):
     """What vLLM doesn't go by is a note with a remedy."""
     plain = make_bi_encoder(tmp_path / "plain", "cls_token")
-    assert examine(plain)["Similarity"].verdict == "good"
+    assert examine(plain)["Scores"].says == "It declares cosine, as vLLM has it."
     modules = [Transformer(str(plain)), Pooling(64, ["cls", "mean"])]
     model = SentenceTransformer(modules=modules, prompts={"query": "q: "}, similarity_fn_name="dot", device="cpu")
     model.save_pretrained(str(tmp_path / "model"))
     found = examine(tmp_path / "model")
     assert "Pooling (cls + mean)" in found["Files"].says
-    assert found["Similarity"].says.startswith("It declares similarity dot, dimensions all, prompts 'q: ' and ''; vLLM")
+    assert found["Scores"].says == "It declares dot, query prompt 'q: '; vLLM takes cosine alone."
+    assert "query_prompt=" in str(found["Scores"].remedy)
     colbert = make_pylate_colbert(tmp_path / "colbert")
     declared = {"query_prefix": "[Q] ", "do_query_expansion": True, "query_length": 20}
     (colbert / "config_sentence_transformers.json").write_text(json.dumps(declared))
-    found = examine(colbert)["Similarity"]
-    assert "query filled up to 20" in found.says
+    found = examine(colbert)["Scores"]
+    assert "maxsim, query prompt '[Q] ', queries filled up to 20, skipped words 32; vLLM takes" in found.says
     assert 'late_interaction="vllm"' in str(found.remedy)
 
 

@@ -43,6 +43,7 @@ class Checkpoint:
         tokenizer_kwargs: Mapping[str, Any] = MappingProxyType({}),
     ) -> None:
         self.name, self.files = files.name, files
+        self.file, self.json = files.path, files.json
         self._code = {"trust_remote_code": trust_remote_code}
         self._tokenizer_kwargs = tokenizer_kwargs
         self.declaration = read_declaration(files.name, self._declared, kind)
@@ -84,14 +85,6 @@ class Checkpoint:
         other.__dict__.pop("tokenizer", None)
         other._follow(route)  # noqa: SLF001 - a copy of its own
         return other
-
-    def file(self, path: str) -> Path | None:
-        """Find a file of the checkpoint on this machine; None where it has no such file."""
-        return self.files.path(path)
-
-    def json(self, path: str) -> Any:
-        """Read a JSON file of the checkpoint; None where it has no such file."""
-        return self.files.json(path)
 
     def model(self, auto: Any, device: torch.device, **options: Any) -> PreTrainedModel:
         """Load the weights, complete, on the device, in evaluation mode; `options` are those of ``from_pretrained``."""

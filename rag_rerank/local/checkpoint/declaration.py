@@ -426,8 +426,8 @@ class _Reader:
 
     def _similarity(self, kind: Kind) -> Similarity:
         named, allowed = self.model.get("similarity_fn_name", str), _SIMILARITIES[kind]
-        if kind == "late-interaction" and named in _SIMILARITIES["bi-encoder"]:
-            named = None  # what PyLate writes, without meaning it
+        if kind == "late-interaction" and named is not None:  # PyLate writes MaxSim, or without meaning it cosine
+            named = None if named in _SIMILARITIES["bi-encoder"] else named.lower()
         if named is not None and named not in allowed:
             self.model.refuse("similarity_fn_name", f"is {named!r}; supported are {', '.join(allowed)}")
         return named or allowed[0]
