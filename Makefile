@@ -1,4 +1,4 @@
-# make demo | test | check | docs | dist | bench | load | soak | newest: each sets up what it needs, nothing by hand.
+# make demo | test | test-fast | check | docs | dist | bench | load | soak | newest: each sets up what it needs, nothing by hand.
 #
 #   .venv        this project, its adapters, and everything that demo, tests and checks use
 #   .venv-lowest the lowest versions that the adapters allow, for their tests
@@ -23,7 +23,7 @@ export RAG_RERANK_REQUIRE_BROWSER := 1
 endif
 RELEASED := .released/ms-marco-MiniLM-L-12-v2-from-int8
 
-.PHONY: demo test check docs dist bench load soak newest vllm clean
+.PHONY: demo test test-fast check docs dist bench load soak newest vllm clean
 .DELETE_ON_ERROR:
 
 demo: .venv/.installed
@@ -32,6 +32,10 @@ demo: .venv/.installed
 test: .venv/.installed-dev .venv-lowest/.installed $(VLLM) .venv/.browser $(RELEASED)
 	$(BIN)/pytest
 	.venv-lowest/bin/pytest tests/integrations tests/vllm/test_transport.py --without-server
+
+# Without servers, a browser and notebooks: for before each commit.
+test-fast: .venv/.installed-dev $(RELEASED)
+	$(BIN)/pytest --without-server --ignore tests/test_browser.py --ignore tests/test_notebooks.py
 
 check: .venv/.installed-dev
 	$(BIN)/ruff format --check .

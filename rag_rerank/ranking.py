@@ -2,6 +2,7 @@
 
 import logging
 import math
+import numbers
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -43,11 +44,11 @@ class Ranking:
 
     def __post_init__(self) -> None:
         top_n, threshold = self.top_n, self.score_threshold
-        if top_n is not None and (isinstance(top_n, bool) or not isinstance(top_n, int)):
+        if top_n is not None and (isinstance(top_n, bool) or not isinstance(top_n, numbers.Integral)):
             raise TypeError(f"top_n must be an int or None, got {type(top_n).__name__}")
         if top_n is not None and top_n < 1:
             raise ValueError(f"top_n must be at least 1, got {top_n}; None keeps all documents")
-        if threshold is not None and not isinstance(threshold, int | float):
+        if threshold is not None and not isinstance(threshold, numbers.Real):
             raise TypeError(f"score_threshold must be a number or None, got {type(threshold).__name__}")
         if threshold is not None and not math.isfinite(threshold):
             raise ValueError(f"score_threshold must be finite, got {threshold}; None keeps all documents")
@@ -63,10 +64,11 @@ class Ranking:
     def rank(self, scores: Sequence[float | None]) -> list[Ranked]:
         """Threshold, sort, cut. Documents without a score follow the scored ones, in retrieval order."""
         threshold = -math.inf if self.score_threshold is None else self.score_threshold
-        scored = [(index, score) for index, score in enumerate(scores) if score is not None and score >= threshold]
-        scored.sort(key=lambda pair: -pair[1])  # sorted on the negative, not reversed: reversing would turn ties around
-        unscored = [Ranked(index, None) for index, score in enumerate(scores) if score is None]
-        return ([Ranked(index, score) for index, score in scored] + unscored)[: self.top_n]
+        scored = [index for index, score in enumerate(scores) if score is not None and score >= threshold]
+        # Sorted on the negative, not reversed: reversing would turn ties around.
+        scored.sort(key=lambda index: -(scores[index] or 0.0))
+        unscored = [index for index, score in enumerate(scores) if score is None]
+        return [Ranked(index, scores[index]) for index in (scored + unscored)[: self.top_n]]
 
     def result(self, outcomes: Sequence[Outcome]) -> list[Ranked] | RerankError:
         """Rank one query's documents; those without a score follow under ``"passthrough"``, else its error is given."""

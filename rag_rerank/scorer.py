@@ -8,6 +8,7 @@ wait, one finite score for every pair, and what becomes of a query or document t
 import asyncio
 import contextlib
 import math
+import numbers
 import os
 import threading
 import time
@@ -21,7 +22,7 @@ from rag_rerank.errors import BackendUnavailable, ConfigError, DeadlineExceeded,
 from rag_rerank.identity import PROBES, SCORING_VERSION, Identity
 from rag_rerank.inputs.content import Input
 from rag_rerank.inputs.multimodal import Multimodal, Prepared
-from rag_rerank.inputs.preparing import is_slow, pair_up, text_only
+from rag_rerank.inputs.preparing import MANY, is_slow, off_loop, pair_up, text_only
 from rag_rerank.isolation import Asking, Outcome, Pairs, failure
 from rag_rerank.ranking import OnBatchError, OnError, Ranked, Ranking
 
@@ -100,8 +101,8 @@ class Scorer(Closeable, ABC):
         """Give back what the scorer holds; called once."""
 
     async def _aclose(self) -> None:
-        """Give back what the scorer holds, from an event loop."""
-        self._close()
+        """Give back what the scorer holds, from an event loop. By default it runs `_close` in a worker thread."""
+        await asyncio.to_thread(self._close)
 
     def _facts(self, until: float | None) -> dict[str, str]:
         """Say what, beside the class and the model's name, can change a score; nothing secret.
@@ -184,11 +185,9 @@ class Scorer(Closeable, ABC):
     ) -> list[float]:
         """Score without blocking the event loop, see `score`; cancelling the task abandons the call."""
         until = self._begin(deadline, instruction)
-        if is_slow(queries) or is_slow(documents):
-            pairs = await asyncio.to_thread(pair_up, queries, documents, until)
-        else:
-            pairs = pair_up(queries, documents, until)
-        return _scores(await self._aoutcomes(*pairs, until, instruction))
+        pairs = await off_loop(is_slow(queries) or is_slow(documents), pair_up, queries, documents, until)
+        outcomes = await self._aoutcomes(*pairs, until, instruction)
+        return await off_loop(len(outcomes) > MANY, _scores, outcomes)
 
     def rerank(
         self,
@@ -221,8 +220,7 @@ class Scorer(Closeable, ABC):
             TypeError, ValueError, ConfigError, BackendError: As `score`; a wrong argument is never passed through.
         """
         batch = Batch([query], [documents], Ranking(top_n, score_threshold, on_error), alone=True)
-        self._run(batch, deadline, instruction)
-        ranked: list[Ranked] = batch.results()[0]
+        ranked: list[Ranked] = self._run(batch, deadline, instruction)[0]
         return ranked
 
     async def arerank(
@@ -238,8 +236,7 @@ class Scorer(Closeable, ABC):
     ) -> list[Ranked]:
         """Rerank without blocking the event loop; see `rerank`."""
         batch = Batch([query], [documents], Ranking(top_n, score_threshold, on_error), alone=True)
-        await self._arun(batch, deadline, instruction)
-        ranked: list[Ranked] = batch.results()[0]
+        ranked: list[Ranked] = (await self._arun(batch, deadline, instruction))[0]
         return ranked
 
     @overload
@@ -303,8 +300,7 @@ class Scorer(Closeable, ABC):
                 returned.
         """
         batch = Batch(queries, documents, Ranking(top_n, score_threshold, on_error, may_return=True))
-        self._run(batch, deadline, instruction)
-        return batch.results()
+        return self._run(batch, deadline, instruction)
 
     @overload
     async def arerank_batch(
@@ -344,26 +340,26 @@ class Scorer(Closeable, ABC):
         deadline: float | None = None,
     ) -> Any:
         """Rerank several queries without blocking the event loop; see `rerank_batch`."""
-        batch = Batch(queries, documents, Ranking(top_n, score_threshold, on_error, may_return=True))
-        await self._arun(batch, deadline, instruction)
-        return batch.results()
+        ranking = Ranking(top_n, score_threshold, on_error, may_return=True)
+        batch = await off_loop(is_slow(queries), Batch, queries, documents, ranking)
+        return await self._arun(batch, deadline, instruction)
 
-    def _run(self, batch: Batch, deadline: float | None, instruction: str | None) -> None:
+    def _run(self, batch: Batch, deadline: float | None, instruction: str | None) -> list[Any]:
         until = self._begin(deadline, instruction)
         batch.prepare(until)
         for queries, documents in batch.calls():
             until = self._begin(None, instruction) if deadline is None else until
             batch.take(self._outcomes(queries, documents, until, instruction))
+        return batch.results()
 
-    async def _arun(self, batch: Batch, deadline: float | None, instruction: str | None) -> None:
+    async def _arun(self, batch: Batch, deadline: float | None, instruction: str | None) -> list[Any]:
         until = self._begin(deadline, instruction)
-        if batch.is_slow:
-            await asyncio.to_thread(batch.prepare, until)
-        else:
-            batch.prepare(until)
+        await off_loop(batch.is_slow, batch.prepare, until)
         for queries, documents in batch.calls():
             until = self._begin(None, instruction) if deadline is None else until
-            batch.take(await self._aoutcomes(queries, documents, until, instruction))
+            outcomes = await self._aoutcomes(queries, documents, until, instruction)
+            await off_loop(len(outcomes) > MANY, batch.take, outcomes)
+        return await off_loop(batch.is_slow, batch.results)
 
     def _outcomes(
         self, queries: list[Prepared], documents: list[Prepared], until: float | None, instruction: str | None
@@ -385,8 +381,9 @@ class Scorer(Closeable, ABC):
         with self._call(queries, documents, until) as asking:
             while asking.pairs is not None:
                 try:
-                    self._check_images(asking.pairs)
-                    asking.take(await self._ascore(*asking.pairs, until, **options))
+                    await off_loop(len(documents) > MANY, self._check_images, asking.pairs)
+                    scores = await self._ascore(*asking.pairs, until, **options)
+                    await off_loop(len(documents) > MANY, asking.take, scores)
                 except Exception as error:  # noqa: BLE001 - raised there, unless it is of a query or of a probe
                     asking.fail(error)
         return asking.outcomes
@@ -435,11 +432,11 @@ class Scorer(Closeable, ABC):
             deadline = self._default_deadline
         if deadline is None:
             return None
-        if isinstance(deadline, bool) or not isinstance(deadline, int | float):
+        if isinstance(deadline, bool) or not isinstance(deadline, numbers.Real):
             raise TypeError(f"deadline must be a number of seconds or None, got {type(deadline).__name__}")
         if math.isnan(deadline):
             raise ValueError("deadline must be a number of seconds, got nan")
-        return None if deadline == math.inf else time.monotonic() + max(deadline, 0.0)
+        return None if deadline == math.inf else time.monotonic() + max(float(deadline), 0.0)
 
     def close(self) -> None:
         """Give back the model or the connections. Closing twice is harmless; scoring afterwards is an error."""

@@ -4,6 +4,8 @@ import hashlib
 import inspect
 import json
 import logging
+import os
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, cast, get_args
@@ -39,7 +41,7 @@ from rag_rerank.local.models.decoder import answer_head, last_token_head, score_
 from rag_rerank.local.models.encoding import Truncation, samples
 from rag_rerank.local.models.late_interaction import LateInteraction, TokenEmbedder
 from rag_rerank.local.models.layers import activation, config_activation, pool, read_layers
-from rag_rerank.local.models.model import Model, ScoreType
+from rag_rerank.local.models.model import Model, ScoreType, special_tokens
 from rag_rerank.local.models.prompts import ChatPrompts, Prompts
 from rag_rerank.local.models.vision.processor import ImageProcessor
 from rag_rerank.local.models.vision.prompts import ImagePrompts
@@ -71,8 +73,16 @@ _NO_FACTS = (
 )
 
 
+# Held while a model is loaded: transformers changes torch's default dtype for the whole process meanwhile, and of two
+# at a time one would put back the other's. A fork waits, so that a child has neither lock nor dtype left half-way.
+one_at_a_time = threading.RLock()
+if hasattr(os, "register_at_fork"):
+    release = one_at_a_time.release
+    os.register_at_fork(before=one_at_a_time.acquire, after_in_parent=release, after_in_child=release)
+
+
 def load(settings: Settings) -> Model:
-    """Load a model for scoring.
+    """Load a model for scoring, with `one_at_a_time` held.
 
     ConfigError if it is not there, not a reranker, not safetensors, lacks weights, has no known template, or does not
     fit the settings.
@@ -97,6 +107,11 @@ def load(settings: Settings) -> Model:
     no_instruction = None if takes else f"{asked} has no place for an instruction"
     if no_instruction is not None and settings.instruction is not None:
         raise ConfigError(no_instruction)
+    [space] = score_type.document_space([""])
+    if space < 1:
+        limit = int(loading.facts["max_length"])
+        taken = f"{limit - space} go to special tokens, prompt and template"
+        raise ConfigError(f"max_length is {limit} for {checkpoint.name!r}, of which {taken}: no document would be read")
     return Model(
         score_type=score_type,
         tokenizer=checkpoint.tokenizer,
@@ -105,6 +120,7 @@ def load(settings: Settings) -> Model:
         no_instruction=no_instruction,
         max_tokens_per_query=settings.max_tokens_per_query,
         max_tokens_per_doc=settings.max_tokens_per_doc,
+        special=None if template is None else special_tokens(checkpoint.tokenizer),
         passages=settings.long_documents == "max-passage",
         document_prompt=settings.document_prompt or "",
         declaration=checkpoint.declaration,

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from rag_rerank.errors import ContentError, DeadlineExceeded
 from rag_rerank.inputs.multimodal import Link, Prepared
+from rag_rerank.inputs.preparing import MANY, off_loop
 from rag_rerank.local.engine.engine import Engine
 from rag_rerank.local.models.model import Model, Side
 from rag_rerank.local.settings import Dtype, LateInteractionRule, LongDocuments, ScoreType, Settings
@@ -43,7 +44,8 @@ class LocalScorer(Scorer):
 
     The model is loaded by the first call, in one thread of its own that also does all scoring: callers in any number of
     threads and event loops share it, and what waits at the same time is scored in common batches. Copies share it, too;
-    a forked child and an unpickled copy load their own.
+    a forked child and an unpickled copy load their own. Models are loaded one after the other, for transformers sets
+    torch's default dtype meanwhile, in all threads of the process: if you make tensors of your own, `warmup()` first.
 
     Args:
         model: A hub id or a folder. A ``*ForSequenceClassification`` checkpoint with one label is a cross-encoder, and
@@ -135,14 +137,14 @@ class LocalScorer(Scorer):
         tokenizer_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
         self._settings = Settings(
-            model=os.fspath(model),
+            model=_text(model),
             device=device,
             dtype=dtype,
             score_type=score_type,
             template=None if template is None else "auto" if template == "auto" else Template.load(template),
             instruction=instruction,
-            chat_template_kwargs=dict(chat_template_kwargs or {}),
-            classifier_tokens=None if classifier_tokens is None else tuple(classifier_tokens),
+            chat_template_kwargs=chat_template_kwargs or {},
+            classifier_tokens=classifier_tokens,
             query_prompt=query_prompt,
             document_prompt=document_prompt,
             use_activation=use_activation,
@@ -156,11 +158,11 @@ class LocalScorer(Scorer):
             revision=revision,
             trust_remote_code=trust_remote_code,
             local_files_only=local_files_only,
-            cache_dir=None if cache_dir is None else os.fspath(cache_dir),
-            model_kwargs=dict(model_kwargs or {}),
-            tokenizer_kwargs=dict(tokenizer_kwargs or {}),
+            cache_dir=_text(cache_dir),
+            model_kwargs=model_kwargs or {},
+            tokenizer_kwargs=tokenizer_kwargs or {},
         )
-        self._max_waiting_calls = max_waiting_calls
+        self._max_waiting_calls = self._settings.max_waiting_calls
 
     def _start(self) -> None:
         settings = self._settings  # not self: the thread must not keep the scorer alive
@@ -214,7 +216,8 @@ class LocalScorer(Scorer):
         until: float | None,
         instruction: str | None = None,
     ) -> list[float]:
-        return self._wait(self._submit(queries, documents, instruction), until)
+        inputs = self._prompted(queries, documents)
+        return self._wait(self._engine.submit(*inputs, instruction), until)
 
     async def _ascore(
         self,
@@ -224,19 +227,21 @@ class LocalScorer(Scorer):
         instruction: str | None = None,
     ) -> list[float]:
         began = time.monotonic()
-        work = asyncio.wrap_future(self._submit(queries, documents, instruction))
+        inputs = await off_loop(len(documents) > MANY, self._prompted, queries, documents)
+        work = asyncio.wrap_future(self._engine.submit(*inputs, instruction))
         try:
-            async with asyncio.timeout(None if until is None else until - began):
+            async with asyncio.timeout(None if until is None else until - time.monotonic()):
                 return await work  # cancelling the task cancels the work
         except TimeoutError as error:
             raise self._too_late(error, began) from None
 
-    def _submit(
-        self, queries: Sequence[Prepared], documents: Sequence[Prepared], instruction: str | None
-    ) -> "Future[list[float]]":
-        queries = _prompted(queries, "queries", "query_prompt", self._settings.query_prompt)
-        documents = _prompted(documents, "documents", "document_prompt", self._settings.document_prompt)
-        return self._engine.submit(queries, documents, instruction)
+    def _prompted(
+        self, queries: Sequence[Prepared], documents: Sequence[Prepared]
+    ) -> tuple[Sequence[Prepared], Sequence[Prepared]]:
+        return (
+            _prompted(queries, "queries", "query_prompt", self._settings.query_prompt),
+            _prompted(documents, "documents", "document_prompt", self._settings.document_prompt),
+        )
 
     def _wait(self, work: "Future[list[float]]", until: float | None) -> list[float]:
         began = time.monotonic()
@@ -275,10 +280,15 @@ class LocalScorer(Scorer):
         return f"LocalScorer({self.model_name!r})"
 
 
-def _load(settings: Settings) -> Model:
-    from rag_rerank.local.loading import load  # noqa: PLC0415 - it imports torch and transformers (2-3 s)
+def _text(path: Any) -> Any:
+    return os.fspath(path) if isinstance(path, os.PathLike) else path
 
-    return load(settings)
+
+def _load(settings: Settings) -> Model:
+    from rag_rerank.local.loading import load, one_at_a_time  # noqa: PLC0415 - imports torch, transformers (2-3 s)
+
+    with one_at_a_time:
+        return load(settings)
 
 
 def _prompted(inputs: Sequence[Prepared], side: Side, name: str, prompt: str | None) -> Sequence[Prepared]:

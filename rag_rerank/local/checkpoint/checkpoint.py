@@ -156,7 +156,10 @@ class Checkpoint:
 
     def _check_tokenizer(self, model: PreTrainedModel) -> None:
         """Raise ConfigError for a tokenizer of another model, or one that transformers made up for missing files."""
-        rows = getattr(model.get_input_embeddings(), "num_embeddings", None)
+        try:
+            rows = getattr(model.get_input_embeddings(), "num_embeddings", None)
+        except NotImplementedError:  # a model of characters
+            rows = None
         if rows is not None and len(self.tokenizer) > rows:
             raise ConfigError(
                 f"the tokenizer of {self.name!r} has {len(self.tokenizer)} tokens, but the model only {rows}: "

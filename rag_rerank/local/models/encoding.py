@@ -64,13 +64,13 @@ def truncate(tokenizer: "PreTrainedTokenizerBase", text: str, max_tokens: int) -
 
 
 def samples(tokenizer: "PreTrainedTokenizerBase", longest: int) -> list[TokenSequence]:
-    """Make a short pair, one four times as long, and one that begins as that does: what a model is proven on."""
-    query, document = "who lives in the city of 1 million people, and when was it founded?", "an old king lives there. "
-    short, long = (encode(tokenizer, [query], [document * 20], min(size, longest))[0] for size in (20, 80))
+    """Make a short pair, a longer one of the same query, and the first again: what a model is proven on."""
+    query = "who lives in the city of 1 million people, and when was it founded by the old king and his queen?"
+    sizes = {"a king": 30, "an old king lives there. " * 20: 80}  # tokens, at most
+    short, long = (encode(tokenizer, [query], [text], min(size, longest))[0] for text, size in sizes.items())
     while len(short.ids) > 1 and short.ids[-1] == tokenizer.pad_token_id:  # which some take for padding
         short, long = (replace(each, ids=each.ids[:-1], types=each.types and each.types[:-1]) for each in (short, long))
-    alike = replace(long, ids=long.ids[:17] + short.ids[17:], types=long.types and long.types[: len(short.ids)])
-    return [short, replace(long, group="long"), replace(alike, group="long")]
+    return [replace(each, group="proof") for each in (short, long, short)]
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -11,7 +11,7 @@ class TokenSequence:
     ids: list[int]  # special tokens included
     types: list[int] | None = None  # where the tokenizer makes token type ids: 0 for the query, 1 for the document
     group: Hashable | None = None  # the same for prompts that begin alike; a decoder runs what they have in common once
-    truncated: bool = False  # whether the text was longer than what the model reads
+    truncated: int = 0  # how many texts in it are longer than what the model reads
     unattended: int = 0  # how many tokens at the end no token attends to; `Padded` only
 
 

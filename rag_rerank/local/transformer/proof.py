@@ -60,7 +60,10 @@ class Reference:
     @torch.inference_mode()
     def _run(self, run: Callable[[TokenSequence], Tensor]) -> Tensor:
         with self._shortened():
-            return torch.cat([run(sequence).float() for sequence in self._sequences])
+            outputs = {
+                key: run(sequence).float() for key, sequence in {id(each.ids): each for each in self._sequences}.items()
+            }
+        return torch.cat([outputs[id(sequence.ids)] for sequence in self._sequences])
 
     @torch.inference_mode()
     def difference(self, transformer: Transformer, head: Callable[[States], Tensor]) -> float:

@@ -52,6 +52,7 @@ def make_phi3(folder: Path, rope: dict[str, object]) -> Path:
     """A decoder with a head."""
     tokenizer = word_piece_tokenizer(token_types=False)
     sizes = {"vocab_size": len(tokenizer), "max_position_embeddings": MAX_LENGTH, "num_labels": 1}
+    sizes["original_max_position_embeddings"] = 40
     auto = AutoModelForSequenceClassification
     random_decoder("phi3", auto, rope_parameters=rope, **sizes).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -128,7 +129,7 @@ class TestLongRope:
     def folder(self, tmp_path: Path) -> Path:
         """A window of 40 tokens, and factors of two kinds."""
         factors = {"short_factor": [1.0] * 8, "long_factor": [4.0] * 8}
-        rope = {"rope_type": "longrope", "rope_theta": 10_000.0, "original_max_position_embeddings": 40, **factors}
+        rope = {"rope_type": "longrope", "rope_theta": 10_000.0, **factors}
         return make_phi3(tmp_path, rope)
 
     def test_each_side_of_the_window_is_run_apart(self, folder: Path):

@@ -353,7 +353,7 @@ class TestCuts:
         """The images of the document are not to blame."""
         with (
             LocalScorer(folder, dtype="float32", max_length=300) as scorer,
-            pytest.raises(BackendRejected, match="a query and its template leave no room .* the 300 tokens"),
+            pytest.raises(BackendRejected, match="a query, with its template, leaves no room .* the 300 tokens"),
         ):
             scorer.score("word " * 400, [Image(B)])
 
