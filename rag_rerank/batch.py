@@ -1,6 +1,6 @@
 """Several queries in as few calls to the back end as are good for it, and what comes of each."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from rag_rerank.errors import BackendError, ContentError, RerankError
@@ -48,6 +48,11 @@ class Batch:
         self._positions: list[int] = []
 
     @property
+    def top_n(self) -> int | None:
+        """How many documents of each query are kept."""
+        return self._ranking.top_n
+
+    @property
     def is_slow(self) -> bool:
         """Whether `prepare` takes longer than an event loop may stand."""
         return len(self._given) > 100 or any(is_slow(query) or is_slow(each) for query, each in self._given)
@@ -67,13 +72,16 @@ class Batch:
             self._pairs.append(pairs)
             self._outcomes.append(outcomes)
 
-    def calls(self) -> Iterator[tuple[list[Prepared], list[Prepared]]]:
-        """Yield queries and documents to ask about, whole queries at a time; `take` gets what came of them."""
+    def calls(self, listwise: Callable[[], bool]) -> Iterator[tuple[list[Prepared], list[Prepared]]]:
+        """Yield queries and documents to ask about, whole queries at a time; `take` gets what came of them.
+
+        Where the documents of a query are scored together (`listwise`), each query has a call of its own.
+        """
         self._positions, count = [], 0
         for position, (_, documents) in enumerate(self._pairs):
             if not documents:
                 continue
-            if self._positions and count + len(documents) > MOST_DOCUMENTS:
+            if self._positions and (count + len(documents) > MOST_DOCUMENTS or listwise()):
                 yield self._together()
                 self._positions, count = [], 0
             self._positions.append(position)

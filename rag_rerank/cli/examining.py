@@ -4,7 +4,7 @@ import dataclasses
 import json
 from collections import Counter
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -14,7 +14,7 @@ from rich.table import Column, Table
 from rag_rerank import LocalScorer, VLLMScorer
 from rag_rerank.check import Finding
 from rag_rerank.check import check as examine
-from rag_rerank.cli.options import KeyOverHTTPOption
+from rag_rerank.cli.options import EndpointOption, KeyOverHTTPOption
 
 _MARKS = {"good": ("✓", "green"), "note": ("·", "cyan"), "warning": ("!", "yellow"), "problem": ("✗", "red")}
 
@@ -24,6 +24,7 @@ def check(
         list[str], typer.Argument(help="A vLLM server, or several of one model; or a model's folder or hub id.")
     ],
     model: Annotated[str | None, typer.Option(help="The name on the server, where it serves several.")] = None,
+    endpoint: EndpointOption = "score",
     as_json: Annotated[bool, typer.Option("--json", help="JSON Lines, one a finding.")] = False,
     timeout: Annotated[float, typer.Option(help="Seconds that a call may take.")] = 30.0,
     send_key_over_http: KeyOverHTTPOption = False,
@@ -42,7 +43,8 @@ def check(
         scorer = LocalScorer(targets[0])
         findings = check_local(scorer)
     else:
-        scorer = VLLMScorer(targets, model=model, timeout=timeout, send_key_over_http=send_key_over_http)
+        settings: dict[str, Any] = {"model": model, "endpoint": endpoint, "send_key_over_http": send_key_over_http}
+        scorer = VLLMScorer(targets, timeout=timeout, **settings)
         findings = examine(scorer)
     with scorer:
         for finding in findings:

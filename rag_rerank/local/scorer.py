@@ -11,7 +11,7 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rag_rerank.errors import ContentError, DeadlineExceeded
+from rag_rerank.errors import ContentError, DeadlineExceeded, short_name
 from rag_rerank.inputs.multimodal import Link, Prepared
 from rag_rerank.inputs.preparing import MANY, off_loop
 from rag_rerank.local.engine.engine import Engine
@@ -106,6 +106,7 @@ class LocalScorer(Scorer):
 
     accepts_instruction = True
     _facts_suffice = True
+    _queues = True
     _engine: Engine  # of this process; there from the first call on
 
     def __init__(
@@ -166,7 +167,7 @@ class LocalScorer(Scorer):
 
     def _start(self) -> None:
         settings = self._settings  # not self: the thread must not keep the scorer alive
-        self._engine = Engine(lambda: _load(settings), name=settings.model)
+        self._engine = Engine(lambda: _load(settings), name=short_name(settings.model))
         weakref.finalize(self, self._engine.stop)  # of a scorer that nobody closed
         _engines.add(self._engine)
         _threads.add(self._engine.thread)
@@ -255,7 +256,7 @@ class LocalScorer(Scorer):
     def _too_late(self, error: TimeoutError, began: float) -> TimeoutError:
         if isinstance(error, DeadlineExceeded):
             return error
-        message = f"{self.model_name} was still scoring when the deadline passed"
+        message = f"{short_name(self.model_name)} was still scoring when the deadline passed"
         remedy = "Allow more time, pass fewer documents, or call warmup() first: loading counts."
         return DeadlineExceeded(message, elapsed=time.monotonic() - began, remedy=remedy)
 

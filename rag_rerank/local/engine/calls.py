@@ -14,6 +14,7 @@ from concurrent.futures import Future, InvalidStateError
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from rag_rerank import telemetry
 from rag_rerank.errors import ContentError, RerankError
 from rag_rerank.inputs.multimodal import Prepared
 from rag_rerank.local.models.model import InputError, Inputs, Model
@@ -44,6 +45,7 @@ class WaitingCall:
         self._tokens = 0  # of these
         self._scored = 0
         self._ready: deque[Item] = deque()
+        self._observed = telemetry.current.get()  # of the thread or task that calls
 
     @functools.cached_property
     def _different(self) -> tuple[list[tuple[Prepared, Prepared]], list[int]]:
@@ -81,6 +83,8 @@ class WaitingCall:
     def take(self, model: Model, tokens: int) -> list["Item"]:
         """Take the next sequences to run: at least one if there is any, then no more than `tokens` hold."""
         taken: list[Item] = []
+        if self._observed is not None:
+            self._observed.start()
         while self.waits:
             if not self._ready:
                 self._tokenise(model)
