@@ -47,21 +47,14 @@ _DROPPED_ENTRIES = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class _HeadLayout:
-    """What the head of a classifier is made of: the name and activation of each layer, without one a LayerNorm."""
-
-    poolings: tuple[str, ...]
-    layers: tuple[tuple[str, str | None], ...]
-
-
-_ROBERTA = _HeadLayout(("cls",), (("classifier.dense", "Tanh"), ("classifier.out_proj", "Identity")))
-_DECODER = _HeadLayout(("lasttoken",), (("score", "Identity"),))
-_HEADS: Mapping[str, _HeadLayout] = {  # by model types; of decoders, all that `GenericForSequenceClassification` covers
-    "bert": _HeadLayout(("cls",), (("bert.pooler.dense", "Tanh"), ("classifier", "Identity"))),
-    "modernbert": _HeadLayout(
-        ("cls", "mean"), (("head.dense", "GELU"), ("head.norm", None), ("classifier", "Identity"))
-    ),
+# What the heads of classifiers are made of, by model types: of which pooling they are, then the name and activation of
+# each layer; one without is a LayerNorm. `_DECODER` is that of all that `GenericForSequenceClassification` covers.
+_Layout = tuple[tuple[str, ...], Mapping[str, str | None]]
+_DECODER: _Layout = ("lasttoken",), {"score": "Identity"}
+_ROBERTA: _Layout = ("cls",), {"classifier.dense": "Tanh", "classifier.out_proj": "Identity"}
+_HEADS: Mapping[str, _Layout] = {
+    "bert": (("cls",), {"bert.pooler.dense": "Tanh", "classifier": "Identity"}),
+    "modernbert": (("cls", "mean"), {"head.dense": "GELU", "head.norm": None, "classifier": "Identity"}),
     "roberta": _ROBERTA,
     "xlm-roberta": _ROBERTA,
 }
@@ -201,14 +194,15 @@ def _modular(checkpoint: Checkpoint, weights: Weights) -> _Classifier:
     for what, declares in {**extras, "layers before the pooling": route.token_layers}.items():
         if declares:
             _refuse(checkpoint, f"it declares {what}, which a classifier has no place for")
-    if len(pooling.modes) > 1 or pooling.modes[0] not in layout.poolings:
-        _refuse(checkpoint, f"it pools {' + '.join(pooling.modes)}, {known.__name__} {' or '.join(layout.poolings)}")
+    poolings, parts = layout
+    if len(pooling.modes) > 1 or pooling.modes[0] not in poolings:
+        _refuse(checkpoint, f"it pools {' + '.join(pooling.modes)}, {known.__name__} {' or '.join(poolings)}")
     prefix = f"{known.base_model_prefix}."
     # A transformer that was saved with another head has the prefix, and that head besides.
     whole = any(name.startswith(prefix) for name in weights.home)
     names = {name: name if whole else prefix + name for name in weights.home if name.startswith(prefix) or not whole}
     names = {name: new for name, new in names.items() if not new.startswith(f"{prefix}pooler.")}
-    head, entries = _head(checkpoint, known.__name__, layout), {}
+    head, entries = _head(checkpoint, known.__name__, parts), {}
     if config.model_type == "modernbert":
         norms = [new for new in names.values() if new.endswith("norm.weight")]
         entries = {"classifier_pooling": pooling.modes[0], **_as_modernbert(checkpoint, head, norms)}
@@ -218,23 +212,23 @@ def _modular(checkpoint: Checkpoint, weights: Weights) -> _Classifier:
     return _Classifier(known.__name__, names, head, next(iter(names)), entries=entries)
 
 
-def _head(checkpoint: Checkpoint, classifier: str, layout: _HeadLayout) -> dict[str, torch.Tensor]:
+def _head(checkpoint: Checkpoint, classifier: str, parts: Mapping[str, str | None]) -> dict[str, torch.Tensor]:
     """Read the modules behind the pooling under the names of the classifier's head."""
     layers = checkpoint.declaration.document.layers
     asked = [layer.activation.rpartition(".")[2] if layer.kind == "Dense" else None for layer in layers]
-    if asked != [act for _, act in layout.layers] or any(layer.residual for layer in layers):
-        has, needs = (", ".join(act or "LayerNorm" for act in acts) for acts in (asked, dict(layout.layers).values()))
+    if asked != [*parts.values()] or any(layer.residual for layer in layers):
+        has, needs = (", ".join(act or "LayerNorm" for act in acts) for acts in (asked, parts.values()))
         _refuse(checkpoint, f"its head is {has}, that of a {classifier} {needs}")
     head: dict[str, torch.Tensor] = {}
     size = checkpoint.config.hidden_size
-    for (place, act), module in zip(layout.layers, read_layers(checkpoint.file, layers), strict=True):
+    for (place, act), module in zip(parts.items(), read_layers(checkpoint.file, layers), strict=True):
         layer = cast("torch.nn.Linear", module if act is None else module.get_submodule("0"))
         wanted = (size,) if act is None else (1 if act == "Identity" else size, size)
         if layer.weight.shape != wanted:
             _refuse(checkpoint, f"its {place} is {tuple(layer.weight.shape)}, that of a {classifier} {wanted}")
         head[f"{place}.weight"] = layer.weight
         head[f"{place}.bias"] = torch.zeros(wanted[0]) if layer.bias is None else layer.bias
-    if layout is _DECODER and head.pop("score.bias").any():
+    if "score.bias" in head and head.pop("score.bias").any():
         _refuse(checkpoint, f"its Dense has a bias, the head of a {classifier} none")
     return head
 

@@ -103,7 +103,7 @@ def test_on_the_command_line(as_json: bool, tmp_path: Path):
     assert (result.returncode, result.stderr) == (0, "")
     lines = result.stdout.splitlines()
     titles = (
-        [json.loads(line)["title"] for line in lines] if as_json else [line[2:7] for line in lines if line[0] != " "]
+        [json.loads(line)["title"] for line in lines] if as_json else [line[2:7] for line in lines if line[:1].strip()]
     )
     assert titles[:2] == ["Model", "Files"]
     (folder / "model.safetensors").write_bytes(b"x")

@@ -44,11 +44,7 @@ class Files:
     @property
     def source(self) -> Mapping[str, Any]:
         """How transformers is told the same."""
-        return {
-            "revision": self.revision,
-            "cache_dir": self.cache_dir,
-            "local_files_only": self.local_files_only,
-        }
+        return {name: getattr(self, name) for name in ("revision", "cache_dir", "local_files_only")}
 
     def read(self, reader: Any, *args: Any, **options: Any) -> Any:
         """Call a reader of transformers; ConfigError where it fails."""

@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 from sentence_transformers import CrossEncoder, SentenceTransformer
@@ -17,8 +18,6 @@ from rag_rerank.errors import ConfigError
 from tests.causal_models import make_causal_lm, make_decoder_classifier
 from tests.encoder_models import make_bi_encoder, make_encoder_cross_encoder
 from tests.pairs import pairs
-
-peft = pytest.importorskip("peft")
 
 TOLERANCE = 1e-5
 TEMPLATE = "{{ messages[0].content }} {{ messages[1].content }}"
