@@ -90,7 +90,7 @@ _starting = ThreadPoolExecutor(2, "next servers")
 def in_turn(
     request: pytest.FixtureRequest, start: Callable[[str], AbstractContextManager[VLLMServer]]
 ) -> Iterator[VLLMServer]:
-    """Yield a server for the fixture's parameter, while those of the next two start: each takes half a minute of one core.
+    """Yield a server for the fixture's parameter, while those of the next two start (half a minute of one core each).
 
     Args:
         request: Of a fixture whose parameters are names.

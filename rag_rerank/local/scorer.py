@@ -167,7 +167,7 @@ class LocalScorer(Scorer):
 
     def _start(self) -> None:
         settings = self._settings  # not self: the thread must not keep the scorer alive
-        self._engine = Engine(lambda: _load(settings), name=short_name(settings.model))
+        self._engine = Engine(lambda: _load(settings), name=settings.model)
         weakref.finalize(self, self._engine.stop)  # of a scorer that nobody closed
         _engines.add(self._engine)
         _threads.add(self._engine.thread)

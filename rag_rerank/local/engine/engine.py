@@ -17,7 +17,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from rag_rerank.errors import BackendError, ConfigError, RerankError
+from rag_rerank.errors import BackendError, ConfigError, RerankError, short_name
 from rag_rerank.inputs.multimodal import Prepared
 from rag_rerank.local.engine.calls import Item, WaitingCall, next_round
 from rag_rerank.local.engine.workers import Workers
@@ -40,12 +40,12 @@ class Engine:
 
     def __init__(self, load: Callable[[], Model], *, name: str) -> None:
         self._inbox: _Inbox = queue.SimpleQueue()
-        self._name = name
+        self._name = short_name(name)
         self._lock = threading.Lock()
         self._warned = False
         self._closing = threading.Event()
         # The thread holds the loop, not the engine: whoever drops the engine can have it collected and closed.
-        self._loop = _Loop(load, self._inbox, self._closing, name)
+        self._loop = _Loop(load, self._inbox, self._closing, self._name)
         self.thread = threading.Thread(target=self._loop.run, name=f"rag_rerank {name}", daemon=True)
         self.thread.start()
 
