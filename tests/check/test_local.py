@@ -57,7 +57,7 @@ def test_a_modular_cross_encoder(tmp_path: Path):
     )
     assert "rag-rerank convert" in str(found["Files"].remedy)
     assert found["Scores"].says == "A score is the identity of its logit."
-    assert "the query behind 'query: '" in found["Prompt"].says
+    assert found["Prompt"].says == "Query and document are read as a pair, by default with the prompt 'query: '."
 
 
 def test_a_causal_model_that_declares_its_answers(tmp_path: Path):
@@ -72,7 +72,7 @@ def test_a_causal_model_that_declares_its_answers(tmp_path: Path):
     CrossEncoder(modules=modules, device="cpu", **options).save_pretrained(str(tmp_path / "model"))
     found = examine(tmp_path / "model")
     assert found["Answers"].says == f'Its score is the logit of ["no", "yes"], ids {no}, {yes} (false, true).'
-    assert "its own chat template, by default with the instruction 'Find it'" in found["Prompt"].says
+    assert "a score template, by default with the instruction 'Find it'" in found["Prompt"].says
     assert (found["Scores"].verdict, "sentence-transformers has the Identity" in found["Scores"].says) == ("note", True)
 
 

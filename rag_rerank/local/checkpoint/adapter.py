@@ -67,7 +67,7 @@ class Adapter:
 
         folder, tokens = str(self.weights.parent), torch.arange(1, 9, device=model.device).unsqueeze(0)
         try:
-            wrapped = PeftModel(model, PeftConfig.from_pretrained(folder))
+            wrapped: Any = PeftModel(model, PeftConfig.from_pretrained(folder))
             result = wrapped.load_adapter(folder, "default", torch_device="cpu")
             expected = wrapped(input_ids=tokens)[0].float()
             for place, part in list(model.named_modules()):
