@@ -84,6 +84,7 @@ def series() -> list[Series]:
         Series(f"{passages}, one call", folder("minilm"), None, (10, 100, 1000, 10_000)),
         Series(f"{short}, calls of 1,000", tiny(), SHORT, (1000, 10_000, 100_000, 1_000_000), 1000),
         Series(f"{short}, one call", tiny(), SHORT, (100, 1000, 10_000, 100_000)),
+        Series("DeBERTa-v2 shape, padded, calls of one", folder("deberta-v2"), None, (100, 1000), 1),
     ]
 
 

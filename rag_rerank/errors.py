@@ -93,6 +93,13 @@ class BackendError(RerankError):
         del facts["type"], facts["text"], facts["message"]
         return (self.message, facts) if facts else (self.message,)
 
+    # Python's own would use the message that the error was made with, which may have held a secret.
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.message!r})"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.message,), vars(self)
+
     def __str__(self) -> str:
         facts = []
         if self.endpoint is not None:

@@ -40,7 +40,7 @@ class Asking:
     Args:
         queries: One for all documents, or one each.
         documents: The documents.
-        scorer: Who is asked. Where it is `listwise`, which may not be known before the first answer, documents of one
+        scorer: The `Scorer`. Where it is `listwise`, which may not be known before the first answer, documents of one
             query are never asked about apart. Errors get its `model_name`.
         located: Errors say for themselves what they concern; nothing is asked again.
 
@@ -50,12 +50,7 @@ class Asking:
     """
 
     def __init__(
-        self,
-        queries: Sequence[Prepared],
-        documents: Sequence[Prepared],
-        *,
-        scorer: Any,  # a Scorer, which is built on this
-        located: bool,
+        self, queries: Sequence[Prepared], documents: Sequence[Prepared], *, scorer: Any, located: bool
     ) -> None:
         self._count, self._scorer = len(documents), scorer
         self._steps = _isolate(queries, documents, listwise=lambda: scorer.listwise, located=located)

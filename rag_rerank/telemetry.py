@@ -98,17 +98,13 @@ def disable() -> None:
 
 
 def observed(scorer: Any, call: Call, failure: Callable[[], Exception | None], **facts: int | None) -> _Context:
-    """Go around a call of a scorer and tell of it when it is over; `failure` then gives its error."""
+    """Go around a call of a `Scorer` and tell of it when it is over; `failure` then gives its error."""
     return contextlib.nullcontext() if _made is None else _measured(_made, scorer, call, failure, facts)
 
 
 @contextlib.contextmanager
 def _measured(
-    made: dict[str, Any],
-    scorer: Any,  # a Scorer, which is built on this
-    call: Call,
-    failure: Callable[[], Exception | None],
-    facts: dict[str, int | None],
+    made: dict[str, Any], scorer: Any, call: Call, failure: Callable[[], Exception | None], facts: dict[str, int | None]
 ) -> Iterator[None]:
     """Make the span around a call, in which those of its HTTP requests are, and its metrics when it is over."""
     from opentelemetry.trace import SpanKind, StatusCode  # noqa: PLC0415 - installed, as `enable` has seen

@@ -21,7 +21,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ["HF_HUB_OFFLINE"] = "1"  # tests never ask a hub; set before transformers is imported
 
 from rag_rerank import LocalScorer
-from tests import vllm_server
+from tests import released, vllm_server
 from tests.vllm_server import VLLMServer
 
 KEY = "canary-5ecret-k3y"
@@ -75,6 +75,12 @@ def vllm_minilm(minilm: Path) -> Iterator[VLLMServer]:
 def vllm_cross_encoder(cross_encoder: Path) -> Iterator[VLLMServer]:
     """The tiny cross-encoder on a real vLLM server that wants a key."""
     yield from _server(cross_encoder, api_key=KEY)
+
+
+@pytest.fixture(scope="session")
+def vllm_released() -> Iterator[VLLMServer]:
+    """The released cross-encoder on a real vLLM server."""
+    yield from _server(released.folder())
 
 
 def _server(folder: Path, name: str | None = None, api_key: str | None = None) -> Iterator[VLLMServer]:

@@ -64,6 +64,13 @@ def test_an_error_is_rebuilt_from_its_args_as_json(kind: type[BackendError]):
     assert (rebuilt.args, rebuilt.indices, rebuilt.scores) == (error.args, (1,), (0.5, None))
 
 
+def test_a_message_that_was_changed_is_the_only_one():
+    """What was taken out of it, a secret, is in no repr, pickle or args."""
+    error = BackendUnavailable("can't fetch https://host/?key=s3cret")
+    error.message = "can't fetch https://host/?..."
+    assert "s3cret" not in f"{error!r} {error} {error.args} {pickle.dumps(error)!r} {error.to_dict()}"
+
+
 def test_an_error_has_only_facts_in_its_args():
     """Where nothing but the message is known, that is all."""
     assert BackendError("what").args == ("what",)

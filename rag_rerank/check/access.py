@@ -66,9 +66,12 @@ def _timed(server: CheckedServer) -> tuple[float, Reply | Failure]:
 
 def version(server: CheckedServer) -> Finding:
     """See what answers, and what its version of vLLM can't do."""
-    server.program = _program(server)
-    if server.program is not None:
+    reply, cards = _listed(server)
+    server.program = _program(reply, cards)
+    if server.program is not None or (cards and not any(card.window for card in cards)):
+        # Some gateways have a version of their own: only vLLM's lists tell how long prompts may be.
         server.facts = replace(server.facts, version=None)
+    if server.program is not None:
         said = f"{server.program} answers, not vLLM itself: what it drops is said below."
         return Finding("Version", "note", said)
     known = server.facts.version
@@ -92,9 +95,8 @@ def version(server: CheckedServer) -> Finding:
     return Finding("Version", "good", f"{name} knows every option.")
 
 
-def _program(server: CheckedServer) -> str | None:
+def _program(reply: Reply, cards: Sequence[Card]) -> str | None:
     """Find out which program answers; None for vLLM, and for one that is not known."""
-    reply, cards = _listed(server)
     named = [name for header, name in _BY_HEADER.items() if header in reply.headers]
     named += [_BY_OWNER[owner] for card in cards if (owner := str(card.owner)) in _BY_OWNER]
     return named[0] if named else None

@@ -134,9 +134,8 @@ def options(server: CheckedServer, sample: Sample) -> Finding:
     if not dropped:
         return Finding("Options", "good", f"{name} minds use_activation and instruction, and counts tokens.")
     said = f"{name} drops {', '.join(dropped)}, or the model has no place for it."
-    if server.client.options.instruction is not None and "instruction" in dropped:
-        return Finding("Options", "problem", said, "Leave out instruction=, or ask the server behind the gateway.")
-    return Finding("Options", "note", said, "Where you need one of them, ask the server behind the gateway.")
+    verdict: Verdict = "problem" if server.client.options.instruction and "instruction" in dropped else "note"
+    return Finding("Options", verdict, said, "Where you need one of them, ask the server behind the gateway.")
 
 
 def template(server: CheckedServer, sample: Sample) -> Iterator[Finding]:

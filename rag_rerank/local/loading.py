@@ -291,10 +291,10 @@ class _Loading:
             raise
         except (IndexError, KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
             architecture = (*self.checkpoint.architectures, type(body).__name__)[0]
-            raise ConfigError(
-                f"{self.checkpoint.name!r} is a {architecture}, which transformers does not run on a query and a "
-                f"document alone: {type(error).__name__}: {error}"
-            ) from error
+            why = (
+                f"{error}" if isinstance(error, ConfigError) else f"transformers raises {type(error).__name__}: {error}"
+            )
+            raise ConfigError(f"{self.checkpoint.name!r} is a {architecture} that can't be scored: {why}") from error
 
     def _proven(
         self,
@@ -306,20 +306,16 @@ class _Loading:
         """Take the transformer, or what it falls back to, if it gives what the reference gave; see `Proof`."""
         checkpoint, asked = checkpoint or self.checkpoint, self.settings.max_length
         limit = rope_limit(transformer.model, asked or max_length(checkpoint, transformer.model, None, None))
-        way = self._way(reference, transformer, head)
-        self.paths.append(way.path)
-        return way if limit is None else TwoSided(way, limit)
-
-    def _way(self, reference: Reference | None, transformer: Padded | Unpadded, head: Head) -> Padded | Unpadded:
-        ways = [transformer]
-        if isinstance(transformer, Padded):
-            ways.append(replace(transformer, equal=True))
-        if reference is None:  # what the tests have proven, else what is right without a proof
+        falls_back = [replace(transformer, equal=True)] if isinstance(transformer, Padded) else []
+        ways = [each if limit is None else TwoSided(each, limit) for each in (transformer, *falls_back)]
+        if reference is None:  # what tests have proven, or what needs no proof
+            self.paths.append(ways[-1].path)
             return ways[-1]
         for way in ways:
             seen = reference.difference(way, head)
             self.differences[way.path] = max(seen, self.differences.get(way.path, 0.0))
             if seen <= reference.tolerance:
+                self.paths.append(way.path)
                 return way
         architecture = (*self.checkpoint.architectures, "model")[0]
         tried = ", ".join(f"{path}: {seen:.2g}" for path, seen in self.differences.items())

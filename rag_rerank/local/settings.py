@@ -28,12 +28,10 @@ _CHOICES = {
     "late_interaction": LateInteractionRule,
 }
 _DEVICES = frozenset({"cpu", "cuda", "hpu", "mps", "mtia", "xla", "xpu"})
-_QUANTIZED = "pass model_kwargs={'quantization_config': ...}, which is what transformers 5 reads"
-_ALWAYS = "it is always set"
 _ELSEWHERE = {
     "torch_dtype": "pass dtype= to LocalScorer itself",
-    **dict.fromkeys(("load_in_8bit", "load_in_4bit"), _QUANTIZED),
-    **dict.fromkeys(("output_loading_info", "subfolder", "use_safetensors"), _ALWAYS),
+    **dict.fromkeys(("load_in_8bit", "load_in_4bit"), "pass a quantization_config, which transformers 5 reads"),
+    **dict.fromkeys(("output_loading_info", "subfolder", "use_safetensors"), "it is always set"),
 }
 
 
@@ -82,14 +80,10 @@ class Settings:
             self._set(name, value)
         for name in ("max_length", "max_tokens_per_query", "max_tokens_per_doc", "max_waiting_calls"):
             self._set(name, self._count(name))
-        if (tokens := self.classifier_tokens) is not None:
-            if (
-                isinstance(tokens, str)
-                or len(tokens) not in (1, 2)
-                or not all(isinstance(each, str) for each in tokens)
-            ):
-                raise ConfigError(f"classifier_tokens must be (true,) or (false, true), got {tokens!r}")
-            self._set("classifier_tokens", tuple(tokens))
+        tokens = self.classifier_tokens
+        if isinstance(tokens, str) or (tokens is not None and [*map(type, tokens)] not in ([str], [str, str])):
+            raise ConfigError(f"classifier_tokens must be (true,) or (false, true), got {tokens!r}")
+        self._set("classifier_tokens", tokens and tuple(tokens))
         self._check_device()
         self._check_kwargs()
         if sys.flags.optimize > 1:
@@ -106,24 +100,17 @@ class Settings:
         if value is None and name != "max_waiting_calls":
             return None
         if isinstance(value, bool) or not hasattr(value, "__index__") or value < 1:
-            hint = "" if name == "max_waiting_calls" else "; None sets no limit of yours"
-            raise ConfigError(f"{name} must be a whole number, at least 1, got {value!r}{hint}")
+            raise ConfigError(f"{name} must be a whole number, at least 1, got {value!r}")
         return operator.index(value)  # tokenizers take none of numpy's numbers
 
     def _check_device(self) -> None:
         """Refuse what is no device in any torch; whether this machine has it shows when the model is loaded."""
-        torch = sys.modules.get("torch")
-        if torch is not None and isinstance(self.device, torch.device):
-            self._set("device", str(self.device))
-        if self.device is None:
-            return
-        found = re.fullmatch(r"([a-z]+)(:\d+)?", self.device) if isinstance(self.device, str) else None
-        # Devices that torch does not know by itself come with a package of their name.
-        if found is None or not (found[1] in _DEVICES or importlib.util.find_spec(f"torch_{found[1]}")):
-            hint = "; for several devices, make a scorer for each" if isinstance(self.device, list | tuple) else ""
-            raise ConfigError(
-                f'device must be None or one such as "cpu", "cuda" or "cuda:1", got {self.device!r}{hint}'
-            )
+        device = str(self.device) if type(self.device).__module__ == "torch" else self.device
+        self._set("device", device)
+        found = re.fullmatch(r"([a-z]+)(:\d+)?", device) if isinstance(device, str) else None
+        known = found and (found[1] in _DEVICES or importlib.util.find_spec(f"torch_{found[1]}"))  # npu: torch_npu
+        if device is not None and not known:
+            raise ConfigError(f'device must be None or one device, such as "cpu" or "cuda:1", got {device!r}')
 
     def _check_kwargs(self) -> None:
         """Refuse in the arguments of from_pretrained what belongs elsewhere."""

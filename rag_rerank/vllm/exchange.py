@@ -289,7 +289,7 @@ class Exchange:
                 "(--runner pooling), not for a model that generates text."
             )
         elif status == 413:
-            remedy = "Let the proxy before it take larger requests (nginx: client_max_body_size)."
+            remedy = "Shorten it, or have the proxy take larger requests (nginx: client_max_body_size)."
         elif "maximum context length" in said:
             remedy = "Set truncate_prompt_tokens=-1 to have over-long documents cut."
         # `call` looks for a document that is to blame.

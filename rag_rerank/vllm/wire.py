@@ -102,7 +102,7 @@ class ServerFacts:
 @functools.lru_cache(64)
 def _is_listwise(model: str) -> bool:
     config = Path(model, "config.json")
-    with contextlib.suppress(OSError):  # it may lie on another machine, or be a hub id
+    with contextlib.suppress(OSError, ValueError):  # it may lie on another machine, or be a hub id
         if config.is_file() and b"JinaForRanking" in config.read_bytes():
             return True
     return "jina-reranker-v3" in model.lower()

@@ -289,6 +289,11 @@ class TestVersion:
         assert list(findings)[-1] == "Version"
         assert "Upgrade vLLM to 0.22" in str(findings["Version"].remedy)
 
+    def test_a_gateways_own_version(self):
+        """vLLM's router has one; its list of models tells no window."""
+        found = examine(Fake(version="0.1.10", window=None))["Version"]
+        assert (found.verdict, "does not tell its version" in found.says) == ("note", True)
+
     def test_without_use_activation(self):
         """The kind of score is told by the scores alone."""
         findings = examine(Fake(version="0.9.2"))

@@ -155,10 +155,12 @@ class _Loop:
     def _go_on(self) -> None:
         """Load, make batches, begin them, or wait for a device."""
         try:
-            model = self.model = self.model or self._load()
-            parallel = model.score_type.transformer.batching.parallel
-            if self._workers is None and parallel > 1:
-                self._workers = Workers(parallel, f"rag_rerank {self._name}")
+            if self.model is None:
+                model = self._load()
+                if (parallel := model.score_type.transformer.batching.parallel) > 1:
+                    self._workers = Workers(parallel, f"rag_rerank {self._name}")
+                self.model = model
+            model = self.model
         except BaseException as error:  # noqa: BLE001 - the callers get it; the next one may have better luck
             _fail(self._calls, _ours(error, self._name, loading=self.model is None))
             return
@@ -269,7 +271,8 @@ def _closed(name: str) -> RerankError:
 def _out_of_memory(error: BaseException) -> bool:
     """Tell torch's own error, without importing torch to name it, and those of memory that is the processor's."""
     words = f"{type(error).__name__} {error}".lower()
-    return any(each in words for each in ("memoryerror", "out of memory", "allocate memory"))
+    full = "memoryerror", "out of memory", "allocate memory", "failed to map segment", "can't start new thread"
+    return any(each in words for each in full)
 
 
 def _ours(error: BaseException, name: str, *, loading: bool = False) -> RerankError:
@@ -282,9 +285,9 @@ def _ours(error: BaseException, name: str, *, loading: bool = False) -> RerankEr
     kind, remedy = type(error).__name__, None
     if _out_of_memory(error):
         remedy = (
-            "The memory is full: set max_length, use a smaller dtype or model, share the device with less, or raise"
+            "The memory is full: set max_length, use a smaller dtype or model, share the device with less, or raise "
+            "the process's limit (ulimit -v, the container's)."
         )
-        remedy += " the process's limit (ulimit -v, the container's)."
     elif "temporary directory" in str(error):
         remedy = "Set TMPDIR to a folder that can be written to."
     elif isinstance(error, ImportError):

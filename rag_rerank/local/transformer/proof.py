@@ -8,9 +8,11 @@ compute alike, and two of 28 take a tenth of the time.
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode  # noqa: PLC2701 - it has no other name
 
 from rag_rerank.errors import ConfigError
 from rag_rerank.local.transformer.batching import TokenSequence
@@ -59,7 +61,7 @@ class Reference:
 
     @torch.inference_mode()
     def _run(self, run: Callable[[TokenSequence], Tensor]) -> Tensor:
-        with self._shortened():
+        with self._shortened(), _NothingRandom():  # type: ignore[no-untyped-call]
             outputs = {
                 key: run(sequence).float() for key, sequence in {id(each.ids): each for each in self._sequences}.items()
             }
@@ -93,6 +95,19 @@ class Reference:
         finally:
             for name, (stack, _) in self._stacks.items():
                 self._body.set_submodule(name, stack)
+
+
+class _NothingRandom(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Raises ConfigError where a model draws random numbers (Reformer's hashes): each run gives other scores."""
+
+    def __torch_dispatch__(self, operator: Any, types: Any, arguments: Any = (), options: Any = None) -> Any:
+        """Run an operator of torch."""
+        if operator.name().removeprefix("aten::").partition(".")[0] in _RANDOM:
+            raise ConfigError("it draws random numbers as it scores: no score comes twice")
+        return operator(*arguments, **(options or {}))
+
+
+_RANDOM = {"bernoulli", "bernoulli_", "multinomial", "normal_", "rand", "rand_like", "randint", "randn", "randn_like"}
 
 
 def _stacks(body: nn.Module) -> dict[str, tuple[nn.ModuleList, int]]:
