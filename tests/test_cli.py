@@ -169,7 +169,7 @@ class TestTemplates:
         assert all(family.name in listed for family in FAMILIES)
         assert "two-token (no / yes)" in listed
 
-    @pytest.mark.parametrize(("name", "words"), [("qwen3-rerank", "Did you mean"), ("bge-reranker", "has no template")])
+    @pytest.mark.parametrize(("name", "words"), [("qwen3-rerank", "Did you mean"), ("lfm2-colbert", "has no template")])
     def test_what_has_no_template_is_said(self, name: str, words: str):
         """Unknown, or scored as a pair."""
         result = run("template", "show", name)
