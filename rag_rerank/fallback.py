@@ -81,6 +81,7 @@ class FallbackScorer(Scorer):
         self.accepts_instruction = all(scorer.accepts_instruction for scorer in scorers)
         self.listwise = any(scorer.listwise for scorer in scorers)
         self.remote = all(scorer.remote for scorer in scorers)
+        self.calibrated = all(scorer.calibrated for scorer in scorers)
 
     @property
     def model_name(self) -> str:

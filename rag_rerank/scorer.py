@@ -42,12 +42,14 @@ class Scorer(Closeable, ABC):
         accepts_instruction: Whether a call may bring an `instruction`; `_score` then takes one.
         listwise: Whether the documents of a query are scored together, so that they are never split over calls.
         remote: Whether another machine does the work, so that waiting for it needs no processor here.
+        calibrated: Whether scores are probabilities of relevance, as `Calibrated` gives them.
     """
 
     accepts_images: bool = False
     accepts_instruction: bool = False
     listwise: bool = False
     remote: bool = False
+    calibrated: bool = False
 
     _closed = False
     _default_deadline: float | None = None  # seconds for a call that names no deadline
