@@ -1,9 +1,10 @@
-# make demo | test | check | docs | bench | load | soak | newest: each sets up what it needs, nothing by hand.
+# make demo | test | check | docs | dist | bench | load | soak | newest: each sets up what it needs, nothing by hand.
 #
 #   .venv        this project, its adapters, and everything that demo, tests and checks use
 #   .venv-lowest the lowest versions that the adapters allow, for their tests
 #   .venv-newest the newest versions of everything, whatever constraints.txt says
 #   .venv-docs   what builds docs/, which reads the sources and imports nothing
+#   .venv-dist   what builds and checks the packages
 #   .venv-vllm   a real vLLM server for the CPU (Linux x86-64), which the tests start
 #   .venv-peers, .venv-peers-onnx, .venv-peers-infinity   what `make bench` compares with (Linux x86-64)
 
@@ -22,7 +23,7 @@ export RAG_RERANK_REQUIRE_BROWSER := 1
 endif
 RELEASED := .released/ms-marco-MiniLM-L-12-v2-from-int8
 
-.PHONY: demo test check docs bench load soak newest vllm clean
+.PHONY: demo test check docs dist bench load soak newest vllm clean
 .DELETE_ON_ERROR:
 
 demo: .venv/.installed
@@ -40,6 +41,14 @@ check: .venv/.installed-dev
 
 docs: .venv-docs/.installed
 	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --quiet --config-file docs/mkdocs.yml
+
+# The three wheels and source archives, checked, and tried in empty environments.
+dist: .venv/.installed-dev .venv-dist/.installed $(RELEASED)
+	rm -rf dist
+	for project in . integrations/langchain integrations/llama_index; do \
+		(cd $$project && $(CURDIR)/.venv-dist/bin/hatchling build --directory $(CURDIR)/dist) || exit 1; done
+	.venv-dist/bin/twine check --strict dist/*
+	$(BIN)/python -m tests.dist
 
 bench: .venv/.installed-bench $(VLLM) $(PEERS) $(RELEASED)
 	$(BIN)/python -m benchmarks.rerank
@@ -67,7 +76,7 @@ newest:
 vllm: .venv-vllm/.installed .venv-vllm/vision/.installed
 
 clean:
-	rm -rf .venv .venv-lowest .venv-newest .venv-docs .venv-vllm .venv-peers .venv-peers-onnx .venv-peers-infinity .released
+	rm -rf .venv .venv-lowest .venv-newest .venv-docs .venv-dist .venv-vllm .venv-peers .venv-peers-onnx .venv-peers-infinity .released
 
 .venv/.installed: $(PROJECTS) constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "rag_rerank needs Python 3.11 or newer")'
@@ -119,6 +128,12 @@ $(RELEASED): | .venv/.installed-dev
 	$(PYTHON) -m venv $(@D)
 	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt pip
 	$(@D)/bin/pip install --quiet --constraint constraints.txt --group docs
+	touch $@
+
+.venv-dist/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt pip
+	$(@D)/bin/pip install --quiet --constraint constraints.txt --group dist
 	touch $@
 
 .venv/.installed-bench: .venv/.installed-dev

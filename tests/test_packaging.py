@@ -2,10 +2,13 @@
 
 import subprocess
 import sys
+import tomllib
 import zipfile
 from pathlib import Path
 
 import pytest
+
+import rag_rerank
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -31,6 +34,7 @@ def wheel_of(project: Path, target: Path) -> set[str]:
                 "rag_rerank/data/python_faq/LICENSE.rst",
                 "rag_rerank/evaluation/report.html.jinja",
                 "rag_rerank/families.toml",
+                "rag_rerank/SKILL.md",
                 "rag_rerank/templates/qwen3-reranker.jinja",
             ],
         ),
@@ -52,3 +56,13 @@ def test_each_wheel_has_its_package_its_data_and_its_licence(project: str, expec
     assert not names & {"llama_index/__init__.py", "llama_index/postprocessor/__init__.py"}
     top = {name.partition("/")[0] for name in names}
     assert {part for part in top if not part.endswith(".dist-info")} == {expected[0].partition("/")[0]}
+
+
+@pytest.mark.parametrize("project", ["integrations/langchain", "integrations/llama_index"])
+def test_the_adapters_have_the_version_of_the_core(project: str):
+    """And take no other minor version of it: their contract with it is checked for this one."""
+    text = (ROOT / project / "pyproject.toml").read_text(encoding="utf-8")
+    metadata = tomllib.loads(text)["project"]
+    assert metadata["version"] == rag_rerank.__version__
+    major, minor, _ = rag_rerank.__version__.split(".")
+    assert f"rag-rerank>={major}.{minor}.0,<{major}.{int(minor) + 1}" in metadata["dependencies"]

@@ -4,10 +4,7 @@ The examples of a page build on each other. The model that they name comes from 
 there it has the released weights of `tests.released`.
 """
 
-import json
-import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 
@@ -18,27 +15,14 @@ from rag_rerank.evaluation import Collection
 from rag_rerank.evaluation.retrieval import BM25
 from rag_rerank.families import FAMILIES
 from tests import released
+from tests.examples import ROOT, examples, hub_with, printed_by
 
-ROOT = Path(__file__).resolve().parent.parent
-PAGES = [ROOT / "README.md", *sorted(ROOT.glob("integrations/*/README.md")), *sorted(ROOT.glob("docs/pages/*.md"))]
-EXAMPLE = re.compile(r"```python\n(.*?)```(?:\n\n```text\n(.*?)```)?", re.DOTALL)
-MODEL = "cross-encoder/ms-marco-MiniLM-L12-v2"
-
-# Runs examples in one namespace, as a reader does in one session, and writes what each of them printed.
-RUN = """
-import contextlib, io, json, sys
-printed, names = [], {"__name__": "__main__"}
-for code in json.load(sys.stdin):
-    with contextlib.redirect_stdout(io.StringIO()) as out:
-        exec(code, names)
-    printed.append(out.getvalue())
-print(json.dumps(printed))
-"""
-
-
-def examples(page: Path) -> list[tuple[str, str]]:
-    """(code, output) of every Python block; where there is no output, it is to be read, not run."""
-    return EXAMPLE.findall(page.read_text(encoding="utf-8"))
+PAGES = [
+    ROOT / "README.md",
+    *sorted(ROOT.glob("integrations/*/README.md")),
+    *sorted(ROOT.glob("docs/pages/*.md")),
+    ROOT / "docs" / "skill" / "SKILL.md",
+]
 
 
 def name(page: Path) -> str:
@@ -47,30 +31,13 @@ def name(page: Path) -> str:
 
 @pytest.fixture(scope="module")
 def hub(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """HF_HOME with the model in it."""
-    folder = tmp_path_factory.mktemp("hub")
-    model = folder / "hub" / f"models--{MODEL.replace('/', '--')}"
-    (model / "refs").mkdir(parents=True)
-    (model / "refs" / "main").write_text("released", encoding="utf-8")
-    (model / "snapshots").mkdir()
-    (model / "snapshots" / "released").symlink_to(released.folder())
-    return folder
+    return hub_with(released.folder(), tmp_path_factory.mktemp("hub"))
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if any(output for _, output in examples(page))], ids=name)
 def test_examples_print_what_stands_below_them(page: Path, hub: Path):
     runnable = [(code, output) for code, output in examples(page) if output]
-    result = subprocess.run(
-        [sys.executable, "-c", RUN],
-        input=json.dumps([code for code, _ in runnable]),
-        env=os.environ | {"HF_HOME": str(hub), "HF_HUB_OFFLINE": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=300,
-    )
-    assert result.returncode == 0, result.stderr
-    assert json.loads(result.stdout.splitlines()[-1]) == [output for _, output in runnable]
+    assert printed_by([code for code, _ in runnable], sys.executable, hub) == [output for _, output in runnable]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name)

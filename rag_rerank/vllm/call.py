@@ -6,9 +6,10 @@ The prompt of a pair with an image in it is never truncated: vLLM answers 500 wh
 and cuts its end otherwise. Texts beside images are cut where asked for, with tokens left for these places.
 """
 
+import asyncio
 import re
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 from rag_rerank.errors import BackendRejected, BackendUnavailable, DocumentRejected
@@ -17,7 +18,6 @@ from rag_rerank.inputs.images import BLANK
 from rag_rerank.inputs.multimodal import Link, Multimodal, Prepared, hidden
 from rag_rerank.inputs.preparing import text_only
 from rag_rerank.vllm.exchange import Exchange
-from rag_rerank.vllm.steps import Steps, Together
 from rag_rerank.vllm.wire import API, SINCE, Answer, Encoded, Options, ServerFacts, read_answer, scoring_request
 
 # Of one request, where it has more than one document: about 10 ms of encoding, in which an event loop stands still.
@@ -51,27 +51,31 @@ class Call:
     _accepted: set[bool] = field(default_factory=set)  # True: a request with an image; False: one with text only
     _encoded: dict[int, Encoded] = field(default_factory=dict)  # by id of what stands in queries and documents
 
-    def score(self) -> Steps[list[float]]:
+    async def score(self) -> list[float]:
         """Score each document, in order; DocumentRejected where the server takes the request, but not with these."""
-        limits = yield from self._document_limits()
+        limits = await self._document_limits()
         chunks = deque(self._chunks(limits))
-        yield from self._side_by_side(chunks, lambda chunk: self._score_chunk(chunk, limits[chunk[0]], chunks))
+        await self._side_by_side(chunks, lambda chunk: self._score_chunk(chunk, limits[chunk[0]], chunks))
         if self._refusals:
             raise self._rejected()
         return [self._scores[position] for position in range(len(self.documents))]
 
-    def _side_by_side(self, work: deque[list[int]], do: Callable[[list[int]], Steps[None]]) -> Steps[None]:
+    async def _side_by_side(self, work: deque[list[int]], do: Callable[[list[int]], Awaitable[None]]) -> None:
         """Do all work, also what is added to it meanwhile, as much at once as is allowed."""
 
-        def branch() -> Steps[None]:
+        async def branch() -> None:
             while work:
-                yield from do(work.popleft())
+                await do(work.popleft())
 
         count = min(len(work), self.exchange.rules.max_concurrency)
         if count == 1:
-            yield from branch()
-        else:
-            yield Together([branch() for _ in range(count)])
+            return await branch()
+        try:
+            async with asyncio.TaskGroup() as group:
+                for _ in range(count):
+                    group.create_task(branch())
+        except ExceptionGroup as errors:  # the first one has ended the others
+            raise errors.exceptions[0] from errors.exceptions[0].__cause__
 
     def _chunks(self, limits: Sequence[int | None]) -> list[list[int]]:
         """Cut the call into requests, each the positions of its pairs: not too many or too large, all cut alike.
@@ -98,7 +102,7 @@ class Call:
                 size = MAX_BYTES + 1 if fetched else size + more
         return chunks
 
-    def _score_chunk(self, chunk: list[int], limit: int | None, chunks: deque[list[int]]) -> Steps[None]:
+    async def _score_chunk(self, chunk: list[int], limit: int | None, chunks: deque[list[int]]) -> None:
         """Score a chunk; one that is refused goes back in halves, until it is known which documents are to blame.
 
         One rejected document of 32 costs 11 requests more, or 12 where nothing was accepted before.
@@ -110,14 +114,14 @@ class Call:
         if self._is_multimodal(chunk[0]):
             options = self._untruncated(queries[0], documents[0])
         try:
-            answer = yield from self._ask(queries, documents, options, chunk)
+            answer = await self._ask(queries, documents, options, chunk)
         except (BackendRejected, BackendUnavailable) as error:
             for link in _links([*queries, *documents]):  # vLLM quotes an address that it can't fetch
                 error.message = hidden(error.message, link.url)
             error.args = (error.message,)
             if self._is_multimodal(chunk[0]):
                 self._explain(error)
-            blamed = yield from self._blames_documents(error, queries, documents)
+            blamed = await self._blames_documents(error, queries, documents)
             if not blamed or isinstance(error, BackendUnavailable):
                 raise
             if len(chunk) == 1:
@@ -146,26 +150,24 @@ class Call:
         elif error.status == 500:  # vLLM's for an address out of reach, and for images that its model can't take in
             error.remedy = "Can the server reach its url, and does the model take in images of that shape?"
 
-    def _blames_documents(
+    async def _blames_documents(
         self, error: BackendRejected | BackendUnavailable, queries: Inputs, documents: Inputs
-    ) -> Steps[bool]:
+    ) -> bool:
         """Find out whether a request may have been refused for single documents, not for all of it.
 
         A server that fails (500) at any image, also at a blank one, fails as a whole.
         """
         with_image = _has_image(documents) or (len(self.queries) > 1 and _has_image(queries))
         if isinstance(error, BackendRejected):
-            return error.status == 413 or (
-                error.status in (400, 422) and (yield from self._accepts_harmless(with_image))
-            )
+            return error.status == 413 or (error.status in (400, 422) and (await self._accepts_harmless(with_image)))
         if error.status == 500 and with_image:
             try:
-                error.whole = not (yield from self._accepts_harmless(with_image))
+                error.whole = not (await self._accepts_harmless(with_image))
             except BackendUnavailable:
                 error.whole = True
         return False
 
-    def _accepts_harmless(self, with_image: bool) -> Steps[bool]:
+    async def _accepts_harmless(self, with_image: bool) -> bool:
         """Find out whether the server takes a request like ours with a document that can't be to blame."""
         if with_image not in self._accepted:
             query = self.queries[0] if len(self.queries) == 1 else NEUTRAL
@@ -173,7 +175,7 @@ class Call:
             multimodal = with_image or isinstance(query, Multimodal)
             options = self._untruncated(query, document) if multimodal else self.options
             try:
-                yield from self._ask([query], [document], options)
+                await self._ask([query], [document], options)
             except BackendRejected:
                 return with_image in self._accepted  # another branch may know better by now
             self._accepted.add(with_image)
@@ -190,16 +192,16 @@ class Call:
         error.status, error.reason, error.endpoint = first.status, first.message, first.endpoint
         return error
 
-    def _document_limits(self) -> Steps[list[int | None]]:
+    async def _document_limits(self) -> list[int | None]:
         """Find at how many tokens to cut the document of each pair; None where it is not to be cut so."""
         limits: list[int | None] = [None] * len(self.documents)
         if not self.fit:
             return limits
-        facts = yield from self.exchange.describe()
+        facts = await self.exchange.describe()
         if self.api == "rerank" and facts.version is None:
             return limits  # no vLLM server, as it seems: others may stumble over a field of vLLM's
         long = [position for position in range(len(limits)) if self._may_be_long(position, facts.window)]
-        if not long or not (yield from self._has_template(facts)):
+        if not long or not (await self._has_template(facts)):
             self.options = replace(self.options, truncate_prompt_tokens=-1)
             return limits
         window, given = facts.window, self.options.max_tokens_per_doc
@@ -208,16 +210,16 @@ class Call:
         left: dict[Prepared, int | None] = {}  # by each query, for a document
         queries = deque([position] for position in {self._query(position): position for position in long}.values())
 
-        def measure(chunk: list[int]) -> Steps[None]:
+        async def measure(chunk: list[int]) -> None:
             query = self._query(chunk[0])
             try:
-                left[query] = yield from self._left_by(query, window)
+                left[query] = await self._left_by(query, window)
             except BackendRejected:
                 if len(self.queries) == 1:
                     raise
                 left[query] = None  # the server will say so of this query's pairs, and score the others
 
-        yield from self._side_by_side(queries, measure)
+        await self._side_by_side(queries, measure)
         for position in range(len(limits)):
             limit = None if self._is_multimodal(position) else left.get(self._query(position))
             limits[position] = limit if given is None or limit is None else min(limit, given)
@@ -233,20 +235,20 @@ class Call:
         size = sum(len(text.encode()) for text in (query, document, self.options.instruction or ""))
         return size + _TEMPLATE_TOKENS > window
 
-    def _has_template(self, facts: ServerFacts) -> Steps[bool]:
+    async def _has_template(self, facts: ServerFacts) -> bool:
         """Find out whether the server puts pairs into a template: it shows in the number of tokens that it reads."""
         if facts.has_template is not None:
             return facts.has_template
-        tokens = (yield from self._ask([NEUTRAL], [NEUTRAL], self.options)).prompt_tokens
+        tokens = (await self._ask([NEUTRAL], [NEUTRAL], self.options)).prompt_tokens
         has_template = (tokens or 0) > PLAIN_PAIR_TOKENS
         self.exchange.servers.remember(has_template=has_template)
         return has_template
 
-    def _left_by(self, query: Prepared, window: int) -> Steps[int | None]:
+    async def _left_by(self, query: Prepared, window: int) -> int | None:
         """Measure the tokens that template and query leave for a document."""
         cause = None
         try:
-            tokens = (yield from self._ask([query], [NEUTRAL], self.options)).prompt_tokens
+            tokens = (await self._ask([query], [NEUTRAL], self.options)).prompt_tokens
         except BackendRejected as refusal:
             if "maximum context length" not in refusal.message:
                 raise
@@ -257,17 +259,15 @@ class Call:
         remedy = "Shorten the query or instruction, or set max_tokens_per_query."
         raise self.exchange.error(BackendRejected, said, remedy, whole=True) from cause
 
-    def _ask(
+    async def _ask(
         self, queries: Inputs, documents: Inputs, options: Options, positions: Sequence[int] | None = None
-    ) -> Steps[Answer]:
+    ) -> Answer:
         """Get one request answered; without `positions` among the caller's documents a small one that takes no turn."""
         asked, sent = [self._sent(query) for query in queries], [self._sent(document) for document in documents]
-        return (
-            yield from self.exchange.ask(
-                lambda facts, request_id: scoring_request(self.api, facts, asked, sent, options, request_id),
-                lambda body: read_answer(self.api, body, positions or (0,)),
-                takes_turn=positions is not None,
-            )
+        return await self.exchange.ask(
+            lambda facts, request_id: scoring_request(self.api, facts, asked, sent, options, request_id),
+            lambda body: read_answer(self.api, body, positions or (0,)),
+            takes_turn=positions is not None,
         )
 
     def _sent(self, value: Prepared) -> str | Encoded:

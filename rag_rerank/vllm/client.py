@@ -8,11 +8,10 @@ from rag_rerank.inputs.multimodal import Prepared
 from rag_rerank.template import Halves, Template
 from rag_rerank.vllm import wire
 from rag_rerank.vllm.call import PLAIN_PAIR_TOKENS, Call, Inputs
-from rag_rerank.vllm.exchange import Exchange, Rules
+from rag_rerank.vllm.exchange import Exchange, Rules, Send
 from rag_rerank.vllm.servers import Servers
-from rag_rerank.vllm.steps import Failure, Send, Steps
 from rag_rerank.vllm.transport import Transport
-from rag_rerank.vllm.wire import API, Answer, Card, Options, Reply, Request, ServerFacts, Version
+from rag_rerank.vllm.wire import API, Answer, Card, Failure, Options, Reply, Request, ServerFacts, Version
 
 __all__ = ["Answer", "Card", "Client", "Failure", "Reply", "Request", "ServerFacts", "Servers", "Transport", "Version"]
 __all__ += ["PLAIN_PAIR_TOKENS", "wire"]
@@ -50,10 +49,10 @@ class Client:
             self._halves[instruction] = halves = self.template.split(variables)
         return halves
 
-    def call(
+    async def call(
         self, queries: Inputs, documents: Inputs, until: float | None, instruction: str | None = None
-    ) -> Steps[list[float]]:
-        """Make the steps of a call, see `Scorer._score`; a score that is not finite stays in its place."""
+    ) -> list[float]:
+        """Score, see `Scorer._score`; a score that is not finite stays in its place."""
         options = self.options
         queries = _prefixed("query", self.prompts[0], queries)
         documents = _prefixed("document", self.prompts[1], documents)
@@ -63,7 +62,7 @@ class Client:
             documents = [halves.of("", _text(document))[1] for document in documents]
         elif instruction is not None:
             options = replace(options, instruction=instruction)
-        return Call(self._exchange(until), queries, documents, options, self.api, self.fit).score()
+        return await Call(self._exchange(until), queries, documents, options, self.api, self.fit).score()
 
     def describe(self, until: float | None) -> ServerFacts:
         """Learn what one of the servers tells about itself, asked once; waits."""
@@ -83,20 +82,15 @@ class Client:
 
     def send(self, request: Request) -> Reply | Failure:
         """Send one request to the first server, once, and take whatever comes; waits."""
-
-        def once() -> Steps[Reply | Failure]:
-            connect = min(self.rules.connect_timeout, self.timeout)
-            sent = Send(self.servers.endpoints[0], request, self.timeout, connect, lambda _: True)
-            outcome: Reply | Failure = yield sent
-            return outcome
-
-        return self.transport.run(once())
+        connect = min(self.rules.connect_timeout, self.timeout)
+        send = Send(self.servers.endpoints[0], request, self.timeout, connect, lambda _: True)
+        return self.transport.run(self.transport.send(send))
 
     def _request(self, facts: ServerFacts, request_id: str) -> Request:
         return wire.scoring_request(self.api, facts, ["a"], ["a"], self.options, request_id)
 
     def _exchange(self, until: float | None) -> Exchange:
-        return Exchange(self.servers, self.rules, until=until, model=self.model)
+        return Exchange(self.transport, self.servers, self.rules, until=until, model=self.model)
 
 
 def _text(value: Prepared) -> str:

@@ -1,14 +1,15 @@
 """How one request gets its answer: from which server, in how many tries, in what time, and what is no answer."""
 
+import asyncio
 import math
 import random
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import KW_ONLY, dataclass
 from datetime import UTC
 from email.utils import parsedate_to_datetime
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, Protocol, TypeVar
 
 from rag_rerank.errors import (
     AuthError,
@@ -20,9 +21,9 @@ from rag_rerank.errors import (
     DeadlineExceeded,
 )
 from rag_rerank.vllm import wire
+from rag_rerank.vllm.endpoint import Endpoint
 from rag_rerank.vllm.servers import Server, Servers
-from rag_rerank.vllm.steps import Failure, Send, Sleep, Steps
-from rag_rerank.vllm.wire import Answer, Card, Reply, Request, ServerFacts, printable
+from rag_rerank.vllm.wire import Answer, Card, Failure, Reply, Request, ServerFacts, printable
 
 T = TypeVar("T")
 E = TypeVar("E", bound=BackendError)
@@ -55,6 +56,28 @@ class _MayPass(Exception):
     answer: Any = None  # what the caller gets instead of the error: well-formed, with a score that is not finite
 
 
+@dataclass(frozen=True, slots=True)
+class Send:
+    """A request on its way; None for no limit.
+
+    Each reply goes to `judge`, before anything else goes over its connection. Where that is False the connection is
+    closed: what comes next there may be another request's.
+    """
+
+    endpoint: Endpoint
+    request: Request
+    timeout: float | None  # seconds until the whole answer must be there
+    connect_timeout: float  # seconds until there must be a connection, name lookup and TLS included
+    judge: Callable[[Reply], bool]
+
+
+class Sender(Protocol):
+    """What sends requests: `Transport`, or a test's."""
+
+    async def send(self, send: Send) -> Reply | Failure:
+        """Send a request in this event loop; cancelling the task gives it up."""
+
+
 class _ModelMissing(BackendRejected):
     """The server does not know the model's name."""
 
@@ -63,6 +86,7 @@ class _ModelMissing(BackendRejected):
 class Exchange:
     """The requests of one call. Tests replace what tells time, chance and ids."""
 
+    transport: Sender
     servers: Servers
     rules: Rules
     _: KW_ONLY
@@ -70,6 +94,7 @@ class Exchange:
     model: str | None = None  # None takes the only one that is served
     clock: Callable[[], float] = time.monotonic
     now: Callable[[], float] = time.time
+    sleep: Callable[[float], Awaitable[None]] = asyncio.sleep
     jitter: Callable[[], float] = random.random  # noqa: S311 - in [0, 1); spreads retries, guards nothing
     new_id: Callable[[], str] = lambda: ID_PREFIX + uuid.uuid4().hex
 
@@ -88,30 +113,31 @@ class Exchange:
         facts = self.servers.facts
         return self.model or ("the model" if facts is None else facts.model)
 
-    def describe(self) -> Steps[ServerFacts]:
+    async def describe(self) -> ServerFacts:
         """Learn what one of the servers tells about itself; asked once."""
-        return self.servers.facts or (yield from self._try(self._described))
+        facts = self.servers.facts
+        return await self._try(self._described) if facts is None else facts
 
-    def ask(
+    async def ask(
         self, make: Callable[[ServerFacts, str], Request], read: Callable[[bytes], Answer], *, takes_turn: bool = True
-    ) -> Steps[Answer]:
+    ) -> Answer:
         """Get a request answered; with scores that are not finite only if it had such in the last try."""
 
-        def attempt(server: Server) -> Steps[Answer]:
-            facts = yield from self._described(server)
+        async def attempt(server: Server) -> Answer:
+            facts = await self._described(server)
             sent_id = self.new_id()
             request = make(facts, sent_id)
             try:
-                answer = yield from self._once(server, request, lambda body: self._own(server, read(body), sent_id))
+                answer = await self._once(server, request, lambda body: self._own(server, read(body), sent_id))
             except _ModelMissing:
                 server.facts = None  # it was started again with another model
-                missing = yield from self._missing(server, facts.model)
+                missing = await self._missing(server, facts.model)
                 raise missing if self.model is not None else _MayPass(missing, "soon") from None
             if not all(map(math.isfinite, answer.scores)):
                 raise _MayPass(self.error(BadReply, "a score is not finite", server=server), answer=answer)
             return answer
 
-        return (yield from self._try(attempt, takes_turn=takes_turn))
+        return await self._try(attempt, takes_turn=takes_turn)
 
     def error(
         self,
@@ -131,11 +157,11 @@ class Exchange:
             error.__cause__ = cause
         return error
 
-    def _missing(self, server: Server, model: str) -> Steps[BackendRejected]:
+    async def _missing(self, server: Server, model: str) -> BackendRejected:
         """Make the error for a model that is not served, with those that are."""
         remedy = "Pass the name that it serves as model=."
         try:
-            cards = yield from self._once(server, Request("GET", "/v1/models"), wire.read_models)
+            cards = await self._once(server, Request("GET", "/v1/models"), wire.read_models)
             remedy = f"It serves: {_names(cards)}. Pass one of them as model=."
         except BackendRejected:  # a gateway that lists none
             pass
@@ -144,7 +170,7 @@ class Exchange:
         error.status = 404
         return error
 
-    def _try(self, attempt: Callable[[Server], Steps[T]], *, takes_turn: bool = True) -> Steps[T]:
+    async def _try(self, attempt: Callable[[Server], Awaitable[T]], *, takes_turn: bool = True) -> T:
         """Attempt until it works or finally fails, or no try or no time is left."""
         tries = 1 + self.rules.max_retries
         if self.servers.down:
@@ -157,7 +183,7 @@ class Exchange:
             server = self.servers.choose(tried, busy, takes_turn=takes_turn)
             tried.append(server)
             try:
-                return (yield from attempt(server))
+                return await attempt(server)
             except _MayPass as failure:
                 pause = self._pause(failure, tried)
                 if len(tried) >= tries or pause >= self._left():
@@ -168,7 +194,7 @@ class Exchange:
                     raise failure.error from failure.error.__cause__
                 paused[server] = self.clock() + (failure.after or 0.0)
             if pause > 0:
-                yield Sleep(pause)
+                await self.sleep(pause)
 
     def _pause(self, failure: _MayPass, tried: list[Server]) -> float:
         """Find the seconds until the next try; infinite if there must be none."""
@@ -183,7 +209,7 @@ class Exchange:
         bound: float = min(LONGEST_PAUSE, FIRST_PAUSE * 2 ** (len(tried) - 1))
         return self.jitter() * bound  # full jitter: callers that failed together do not come back together
 
-    def _once(self, server: Server, request: Request, read: Callable[[bytes], T]) -> Steps[T]:
+    async def _once(self, server: Server, request: Request, read: Callable[[bytes], T]) -> T:
         """Send a request and read its answer, or raise."""
         left = self._left()
         if left <= 0:
@@ -201,7 +227,7 @@ class Exchange:
             return not faults
 
         limits = None if timeout == math.inf else timeout, min(self.rules.connect_timeout, timeout)
-        outcome: Reply | Failure = yield Send(server.endpoint, request, *limits, judge)
+        outcome = await self.transport.send(Send(server.endpoint, request, *limits, judge))
         self._attempts += 1
         if isinstance(outcome, Failure):
             raise self._failed(server, outcome)
@@ -266,15 +292,15 @@ class Exchange:
         error.status = status
         return error
 
-    def _described(self, server: Server) -> Steps[ServerFacts]:
+    async def _described(self, server: Server) -> ServerFacts:
         """Learn what a server tells about itself, asked if it is not known."""
         if server.facts is None:
             try:
-                version = yield from self._once(server, Request("GET", "/version"), wire.read_version)
+                version = await self._once(server, Request("GET", "/version"), wire.read_version)
             except BackendRejected:  # a gateway that forwards only /v1
                 version = None
             try:
-                cards = yield from self._once(server, Request("GET", "/v1/models"), self._cards)
+                cards = await self._once(server, Request("GET", "/v1/models"), self._cards)
             except BackendRejected:
                 if self.model is None:
                     raise

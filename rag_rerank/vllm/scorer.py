@@ -174,7 +174,7 @@ class VLLMScorer(Scorer):
     async def _ascore(
         self, queries: Inputs, documents: Inputs, until: float | None, instruction: str | None = None
     ) -> list[float]:
-        return await self.client.transport.arun(self.client.call(queries, documents, until, instruction))
+        return await self.client.call(queries, documents, until, instruction)
 
     def identity(self, *, deadline: float | None = None) -> Identity:
         """Ask the servers anew who they are, see `Scorer.identity`; `Identity.place` has their addresses.

@@ -1,4 +1,4 @@
-"""The only module that knows httpx: does what calls want done.
+"""The only module that knows httpx: sends requests.
 
 Everything runs in an event loop: the caller's, or else that of one thread for the process, which costs a call 0.5 ms
 more than httpx's client for threads. So deadlines hold whatever a server or a name lookup does (httpx times out single
@@ -11,22 +11,22 @@ import functools
 import importlib
 import os
 import ssl
-import threading
 import time
 import weakref
 from collections.abc import AsyncGenerator, Coroutine, Generator, Sequence
-from concurrent.futures import Future
 from dataclasses import replace
 from http.cookiejar import CookieJar, DefaultCookiePolicy
 from typing import Any, TypeVar
 from urllib.request import getproxies
 
+import anyio
 import httpx
 
 from rag_rerank.errors import ConfigError, DeadlineExceeded, RerankError
+from rag_rerank.vllm.background import Background
 from rag_rerank.vllm.endpoint import Endpoint
-from rag_rerank.vllm.steps import Failure, Send, Sleep, Step, Steps, Together
-from rag_rerank.vllm.wire import Reply
+from rag_rerank.vllm.exchange import Send
+from rag_rerank.vllm.wire import Failure, Reply
 
 # What httpx would import with its first request: a process that forks in that moment has a child that waits for ever.
 for _name in ("httpcore", "anyio._backends._asyncio", "encodings.idna"):
@@ -44,53 +44,7 @@ _LONGEST_ERROR_PAGE = 64 << 10  # bytes; enough for a sentence
 _CLOSED = "The scorer was closed while it was scoring."
 
 
-class _Background:
-    """An event loop in a daemon thread, for callers without one. A forked child starts its own."""
-
-    def __init__(self) -> None:
-        self.forget()
-        if hasattr(os, "register_at_fork"):  # not on Windows, which doesn't fork
-            # Not with a scorer's first call there: it is all scorers', one of which may have begun before.
-            os.register_at_fork(after_in_child=self.forget)
-
-    def forget(self) -> None:
-        """Know of no loop: after a fork its thread is in the other process, and the lock may be held there for ever."""
-        self._lock = threading.Lock()
-        self._loop: _Loop | None = None
-
-    def run(self, work: Coroutine[Any, Any, T], timeout: float | None) -> T:
-        """Run `work` to its end, for `timeout` seconds at most. What interrupts the caller (Ctrl-C) cancels it."""
-        with self._lock:
-            if self._loop is None:
-                self._loop = asyncio.new_event_loop()
-                threading.Thread(target=self._loop.run_forever, name="rag_rerank", daemon=True).start()
-            loop = self._loop
-        future: Future[T] = Future()
-        tasks: list[asyncio.Task[T]] = []
-
-        def begin() -> None:
-            if future.set_running_or_notify_cancel():
-                tasks.append(task := loop.create_task(work))
-                task.add_done_callback(end)
-            else:
-                work.close()
-
-        def end(task: asyncio.Task[T]) -> None:
-            error = asyncio.CancelledError() if task.cancelled() else task.exception()
-            future.set_result(task.result()) if error is None else future.set_exception(error)
-
-        # Not run_coroutine_threadsafe: an interruption between its beginning and our waiting would leave the work
-        # running (1 of 120 tries).
-        try:
-            loop.call_soon_threadsafe(begin)
-            return future.result(timeout)
-        except BaseException:
-            future.cancel()
-            loop.call_soon_threadsafe(lambda: [task.cancel() for task in tasks])
-            raise
-
-
-_background = _Background()
+_background = Background()
 _closing: set[asyncio.Task[None]] = set()  # a loop keeps no hold on its tasks
 
 
@@ -135,72 +89,49 @@ class Transport:
         self._finalizer = weakref.finalize(self, _close_soon, self._clients)  # adapters are dropped, not closed
         self._finalizer.atexit = False  # the process's end closes them, too
 
-    def run(self, steps: Steps[T], until: float | None = None) -> T:
-        """Do what `steps` yields; blocks, but not after `until`, even where something keeps the loop from running."""
+    def run(self, work: Coroutine[Any, Any, T], until: float | None = None) -> T:
+        """Run `work` for a caller without an event loop; blocks, but not after `until`, whatever keeps it."""
         timeout = None if until is None else max(0.0, until - time.monotonic()) + 0.2
         try:
-            return _background.run(self.arun(steps), timeout)
+            return _background.run(work, timeout)
         except TimeoutError as error:
             if isinstance(error, RerankError):
                 raise
             raise DeadlineExceeded("the deadline passed, and nothing else could be learned about the call") from None
 
-    async def arun(self, steps: Steps[T]) -> T:
-        """Do what `steps` yields, in this event loop."""
-        outcome: Any = None
-        error: Exception | None = None
-        with contextlib.closing(steps):
-            while True:
-                try:
-                    step = steps.send(outcome) if error is None else steps.throw(error)
-                except StopIteration as finished:
-                    result: T = finished.value
-                    return result
-                outcome = error = None
-                try:
-                    outcome = await self._do(step)
-                except RerankError as raised:  # of a branch
-                    error = raised
-
-    async def _do(self, step: Step) -> Reply | Failure | None:
-        match step:
-            case Send():
-                return await self._send(step)
-            case Sleep(seconds):
-                await asyncio.sleep(seconds)
-            case Together(branches):
-                await self._together(branches)
-        return None
-
-    async def _together(self, branches: Sequence[Steps[None]]) -> None:
-        tasks = [asyncio.ensure_future(self.arun(branch)) for branch in branches]
+    async def send(self, send: Send) -> Reply | Failure:
+        """Send a request in this event loop; cancelling the task gives it up."""
+        client, scope = await self._client(), anyio.CancelScope()
+        # httpcore's clean-up is safe from anyio's cancellation, not from asyncio's: 1,000 calls that were given up
+        # left 172 connections in its pool for ever. So it has a task of its own, which only the scope ends early.
+        task = asyncio.ensure_future(self._send(client, scope, send))
         try:
-            await asyncio.gather(*tasks)
-        finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+            return await asyncio.shield(task)
+        except asyncio.CancelledError:
+            scope.cancel()
+            await asyncio.wait([task])
+            raise
 
-    async def _send(self, step: Send) -> Reply | Failure:
-        request, url = step.request, step.endpoint.root + step.request.path
+    async def _send(self, client: httpx.AsyncClient, scope: anyio.CancelScope, send: Send) -> Reply | Failure:
+        request, url = send.request, send.endpoint.root + send.request.path
         headers = _HEADERS if request.id is None else {**_HEADERS, "X-Request-Id": request.id}
-        timeout = httpx.Timeout(step.timeout, connect=step.connect_timeout)
+        limits = httpx.Timeout(send.timeout, connect=send.connect_timeout)
+        if send.timeout is not None:  # httpx times out single reads; this bounds the whole exchange
+            scope.deadline = anyio.current_time() + send.timeout
         try:
-            # httpx times out single reads; this bounds the whole exchange.
-            async with (
-                asyncio.timeout(step.timeout),
-                (await self._client()).stream(
-                    request.method, url, content=request.body, headers=headers, timeout=timeout
-                ) as response,
-            ):
-                reply = await _read(response, request.reply_limit)
-                if isinstance(reply, Failure):
+            with scope:
+                async with client.stream(
+                    request.method, url, content=request.body, headers=headers, timeout=limits
+                ) as response:
+                    reply = await _read(response, request.reply_limit)
+                    if isinstance(reply, Failure):
+                        return reply
+                    if self._key is not None:
+                        reply = self._key.taken_out_of(reply)
+                    if not send.judge(reply):
+                        await response.extensions["network_stream"].aclose()
                     return reply
-                if self._key is not None:
-                    reply = self._key.taken_out_of(reply)
-                if not step.judge(reply):
-                    await response.extensions["network_stream"].aclose()
-                return reply
+            return Failure("timeout", "timed out")
         except Exception as error:
             if self._closed:
                 raise RerankError(_CLOSED) from error

@@ -39,6 +39,15 @@ class Reply:
 
 
 @dataclass(frozen=True, slots=True)
+class Failure:
+    """No reply; ``unread`` if one came that must not be read (too large, compressed)."""
+
+    kind: Literal["timeout", "connect", "certificate", "broken", "unread"]
+    text: str  # one clause
+    cause: Exception | None = None  # the HTTP library's
+
+
+@dataclass(frozen=True, slots=True)
 class Answer:
     """What a score or rerank API answered."""
 

@@ -17,10 +17,9 @@ from rag_rerank import (
     DeadlineExceeded,
 )
 from rag_rerank.vllm.endpoint import Endpoint
-from rag_rerank.vllm.exchange import ID_PREFIX, Exchange, Rules
+from rag_rerank.vllm.exchange import ID_PREFIX, Exchange, Rules, Send
 from rag_rerank.vllm.servers import Servers
-from rag_rerank.vllm.steps import Failure, Send
-from rag_rerank.vllm.wire import Options, Reply, Request, ServerFacts, scoring_request
+from rag_rerank.vllm.wire import Failure, Options, Reply, Request, ServerFacts, scoring_request
 from tests.faulty_server import oracle
 from tests.vllm.virtual import (
     BROKEN,
@@ -695,7 +694,7 @@ class TestIdentity:
     def test_ids_are_random_and_ours(self):
         """Two processes make different ones."""
         servers = Servers([World().each_server[0].endpoint])
-        exchanges = [Exchange(servers, Rules(), until=None) for _ in range(2)]
+        exchanges = [Exchange(World(), servers, Rules(), until=None) for _ in range(2)]
         ids = [exchange.new_id() for exchange in exchanges]
         assert ids[0] != ids[1]
         assert all(name.startswith(ID_PREFIX) and len(name) == len(ID_PREFIX) + 32 for name in ids)

@@ -9,15 +9,12 @@ from dataclasses import dataclass, field, replace
 from random import Random
 from typing import Any
 
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rag_rerank import ConfigError, DeadlineExceeded, DocumentRejected, RerankError
-from rag_rerank.vllm.exchange import ID_PREFIX
-from rag_rerank.vllm.steps import Failure, Send, Sleep, Steps, Together
-from rag_rerank.vllm.transport import Transport
-from rag_rerank.vllm.wire import Reply, Request
+from rag_rerank import DeadlineExceeded, DocumentRejected, RerankError
+from rag_rerank.vllm.exchange import ID_PREFIX, Send
+from rag_rerank.vllm.wire import Failure, Reply
 from tests.faulty_server import oracle
 from tests.vllm.virtual import (
     BROKEN,
@@ -323,115 +320,3 @@ def test_chunks_order_and_duplicates_change_no_score(setting: Setting, random: R
     queries = [query for query, _ in pairs] if len(calm.asked) > 1 else calm.asked
     again = calm.world.score(queries, [document for _, document in pairs], api=calm.api, fit=calm.fit)
     assert again == [scores[index] for index in order]
-
-
-Driver = Callable[[Steps[Any]], Any]
-
-
-@pytest.fixture(params=[lambda: World().run, lambda: Transport([]).run], ids=["virtual", "transport"])
-def run(request: pytest.FixtureRequest) -> Driver:
-    return request.param()
-
-
-def branch(log: list[str], name: str, hundredths: float, error: Exception | None = None) -> Steps[None]:
-    """One that says when it is over, and how."""
-    try:
-        yield Sleep(hundredths / 100)
-        log.append(name)
-        if error is not None:
-            raise error
-    except GeneratorExit:
-        log.append(f"{name} ended")
-        raise
-
-
-class TestVirtualTime:
-    """`World.run` does what the transport does."""
-
-    def test_branches_run_side_by_side(self, run: Driver):
-        """And all are awaited."""
-        log: list[str] = []
-
-        def steps() -> Steps[str]:
-            yield Together([branch(log, "a", 6), branch(log, "b", 2), branch(log, "c", 4)])
-            yield Together([])
-            log.append("d")
-            return "done"
-
-        assert run(steps()) == "done"
-        assert log == ["b", "c", "a", "d"]
-
-    def test_the_first_error_ends_the_others_and_is_raised_in_the_parent(self, run: Driver):
-        """Which may go on; branches of branches end, too."""
-        log: list[str] = []
-
-        def nested(name: str) -> Steps[None]:
-            yield Together([branch(log, f"{name}1", 6), branch(log, f"{name}2", 8)])
-
-        def steps() -> Steps[str]:
-            try:
-                yield Together([nested("a"), branch(log, "b", 2, ConfigError("no")), nested("c")])
-            except ConfigError:
-                yield Sleep(0.1)
-            log.append("d")
-            return "done"
-
-        assert run(steps()) == "done"
-        assert log[0] == "b"
-        assert sorted(log[1:5]) == ["a1 ended", "a2 ended", "c1 ended", "c2 ended"]
-        assert log[5:] == ["d"]
-
-    def test_an_error_at_the_beginning_lets_the_others_begin(self, run: Driver):
-        """All are under way before the first can end them."""
-        log: list[str] = []
-
-        def failing() -> Steps[None]:
-            log.append("a")
-            raise ConfigError("no")
-            yield
-
-        def steps() -> Steps[None]:
-            yield Together([failing(), branch(log, "b", 2)])
-
-        with pytest.raises(ConfigError):
-            run(steps())
-        assert log == ["a", "b ended"]
-
-    def test_an_error_that_is_not_ours_goes_through_the_parent(self, run: Driver):
-        """As a programming error does; everything is closed."""
-        log: list[str] = []
-
-        def steps() -> Steps[None]:
-            try:
-                yield Together([branch(log, "a", 6), branch(log, "b", 2, KeyError())])
-            except KeyError:
-                log.append("caught")
-
-        with pytest.raises(KeyError):
-            run(steps())
-        assert log == ["b", "a ended"]
-
-    def test_an_answer_that_comes_too_late_is_a_timeout_at_that_moment(self):
-        """And a connection that takes too long is none."""
-
-        def steps(outcome: tuple[float, Outcome], timeout: float | None) -> tuple[Outcome, float]:
-            world = World(lambda send, now: outcome)
-            send = Send(
-                world.each_server[0].endpoint,
-                Request("GET", "/version"),
-                timeout,
-                min(2.0, timeout or 2.0),
-                lambda _: True,
-            )
-
-            def once() -> Steps[Outcome]:
-                return (yield send)
-
-            return world.run(once()), world.elapsed
-
-        reply = Reply(200, b"")
-        assert steps((1.0, reply), 1.0) == (reply, 1.0)
-        assert steps((1.1, reply), 1.0) == (Failure("timeout", "timed out"), 1.0)
-        assert steps(UNREACHABLE, None) == (Failure("connect", "can't connect: timed out"), 2.0)
-        with pytest.raises(AssertionError, match="for ever"):
-            steps(HANG, None)

@@ -1,32 +1,28 @@
-"""Calls in virtual time: a driver for steps with no socket and no sleep, and servers to talk to.
+"""Calls in virtual time: an event loop that never waits, a transport without sockets, and servers to talk to.
 
-`World` does what the transport does (`rag_rerank.vllm.transport`), but on a clock that jumps to whatever happens next:
-branches run side by side, each waiting for its own answer; the first error ends the others. What is sent to a server
-goes to a function, which says after how many seconds what comes of it:
+`World` sends what calls send (`rag_rerank.vllm.transport` does it for users), in an event loop whose clock jumps to
+whatever happens next. A request goes to a function, which says after how many seconds what comes of it:
 
     World(Server())                                  one server that does everything right
     World(Script(BUSY, None, (3.0, BROKEN)))         503 to the first request, the third breaks off after 3 s
     World(at(Server(), refuse), servers=2)           the second of two servers behaves as the function `refuse`
 """
 
-import heapq
-import inspect
+import asyncio
 import itertools
 import json
 import math
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Coroutine
 from dataclasses import dataclass
 from typing import Any
 
 from rag_rerank.backoff import BackOff
-from rag_rerank.errors import RerankError
 from rag_rerank.vllm.call import Call
 from rag_rerank.vllm.endpoint import Endpoint
-from rag_rerank.vllm.exchange import ID_PREFIX, Exchange, Rules
+from rag_rerank.vllm.exchange import ID_PREFIX, Exchange, Rules, Send
 from rag_rerank.vllm.servers import Server as Asked
 from rag_rerank.vllm.servers import Servers
-from rag_rerank.vllm.steps import Failure, Send, Sleep, Steps, Together
-from rag_rerank.vllm.wire import Options, Reply, ServerFacts
+from rag_rerank.vllm.wire import Failure, Options, Reply, ServerFacts
 from tests.faulty_server import oracle
 
 Outcome = Reply | Failure
@@ -202,23 +198,30 @@ class Sent:
         return documents_of(self.send)
 
 
-@dataclass(eq=False)
-class _Running:
-    """A generator that is being driven.
+class VirtualLoop(asyncio.BaseEventLoop):
+    """An event loop whose clock jumps to whatever happens next."""
 
-    Attributes:
-        parent: Which waits for it.
-        branches: For which it waits.
-        sending: Whether it waits for an answer.
-    """
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = START
+        self._selector = self
 
-    steps: Steps[Any]
-    parent: "_Running | None" = None
-    branches: "list[_Running] | None" = None
-    sending: bool = False
-    over: bool = False
-    result: Any = None
-    error: RerankError | None = None
+    def time(self) -> float:
+        return self.now
+
+    def select(self, timeout: float | None) -> list[Any]:
+        """As its own selector: nothing comes from outside."""
+        if timeout != 0:
+            assert timeout is not None, "the call waits for something that never comes"
+            assert self._scheduled[0].when() < math.inf, "the call waits for ever"
+            self.now = self._scheduled[0].when()
+        return []
+
+    def _process_events(self, events: list[Any]) -> None:
+        pass
+
+    def _write_to_self(self) -> None:
+        pass
 
 
 class World:
@@ -254,15 +257,13 @@ class World:
         self.answer = answer or Server()
         self.deadline, self.model, self.jitter, self.rules = deadline, model, jitter, Rules(**rules)
         self.servers = Servers([Endpoint(f"http://server{number}:1", f"server{number}:1") for number in range(servers)])
-        self.now = START
+        self.loop = VirtualLoop()
         self.sent: list[Sent] = []
         self.slept: list[float] = []
         self.discarded: list[Reply] = []
         self.most_at_once = 0
         self._under_way = 0
         self._ids = itertools.count(1)
-        self._ties = itertools.count()
-        self._events: list[tuple[float, int, Callable[[], None]]] = []
         for server in self.each_server:
             server.back_off = BackOff(self.clock)
             server.facts = ServerFacts((0, 32), "m", "org/m", 1_000_000) if known else None
@@ -271,18 +272,28 @@ class World:
     def each_server(self) -> list[Asked]:
         return self.servers._servers
 
+    @property
+    def now(self) -> float:
+        return self.loop.now
+
+    @now.setter
+    def now(self, now: float) -> None:
+        self.loop.now = now
+
     def clock(self) -> float:
-        return self.now
+        return self.loop.now
 
     def exchange(self) -> Exchange:
         """That of a call that begins now."""
         return Exchange(
+            self,
             self.servers,
             self.rules,
             until=None if self.deadline is None else self.now + self.deadline,
             model=self.model,
             clock=self.clock,
             now=lambda: EPOCH + self.now - START,
+            sleep=self.sleep,
             jitter=lambda: self.jitter,
             new_id=lambda: f"{ID_PREFIX}{next(self._ids)}",
         )
@@ -311,62 +322,21 @@ class World:
     def score_requests(self) -> list[Sent]:
         return [sent for sent in self.sent if sent.send.request.body is not None]
 
-    def run(self, steps: Steps[Any]) -> Any:
-        """Do what `steps` yields; all generators are over when this returns or raises."""
-        driven: list[_Running] = []
-        self._driven, self._events, self._under_way = driven, [], 0
-        root = _Running(steps)
+    def run(self, work: Coroutine[Any, Any, Any]) -> Any:
+        """Do the work; nothing is left running when this returns or raises."""
         try:
-            self._begin(root)
-            while not root.over:
-                assert self._events, "the call waits for something that never comes"
-                self.now, _, happen = heapq.heappop(self._events)
-                happen()
-            assert self._under_way == 0
-            assert all(inspect.getgeneratorstate(running.steps) == inspect.GEN_CLOSED for running in driven)
+            return self.loop.run_until_complete(work)
         finally:
-            # An error that is not ours goes through everything, as it does in the transport.
-            for running in reversed(driven):
-                running.steps.close()
-        if root.error is not None:
-            raise root.error
-        return root.result
+            assert self._under_way == 0
+            assert asyncio.all_tasks(self.loop) == set()
 
-    def _begin(self, running: _Running) -> None:
-        self._driven.append(running)
-        self._go_on(running)
+    async def sleep(self, seconds: float) -> None:
+        assert seconds >= 0
+        self.slept.append(seconds)
+        await asyncio.sleep(seconds)
 
-    def _go_on(self, running: _Running, outcome: Outcome | None = None, error: RerankError | None = None) -> None:
-        """Tell what came of the last step, and take the next one that takes time."""
-        while True:
-            try:
-                step = running.steps.send(outcome) if error is None else running.steps.throw(error)
-            except StopIteration as finished:
-                running.result = finished.value
-                self._end(running)
-                return
-            except RerankError as raised:
-                running.error = raised
-                self._end(running)
-                return
-            outcome = error = None
-            match step:
-                case Send():
-                    self._send(running, step)
-                case Sleep(seconds):
-                    assert seconds >= 0
-                    self.slept.append(seconds)
-                    self._in(seconds, running, lambda: self._go_on(running))
-                case Together(branches):
-                    running.branches = [_Running(branch, running) for branch in branches]
-                    for branch in list(running.branches):
-                        self._begin(branch)
-                    if branches:
-                        return
-                    continue
-            return
-
-    def _send(self, running: _Running, send: Send) -> None:
+    async def send(self, send: Send) -> Outcome:
+        """What the transport does."""
         assert send.connect_timeout > 0
         assert send.timeout is None or send.timeout >= send.connect_timeout
         self.sent.append(Sent(send, self.now - START))
@@ -376,48 +346,12 @@ class World:
             seconds, outcome = send.connect_timeout, Failure("connect", "can't connect: timed out")
         if send.timeout is not None and seconds > send.timeout:
             seconds, outcome = send.timeout, Failure("timeout", "timed out")
-        assert seconds < math.inf, "the call waits for ever"
-        running.sending = True
         self._under_way += 1
         self.most_at_once = max(self.most_at_once, self._under_way)
-
-        def told() -> None:
-            running.sending = False
+        try:
+            await asyncio.sleep(seconds)
+        finally:
             self._under_way -= 1
-            if isinstance(outcome, Reply) and not send.judge(outcome):
-                self.discarded.append(outcome)
-            self._go_on(running, outcome)
-
-        self._in(seconds, running, told)
-
-    def _in(self, seconds: float, running: _Running, happen: Callable[[], None]) -> None:
-        """Have something happen, unless whom it concerns is over by then."""
-        event = (self.now + seconds, next(self._ties), lambda: None if running.over else happen())
-        heapq.heappush(self._events, event)
-
-    def _end(self, running: _Running) -> None:
-        running.over = True
-        if running.parent is not None:
-            # Not at once: all branches begin before the first can end the others.
-            self._in(0, running.parent, lambda: self._joined(running.parent, running))
-
-    def _joined(self, parent: _Running, branch: _Running) -> None:
-        """A branch is over: the last one lets its parent go on, and so does an error, which ends the others."""
-        if parent.branches is None or branch not in parent.branches:
-            return
-        parent.branches.remove(branch)
-        if branch.error is not None:
-            for other in parent.branches:
-                self._cancel(other)
-        elif parent.branches:
-            return
-        parent.branches = None
-        self._go_on(parent, error=branch.error)
-
-    def _cancel(self, running: _Running) -> None:
-        for branch in running.branches or ():
-            self._cancel(branch)
-        if running.sending:
-            self._under_way -= 1
-        running.sending, running.over = False, True
-        running.steps.close()
+        if isinstance(outcome, Reply) and not send.judge(outcome):
+            self.discarded.append(outcome)
+        return outcome
