@@ -112,8 +112,8 @@ class Calibration:
             if values.pop("format") != _FORMAT:
                 raise ValueError(f"its format is not {_FORMAT!r}")  # noqa: TRY301 - joins the other ways
             values["references"] = [Reference(**each) for each in values["references"]]
-            if values["scale"] not in ("score", "logit") or not values["references"]:
-                raise ValueError("it has no references, or an unknown scale")  # noqa: TRY301
+            if values["scale"] not in ("score", "logit") or not (values["references"] and values["facts"]["model"]):
+                raise ValueError("it names no model, no references, or an unknown scale")  # noqa: TRY301
             curve = values.pop("curve")
             points = [(float(value), float(odds)) for value, odds in curve["points"]]
             return cls(**values, curve=Curve(curve["method"], points))

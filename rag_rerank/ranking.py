@@ -4,6 +4,7 @@ import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Literal
 
 from rag_rerank.errors import BackendError, ContentError, RerankError
@@ -39,6 +40,8 @@ class Ranking:
     top_n: int | None
     score_threshold: float | None
     on_error: str
+    min_precision: float | None = None
+    min_n: int = 0
     may_return: bool = False
 
     def __post_init__(self) -> None:
@@ -51,6 +54,15 @@ class Ranking:
             raise TypeError(f"score_threshold must be a number or None, got {type(threshold).__name__}")
         if threshold is not None and not math.isfinite(threshold):
             raise ValueError(f"score_threshold must be finite, got {threshold}; None keeps all documents")
+        precision, least = self.min_precision, self.min_n
+        if precision is not None and (isinstance(precision, bool) or not isinstance(precision, int | float)):
+            raise TypeError(f"min_precision must be a number or None, got {type(precision).__name__}")
+        if precision is not None and not 0 < precision <= 1:
+            raise ValueError(f"min_precision must be above 0 and at most 1, got {precision}; None keeps all documents")
+        if isinstance(least, bool) or not isinstance(least, int):
+            raise TypeError(f"min_n must be an int, got {type(least).__name__}")
+        if least < 0 or (top_n is not None and least > top_n):
+            raise ValueError(f"min_n must be from 0 to top_n ({top_n}), got {least}")
         allowed = ("raise", "passthrough", "return") if self.may_return else ("raise", "passthrough")
         if self.on_error not in allowed:
             raise ValueError(f"on_error must be {' or '.join(map(repr, allowed))}, got {self.on_error!r}")
@@ -61,12 +73,18 @@ class Ranking:
         return {"raise": (), "passthrough": (BackendError,)}.get(self.on_error, (BackendError, ContentError))
 
     def rank(self, scores: Sequence[float | None]) -> list[Ranked]:
-        """Threshold, sort, cut. Documents without a score follow the scored ones, in retrieval order."""
+        """Sort, threshold, cut. Documents without a score follow the scored ones, in retrieval order."""
         threshold = -math.inf if self.score_threshold is None else self.score_threshold
-        scored = [(index, score) for index, score in enumerate(scores) if score is not None and score >= threshold]
+        scored = [(index, score) for index, score in enumerate(scores) if score is not None]
         scored.sort(key=lambda pair: -pair[1])  # sorted on the negative, not reversed: reversing would turn ties around
+        kept = sum(score >= threshold for _, score in scored)
+        if self.min_precision is not None:
+            # Best first, the mean never rises.
+            means = (total / count for count, total in enumerate(accumulate(score for _, score in scored), 1))
+            kept = min(kept, sum(mean >= self.min_precision for mean in means))
+        ranked = [Ranked(index, score) for index, score in scored[: max(kept, self.min_n)]]
         unscored = [Ranked(index, None) for index, score in enumerate(scores) if score is None]
-        return ([Ranked(index, score) for index, score in scored] + unscored)[: self.top_n]
+        return (ranked + unscored)[: self.top_n]
 
     def result(self, outcomes: Sequence[Outcome]) -> list[Ranked] | RerankError:
         """Rank one query's documents; those without a score follow under ``"passthrough"``, else its error is given."""

@@ -199,6 +199,8 @@ class Scorer(Closeable, ABC):
         *,
         top_n: int | None = None,
         score_threshold: float | None = None,
+        min_precision: float | None = None,
+        min_n: int = 0,
         instruction: str | None = None,
         on_error: OnError = "raise",
         deadline: float | None = None,
@@ -210,6 +212,9 @@ class Scorer(Closeable, ABC):
             documents: The documents, in retrieval order.
             top_n: How many to keep, at least 1. None keeps all.
             score_threshold: Keep only scores at or above it; applied before `top_n`, so the result may be empty.
+            min_precision: Keep as many as together have a mean score of at least this. Where scores are probabilities
+                (`Calibrated`), that is the share of relevant documents to be expected among what is kept.
+            min_n: Keep at least so many, whatever `score_threshold` and `min_precision` say.
             instruction: As in `score`.
             on_error: ``"raise"``; or ``"passthrough"``, which turns a `BackendError` into one logged warning and the
                 first `top_n` documents in retrieval order with score None. Where only some documents have no score,
@@ -222,7 +227,8 @@ class Scorer(Closeable, ABC):
         Raises:
             TypeError, ValueError, ConfigError, BackendError: As `score`; a wrong argument is never passed through.
         """
-        batch = Batch([query], [documents], Ranking(top_n, score_threshold, on_error), alone=True)
+        ranking = Ranking(top_n, score_threshold, on_error, min_precision, min_n)
+        batch = Batch([query], [documents], ranking, alone=True)
         self._run(batch, deadline, instruction)
         ranked: list[Ranked] = batch.results()[0]
         return ranked
@@ -234,12 +240,15 @@ class Scorer(Closeable, ABC):
         *,
         top_n: int | None = None,
         score_threshold: float | None = None,
+        min_precision: float | None = None,
+        min_n: int = 0,
         instruction: str | None = None,
         on_error: OnError = "raise",
         deadline: float | None = None,
     ) -> list[Ranked]:
         """Rerank without blocking the event loop; see `rerank`."""
-        batch = Batch([query], [documents], Ranking(top_n, score_threshold, on_error), alone=True)
+        ranking = Ranking(top_n, score_threshold, on_error, min_precision, min_n)
+        batch = Batch([query], [documents], ranking, alone=True)
         await self._arun(batch, deadline, instruction)
         ranked: list[Ranked] = batch.results()[0]
         return ranked
@@ -252,6 +261,8 @@ class Scorer(Closeable, ABC):
         *,
         top_n: int | None = None,
         score_threshold: float | None = None,
+        min_precision: float | None = None,
+        min_n: int = 0,
         instruction: str | None = None,
         on_error: OnError = "raise",
         deadline: float | None = None,
@@ -265,6 +276,8 @@ class Scorer(Closeable, ABC):
         *,
         top_n: int | None = None,
         score_threshold: float | None = None,
+        min_precision: float | None = None,
+        min_n: int = 0,
         instruction: str | None = None,
         on_error: OnBatchError,
         deadline: float | None = None,
@@ -277,6 +290,8 @@ class Scorer(Closeable, ABC):
         *,
         top_n: int | None = None,
         score_threshold: float | None = None,
+        min_precision: float | None = None,
+        min_n: int = 0,
         instruction: str | None = None,
         on_error: OnBatchError = "raise",
         deadline: float | None = None,
@@ -290,6 +305,8 @@ class Scorer(Closeable, ABC):
             documents: For each query its own documents, in retrieval order.
             top_n: How many to keep for each query.
             score_threshold: Keep only scores at or above it.
+            min_precision: As in `rerank`, for each query.
+            min_n: As in `rerank`, for each query.
             instruction: As in `score`, for all queries.
             on_error: ``"raise"`` raises the first failure, and names its query. ``"passthrough"``, as in `rerank`,
                 ranks what has scores and logs one warning. ``"return"`` puts the error of a query, a `BackendError` or
@@ -304,7 +321,8 @@ class Scorer(Closeable, ABC):
             TypeError, ValueError, ConfigError, BackendError: As `rerank`. A wrong argument is never passed through nor
                 returned.
         """
-        batch = Batch(queries, documents, Ranking(top_n, score_threshold, on_error, may_return=True))
+        ranking = Ranking(top_n, score_threshold, on_error, min_precision, min_n, may_return=True)
+        batch = Batch(queries, documents, ranking)
         self._run(batch, deadline, instruction)
         return batch.results()
 
@@ -316,6 +334,8 @@ class Scorer(Closeable, ABC):
         *,
         top_n: int | None = None,
         score_threshold: float | None = None,
+        min_precision: float | None = None,
+        min_n: int = 0,
         instruction: str | None = None,
         on_error: OnError = "raise",
         deadline: float | None = None,
@@ -329,6 +349,8 @@ class Scorer(Closeable, ABC):
         *,
         top_n: int | None = None,
         score_threshold: float | None = None,
+        min_precision: float | None = None,
+        min_n: int = 0,
         instruction: str | None = None,
         on_error: OnBatchError,
         deadline: float | None = None,
@@ -341,17 +363,28 @@ class Scorer(Closeable, ABC):
         *,
         top_n: int | None = None,
         score_threshold: float | None = None,
+        min_precision: float | None = None,
+        min_n: int = 0,
         instruction: str | None = None,
         on_error: OnBatchError = "raise",
         deadline: float | None = None,
     ) -> Any:
         """Rerank several queries without blocking the event loop; see `rerank_batch`."""
-        batch = Batch(queries, documents, Ranking(top_n, score_threshold, on_error, may_return=True))
+        ranking = Ranking(top_n, score_threshold, on_error, min_precision, min_n, may_return=True)
+        batch = Batch(queries, documents, ranking)
         await self._arun(batch, deadline, instruction)
         return batch.results()
 
+    def _check_limits(self, batch: Batch) -> None:
+        if batch.ranking.min_precision is not None and not self.calibrated:
+            raise ConfigError(
+                f"min_precision needs probabilities, and the scores of {type(self).__name__} are none: run rag-rerank "
+                "calibrate, and use Calibrated(scorer, file)"
+            )
+
     def _run(self, batch: Batch, deadline: float | None, instruction: str | None) -> None:
         until = self._begin(deadline, instruction)
+        self._check_limits(batch)
         batch.prepare(until)
         for queries, documents in batch.calls():
             until = self._begin(None, instruction) if deadline is None else until
@@ -359,6 +392,7 @@ class Scorer(Closeable, ABC):
 
     async def _arun(self, batch: Batch, deadline: float | None, instruction: str | None) -> None:
         until = self._begin(deadline, instruction)
+        self._check_limits(batch)
         if batch.is_slow:
             await asyncio.to_thread(batch.prepare, until)
         else:

@@ -3,7 +3,7 @@
 import typer
 
 from rag_rerank.cli.demo import demo
-from rag_rerank.cli.evaluating import evaluate
+from rag_rerank.cli.evaluating import calibrate, evaluate
 from rag_rerank.cli.examining import check
 from rag_rerank.cli.models import convert, template_app
 from rag_rerank.cli.scoring import rerank, score
@@ -14,7 +14,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Rerank documents for RAG, with a local model or a vLLM server.",
 )
-for command in (score, rerank, check, demo, convert):
+for command in (score, rerank, check, demo, convert, calibrate):
     app.command()(command)
 app.command("eval")(evaluate)
 app.add_typer(template_app, name="template")

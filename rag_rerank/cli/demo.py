@@ -11,7 +11,7 @@ from rag_rerank.cli.options import ScorerOptions, takes_scorer
 from rag_rerank.errors import ConfigError
 
 
-@takes_scorer("logits", "send_key_over_http")
+@takes_scorer("logits", "send_key_over_http", "calibration")
 def demo(
     chosen: ScorerOptions,
     queries: Annotated[int | None, typer.Option(min=1, help="Only the first so many of the 170 queries.")] = None,

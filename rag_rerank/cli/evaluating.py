@@ -1,4 +1,4 @@
-"""``rag-rerank eval``."""
+"""``rag-rerank eval`` and ``rag-rerank calibrate``."""
 
 import json
 import os
@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from typer import Argument, Option
 
-from rag_rerank.cli.options import DeviceOption, DtypeOption, KeyOverHTTPOption, ScorerOptions
+from rag_rerank.cli.options import DeviceOption, DtypeOption, KeyOverHTTPOption, ScorerOptions, takes_scorer
 from rag_rerank.errors import BackendError, ConfigError
 from rag_rerank.inputs import NEUTRAL
 from rag_rerank.scorer import Scorer
@@ -63,7 +63,7 @@ def evaluate(
 
     A run with its qrels, but without a folder and a model, is measured as it is.
     """
-    _check_files(as_json, trec_run, html)
+    _check_files(as_json, trec_run, html=html)
     try:
         from rag_rerank import evaluation as package
         from rag_rerank.cli.evaluation_tables import show
@@ -93,6 +93,59 @@ def evaluate(
         )
     show(evaluation, Console())
     _write(evaluation, as_json, trec_run, html)
+
+
+@takes_scorer("calibration")
+def calibrate(
+    data: Annotated[
+        Path, Argument(help="A collection in BEIR's layout, or a .jsonl file of pairs: query, document, relevant.")
+    ],
+    chosen: ScorerOptions,
+    out: Annotated[Path, Option(help="The file to write.")] = Path("relevance.json"),
+    run: Annotated[File, Option(help="A TREC run with candidates, instead of what BM25 finds.")] = None,
+    qrels: Annotated[File, Option(help="Judgments (BEIR or TREC), instead of the collection's.")] = None,
+    depth: Annotated[int, Option(min=1, help="Candidates a query. What has no judgment counts as irrelevant.")] = 50,
+    queries: Annotated[int | None, Option(min=1, help="Only the first so many.")] = None,
+    as_json: Annotated[File, Option("--json", help="Write all figures to this file.")] = None,
+    cache: Annotated[File, Option(help="The folder that keeps scores; ~/.cache/rag_rerank if none.")] = None,
+    no_cache: Annotated[bool, Option("--no-cache", help="Score everything anew and keep nothing.")] = False,
+) -> None:
+    """Fit what turns a model's scores into probabilities of relevance, and say which threshold does what.
+
+    Use the file with Calibrated(scorer, FILE), calibration=FILE in both integrations, or --calibration FILE. Scores are
+    kept as by eval: what was interrupted goes on where it was.
+    """
+    _check_files(out, as_json)
+    try:
+        from rag_rerank import evaluation as package
+        from rag_rerank.cli.evaluation_tables import show_calibration
+        from rag_rerank.evaluation import calibrating
+    except ModuleNotFoundError as error:
+        raise ConfigError(f"calibrate needs {error.name}: pip install 'rag-rerank[eval]'") from error
+    candidates: Run | None
+    if data.is_file():
+        collection, candidates = calibrating.read_labelled(data)
+        depth = max(map(len, collection.judgments.values()), default=1)
+    else:
+        collection, candidates = _collection(data, run, qrels, depth, bare=False)
+    where: Path | bool = not no_cache if cache is None or no_cache else cache
+    with _resumable(kept=where is not False), _bar() as progress, chosen.make() as scorer:
+        evaluation = package.evaluate(
+            collection,
+            scorer,
+            run=candidates,
+            first_stage=None if run is None else run.name,
+            depths=[depth],
+            limit=queries,
+            cache=where,
+            progress=progress,
+        )
+        found = calibrating.calibrate(evaluation, scorer)
+    found.calibration.save(out)
+    show_calibration(found, str(out), Console())
+    typer.echo(f"wrote {out}", err=True)
+    if as_json is not None:
+        _write_text(as_json, json.dumps(found.as_json(), ensure_ascii=False, allow_nan=False, indent=1) + "\n")
 
 
 def _collection(folder: File, run: File, qrels: File, deepest: int, *, bare: bool) -> "tuple[Collection, Run | None]":
@@ -164,9 +217,9 @@ def _resumable(*, kept: bool) -> Iterator[None]:
         raise
 
 
-def _check_files(as_json: File, trec_run: File, html: File) -> None:
+def _check_files(*files: File, html: File = None) -> None:
     """Refuse, before hours of scoring, a file that could not be written after them, with a ConfigError."""
-    for path in (as_json, trec_run, html):
+    for path in (*files, html):
         if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
             raise ConfigError(f"{path} can't be written: {'it is a' if path.is_dir() else 'there is no such'} folder")
     if html is not None and find_spec("matplotlib") is None:

@@ -5,11 +5,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import wraps
 from itertools import chain
+from pathlib import Path
 from typing import Annotated, Any
 
 from typer import Option
 
-from rag_rerank import ConfigError, LocalScorer, LocalSettings, Scorer, VLLMScorer
+from rag_rerank import Calibrated, ConfigError, LocalScorer, LocalSettings, Scorer, VLLMScorer
 
 DeviceOption = Annotated[str | None, Option(help="Local only: cuda, cuda:1, mps, cpu.")]
 DtypeOption = Annotated[str, Option(help="Local only: auto, float32, bfloat16, float16.")]
@@ -32,9 +33,14 @@ class ScorerOptions:
     dtype: DtypeOption = "auto"
     logits: Annotated[bool, Option("--logits", help="Raw logits instead of the model's own scale.")] = False
     send_key_over_http: KeyOverHTTPOption = False
+    calibration: Annotated[Path | None, Option(help="A file of rag-rerank calibrate, for probabilities.")] = None
 
     def make(self) -> Scorer:
         """Make the scorer that they ask for: remote as soon as one of them says where."""
+        scorer = self._make()
+        return scorer if self.calibration is None else Calibrated(scorer, self.calibration)
+
+    def _make(self) -> Scorer:
         use_activation = False if self.logits else None
         urls, names_host = self.base_url, self.host is not None or self.port is not None
         if urls and names_host:
