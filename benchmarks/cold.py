@@ -1,16 +1,19 @@
 """How long the first score takes: importing the package, and a fresh process until it has scored one pair.
 
     .venv/bin/python -m benchmarks.cold
+    .venv/bin/python -m benchmarks.cold --proof [FOLDER ...]     # what the proof adds to loading
 
 Processes alternate. sentence-transformers imports torch when it is imported, LocalScorer with its first call: compare
 the times from the start of the process.
 """
 
 import argparse
+import itertools
 import statistics
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
@@ -37,6 +40,13 @@ FIRST_SCORES = {
     ),
 }
 
+# What torch and transformers take to import is no part of it: 2 to 3 s.
+LOADED = (
+    "import sys, rag_rerank.local.loading; from rag_rerank import LocalScorer; scorer = LocalScorer(sys.argv[1], "
+    f"device='cpu', dtype=sys.argv[2], verify=sys.argv[3] == 'True'); {_TIMED}; "
+    f"seen = scorer.proof().differences; {_SPENT}; print(max(seen.values(), default=0))"
+)
+
 
 def fresh(code: str, *arguments: str) -> tuple[float, str]:
     """Seconds that a new interpreter takes for `code`, and what it printed."""
@@ -46,11 +56,38 @@ def fresh(code: str, *arguments: str) -> tuple[float, str]:
     return time.perf_counter() - began, done.stdout
 
 
+def proof(folders: list[str], rounds: int, console: Console) -> None:
+    """What the proof adds to loading, imports done: the ratio within each pair of processes."""
+    table = Table(title="Loading, imports done, seconds")
+    for column in ("", "dtype", "verify=False", "verify=True", "ratio", "difference"):
+        table.add_column(column, justify="left" if not column else "right")
+    with shown(console) as progress:
+        for path, dtype in progress.track(
+            list(itertools.product(folders, ("float32", "bfloat16"))), description="Loads"
+        ):
+            times: dict[bool, list[float]] = {False: [], True: []}
+            difference = ""
+            for number in range(rounds + 1):
+                for verify, seconds in times.items():
+                    spent, difference = fresh(LOADED, path, dtype, f"{verify}")[1].split()[-2:]
+                    if number:
+                        seconds.append(float(spent))
+            ratios = [proven / plain for plain, proven in zip(*times.values(), strict=True)]
+            cells = (f"{statistics.median(seconds):.2f}" for seconds in times.values())
+            table.add_row(Path(path).name, dtype, *cells, spread(ratios).replace("[", r"\["), difference)
+    console.print(table)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--rounds", type=int, default=5, help="of first scores; imports are timed twice as often")
+    parser.add_argument("--proof", nargs="*", metavar="FOLDER", help="of models; by default two shapes")
     arguments = parser.parse_args()
     console = Console(width=120)
+    if arguments.proof is not None:
+        folders = arguments.proof or [str(folder(name)) for name in ("released", "qwen3-0.6b")]
+        proof(folders, arguments.rounds, console)
+        return
     model = str(folder("minilm"))
     imports: dict[str, list[float]] = {name: [] for name in IMPORTS}
     whole: dict[str, list[float]] = {name: [] for name in FIRST_SCORES}

@@ -2,6 +2,7 @@
 
     .venv/bin/python -m benchmarks.growth                # make bench runs it; about ten minutes
     .venv/bin/python -m benchmarks.growth --most 10000   # only what is that large, in one or two
+    .venv/bin/python -m benchmarks.growth --event-loop   # only how long `ascore` keeps an event loop from other work
 
 LocalScorer with dtype="auto": the MiniLM shape with passages of about 200 tokens, in one call; and, for the largest
 numbers, a tiny model with short documents, in calls of 1,000 as users would make them, and in one call of 100,000.
@@ -10,11 +11,14 @@ pair as the row of 1,000 above it. Peak memory includes the documents and scores
 """
 
 import argparse
+import asyncio
 import statistics
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Coroutine, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import cycle
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.progress import Progress
@@ -25,6 +29,7 @@ from benchmarks.peers import CONTESTANTS
 from benchmarks.process import Worker
 from benchmarks.rerank import OUT, shown
 from benchmarks.texts import Call, Texts
+from rag_rerank import LocalScorer, Scorer
 
 SHORT = 20  # words
 REFERENCE = 1000  # pairs of the row that the others of a series are compared with
@@ -79,6 +84,7 @@ def series() -> list[Series]:
         Series(f"{passages}, one call", folder("minilm"), None, (10, 100, 1000, 10_000)),
         Series(f"{short}, calls of 1,000", tiny(), SHORT, (1000, 10_000, 100_000, 1_000_000), 1000),
         Series(f"{short}, one call", tiny(), SHORT, (100, 1000, 10_000, 100_000)),
+        Series("DeBERTa-v2 shape, padded, calls of one", folder("deberta-v2"), None, (100, 1000), 1),
     ]
 
 
@@ -141,12 +147,54 @@ def table(asked: Series, rows: Sequence[Grown]) -> Table:
     return shown_table
 
 
+class Instant(Scorer):
+    """Scores at once, so that only what is around it takes time."""
+
+    model_name = "instant"
+
+    def _score(self, queries: Sequence[Any], documents: Sequence[Any], *_: Any) -> list[float]:
+        return [0.5] * len(documents)
+
+    async def _ascore(self, *arguments: Any) -> list[float]:
+        return self._score(*arguments)
+
+
+async def standing(work: Coroutine[Any, Any, object]) -> tuple[float, float]:
+    """Milliseconds for which the event loop stood at most, and the seconds that the work took."""
+    began = last = time.perf_counter()
+    longest, task = 0.0, asyncio.create_task(work)
+    while not task.done():
+        await asyncio.sleep(0.001)
+        now = time.perf_counter()
+        longest, last = max(longest, now - last - 0.001), now
+    await task
+    return 1000 * longest, last - began
+
+
+async def event_loop(texts: Texts, progress: Progress) -> Table:
+    """How long an event loop stands during one call, beside one that only sleeps: other processes make it late, too."""
+    shown_table = Table("scorer", "documents", "seconds", "stood at most, ms", "asleep as long, ms", title="ascore")
+    documents = _documents(texts, SHORT)
+    with Instant() as instant, LocalScorer(tiny()) as local:
+        await asyncio.to_thread(local.warmup)
+        for scorer, count in progress.track([(each, 10**power) for each in (instant, local) for power in (2, 3, 4, 5)]):
+            asked = [next(documents) for _ in range(count)]
+            stood, seconds = await standing(scorer.ascore(texts.questions[0], asked))
+            asleep, _ = await standing(asyncio.sleep(seconds))
+            shown_table.add_row(type(scorer).__name__, f"{count:,}", f"{seconds:.2f}", f"{stood:.1f}", f"{asleep:.1f}")
+    return shown_table
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--most", type=int, default=1_000_000, metavar="PAIRS", help="leave out what is larger")
+    parser.add_argument("--event-loop", action="store_true", help="only how long `ascore` keeps an event loop")
     arguments = parser.parse_args()
     console, texts = Console(width=130), Texts("passages")
     with shown(console) as progress:
+        console.print(asyncio.run(event_loop(texts, progress)))
+        if arguments.event_loop:
+            return
         for asked in series():
             sizes = [pairs for pairs in asked.pairs if pairs <= arguments.most]
             console.print(table(asked, [grow(asked, pairs, texts, progress) for pairs in sizes]))

@@ -144,6 +144,31 @@ def _xlm_roberta(path: Path) -> None:
     _save_classifier(path, model, model.classifier.out_proj, tokenizer)
 
 
+def _deberta(path: Path) -> None:
+    import torch
+    from transformers import DebertaV2Config, DebertaV2ForSequenceClassification
+
+    tokenizer = _plain_bert_tokenizer(512)
+    config = DebertaV2Config(
+        vocab_size=len(tokenizer),
+        hidden_size=384,
+        num_hidden_layers=4,
+        num_attention_heads=6,
+        intermediate_size=1536,
+        max_position_embeddings=512,
+        type_vocab_size=0,
+        num_labels=1,
+        relative_attention=True,
+        position_buckets=256,
+        pos_att_type=["p2c", "c2p"],
+        position_biased_input=False,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    torch.manual_seed(0)
+    model = DebertaV2ForSequenceClassification(config)
+    _save_classifier(path, model, model.classifier, tokenizer)
+
+
 def _modernbert(path: Path) -> None:
     import torch
     from transformers import ModernBertConfig, ModernBertForSequenceClassification
@@ -293,6 +318,7 @@ SHAPES = {
         "pairs",
         _modernbert,
     ),
+    "deberta-v2": Shape("DeBERTa-v2 (384 wide, 4 of 12 layers), as mxbai-rerank-xsmall-v1", "pairs", _deberta),
     "qwen3-0.6b": Shape(
         "Qwen3 0.6B (1,024 wide, 4 of 28 layers, 16k of 152k words), as Qwen3-Reranker-0.6B", "causal", _qwen3
     ),

@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from rag_rerank.local import LocalScorer as LocalScorer
     from rag_rerank.ranking import Ranked as Ranked
     from rag_rerank.scorer import Scorer as Scorer
+    from rag_rerank.telemetry import Load as Load
     from rag_rerank.template import Template as Template
     from rag_rerank.vllm import VLLMScorer as VLLMScorer
 
@@ -71,6 +72,7 @@ _HOME = {
     "Closeable": "closeable",
     "Ranked": "ranking",
     "Scorer": "scorer",
+    "Load": "telemetry",
     "Template": "template",
     "VLLMScorer": "vllm",
 }

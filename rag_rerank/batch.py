@@ -1,6 +1,6 @@
 """Several queries in as few calls to the back end as are good for it, and what comes of each."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from rag_rerank.errors import BackendError, ContentError, RerankError
@@ -67,13 +67,16 @@ class Batch:
             self._pairs.append(pairs)
             self._outcomes.append(outcomes)
 
-    def calls(self) -> Iterator[tuple[list[Prepared], list[Prepared]]]:
-        """Yield queries and documents to ask about, whole queries at a time; `take` gets what came of them."""
+    def calls(self, listwise: Callable[[], bool]) -> Iterator[tuple[list[Prepared], list[Prepared]]]:
+        """Yield queries and documents to ask about, whole queries at a time; `take` gets what came of them.
+
+        Where the documents of a query are scored together (`listwise`), each query has a call of its own.
+        """
         self._positions, count = [], 0
         for position, (_, documents) in enumerate(self._pairs):
             if not documents:
                 continue
-            if self._positions and count + len(documents) > MOST_DOCUMENTS:
+            if self._positions and (count + len(documents) > MOST_DOCUMENTS or listwise()):
                 yield self._together()
                 self._positions, count = [], 0
             self._positions.append(position)

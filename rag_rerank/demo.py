@@ -1,107 +1,132 @@
-"""The main job on real data, as a terminal sees it: BM25 finds 100 candidates, the reranker orders them, and it shows.
+"""What `rag-rerank demo` shows: what reranking does to one question, then what it gains over many.
 
 This is where everything comes together, so it is the one module of the package that names LangChain and LlamaIndex; it
 imports them where it shows that they return what `Scorer.rerank` returns.
 """
 
+import time
 from collections.abc import Mapping
+from dataclasses import replace
 
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import Progress
 from rich.table import Table
 
-from rag_rerank.display import Reranked
 from rag_rerank.embedded import collection_folder
-from rag_rerank.evaluation import Collection, Evaluation, evaluate
+from rag_rerank.evaluation import BM25, Collection, Evaluation, evaluate
 from rag_rerank.evaluation.measures import mean
-from rag_rerank.ranking import Ranked
 from rag_rerank.scorer import Scorer
 
-DEPTH = 100  # candidates per query, as in the published BM25-then-rerank baselines
-SHOWN = 3  # queries, and documents of each
+DEPTH = 20  # candidates for each question
+SHOWN = 3  # of these
+LENGTH = 600  # characters of a section that the reranker reads: no small model has to cut them
+QUESTIONS = 25
+EXAMPLE = "How do I get documentation on Python?"
 
 
-def run_demo(scorer: Scorer, console: Console, *, model: str, limit: int | None = None) -> dict[str, float]:
-    """Rerank the embedded collection and show the result; `limit` keeps only the first so many of its 170 queries.
-
-    Returns:
-        ``nDCG@10 before``, ``nDCG@10 after`` and the same of ``RR@10``.
-    """
-    collection = Collection.load(collection_folder())
+def run_demo(scorer: Scorer, console: Console, *, model: str, queries: int = QUESTIONS) -> Evaluation:
+    """Rerank passages of the embedded collection, for one question and then for `queries` of its 170, and show it."""
+    whole = Collection.load(collection_folder())
+    bm25 = BM25(whole.documents)
+    whole = replace(whole, documents={name: text[:LENGTH] for name, text in whole.documents.items()})
     console.print(
-        f"[bold]Python FAQ[/]: {len(collection.documents)} documents, "
-        f"{len(list(collection.queries)[:limit])} questions, one right answer each. "
-        f"BM25 retrieves {DEPTH}, [bold]{escape(model)}[/] reranks them.\n"
+        f"{len(whole.documents)} sections of the Python documentation. For a question, BM25, which counts common "
+        f"words, finds {DEPTH} of them. The reranker, [bold]{escape(model)}[/], reads the first {LENGTH} characters of "
+        "each of these and puts them in a new order.\n"
+    )
+    seconds = _show_example(scorer, console, whole, bm25)
+    chosen = _every_nth(whole, queries)
+    console.print(
+        f"\n[bold]Was that luck? {len(chosen.queries)} questions[/], one right answer each. This takes about "
+        f"{_duration(seconds * len(chosen.queries))} ..."
     )
     with Progress(console=console, transient=True) as bar:
         task = bar.add_task("")
         evaluation = evaluate(
-            collection,
+            chosen,
             {"Reranking": scorer},
+            run={name: bm25.retrieve(text, DEPTH) for name, text in chosen.queries.items()},
             depths=[DEPTH],
-            measures=["nDCG@10", "RR@10", "RR"],
-            limit=limit,
+            measures=["nDCG@10", "P@1"],
             cache=False,
             progress=lambda name, done, total: bar.update(task, description=name, completed=done, total=total),
         )
-    queries = _queries_to_show(evaluation)
-    for title, query in queries.items():
-        console.print(f"[bold]{title}[/]", _movements(evaluation, query))
-    console.print(_summary(evaluation))
-    console.print(_agreement(scorer, evaluation, list(queries.values())))
-    means = {"before": evaluation.before, "after": evaluation.systems[0].deepest.values}
-    return {f"{name} {when}": mean(values[name]) for when, values in means.items() for name in ("nDCG@10", "RR@10")}
+    _show_gains(evaluation, console)
+    if len(chosen.queries) < len(whole.queries):
+        console.print(
+            f"All {len(whole.queries)} questions take about {_duration(seconds * len(whole.queries))}: "
+            f"the same command with [bold]--queries {len(whole.queries)}[/]."
+        )
+    return evaluation
 
 
-def _queries_to_show(evaluation: Evaluation) -> dict[str, str]:
-    """Choose what gained most, what lost most and the median by the right answer's reciprocal rank: not only gains."""
-    before, after = evaluation.before["RR"], evaluation.systems[0].deepest.values["RR"]
-    ordered = sorted(before, key=lambda query: after[query] - before[query])
-    titles = {"Gained most": ordered[-1], "Lost most": ordered[0], "Median": ordered[len(ordered) // 2]}
-    return titles if len(ordered) >= SHOWN else {"Gained most": ordered[-1]}
+def _every_nth(whole: Collection, count: int) -> Collection:
+    """Keep `count` questions from all over the collection."""
+    names, count = list(whole.queries), min(count, len(whole.queries))
+    names = [names[number * len(names) // count] for number in range(count)]
+    return replace(
+        whole,
+        queries={name: whole.queries[name] for name in names},
+        judgments={name: whole.judgments[name] for name in names},
+    )
 
 
-def _movements(evaluation: Evaluation, query: str) -> Reranked:
-    collection, candidates = evaluation.collection, evaluation.candidates[query]
-    ranking = evaluation.run(evaluation.systems[0])[query]
-    ranked = [Ranked(candidates.index(document), score) for document, score in ranking]
-    relevant = [place for place, name in enumerate(candidates) if collection.judgments[query].get(name, 0) > 0]
-    documents = [collection.documents[document] for document in candidates]
-    return Reranked(collection.queries[query], documents, ranked, gold=relevant, rows=SHOWN)
+def _show_example(scorer: Scorer, console: Console, collection: Collection, bm25: BM25) -> float:
+    """Show what becomes of one question's candidates; return the seconds that it took."""
+    [query] = [name for name, text in collection.queries.items() if text == EXAMPLE]
+    [answer] = collection.judgments[query]
+    found = {name: collection.documents[name] for name in bm25.retrieve(EXAMPLE, DEPTH)}
+    scorer.score(EXAMPLE, EXAMPLE)  # loads the model, which is in no question's time
+    began = time.perf_counter()
+    ranked = scorer.rerank(EXAMPLE, list(found.values()))
+    seconds = time.perf_counter() - began
+    order = [list(found)[item.index] for item in ranked]
+    console.print(f"[bold]{EXAMPLE}[/]")
+    for title, ranking in (("BM25", list(found)), ("reranked", order)):
+        console.print(f"\n{title}", style="dim")
+        for place, name in enumerate(ranking, 1):
+            if place <= SHOWN or name == answer:
+                text = " ".join(found[name].split())
+                line = f"{place:2} {'✓' if name == answer else ' '} {text}"
+                console.print(line, markup=False, highlight=False, no_wrap=True, overflow="ellipsis")
+    console.print(f"\n✓ is the right answer: place {[*found].index(answer) + 1} before, {order.index(answer) + 1} now.")
+    for framework, reorder in (("LangChain", _langchain_order), ("LlamaIndex", _llama_index_order)):
+        try:
+            same = reorder(scorer, EXAMPLE, found) == order
+            console.print(f"{framework}: {'[green]the same order[/]' if same else '[red]another order[/]'}")
+        except ModuleNotFoundError as error:
+            console.print(f"{framework}: {error.name} is not installed")
+    return seconds
 
 
-def _summary(evaluation: Evaluation) -> Table:
+def _show_gains(evaluation: Evaluation, console: Console) -> None:
     after = evaluation.systems[0].deepest
-    table = Table(title=f"All {len(evaluation.candidates)} queries", title_justify="left", title_style="bold")
-    for number, name in enumerate(("", "BM25", "reranked", "change")):
-        table.add_column(name, justify="right" if number else "left")
-    for name, label in (("nDCG@10", "nDCG@10"), ("RR@10", "MRR@10")):
-        old, new = mean(evaluation.before[name]), after.mean(name)
-        table.add_row(label, f"{old:.4f}", f"{new:.4f}", f"{new - old:+.4f}")
-    if evaluation.retrieval and after.latency:
-        retrieving, both = evaluation.retrieval.p50, evaluation.retrieval.p50 + after.latency.p50
-        times = f"{retrieving * 1000:.1f} ms", f"{both * 1000:.0f} ms"
-        table.add_row("time per query, median", *times, f"{after.latency.pairs_per_second:.0f} documents/s")
-    return table
+    table = Table("", *(f"{name:>8}" for name in ("BM25", "reranked", "change")), "95 % interval")
+    for measure, label in (("nDCG@10", "nDCG@10"), ("P@1", "right answer on top")):
+        gain = after.gains[measure]
+        table.add_row(
+            label,
+            f"{mean(evaluation.before[measure]):8.3f}",
+            f"{after.mean(measure):8.3f}",
+            f"{gain.gain:+8.3f}",
+            f"{gain.low:+.3f} … {gain.high:+.3f}",
+        )
+    console.print(table)
+    gain = after.gains["nDCG@10"]
+    console.print(
+        "nDCG@10 is 1 where the right answer is at the top, less further down, 0 where it is not among the first ten.\n"
+        f"It rose for {gain.wins} questions and fell for {gain.losses}: reranking "
+        f"{'makes ' if gain.verdict == 'no clear difference' else ''}[bold]{gain.verdict}[/] here."
+    )
+    if after.latency:
+        console.print(f"{DEPTH} passages take {_duration(after.latency.p50)}.")
 
 
-def _agreement(scorer: Scorer, evaluation: Evaluation, queries: list[str]) -> Table:
-    """Compare with what both frameworks return for the same documents."""
-    table = Table("query", "rag_rerank's top 3", "LangChain", "LlamaIndex", title_justify="left", title_style="bold")
-    table.title = "The same through the frameworks"
-    for query in queries:
-        text, expected = evaluation.collection.queries[query], evaluation.ranking(evaluation.systems[0], query)
-        documents = {name: evaluation.collection.documents[name] for name in evaluation.candidates[query]}
-        row = [escape(text), ", ".join(expected[:3])]
-        for order in (_langchain_order, _llama_index_order):
-            try:
-                same = order(scorer, text, documents) == expected
-                row.append(f"[green]same order, {len(expected)} of {len(expected)}[/]" if same else "[red]differs[/]")
-            except ModuleNotFoundError as error:
-                row.append(f"not installed: {error.name}")
-        table.add_row(*row)
-    return table
+def _duration(seconds: float) -> str:
+    if seconds < 1:
+        return f"{1000 * seconds:.0f} ms"
+    return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} minutes"
 
 
 def _langchain_order(scorer: Scorer, query: str, documents: Mapping[str, str]) -> list[str]:

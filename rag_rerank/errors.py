@@ -15,12 +15,19 @@ Beside these stand Python's own `TypeError` and `ValueError` for arguments of th
 name the position, as in ``documents[3] must be str, got NoneType``.
 """
 
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 
 class RerankError(Exception):
     """Base of all errors below: catch it to catch anything that rag_rerank reports."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Make JSON values of it: its ``type``, its ``text``, and each attribute that says something."""
+        facts = {name: value for name, value in vars(self).items() if name[0] != "_" and value not in (None, (), False)}
+        facts = {name: list(value) if isinstance(value, tuple) else value for name, value in facts.items()}
+        return {"type": type(self).__name__, "text": str(self), **facts}
 
 
 class ConfigError(RerankError, ValueError):
@@ -36,6 +43,7 @@ class BackendError(RerankError):
 
     Args:
         message: What failed, in one clause.
+        facts: Any of the other arguments, and of the attributes below; `args` has them so.
         endpoint: Where, as ``host:port`` (never with credentials). None for a local model.
         attempts: How many requests were sent for it. None where requests don't apply.
         elapsed: Seconds from the beginning of the call to the failure.
@@ -44,6 +52,7 @@ class BackendError(RerankError):
     Every argument stays readable as an attribute of that name; ``str(error)`` puts them in one line.
 
     Attributes:
+        model: What was to give the scores: the model's full name or path, of which messages have the last part.
         indices: Positions of the documents that have no score, where the others of their query have one.
         scores: With `indices`: one entry per document in the caller's order, its score or None.
         query: In a batch, the position of the query that failed.
@@ -56,12 +65,12 @@ class BackendError(RerankError):
     query: int | None = None
     reason: str | None = None
     whole: bool = False
+    model: str | None = None
 
-    # All but the message have defaults so that errors survive pickling (multiprocessing, Ray): unpickling calls
-    # the class with `args` alone and then restores `__dict__`.
     def __init__(
         self,
         message: str,
+        facts: Mapping[str, Any] | None = None,
         *,
         endpoint: str | None = None,
         attempts: int | None = None,
@@ -74,6 +83,22 @@ class BackendError(RerankError):
         self.attempts = attempts
         self.elapsed = elapsed
         self.remedy = remedy
+        for name, value in (facts or {}).items():
+            setattr(self, name, tuple(value) if isinstance(value, list) else value)
+
+    @property
+    def args(self) -> tuple[Any, ...]:  # type: ignore[override]  # follows the attributes, which are set later, too
+        """The message and all other facts: Celery, for one, makes JSON of nothing else, and an error of that."""
+        facts = self.to_dict()
+        del facts["type"], facts["text"], facts["message"]
+        return (self.message, facts) if facts else (self.message,)
+
+    # Python's own would use the message that the error was made with, which may have held a secret.
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.message!r})"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.message,), vars(self)
 
     def __str__(self) -> str:
         facts = []
@@ -91,7 +116,8 @@ class BackendUnavailable(BackendError):
     """No answer (connection refused, reset, TLS failure), or answers such as 503 until the attempts were used up.
 
     Attributes:
-        retry_after: Seconds for which the server asked to be left alone, where it did.
+        retry_after: Seconds after which to try again: what a server asked for (Retry-After); or about how long calls
+            take at present, where too many of them wait in this process.
         status: The HTTP status, where there was one.
     """
 
@@ -129,14 +155,15 @@ class DocumentRejected(BackendRejected):
     def __init__(
         self,
         message: str,
+        facts: Mapping[str, Any] | None = None,
         *,
         indices: Sequence[int] = (),
         scores: Sequence[float | None] = (),
         reason: str | None = None,
-        **facts: Any,
+        **more: Any,
     ) -> None:
-        super().__init__(message, **facts)
-        self.indices, self.scores, self.reason = tuple(indices), tuple(scores), reason
+        told = {"indices": tuple(indices), "scores": tuple(scores), "reason": reason}
+        super().__init__(message, told | dict(facts or {}), **more)
 
 
 class BadReply(BackendError):
@@ -144,3 +171,12 @@ class BadReply(BackendError):
 
     Where single documents got scores that are not finite, `indices` names them and `scores` has the others'.
     """
+
+
+def short_name(model: str) -> str:
+    """Name a model as messages do: one in a folder by the folder's name, without what lies above it."""
+    parts = [part for part in re.split(r"[/\\]", model) if part]
+    if len(parts) <= 2 and not re.match(r"[~./\\]|\w:[/\\]", model):  # a hub id, or the name on a server
+        return model
+    cached = next((part for part in parts if part.startswith("models--")), "")  # the hub's cache
+    return cached[8:].replace("--", "/") or (parts or [model])[-1]

@@ -17,6 +17,7 @@ from rag_rerank.errors import (
     ConfigError,
     ContentError,
     DeadlineExceeded,
+    short_name,
 )
 from rag_rerank.identity import Identity
 from rag_rerank.scorer import Scorer
@@ -79,7 +80,6 @@ class FallbackScorer(Scorer):
         self.accepts_images = any(scorer.accepts_images for scorer in scorers)  # those that don't are passed over
         # One that has no place for an instruction would score something else.
         self.accepts_instruction = all(scorer.accepts_instruction for scorer in scorers)
-        self.listwise = any(scorer.listwise for scorer in scorers)
         self.remote = all(scorer.remote for scorer in scorers)
         self.calibrated = all(scorer.calibrated for scorer in scorers)
 
@@ -87,6 +87,11 @@ class FallbackScorer(Scorer):
     def model_name(self) -> str:
         """The model of the scorer that answered last, in whichever thread; the first one's before any has."""
         return self._answered.model_name
+
+    @property
+    def listwise(self) -> bool:  # type: ignore[override]  # as that of the scorers
+        """Whether any of the scorers' models scores a query's documents together."""
+        return any(member.scorer.listwise for member in self._members)
 
     def identity(self, *, deadline: float | None = None) -> Identity:
         """Say who all of the scorers are; not steady, for any of them may answer."""
@@ -194,11 +199,11 @@ class _Call:
         tried = f"{len(errors)} of {len(self._fallback._members)} scorers were tried and failed"
         message = f"{tried}, the last of them {_name(scorer)}: {last.message}"
         error = copy.copy(last)  # its cause, what the connection or the model said, stays the last one's own
-        error.message, error.args, error.elapsed = message, (message,), time.monotonic() - self._began
+        error.message, error.elapsed = message, time.monotonic() - self._began
         error.__cause__ = ExceptionGroup(tried, errors)
         return error
 
 
 def _name(scorer: Scorer) -> str:
     """Name a scorer by class and model: both scorers may run the same model."""
-    return f"{type(scorer).__name__} ({scorer.model_name})"
+    return f"{type(scorer).__name__} ({short_name(scorer.model_name)})"

@@ -163,6 +163,7 @@ class LocalSettings(ScorerSettings):
     max_tokens_per_doc: int | None = None
     long_documents: str = "truncate"
     late_interaction: str = "declared"
+    verify: bool = True
     max_waiting_calls: int = 1024
     revision: str | None = None
     trust_remote_code: bool = False

@@ -7,8 +7,8 @@ model that fails is asked once, with a text that nothing refuses.
 
 import copy
 import math
-from collections.abc import Generator, Sequence
-from typing import TypeVar
+from collections.abc import Callable, Generator, Sequence
+from typing import Any, TypeVar
 
 from rag_rerank.errors import (
     AuthError,
@@ -40,7 +40,8 @@ class Asking:
     Args:
         queries: One for all documents, or one each.
         documents: The documents.
-        listwise: The documents of one query are scored together, so they are never asked about apart.
+        scorer: The `Scorer`. Where it is `listwise`, which may not be known before the first answer, documents of one
+            query are never asked about apart. Errors get its `model_name`.
         located: Errors say for themselves what they concern; nothing is asked again.
 
     Attributes:
@@ -49,10 +50,10 @@ class Asking:
     """
 
     def __init__(
-        self, queries: Sequence[Prepared], documents: Sequence[Prepared], *, listwise: bool, located: bool
+        self, queries: Sequence[Prepared], documents: Sequence[Prepared], *, scorer: Any, located: bool
     ) -> None:
-        self._count = len(documents)
-        self._steps = _isolate(queries, documents, listwise=listwise, located=located)
+        self._count, self._scorer = len(documents), scorer
+        self._steps = _isolate(queries, documents, listwise=lambda: scorer.listwise, located=located)
         self.pairs: Pairs | None = next(self._steps) if documents else None
         self.outcomes: list[Outcome] = []
 
@@ -61,7 +62,7 @@ class Asking:
         try:
             self.pairs = self._steps.send(reply)
         except StopIteration as end:
-            self.pairs, self.outcomes = None, end.value
+            self._end(end.value)
 
     def fail(self, error: Exception) -> None:
         """Take an error; raise what is none of ours, but that a probe fails only says that nothing works."""
@@ -74,11 +75,17 @@ class Asking:
 
     def give_up(self, error: RerankError) -> None:
         """Ask nothing: every pair has this error."""
-        self.pairs, self.outcomes = None, [error] * self._count
+        self._end([error] * self._count)
+
+    def _end(self, outcomes: list[Outcome]) -> None:
+        self.pairs, self.outcomes = None, outcomes
+        for outcome in outcomes:
+            if isinstance(outcome, BackendError) and outcome.model is None:
+                outcome.model = self._scorer.model_name
 
 
 def _isolate(
-    queries: Sequence[Prepared], documents: Sequence[Prepared], *, listwise: bool, located: bool
+    queries: Sequence[Prepared], documents: Sequence[Prepared], *, listwise: Callable[[], bool], located: bool
 ) -> Generator[Pairs, Sequence[float] | RerankError, list[Outcome]]:
     """Yield what to ask, take what came of it; one pair of n that fails costs about 2 log2(n) questions more."""
     outcomes: list[Outcome] = [math.nan] * len(documents)
@@ -93,7 +100,7 @@ def _isolate(
             if len(parts) > 1:
                 works = works or not isinstance((yield _PROBE, _PROBE), RerankError)
                 parts = parts if works else []
-            elif parts and len(positions) > 1 and not listwise and not isinstance(found, ContentError):
+            elif parts and len(positions) > 1 and not listwise() and not isinstance(found, ContentError):
                 # Where the query fails with any document, it is to blame; or the back end is.
                 query = queries[0 if len(queries) == 1 else positions[0]]
                 middle = len(positions) // 2
@@ -148,7 +155,6 @@ def naming_query(error: RerankError, position: int) -> RerankError:
         return named
     told = copy.copy(error)
     told.message = f"queries[{position}]: {error.message}"
-    told.args = (told.message,)
     told.query = position
     told.__cause__ = error.__cause__
     return told
@@ -205,7 +211,7 @@ def _by_query(queries: Sequence[Prepared], positions: Sequence[int]) -> list[Seq
 
 
 def _like(error: BackendError, joined: E) -> E:
-    for name in ("endpoint", "attempts", "elapsed", "remedy", "reason", "status"):
+    for name in ("endpoint", "attempts", "elapsed", "remedy", "reason", "status", "retry_after", "model"):
         if hasattr(error, name):
             setattr(joined, name, getattr(error, name))
     return joined

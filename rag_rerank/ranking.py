@@ -2,9 +2,11 @@
 
 import logging
 import math
+import numbers
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, count
+from operator import truediv
 from typing import Literal
 
 from rag_rerank.errors import BackendError, ContentError, RerankError
@@ -46,11 +48,11 @@ class Ranking:
 
     def __post_init__(self) -> None:
         top_n, threshold = self.top_n, self.score_threshold
-        if top_n is not None and (isinstance(top_n, bool) or not isinstance(top_n, int)):
+        if top_n is not None and (isinstance(top_n, bool) or not isinstance(top_n, numbers.Integral)):
             raise TypeError(f"top_n must be an int or None, got {type(top_n).__name__}")
         if top_n is not None and top_n < 1:
             raise ValueError(f"top_n must be at least 1, got {top_n}; None keeps all documents")
-        if threshold is not None and not isinstance(threshold, int | float):
+        if threshold is not None and not isinstance(threshold, numbers.Real):
             raise TypeError(f"score_threshold must be a number or None, got {type(threshold).__name__}")
         if threshold is not None and not math.isfinite(threshold):
             raise ValueError(f"score_threshold must be finite, got {threshold}; None keeps all documents")
@@ -75,16 +77,16 @@ class Ranking:
     def rank(self, scores: Sequence[float | None]) -> list[Ranked]:
         """Sort, threshold, cut. Documents without a score follow the scored ones, in retrieval order."""
         threshold = -math.inf if self.score_threshold is None else self.score_threshold
-        scored = [(index, score) for index, score in enumerate(scores) if score is not None]
-        scored.sort(key=lambda pair: -pair[1])  # sorted on the negative, not reversed: reversing would turn ties around
-        kept = sum(score >= threshold for _, score in scored)
-        if self.min_precision is not None:
-            # Best first, the mean never rises.
-            means = (total / count for count, total in enumerate(accumulate(score for _, score in scored), 1))
-            kept = min(kept, sum(mean >= self.min_precision for mean in means))
-        ranked = [Ranked(index, score) for index, score in scored[: max(kept, self.min_n)]]
-        unscored = [Ranked(index, None) for index, score in enumerate(scores) if score is None]
-        return (ranked + unscored)[: self.top_n]
+        scored = [index for index, score in enumerate(scores) if score is not None]
+        # Sorted on the negative, not reversed: reversing would turn ties around.
+        scored.sort(key=lambda index: -(scores[index] or 0.0))
+        best = [scores[index] or 0.0 for index in scored]
+        kept = sum(score >= threshold for score in best)
+        if self.min_precision is not None:  # best first, so that the mean never rises
+            kept = min(kept, sum(mean >= self.min_precision for mean in map(truediv, accumulate(best), count(1))))
+        unscored = [index for index, score in enumerate(scores) if score is None]
+        ranked = scored[: max(kept, self.min_n)] + unscored
+        return [Ranked(index, scores[index]) for index in ranked[: self.top_n]]
 
     def result(self, outcomes: Sequence[Outcome]) -> list[Ranked] | RerankError:
         """Rank one query's documents; those without a score follow under ``"passthrough"``, else its error is given."""

@@ -8,6 +8,7 @@ wait, one finite score for every pair, and what becomes of a query or document t
 import asyncio
 import contextlib
 import math
+import numbers
 import os
 import threading
 import time
@@ -15,13 +16,14 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from typing import Any, Self, overload
 
+from rag_rerank import telemetry
 from rag_rerank.batch import Batch
 from rag_rerank.closeable import Closeable
-from rag_rerank.errors import BackendUnavailable, ConfigError, DeadlineExceeded, RerankError
+from rag_rerank.errors import BackendUnavailable, ConfigError, DeadlineExceeded, RerankError, short_name
 from rag_rerank.identity import PROBES, SCORING_VERSION, Identity
 from rag_rerank.inputs.content import Input
 from rag_rerank.inputs.multimodal import Multimodal, Prepared
-from rag_rerank.inputs.preparing import is_slow, pair_up, text_only
+from rag_rerank.inputs.preparing import MANY, is_slow, off_loop, pair_up, text_only
 from rag_rerank.isolation import Asking, Outcome, Pairs, failure
 from rag_rerank.ranking import OnBatchError, OnError, Ranked, Ranking
 
@@ -40,7 +42,8 @@ class Scorer(Closeable, ABC):
         accepts_images: Whether queries and documents may be more than text; also True where that is not known before
             the model is loaded or the server asked. The back end then gets `Multimodal` for these.
         accepts_instruction: Whether a call may bring an `instruction`; `_score` then takes one.
-        listwise: Whether the documents of a query are scored together, so that they are never split over calls.
+        listwise: Whether the documents of a query are scored together, so that they are never split over calls; also
+            True where that is not known before the first call.
         remote: Whether another machine does the work, so that waiting for it needs no processor here.
         calibrated: Whether scores are probabilities of relevance, as `Calibrated` gives them.
     """
@@ -52,17 +55,26 @@ class Scorer(Closeable, ABC):
     calibrated: bool = False
 
     _closed = False
+    _queues = False  # whether calls wait here for others' work, and note when their own begins
     _default_deadline: float | None = None  # seconds for a call that names no deadline
     _max_waiting_calls: int | None = None  # how many may be unfinished at a time; None for any number
     _facts_suffice = False  # to tell two scorers apart, so that `identity` scores no probes
     _locates_failures = False  # whether errors say for themselves which documents they concern
     _process = 0  # the process that `_start` was called in
-    _unfinished: set[object]  # calls; a set, for adding and discarding need no lock, which a fork might leave locked
+    _unfinished: set[telemetry.Call]  # a set, for adding and discarding need no lock, which a fork might leave locked
+    _call_time: float | None = None  # seconds that calls take at present
 
     @property
     @abstractmethod
     def model_name(self) -> str:
         """What answers, for traces and errors; ``"unknown"`` while a server has not been asked yet."""
+
+    @property
+    def load(self) -> telemetry.Load:
+        """How many calls wait and how many run in this process at the moment."""
+        calls = list(self._unfinished) if self._process == os.getpid() else []
+        running = sum(call.started is not None for call in calls)
+        return telemetry.Load(len(calls) - running, running, self._max_waiting_calls)
 
     @abstractmethod
     def _score(
@@ -102,8 +114,8 @@ class Scorer(Closeable, ABC):
         """Give back what the scorer holds; called once."""
 
     async def _aclose(self) -> None:
-        """Give back what the scorer holds, from an event loop."""
-        self._close()
+        """Give back what the scorer holds, from an event loop. By default it runs `_close` in a worker thread."""
+        await asyncio.to_thread(self._close)
 
     def _facts(self, until: float | None) -> dict[str, str]:
         """Say what, beside the class and the model's name, can change a score; nothing secret.
@@ -174,7 +186,7 @@ class Scorer(Closeable, ABC):
         """
         until = self._begin(deadline, instruction)
         pairs = pair_up(queries, documents, until)
-        return _scores(self._outcomes(*pairs, until, instruction))
+        return _scores(self._outcomes(pairs, until, instruction))
 
     async def ascore(
         self,
@@ -186,11 +198,9 @@ class Scorer(Closeable, ABC):
     ) -> list[float]:
         """Score without blocking the event loop, see `score`; cancelling the task abandons the call."""
         until = self._begin(deadline, instruction)
-        if is_slow(queries) or is_slow(documents):
-            pairs = await asyncio.to_thread(pair_up, queries, documents, until)
-        else:
-            pairs = pair_up(queries, documents, until)
-        return _scores(await self._aoutcomes(*pairs, until, instruction))
+        pairs = await off_loop(is_slow(queries) or is_slow(documents), pair_up, queries, documents, until)
+        outcomes = await self._aoutcomes(pairs, until, instruction)
+        return await off_loop(len(outcomes) > MANY, _scores, outcomes)
 
     def rerank(
         self,
@@ -229,8 +239,7 @@ class Scorer(Closeable, ABC):
         """
         ranking = Ranking(top_n, score_threshold, on_error, min_precision, min_n)
         batch = Batch([query], [documents], ranking, alone=True)
-        self._run(batch, deadline, instruction)
-        ranked: list[Ranked] = batch.results()[0]
+        ranked: list[Ranked] = self._run(batch, deadline, instruction)[0]
         return ranked
 
     async def arerank(
@@ -249,8 +258,7 @@ class Scorer(Closeable, ABC):
         """Rerank without blocking the event loop; see `rerank`."""
         ranking = Ranking(top_n, score_threshold, on_error, min_precision, min_n)
         batch = Batch([query], [documents], ranking, alone=True)
-        await self._arun(batch, deadline, instruction)
-        ranked: list[Ranked] = batch.results()[0]
+        ranked: list[Ranked] = (await self._arun(batch, deadline, instruction))[0]
         return ranked
 
     @overload
@@ -323,8 +331,7 @@ class Scorer(Closeable, ABC):
         """
         ranking = Ranking(top_n, score_threshold, on_error, min_precision, min_n, may_return=True)
         batch = Batch(queries, documents, ranking)
-        self._run(batch, deadline, instruction)
-        return batch.results()
+        return self._run(batch, deadline, instruction)
 
     @overload
     async def arerank_batch(
@@ -371,9 +378,8 @@ class Scorer(Closeable, ABC):
     ) -> Any:
         """Rerank several queries without blocking the event loop; see `rerank_batch`."""
         ranking = Ranking(top_n, score_threshold, on_error, min_precision, min_n, may_return=True)
-        batch = Batch(queries, documents, ranking)
-        await self._arun(batch, deadline, instruction)
-        return batch.results()
+        batch = await off_loop(is_slow(queries), Batch, queries, documents, ranking)
+        return await self._arun(batch, deadline, instruction)
 
     def _check_limits(self, batch: Batch) -> None:
         if batch.ranking.min_precision is not None and not self.calibrated:
@@ -382,30 +388,30 @@ class Scorer(Closeable, ABC):
                 "calibrate, and use Calibrated(scorer, file)"
             )
 
-    def _run(self, batch: Batch, deadline: float | None, instruction: str | None) -> None:
+    def _run(self, batch: Batch, deadline: float | None, instruction: str | None) -> list[Any]:
         until = self._begin(deadline, instruction)
         self._check_limits(batch)
         batch.prepare(until)
-        for queries, documents in batch.calls():
+        for pairs in batch.calls(lambda: self.listwise):
             until = self._begin(None, instruction) if deadline is None else until
-            batch.take(self._outcomes(queries, documents, until, instruction))
+            batch.take(self._outcomes(pairs, until, instruction, batch.ranking.top_n))
+        return batch.results()
 
-    async def _arun(self, batch: Batch, deadline: float | None, instruction: str | None) -> None:
+    async def _arun(self, batch: Batch, deadline: float | None, instruction: str | None) -> list[Any]:
         until = self._begin(deadline, instruction)
         self._check_limits(batch)
-        if batch.is_slow:
-            await asyncio.to_thread(batch.prepare, until)
-        else:
-            batch.prepare(until)
-        for queries, documents in batch.calls():
+        await off_loop(batch.is_slow, batch.prepare, until)
+        for pairs in batch.calls(lambda: self.listwise):
             until = self._begin(None, instruction) if deadline is None else until
-            batch.take(await self._aoutcomes(queries, documents, until, instruction))
+            outcomes = await self._aoutcomes(pairs, until, instruction, batch.ranking.top_n)
+            await off_loop(len(outcomes) > MANY, batch.take, outcomes)
+        return await off_loop(batch.is_slow, batch.results)
 
     def _outcomes(
-        self, queries: list[Prepared], documents: list[Prepared], until: float | None, instruction: str | None
+        self, pairs: Pairs, until: float | None, instruction: str | None, top_n: int | None = None
     ) -> list[Outcome]:
         options = {} if instruction is None else {"instruction": instruction}
-        with self._call(queries, documents, until) as asking:
+        with self._call(pairs, until, top_n) as asking:
             while asking.pairs is not None:
                 try:
                     self._check_images(asking.pairs)
@@ -415,43 +421,56 @@ class Scorer(Closeable, ABC):
         return asking.outcomes
 
     async def _aoutcomes(
-        self, queries: list[Prepared], documents: list[Prepared], until: float | None, instruction: str | None
+        self, pairs: Pairs, until: float | None, instruction: str | None, top_n: int | None = None
     ) -> list[Outcome]:
         options = {} if instruction is None else {"instruction": instruction}
-        with self._call(queries, documents, until) as asking:
+        many = len(pairs[1]) > MANY
+        with self._call(pairs, until, top_n) as asking:
             while asking.pairs is not None:
                 try:
-                    self._check_images(asking.pairs)
-                    asking.take(await self._ascore(*asking.pairs, until, **options))
+                    await off_loop(many, self._check_images, asking.pairs)
+                    scores = await self._ascore(*asking.pairs, until, **options)
+                    await off_loop(many, asking.take, scores)
                 except Exception as error:  # noqa: BLE001 - raised there, unless it is of a query or of a probe
                     asking.fail(error)
         return asking.outcomes
 
     @contextlib.contextmanager
-    def _call(self, queries: list[Prepared], documents: list[Prepared], until: float | None) -> Iterator[Asking]:
+    def _call(self, pairs: Pairs, until: float | None, top_n: int | None) -> Iterator[Asking]:
         """Begin a call, unless its time is up or too many wait; it counts as unfinished meanwhile."""
-        asking, call = Asking(queries, documents, listwise=self.listwise, located=self._locates_failures), object()
-        most = self._max_waiting_calls
+        asking = Asking(*pairs, scorer=self, located=self._locates_failures)
+        call, most = telemetry.Call(), self._max_waiting_calls
+        if not self._queues:
+            call.start()
         if until is not None and time.monotonic() >= until:
             # Callers pass on what is left of their own budget: nothing left is a time-out, not a wrong argument.
             asking.give_up(DeadlineExceeded("the deadline had passed before the call began", elapsed=0.0))
         elif most is not None and len(self._unfinished) >= most:
-            asking.give_up(
-                BackendUnavailable(
-                    f"{self.model_name} has {most} calls waiting already",
-                    attempts=0,
-                    remedy="Try again later, make fewer calls at a time, or set max_waiting_calls.",
-                )
-            )
+            asking.give_up(self._overloaded(most))
+        refused = asking.pairs is None
         self._unfinished.add(call)
+        telemetry.current.set(call)
+        facts = {"queries": len(pairs[0]), "documents": len(pairs[1]), "top_n": top_n}
         try:
-            yield asking
+            with telemetry.observed(self, call, lambda: failure(asking.outcomes), **facts):
+                yield asking
         finally:
             self._unfinished.discard(call)
+        if not refused:
+            took = sum(call.times())
+            self._call_time = took if self._call_time is None else 0.8 * self._call_time + 0.2 * took
+
+    def _overloaded(self, most: int) -> BackendUnavailable:
+        message = f"{short_name(self.model_name)} has {most} calls waiting already"
+        remedy = "Try again later, make fewer calls at a time, or set max_waiting_calls."
+        error = BackendUnavailable(message, attempts=0, remedy=remedy)
+        oldest = min(call.began for call in list(self._unfinished))
+        error.retry_after = max(0.1, self._call_time or time.monotonic() - oldest)
+        return error
 
     def _check_images(self, pairs: Pairs) -> None:
         if not self.accepts_images and any(isinstance(each, Multimodal) for side in pairs for each in side):
-            raise text_only(self.model_name, *pairs)
+            raise text_only(short_name(self.model_name), *pairs)
 
     def _begin(self, deadline: float | None, instruction: str | None) -> float | None:
         """Refuse what no call can do, start, and turn seconds from now into a moment on the monotonic clock."""
@@ -466,16 +485,17 @@ class Scorer(Closeable, ABC):
         if instruction is not None and not isinstance(instruction, str):
             raise TypeError(f"instruction must be str or None, got {type(instruction).__name__}")
         if instruction is not None and not self.accepts_instruction:
-            raise ConfigError(f"{self.model_name} has no place for an instruction: its scores don't depend on one")
+            name = short_name(self.model_name)
+            raise ConfigError(f"{name} has no place for an instruction: its scores don't depend on one")
         if deadline is None:
             deadline = self._default_deadline
         if deadline is None:
             return None
-        if isinstance(deadline, bool) or not isinstance(deadline, int | float):
+        if isinstance(deadline, bool) or not isinstance(deadline, numbers.Real):
             raise TypeError(f"deadline must be a number of seconds or None, got {type(deadline).__name__}")
         if math.isnan(deadline):
             raise ValueError("deadline must be a number of seconds, got nan")
-        return None if deadline == math.inf else time.monotonic() + max(deadline, 0.0)
+        return None if deadline == math.inf else time.monotonic() + max(float(deadline), 0.0)
 
     def close(self) -> None:
         """Give back the model or the connections. Closing twice is harmless; scoring afterwards is an error."""
@@ -498,7 +518,8 @@ class Scorer(Closeable, ABC):
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if name not in ("_process", "_unfinished")}
+        of_process = ("_process", "_unfinished", "_call_time")
+        return {name: value for name, value in vars(self).items() if name not in of_process}
 
 
 def _scores(outcomes: list[Outcome]) -> list[float]:

@@ -187,7 +187,7 @@ _ARCHITECTURES: dict[str, dict[str, Any]] = {
 }
 
 
-def random_decoder(kind: str, **options: object) -> PreTrainedModel:
+def random_decoder(kind: str, auto: Any = AutoModel, **options: object) -> PreTrainedModel:
     """A model of the type `kind`, without a head: 200 tokens, three layers, 4 heads on 2 for keys, wide matrices.
 
     Raises:
@@ -198,7 +198,7 @@ def random_decoder(kind: str, **options: object) -> PreTrainedModel:
     sizes |= {"intermediate_size": 128, "max_position_embeddings": 512, "vocab_size": 200, "pad_token_id": 0}
     config = CONFIG_MAPPING[kind](**{**sizes, **special, **_ARCHITECTURES[kind], **options})
     torch.manual_seed(0)
-    model = AutoModel.from_config(config, dtype=torch.float32).eval()
+    model = auto.from_config(config, dtype=torch.float32).eval()
     with torch.no_grad():
         for weight in model.parameters():
             if weight.dim() > 1:

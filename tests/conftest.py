@@ -1,8 +1,11 @@
 """What the tests share: one real model, one tiny one, and a real vLLM server for each."""
 
+import gc
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
@@ -18,10 +21,18 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ["HF_HUB_OFFLINE"] = "1"  # tests never ask a hub; set before transformers is imported
 
 from rag_rerank import LocalScorer
-from tests import vllm_server
+from tests import released, vllm_server
 from tests.vllm_server import VLLMServer
 
 KEY = "canary-5ecret-k3y"
+
+
+@pytest.fixture
+def without_collections() -> Iterator[None]:
+    """Garbage is collected by whichever thread is at it; a test of one thread's time wants none."""
+    gc.disable()
+    yield
+    gc.enable()
 
 
 @pytest.fixture(scope="session")
@@ -66,10 +77,53 @@ def vllm_cross_encoder(cross_encoder: Path) -> Iterator[VLLMServer]:
     yield from _server(cross_encoder, api_key=KEY)
 
 
+@pytest.fixture(scope="session")
+def vllm_released() -> Iterator[VLLMServer]:
+    """The released cross-encoder on a real vLLM server."""
+    yield from _server(released.folder())
+
+
 def _server(folder: Path, name: str | None = None, api_key: str | None = None) -> Iterator[VLLMServer]:
     require_server()
     with vllm_server.serving(folder, name=name, api_key=api_key) as server:
         yield server
+
+
+_ahead: dict[str, tuple[AbstractContextManager[VLLMServer], Future[VLLMServer]]] = {}
+_starting = ThreadPoolExecutor(2, "next servers")
+
+
+def in_turn(
+    request: pytest.FixtureRequest, start: Callable[[str], AbstractContextManager[VLLMServer]]
+) -> Iterator[VLLMServer]:
+    """Yield a server for the fixture's parameter, while those of the next two start (half a minute of one core each).
+
+    Args:
+        request: Of a fixture whose parameters are names.
+        start: Makes the model of that name and returns what serves it.
+    """
+    require_server()
+    fixture = request.fixturename
+    parameters = [
+        getattr(item, "callspec", None) and item.callspec.params.get(fixture) for item in request.session.items
+    ]
+    names = [name for name in dict.fromkeys(parameters) if name is not None]
+    for name in names[(now := names.index(request.param)) : now + 3]:
+        if f"{fixture} {name}" not in _ahead:
+            serving = start(name)
+            _ahead[f"{fixture} {name}"] = serving, _starting.submit(serving.__enter__)
+    serving, server = _ahead.pop(f"{fixture} {request.param}")
+    try:
+        yield server.result()
+    finally:
+        serving.__exit__(None, None, None)
+
+
+def pytest_unconfigure() -> None:
+    """End a server that was started ahead and not needed any more."""
+    for serving, server in _ahead.values():
+        if not server.cancel() and server.exception() is None:
+            serving.__exit__(None, None, None)
 
 
 def require_server(*, sees: bool = False) -> None:

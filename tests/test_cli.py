@@ -17,6 +17,7 @@ from rag_rerank.families import FAMILIES
 from rag_rerank.template import SHIPPED
 from tests.causal_models import make_causal_lm
 from tests.faulty_server import FaultyServer, Request, Steps, http, oracle
+from tests.vllm.test_forms import TEI
 from tests.vllm_server import VLLMServer
 
 QUERY, DOCUMENTS = "capital of France", ["Bananas are yellow.", "Paris is the capital [of] France."]
@@ -222,6 +223,20 @@ class TestMistakes:
         result = run("score", "q", "d", "--port", str(port))
         assert result.returncode == 1
         assert f"localhost:{port}" in result.stderr
+
+
+@pytest.mark.parametrize("command", ["score", "rerank", "check"])
+def test_servers_of_other_makes(command: str):
+    """--endpoint says how to ask, or finds out."""
+    with FaultyServer(TEI) as server:
+        asked = [server.base_url] if command == "check" else ["q", "a", "b", "--json", "--base-url", server.base_url]
+        result = run(command, *asked, "--endpoint", "auto", VLLM_API_KEY="")
+        wrong = run(command, *asked, "--endpoint", "v2", VLLM_API_KEY="")
+    if command == "check":
+        assert "text-embeddings-inference answers" in result.stdout
+    else:
+        assert str(oracle("q", "a")) in result.stdout
+    assert (wrong.returncode, '"tei" or "auto"' in wrong.stderr) == (2, True)
 
 
 class TestCheck:

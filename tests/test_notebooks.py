@@ -1,4 +1,7 @@
-"""The notebooks run, as they are and against a server, and what is committed below their cells is what they say."""
+"""The notebooks run, as they are and against a server, and what is committed below their cells is what they say.
+
+The reranker that they name is on a hub; here they get the released one's folder.
+"""
 
 import math
 import re
@@ -10,6 +13,7 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 
+from tests import released
 from tests.vllm_server import VLLMServer
 
 FOLDER = Path(__file__).parent.parent / "notebooks"
@@ -81,11 +85,12 @@ def assert_as_committed(name: str, executed: Any) -> None:
 
 @pytest.fixture
 def offline(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No server, no chat model and no vLLM to start: what this machine has must not change what a notebook says."""
+    """No hub, no server and no chat model: what this machine has must not change what a notebook says."""
     for variable in ("VLLM_API_KEY", "CHAT_MODEL"):
         monkeypatch.delenv(variable, raising=False)
     monkeypatch.setenv("VLLM_BASE_URL", "http://127.0.0.1:1")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("RERANKER", str(released.folder()))
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -115,9 +120,9 @@ def test_says_that_no_server_answers(offline: None, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", WITH_BACKEND)
 def test_says_the_same_with_one_cell_changed(
-    name: str, offline: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, vllm_minilm: VLLMServer
+    name: str, offline: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, vllm_released: VLLMServer
 ) -> None:
-    monkeypatch.setenv("VLLM_BASE_URL", vllm_minilm.base_url)
+    monkeypatch.setenv("VLLM_BASE_URL", vllm_released.base_url)
     notebook = read(name)
     [cell] = [cell for cell in notebook.cells if "backend" in tags(cell)]
     local, server = cell.source.rsplit("\n", 2)[-2:]

@@ -20,9 +20,8 @@ from rag_rerank.embedded import collection_folder
 from rag_rerank.evaluation import BM25, Collection
 from rag_rerank.scorer import Scorer
 from tests import released
-from tests.conftest import require_server
 from tests.pairs import largest_difference
-from tests.vllm_server import VLLMServer, serving
+from tests.vllm_server import VLLMServer
 
 TOLERANCE = 1e-4
 QUERIES, DEPTH = 10, 20
@@ -61,13 +60,6 @@ def ours(local: LocalScorer, texts: Pairs) -> list[float]:
     assert max(scores) > 5  # right answers and wrong ones, far apart: else equality would say little
     assert min(scores) < -10
     return scores
-
-
-@pytest.fixture(scope="module")
-def vllm_released(folder: Path) -> Iterator[VLLMServer]:
-    require_server()
-    with serving(folder) as server:
-        yield server
 
 
 class TestTheFolder:

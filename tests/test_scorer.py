@@ -5,6 +5,7 @@ import copy
 import logging
 import math
 import pickle
+import time
 from collections.abc import Callable
 
 import pytest
@@ -47,6 +48,7 @@ SPECIAL_TOKENS = [
     *("<|begin_of_text|>", "<|end_of_text|>", "<|reserved_special_token_7|>", "<|finetune_right_pad_id|>"),  # Llama 3
     *("<|start_header_id|>", "<|end_header_id|>", "<|eom_id|>", "<|eot_id|>", "<|python_tag|>"),
     *("[INST]", "[/INST]", "[AVAILABLE_TOOLS]", "[/TOOL_RESULTS]", "[TOOL_CALLS]", "[IMG]"),  # Mistral
+    *("<\uff5cUser\uff5c>", "<\uff5cend\u2581of\u2581sentence\uff5c>"),  # DeepSeek
     *("<|rerank_token|>", "<|embed_token|>", "<|score_token|>", "<image>", "<IMG_CONTEXT>"),  # Jina, nemotron VL
 ]
 
@@ -350,6 +352,28 @@ class TestBatch:
         """One list of documents for each query."""
         with pytest.raises(error):
             WordOverlap().rerank_batch(queries, documents)
+
+
+class Instant(WordOverlap):
+    """Scores at once, where it is asked."""
+
+    async def _ascore(self, queries, documents, until):
+        return [0.5] * len(documents)
+
+
+class TestEventLoop:
+    """It only waits: what takes long with many documents is done in other threads."""
+
+    @pytest.mark.parametrize("method", ["ascore", "arerank", "arerank_batch"])
+    async def test_its_thread_has_little_to_do(self, method: str, without_collections: None):
+        """100,000 documents, of one query or ten each; its own processor's time, which no other process lengthens."""
+        documents = [f"document {number} < [" for number in range(100_000)]
+        several = ["query"] * 10_000, [documents[start : start + 10] for start in range(0, 100_000, 10)]
+        arguments = several if method == "arerank_batch" else ("query", documents)
+        began = time.thread_time()
+        results = await getattr(Instant(), method)(*arguments)
+        assert time.thread_time() - began < 0.05
+        assert len(results) == len(arguments[1])
 
 
 class TestDeadline:

@@ -52,6 +52,8 @@ def _examine(server: CheckedServer, others: list[CheckedServer]) -> Iterator[Fin
     sample = scores.sample(server)
     causes = [scores.scale(server, sample), *scores.template(server, sample)]
     yield from causes
+    if server.facts.version is None:
+        yield scores.options(server, sample)
     yield scores.ranking(sample, explained=any(cause.remedy and cause.verdict != "note" for cause in causes))
     yield scores.window(server)
     yield scores.long_documents(server, sample)

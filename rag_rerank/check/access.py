@@ -1,5 +1,6 @@
 """Whether a server gives scores at all; each function looks at one thing and notes it in `CheckedServer.facts`."""
 
+import contextlib
 import shlex
 import time
 from collections.abc import Iterator, Sequence
@@ -15,6 +16,17 @@ OLDEST: Version = (0, 8)
 TEMPLATES_SINCE: Version = (0, 14)  # the version from which --chat-template is used for scores
 # How far apart rounding brings scores of one pair at most (`largest_difference`): in single and in half precision.
 ROUNDED, ROUGHLY_ROUNDED = 1e-3, 1e-2
+
+# By what other programs than vLLM are known: a header of their answers, or the owner that they name for a model.
+_BY_HEADER = {"x-litellm-version": "LiteLLM", "x-new-api-version": "new-api", "x-oneapi-request-id": "new-api"}
+_BY_OWNER = {
+    "docker": "Docker Model Runner",
+    "infinity": "infinity",
+    "llamacpp": "llama.cpp",
+    "sglang": "SGLang",
+    "text-embeddings-inference": "text-embeddings-inference",
+    "xinference": "Xinference",
+}
 
 _LOG = "Look into the log of the server, or of the proxy before it."
 _NO_ANSWER = {
@@ -53,7 +65,15 @@ def _timed(server: CheckedServer) -> tuple[float, Reply | Failure]:
 
 
 def version(server: CheckedServer) -> Finding:
-    """See what the server's version of vLLM can't do."""
+    """See what answers, and what its version of vLLM can't do."""
+    reply, cards = _listed(server)
+    server.program = _program(reply, cards)
+    if server.program is not None or (cards and not any(card.window for card in cards)):
+        # Some gateways have a version of their own: only vLLM's lists tell how long prompts may be.
+        server.facts = replace(server.facts, version=None)
+    if server.program is not None:
+        said = f"{server.program} answers, not vLLM itself: what it drops is said below."
+        return Finding("Version", "note", said)
     known = server.facts.version
     if known is None:
         said = (
@@ -75,15 +95,29 @@ def version(server: CheckedServer) -> Finding:
     return Finding("Version", "good", f"{name} knows every option.")
 
 
+def _program(reply: Reply, cards: Sequence[Card]) -> str | None:
+    """Find out which program answers; None for vLLM, and for one that is not known."""
+    named = [name for header, name in _BY_HEADER.items() if header in reply.headers]
+    named += [_BY_OWNER[owner] for card in cards if (owner := str(card.owner)) in _BY_OWNER]
+    return named[0] if named else None
+
+
+def _listed(server: CheckedServer) -> tuple[Reply, list[Card]]:
+    """Ask for the models; give the first answer where none is a list."""
+    replies = []
+    for path in server.client.servers.endpoints[0].lists("auto"):
+        replies.append(reply := server.get(path))
+        if reply.status == 200:
+            with contextlib.suppress(BadReply):
+                return reply, wire.read_models(reply.body)
+    return replies[0], []
+
+
 def model(server: CheckedServer) -> Finding:
     """See what is served; or that the server doesn't tell without another key."""
-    reply = server.get("/v1/models")
+    reply, cards = _listed(server)
     if reply.status in (401, 403):
         return _refused(server, f"the server answered {reply.status}: {wire.error_text(reply.body)}")
-    try:
-        cards = wire.read_models(reply.body) if reply.status == 200 else []
-    except BadReply:
-        cards = []
     if server.client.model is not None:
         return _named(server, server.client.model, cards)
     if not cards:
@@ -120,21 +154,25 @@ def api(server: CheckedServer) -> Finding:
     except AuthError as error:
         return _refused(server, error.message)
     except BackendRejected as error:
-        return _without_api(server, error) if error.status == 404 else failure("Score API", error)
+        return _without_api(server, error)
     except RerankError as error:
         return failure("Score API", error)
-    return Finding("Score API", "good", f"POST /v1/{server.client.api} gives scores.")
+    return Finding("Score API", "good", f"POST {server.client.form.path} gives scores.")
 
 
 def _without_api(server: CheckedServer, error: BackendRejected) -> Finding:
     """Make the finding that it has no such API: where else scores may be had."""
-    asks_for_scores = server.client.api == "score"
-    client = replace(server.client, api="rerank" if asks_for_scores else "score")
-    if _gives_scores(client.send(client.request("rag-rerank-check"))):
-        said = f"It has no {server.client.api} API, but a {client.api} API."
-        remedy = 'Pass endpoint="rerank" to VLLMScorer.' if asks_for_scores else 'Leave out endpoint="rerank".'
-        return Finding("Score API", "problem", said, remedy)
-    if server.family is None:
+    asked, endpoint = server.client.form, server.client.servers.endpoints[0]
+    for form in endpoint.forms("auto"):
+        request = wire.scoring_request(replace(server.told, form=form), ["a"], ["a"], wire.Options())
+        if form != asked and _gives_scores(server.client.send(request)):
+            said = f"It has no {asked.api} API at {asked.path}, but a {form.api} API at {form.path}."
+            if form.api == "score":
+                return Finding("Score API", "problem", said, "Leave out --endpoint (endpoint= in Python).")
+            where = f", with the address {endpoint.root}{form.path}" if form not in endpoint.forms(form.api) else ""
+            remedy = f'Pass --endpoint {form.api} (endpoint="{form.api}" in Python){where}.'
+            return Finding("Score API", "problem", said, remedy)
+    if error.status != 404 or server.family is None:
         return failure("Score API", error)
     return Finding("Score API", "problem", sentence(error.message), serve(server))
 
@@ -169,17 +207,17 @@ def key(server: CheckedServer) -> Finding:
     """See whether the key guards anything. It was accepted, if there is one."""
     if not server.client.transport.has_key:
         return Finding("Key", "note", "It wants no key: whoever reaches the server may use it.")
-    api = server.client.api
     request = server.client.request("rag-rerank-check")
+    path, open_path = request.path, request.path.removeprefix("/v1")
     inside = server.send_without_key(request)
-    outside = server.send_without_key(replace(request, path=f"/{api}"))
+    outside = server.send_without_key(replace(request, path=open_path))
     guarded = isinstance(inside, Reply) and inside.status in {401, 403}
     if _gives_scores(inside):
         said = "It takes the key, but gives scores without one, too: whoever reaches the server may use it."
         remedy = "Start it with --api-key if it is to be guarded, or unset VLLM_API_KEY."
         return Finding("Key", "warning", said, remedy)
     if guarded and _gives_scores(outside):
-        said = f"The key guards /v1/{api}, but /{api} gives scores without one: vLLM guards /v1 only."
+        said = f"The key guards {path}, but {open_path} gives scores without one: vLLM guards /v1 only."
         remedy = "Put a proxy before it that lets through /v1 and /version only, and let nobody else reach its port."
         return Finding("Key", "warning", said, remedy)
     if guarded:

@@ -4,6 +4,7 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 from rag_rerank.errors import BackendUnavailable, BadReply
 from rag_rerank.families import Family, find_family
@@ -18,6 +19,7 @@ class CheckedServer:
         self.client = replace(client, servers=Servers([endpoint]))  # the same for this server alone
         self.label = endpoint.label
         self.facts = ServerFacts(None, client.model or "")  # what is known so far
+        self.program: str | None = None  # what answers, where it is known and not vLLM
 
     @property
     def family(self) -> Family | None:
@@ -49,12 +51,11 @@ class CheckedServer:
         return self.client.ask(self._until())
 
     def score(
-        self, queries: str | Sequence[str], documents: Sequence[str], *, logits: bool = False, together: int = 1
+        self, queries: str | Sequence[str], documents: Sequence[str], *, together: int = 1, **changed: Any
     ) -> list[float]:
-        """Score as the scorer does for its users; at least so many documents `together` in one request."""
-        rules, options = self.client.rules, self.client.options
-        rules = replace(rules, chunk_size=max(rules.chunk_size, together))
-        options = replace(options, use_activation=False) if logits else options
+        """Score as for the scorer's users, with options `changed`; at least so many `together` in one request."""
+        rules = replace(self.client.rules, chunk_size=max(self.client.rules.chunk_size, together))
+        options = replace(self.client.options, **changed)
         client, until = replace(self.client, rules=rules, options=options), self._until()
         queries = [queries] if isinstance(queries, str) else queries
         scores = client.transport.run(client.call(queries, documents, until), until)

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from rag_rerank.check.access import ROUGHLY_ROUNDED, TEMPLATES_SINCE, largest_difference, serve
+from rag_rerank.check.access import ROUGHLY_ROUNDED, ROUNDED, TEMPLATES_SINCE, largest_difference, serve
 from rag_rerank.check.checked_server import CheckedServer
 from rag_rerank.check.finding import Finding, Verdict, failure
 from rag_rerank.check.texts import CANDIDATES, KNOWN, QUESTIONS, TWINS, known_pairs, over_long
@@ -94,10 +94,8 @@ def sample(server: CheckedServer) -> Sample:
     queries, documents = known_pairs()
     scores = server.score(queries, documents)
     twins = server.score(TWINS, TWINS)
-    if server.facts.version is None and server.client.api == "rerank":
-        return Sample(scores, None, twins)  # another make of server, which ignores what it does not know
     try:
-        return Sample(scores, server.score(queries, documents, logits=True), twins)
+        return Sample(scores, server.score(queries, documents, use_activation=False), twins)
     except (ConfigError, BackendRejected):
         return Sample(scores, None, twins)
 
@@ -108,8 +106,31 @@ def scale(server: CheckedServer, sample: Sample) -> Finding:
     if kind == "cosine" and family is not None and family.method not in {"bi-encoder", "late-interaction"}:
         said = f"The scores are cosines of embeddings, but {family.name} is a reranker: its head is not in use."
         return Finding("Scores", "problem", said, serve(server))
+    if kind == "bounded" and server.client.options.use_activation is False:
+        said = f"use_activation=False is dropped: no logits, but scores from 0 to 1 come back: {sample.ranges}."
+        return Finding("Scores", "problem", said, "Ask the server behind the gateway, or leave out use_activation.")
     said, verdict, remedy = _SCALES[kind]
     return Finding("Scores", verdict, f"{said}: {sample.ranges}.", remedy)
+
+
+def options(server: CheckedServer, sample: Sample) -> Finding:
+    """See which options a server drops that is not known as vLLM: it gives scores, but not those asked for."""
+    queries, documents = (texts[:CANDIDATES] for texts in known_pairs())
+    dropped = ["use_activation"] if sample.scale == "bounded" and sample.logits is not None else []
+    try:
+        instructed = server.score(queries, documents, instruction="Find texts in which nobody asks for anything.")
+    except (ConfigError, BackendRejected):
+        instructed = []
+    if instructed and largest_difference(sample.scores[:CANDIDATES], instructed) < ROUNDED:
+        dropped.append("instruction")
+    if server.ask().prompt_tokens is None:
+        dropped.append("usage")
+    name = server.program or "It"
+    if not dropped:
+        return Finding("Options", "good", f"{name} minds use_activation and instruction, and counts tokens.")
+    said = f"{name} drops {', '.join(dropped)}, or the model has no place for it."
+    verdict: Verdict = "problem" if server.client.options.instruction and "instruction" in dropped else "note"
+    return Finding("Options", verdict, said, "Where you need one of them, ask the server behind the gateway.")
 
 
 def template(server: CheckedServer, sample: Sample) -> Iterator[Finding]:

@@ -3,7 +3,7 @@
 import statistics
 import time
 
-from rag_rerank.check.access import ROUNDED, largest_difference
+from rag_rerank.check.access import ROUGHLY_ROUNDED, ROUNDED, largest_difference
 from rag_rerank.check.checked_server import CheckedServer
 from rag_rerank.check.finding import Finding, failure
 from rag_rerank.check.texts import KNOWN, known_pairs, passages
@@ -15,10 +15,17 @@ _ROUNDS, _COUNTS, _BATCH = 3, (1, 10, 100), 32
 
 def batches(server: CheckedServer) -> Finding:
     """See whether a pair's score depends on what it is scored with."""
+    if server.facts.listwise:
+        said = "It scores the documents of a query together (listwise): all of a call go in one request, never split."
+        return Finding("Batches", "note", said, "Compare scores within a call only: each depends on the others.")
     queries, documents = (texts[:_BATCH] for texts in known_pairs())
     chosen = range(0, _BATCH, 8)
     alone = [server.score(queries[position], [documents[position]])[0] for position in chosen]
     together = server.score(queries, documents, together=_BATCH)
+    of_one = server.score(queries[0], documents, together=_BATCH)[:1]
+    if largest_difference(alone[:1], of_one) > ROUGHLY_ROUNDED > largest_difference(alone[:1], together[:1]):
+        said = "A document's score depends on the others of its query, as a listwise model's does."
+        return Finding("Batches", "warning", said, "Pass chunk_size= as large as your largest call.")
     apart = largest_difference(alone, [together[position] for position in chosen])
     if apart <= ROUNDED:
         said = f"A pair scores the same alone and among {_BATCH} (largest difference {apart:.1g})."

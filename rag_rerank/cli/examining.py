@@ -3,7 +3,7 @@
 import dataclasses
 import json
 from collections import Counter
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -13,7 +13,7 @@ from rich.table import Column, Table
 from rag_rerank import VLLMScorer
 from rag_rerank.check import Finding
 from rag_rerank.check import check as examine
-from rag_rerank.cli.options import KeyOverHTTPOption
+from rag_rerank.cli.options import EndpointOption, KeyOverHTTPOption
 
 _MARKS = {"good": ("✓", "green"), "note": ("·", "cyan"), "warning": ("!", "yellow"), "problem": ("✗", "red")}
 
@@ -21,6 +21,7 @@ _MARKS = {"good": ("✓", "green"), "note": ("·", "cyan"), "warning": ("!", "ye
 def check(
     urls: Annotated[list[str], typer.Argument(metavar="URL...", help="A vLLM server, or several of one model.")],
     model: Annotated[str | None, typer.Option(help="The name on the server, where it serves several.")] = None,
+    endpoint: EndpointOption = "score",
     as_json: Annotated[bool, typer.Option("--json", help="JSON Lines, one a finding.")] = False,
     timeout: Annotated[float, typer.Option(help="Seconds that a call may take.")] = 30.0,
     send_key_over_http: KeyOverHTTPOption = False,
@@ -30,7 +31,8 @@ def check(
     The key is read from VLLM_API_KEY. The exit code is 1 if a problem was found; warnings are not problems.
     """
     verdicts: Counter[str] = Counter()
-    with VLLMScorer(urls, model=model, timeout=timeout, send_key_over_http=send_key_over_http) as scorer:
+    settings: dict[str, Any] = {"model": model, "endpoint": endpoint, "send_key_over_http": send_key_over_http}
+    with VLLMScorer(urls, timeout=timeout, **settings) as scorer:
         for finding in examine(scorer):
             verdicts[finding.verdict] += 1
             if as_json:

@@ -17,6 +17,9 @@ DtypeOption = Annotated[str, Option(help="Local only: auto, float32, bfloat16, f
 KeyOverHTTPOption = Annotated[
     bool, Option("--send-key-over-http", help="Allow the key to be sent unencrypted to another machine.")
 ]
+EndpointOption = Annotated[
+    str, Option(help="How the server is asked: score (vLLM), rerank (most others), tei, or auto, which finds out.")
+]
 _MODEL_HELP = f"Hub id or folder ({LocalSettings.model} if none), or the name on the server."
 _URL_HELP = "A vLLM server; may be repeated for several. The key is read from VLLM_API_KEY."
 
@@ -29,6 +32,7 @@ class ScorerOptions:
     base_url: Annotated[list[str] | None, Option(help=_URL_HELP)] = None
     host: Annotated[str | None, Option(help="The vLLM server's host, instead of --base-url.")] = None
     port: Annotated[int | None, Option(help="The vLLM server's port, instead of --base-url.")] = None
+    endpoint: EndpointOption = "score"
     device: DeviceOption = None
     dtype: DtypeOption = "auto"
     logits: Annotated[bool, Option("--logits", help="Raw logits instead of the model's own scale.")] = False
@@ -47,13 +51,20 @@ class ScorerOptions:
             raise ConfigError("pass either --base-url or --host and --port")
         if names_host:
             urls = [f"http://{self.host or 'localhost'}:{self.port or 8000}"]
+        if not urls and self.endpoint != "score":
+            raise ConfigError("--endpoint goes with a server: pass --base-url")
         if not urls:
             model, dtype = self.model or LocalSettings.model, self.dtype
             return LocalScorer(model, device=self.device, dtype=dtype, use_activation=use_activation)  # type: ignore[arg-type]  # checked there
         if self.device is not None or self.dtype != "auto":
             raise ConfigError("--device and --dtype are for local models; a server has chosen its own")
-        key = self.send_key_over_http
-        return VLLMScorer(urls, model=self.model, use_activation=use_activation, send_key_over_http=key)
+        return VLLMScorer(
+            urls,
+            model=self.model,
+            endpoint=self.endpoint,  # type: ignore[arg-type]  # checked there
+            use_activation=use_activation,
+            send_key_over_http=self.send_key_over_http,
+        )
 
 
 def takes_scorer(*left_out: str) -> Callable[[Callable[..., None]], Callable[..., None]]:

@@ -2,11 +2,11 @@
 
 import re
 
-# How the tokenizers of rerankers spell their special tokens: <|im_end|> (Qwen, Llama 3, ModernBERT), </s> (RoBERTa,
-# Mistral), <end_of_turn> (Gemma), [SEP] (BERT), [INST] (Mistral), |||EMAIL_ADDRESS||| (ModernBERT). What matches is the
-# first character only.
+# How the tokenizers of rerankers spell their special tokens: <|im_end|> (Qwen, Llama 3, ModernBERT; DeepSeek with
+# fullwidth bars), </s> (RoBERTa, Mistral), <end_of_turn> (Gemma), [SEP] (BERT), [INST] (Mistral), |||EMAIL_ADDRESS|||
+# (ModernBERT). What matches is the first character only.
 _SPECIAL_TOKEN = re.compile(
-    r"""<(?=\|[^<>|\s]{1,64}\|>)
+    r"""<(?=[|\uff5c][^<>|\uff5c\s]{1,64}[|\uff5c]>)
     | <(?=/?(?:s|pad|unk|mask|bos|eos|cls|sep|think|tool_call|tool_response|2mass|unused\d+|image|IMG_CONTEXT
         |(?:start|end)_of_(?:turn|image)|image_soft_token)>)
     | \[(?=(?:PAD|UNK|CLS|SEP|MASK|unused\d+|@BOS@

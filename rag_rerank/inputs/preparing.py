@@ -1,16 +1,20 @@
 """From what callers pass to what back ends get: types checked, text cleaned, images read, each with its position."""
 
+import asyncio
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 from rag_rerank.errors import ConfigError, ContentError, DeadlineExceeded
 from rag_rerank.inputs.cleaning import clean
 from rag_rerank.inputs.content import Content, Image, Input, Video, decode_base64, from_parts, is_pil, parts_of, placed
 from rag_rerank.inputs.images import ImageFile, read_image
 from rag_rerank.inputs.multimodal import Link, Multimodal, Prepared, is_data
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 def prepare(value: Any, where: str) -> Prepared:
@@ -116,14 +120,23 @@ def is_one(value: Any) -> bool:
     )
 
 
+MANY = 500
+"""Documents of which more keep an event loop from its other work: reading them takes 26 us each."""
+
+
+async def off_loop(slow: bool, do: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    """Do something, in a worker thread where it takes longer than an event loop may stand."""
+    return await asyncio.to_thread(do, *args, **kwargs) if slow else do(*args, **kwargs)
+
+
 def is_slow(value: Any) -> bool:
-    """Tell whether preparing takes longer than an event loop may stand: many texts (26 us each), or an image to read.
+    """Tell whether preparing takes longer than an event loop may stand: many texts, or an image to read.
 
     An image of a million pixels takes 10 ms. What is no list or tuple is not looked into.
     """
     if not isinstance(value, list | tuple):
         return not isinstance(value, str)
-    return len(value) > 500 or not all(isinstance(each, str) for each in value)
+    return len(value) > MANY or not all(isinstance(each, str) for each in value)
 
 
 def text_only(model: str, queries: Sequence[Prepared], documents: Sequence[Prepared]) -> ContentError:

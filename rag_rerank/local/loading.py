@@ -1,11 +1,14 @@
 """From settings to a model that is ready to score: finds out what a checkpoint is, and puts the parts together."""
 
 import hashlib
+import inspect
 import json
 import logging
-from collections.abc import Sequence
+import os
+import threading
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, cast
+from typing import Any, cast, get_args
 
 import torch
 from transformers import (
@@ -24,18 +27,40 @@ from rag_rerank.local.checkpoint.checkpoint import Checkpoint, max_length
 from rag_rerank.local.checkpoint.declaration import IDENTITY, SIGMOID, Declaration, Pooling, Route, Side
 from rag_rerank.local.hardware import choose_batching, choose_device
 from rag_rerank.local.models.bi_encoder import BiEncoder, Embedder
-from rag_rerank.local.models.cross_encoder import Activation, Head, PairModel, Whole, classification_head
-from rag_rerank.local.models.decoder import answer_head, check_answer_head, last_token_head, score_row, token_ids
-from rag_rerank.local.models.encoding import Truncation
+from rag_rerank.local.models.cross_encoder import (
+    Activation,
+    Head,
+    PairModel,
+    Whole,
+    classification_head,
+    make_head_precise,
+    relevance,
+)
+from rag_rerank.local.models.decoder import answer_head, last_token_head, score_row, token_ids
+from rag_rerank.local.models.encoding import Truncation, samples
 from rag_rerank.local.models.late_interaction import LateInteraction, TokenEmbedder
 from rag_rerank.local.models.layers import activation, config_activation, pool, read_layers
-from rag_rerank.local.models.model import Model, ScoreType
+from rag_rerank.local.models.model import Model, ScoreType, special_tokens
 from rag_rerank.local.models.prompts import ChatPrompts, Prompts
 from rag_rerank.local.models.vision.processor import ImageProcessor
 from rag_rerank.local.models.vision.prompts import ImagePrompts
 from rag_rerank.local.models.vision.transformer import MODEL_TYPES, VisionTransformer
 from rag_rerank.local.settings import Settings
-from rag_rerank.local.transformer.transformer import States, Transformer, Unpadded, known, make_transformer
+from rag_rerank.local.transformer.batching import TokenSequence
+from rag_rerank.local.transformer.proof import Proof, Reference, Unproven
+from rag_rerank.local.transformer.transformer import (
+    Padded,
+    Path,
+    States,
+    Transformer,
+    TwoSided,
+    Unpadded,
+    from_transformers,
+    make_transformer,
+    prepare,
+    rope_limit,
+    tested,
+)
 from rag_rerank.template import Template
 
 logger = logging.getLogger(__name__)
@@ -47,8 +72,16 @@ _NO_FACTS = (
 )
 
 
+# Held while a model is loaded: transformers changes torch's default dtype for the whole process meanwhile, and of two
+# at a time one would put back the other's. A fork waits, so that a child has neither lock nor dtype left half-way.
+one_at_a_time = threading.RLock()
+if hasattr(os, "register_at_fork"):
+    release = one_at_a_time.release
+    os.register_at_fork(before=one_at_a_time.acquire, after_in_parent=release, after_in_child=release)
+
+
 def load(settings: Settings) -> Model:
-    """Load a model for scoring.
+    """Load a model for scoring, with `one_at_a_time` held.
 
     ConfigError if it is not there, not a reranker, not safetensors, lacks weights, has no known template, or does not
     fit the settings.
@@ -59,15 +92,20 @@ def load(settings: Settings) -> Model:
     if family is not None and not family.local:
         flags = family.vllm_flags.replace("{template}", f"{family.template}")
         raise ConfigError(f"{checkpoint.name!r} runs on vLLM only: vllm serve {checkpoint.name} {flags}")
-    loading = _Loading(checkpoint, settings, family, device)
     kind = _kind(checkpoint)
-    score_type: ScoreType = getattr(loading, kind.replace("-", "_"))()
+    differences: dict[Path, float] = {}
+    loading, score_type = _load(_Loading(checkpoint, settings, family, device, differences), kind)
     template = loading.template
     asked = f"{checkpoint.name!r}, without a template," if template is None else f"the template {template.name!r}"
     takes = template is not None and template.takes("instruction")
     no_instruction = None if takes else f"{asked} has no place for an instruction"
     if no_instruction is not None and settings.instruction is not None:
         raise ConfigError(no_instruction)
+    [space] = score_type.document_space([""])
+    if space < 1:
+        limit = int(loading.facts["max_length"])
+        taken = f"{limit - space} go to special tokens, prompt and template"
+        raise ConfigError(f"max_length is {limit} for {checkpoint.name!r}, of which {taken}: no document would be read")
     return Model(
         score_type=score_type,
         tokenizer=checkpoint.tokenizer,
@@ -76,9 +114,22 @@ def load(settings: Settings) -> Model:
         no_instruction=no_instruction,
         max_tokens_per_query=settings.max_tokens_per_query,
         max_tokens_per_doc=settings.max_tokens_per_doc,
+        special=None if template is None else special_tokens(checkpoint.tokenizer),
         passages=settings.long_documents == "max-passage",
         document_prompt=settings.document_prompt or "",
+        proof=Proof(max(loading.paths, key=list(get_args(Path)).index), differences),
     )
+
+
+def _load(loading: "_Loading", kind: str) -> "tuple[_Loading, ScoreType]":
+    """Load the weights for the fastest path; where it is not proven, once more for the others: layers were replaced."""
+    try:
+        return loading, getattr(loading, kind.replace("-", "_"))()
+    except Unproven:
+        if not loading.unpadded or "unpadded" not in loading.differences:
+            raise
+    again = _Loading(loading.checkpoint, loading.settings, loading.family, loading.device, loading.differences, False)
+    return again, getattr(again, kind.replace("-", "_"))()
 
 
 def _facts(settings: Settings) -> dict[str, str]:
@@ -130,6 +181,9 @@ class _Loading:
     settings: Settings
     family: Family | None
     device: torch.device
+    differences: dict[Path, float]  # from plain transformers, seen on the paths that were tried
+    unpadded: bool = True  # whether to try that
+    paths: list[Path] = field(default_factory=list)  # that were taken, of each transformer
     facts: dict[str, str] = field(default_factory=dict)  # what was found out on the way that can change a score
     template: Template | None = None  # to prompt with; set on the way
     encoders: dict[str, tuple[PreTrainedModel, Transformer]] = field(default_factory=dict)  # by their folders
@@ -139,22 +193,34 @@ class _Loading:
         model = self._model(AutoModelForSequenceClassification)
         score = getattr(model, "score", None)
         self._choose_template(needed=isinstance(score, torch.nn.Linear))
+        whole = Whole.of(model, self.checkpoint.tokenizer.pad_token_id, choose_batching(self.device))
+        reference = self._reference(_body(model), lambda sequence: relevance(whole.states([sequence]).tokens))
+        make_head_precise(model, self.checkpoint.stored)
+        transformer: Padded | Unpadded
         # A checkpoint's own code may read its score from elsewhere (nemotron: the mean): that runs as it is.
-        if isinstance(score, torch.nn.Linear) and type(model).__module__.startswith("transformers."):
+        if isinstance(score, torch.nn.Linear) and from_transformers(model):
             weight = score.weight.detach().float()
-            return self._pair_model(model, last_token_head(weight[-1] - weight[0] if len(weight) > 1 else weight[0]))
-        if known(_body(model)):
-            return self._pair_model(model, classification_head(model))
-        whole = Whole(model, self.checkpoint.tokenizer.pad_token_id or 0, choose_batching(self.device))
-        return PairModel(self._prompts(model), self._activation(), whole, lambda states: states.tokens)
+            head = last_token_head(weight[-1] - weight[0] if len(weight) > 1 else weight[0])
+            transformer = self._transformer(_body(model))
+        else:
+            head, transformer = (lambda states: states.tokens), whole
+            if self._may_unpad(_body(model)) and (by_parts := classification_head(model)):
+                made = self._transformer(_body(model))
+                head, transformer = (by_parts, made) if isinstance(made, Unpadded) else (head, transformer)
+        return self._pair_model(model, reference, transformer, head)
 
     def causal(self) -> ScoreType:
         """Load a model that answers with a word."""
         ids = self._answers()
         model = self._model(AutoModelForCausalLM)
-        head = answer_head(model, ids)
-        check_answer_head(model, head, ids, self.checkpoint.name)
-        return self._pair_model(model, head)
+        options = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
+        plain = self._plain(model)
+
+        def logit(sequence: TokenSequence) -> torch.Tensor:
+            return relevance(model(**plain.inputs([sequence]), **options).logits[:, -1, ids].float())
+
+        reference = self._reference(_body(model), logit)
+        return self._pair_model(model, reference, self._transformer(_body(model)), answer_head(model, ids))
 
     def modular(self) -> ScoreType:
         """Load a transformer with a head of modules."""
@@ -162,10 +228,12 @@ class _Loading:
         head = self._head(route, self.settings.query_prompt)
         model = self._model(AutoModel)
         self._choose_template(needed=False)
+        plain = self._plain(model)
+        reference = self._reference(model, lambda sequence: relevance(head(plain.states([sequence]))))
         transformer = self._transformer(model)
         if isinstance(transformer, Unpadded) and cast("Pooling", route.pooling).modes != ("lasttoken",):
             transformer = replace(transformer, share=False)  # of a shared prefix there is but one state a token
-        return PairModel(self._prompts(model), self._activation(), transformer, head)
+        return self._pair_model(model, reference, transformer, head)
 
     def vision(self) -> ScoreType:
         """Load a model that reads images, and answers with a word or has a head that transformers has no class for."""
@@ -178,8 +246,12 @@ class _Loading:
             ids = self._answers()
             model = self._model(AutoModelForImageTextToText)
             head = answer_head(model, ids)
-        pad_id = self.checkpoint.tokenizer.pad_token_id
-        transformer = VisionTransformer.of(_body(model), processor, pad_id, choose_batching(self.device))
+        body: Any = _body(model)
+        plain = self._plain(body.language_model)
+        reference = self._reference(body.language_model, lambda sequence: relevance(head(plain.states([sequence]))))
+        decoder = self._transformer(body.language_model)
+        text = self._proven(reference, decoder, lambda states: relevance(head(states)))
+        transformer = VisionTransformer.of(body, processor, text)
         prompts = ImagePrompts(self._prompts(model), transformer.tower)
         return PairModel(prompts, self._activation(), transformer, head)
 
@@ -188,8 +260,62 @@ class _Loading:
         self.facts |= {"dtype": str(model.dtype).removeprefix("torch."), "device": model.device.type}
         return model
 
-    def _pair_model(self, model: PreTrainedModel, head: Head) -> PairModel:
-        return PairModel(self._prompts(model), self._activation(), self._transformer(_body(model)), head)
+    def _pair_model(
+        self, model: PreTrainedModel, reference: Reference | None, transformer: Padded | Unpadded, head: Head
+    ) -> PairModel:
+        proven = self._proven(reference, transformer, lambda states: relevance(head(states)))
+        return PairModel(self._prompts(model), self._activation(), proven, head)
+
+    def _reference(
+        self,
+        body: PreTrainedModel,
+        run: Callable[[TokenSequence], torch.Tensor],
+        checkpoint: Checkpoint | None = None,
+    ) -> Reference | None:
+        """Take from plain transformers what is to come out; None if that is not to be verified."""
+        prepare(body)
+        if not self.settings.verify:
+            return None
+        checkpoint = checkpoint or self.checkpoint
+        try:
+            return Reference(body, samples(checkpoint.tokenizer, max_length(checkpoint, body, None, None)), run)
+        except torch.OutOfMemoryError:
+            raise
+        except (IndexError, KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+            architecture = (*self.checkpoint.architectures, type(body).__name__)[0]
+            why = (
+                f"{error}" if isinstance(error, ConfigError) else f"transformers raises {type(error).__name__}: {error}"
+            )
+            raise ConfigError(f"{self.checkpoint.name!r} is a {architecture} that can't be scored: {why}") from error
+
+    def _proven(
+        self,
+        reference: Reference | None,
+        transformer: Padded | Unpadded,
+        head: Head,
+        checkpoint: Checkpoint | None = None,
+    ) -> Transformer:
+        """Take the transformer, or what it falls back to, if it gives what the reference gave; see `Proof`."""
+        checkpoint, asked = checkpoint or self.checkpoint, self.settings.max_length
+        limit = rope_limit(transformer.model, asked or max_length(checkpoint, transformer.model, None, None))
+        falls_back = [replace(transformer, equal=True)] if isinstance(transformer, Padded) else []
+        ways = [each if limit is None else TwoSided(each, limit) for each in (transformer, *falls_back)]
+        if reference is None:  # what tests have proven, or what needs no proof
+            self.paths.append(ways[-1].path)
+            return ways[-1]
+        for way in ways:
+            seen = reference.difference(way, head)
+            self.differences[way.path] = max(seen, self.differences.get(way.path, 0.0))
+            if seen <= reference.tolerance:
+                self.paths.append(way.path)
+                return way
+        architecture = (*self.checkpoint.architectures, "model")[0]
+        tried = ", ".join(f"{path}: {seen:.2g}" for path, seen in self.differences.items())
+        raise Unproven(
+            f"{self.checkpoint.name!r} is a {architecture} that can't be scored reliably: what it gives for a pair "
+            f"alone and in a batch differs by more than rounding ({reference.tolerance:g} of its size; {tried}). "
+            "Use another model; verify=False scores it nevertheless."
+        )
 
     def _answers(self) -> list[int]:
         """Find the tokens of the words, and the template: what is wrong with them is told before gigabytes are read."""
@@ -288,8 +414,10 @@ class _Loading:
         checkpoint = self.checkpoint.at(route)
         if route.folder not in self.encoders:
             model = self._model(AutoModel, checkpoint)
-            pad_id, batching = checkpoint.tokenizer.pad_token_id, choose_batching(self.device)
-            self.encoders[route.folder] = model, make_transformer(model, pad_id, batching, unpadded=unpadded)
+            plain = self._plain(model, checkpoint)
+            reference = self._reference(model, lambda sequence: _all(plain.states([sequence])), checkpoint)
+            made = self._transformer(model, checkpoint, unpadded=unpadded)
+            self.encoders[route.folder] = model, self._proven(reference, made, _all, checkpoint)
         model, transformer = self.encoders[route.folder]
         marker, prompt = _marker(checkpoint.tokenizer, route.prompt, markers) if own_prompt is None else (None, "")
         return {
@@ -301,8 +429,22 @@ class _Loading:
             "lower_case": route.lower_case,
         }
 
-    def _transformer(self, model: PreTrainedModel) -> Transformer:
-        return make_transformer(model, self.checkpoint.tokenizer.pad_token_id, choose_batching(self.device))
+    def _plain(self, model: PreTrainedModel, checkpoint: Checkpoint | None = None) -> Padded:
+        """Run a model as transformers has it; one sequence at a time is not padded."""
+        pad_id = (checkpoint or self.checkpoint).tokenizer.pad_token_id
+        return Padded(model, pad_id or 0, choose_batching(self.device))
+
+    def _may_unpad(self, body: PreTrainedModel) -> bool:
+        """Tell whether to try it: where that is not to be proven here, tests must have done so."""
+        return self.unpadded and (tested(body) or (self.settings.verify and from_transformers(body)))
+
+    def _transformer(
+        self, model: PreTrainedModel, checkpoint: Checkpoint | None = None, *, unpadded: bool = True
+    ) -> Padded | Unpadded:
+        pad_id = (checkpoint or self.checkpoint).tokenizer.pad_token_id
+        return make_transformer(
+            model, pad_id, choose_batching(self.device), unpadded=unpadded and self._may_unpad(model)
+        )
 
     def _max_length(self, model: PreTrainedModel, route: Route) -> int:
         asked = self.settings.max_length
@@ -375,6 +517,11 @@ class _Loading:
                 *(self.checkpoint.name, chosen.rpartition(".")[2], declared.rpartition(".")[2]),
             )
         return chosen
+
+
+def _all(states: States) -> torch.Tensor:
+    """Give something of all states, ``[sequences, 3 * size]``."""
+    return torch.cat([states.first().float(), states.last().float(), states.mean()], dim=1)
 
 
 def _body(model: PreTrainedModel) -> PreTrainedModel:

@@ -9,15 +9,19 @@ import weakref
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from rag_rerank.errors import ContentError, DeadlineExceeded
+from rag_rerank.errors import ContentError, DeadlineExceeded, short_name
 from rag_rerank.inputs.multimodal import Link, Prepared
+from rag_rerank.inputs.preparing import MANY, off_loop
 from rag_rerank.local.engine.engine import Engine
 from rag_rerank.local.models.model import Model, Side
 from rag_rerank.local.settings import Dtype, LateInteractionRule, LongDocuments, ScoreType, Settings
 from rag_rerank.scorer import Scorer
 from rag_rerank.template import Template
+
+if TYPE_CHECKING:
+    from rag_rerank.local.transformer.proof import Proof
 
 DEFAULT_MODEL = "cross-encoder/ms-marco-MiniLM-L6-v2"
 
@@ -39,7 +43,8 @@ class LocalScorer(Scorer):
 
     The model is loaded by the first call, in one thread of its own that also does all scoring: callers in any number of
     threads and event loops share it, and what waits at the same time is scored in common batches. Copies share it, too;
-    a forked child and an unpickled copy load their own.
+    a forked child and an unpickled copy load their own. Models are loaded one after the other, for transformers sets
+    torch's default dtype meanwhile, in all threads of the process: if you make tensors of your own, `warmup()` first.
 
     Args:
         model: A hub id or a folder. A ``*ForSequenceClassification`` checkpoint with one label is a cross-encoder, and
@@ -74,6 +79,10 @@ class LocalScorer(Scorer):
         late_interaction: ``"declared"`` compares the tokens of queries and documents as a ColBERT's authors do: with
             the prefixes, the filling up with ``[MASK]``, the lengths and the punctuation left out that the checkpoint
             declares. ``"vllm"`` goes by none of that, as vLLM does. Without effect on other models.
+        verify: Whether the way that the model is run is compared with plain transformers when it is loaded, on a short
+            and a long text, in a tenth of the time that loading takes; see `proof`. A model that scores a pair beside
+            others otherwise than alone is run in batches of equal length, or is a `ConfigError`. False takes the way
+            that this package's tests cover for the architecture; others are run in batches of equal length, unproven.
         max_waiting_calls: How many calls may be unfinished at a time; one more is refused at once.
         revision: Branch, tag or commit on the hub.
         trust_remote_code: Whether code from the checkpoint may run. Only ever on by this argument.
@@ -96,6 +105,7 @@ class LocalScorer(Scorer):
 
     accepts_instruction = True
     _facts_suffice = True
+    _queues = True
     _engine: Engine  # of this process; there from the first call on
 
     def __init__(
@@ -117,6 +127,7 @@ class LocalScorer(Scorer):
         max_tokens_per_doc: int | None = None,
         long_documents: LongDocuments = "truncate",
         late_interaction: LateInteractionRule = "declared",
+        verify: bool = True,
         max_waiting_calls: int = 1024,
         revision: str | None = None,
         trust_remote_code: bool = False,
@@ -126,14 +137,14 @@ class LocalScorer(Scorer):
         tokenizer_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
         self._settings = Settings(
-            model=os.fspath(model),
+            model=_text(model),
             device=device,
             dtype=dtype,
             score_type=score_type,
             template=None if template is None else "auto" if template == "auto" else Template.load(template),
             instruction=instruction,
-            chat_template_kwargs=dict(chat_template_kwargs or {}),
-            classifier_tokens=None if classifier_tokens is None else tuple(classifier_tokens),
+            chat_template_kwargs=chat_template_kwargs or {},
+            classifier_tokens=classifier_tokens,
             query_prompt=query_prompt,
             document_prompt=document_prompt,
             use_activation=use_activation,
@@ -142,15 +153,16 @@ class LocalScorer(Scorer):
             max_tokens_per_doc=max_tokens_per_doc,
             long_documents=long_documents,
             late_interaction=late_interaction,
+            verify=verify,
             max_waiting_calls=max_waiting_calls,
             revision=revision,
             trust_remote_code=trust_remote_code,
             local_files_only=local_files_only,
-            cache_dir=None if cache_dir is None else os.fspath(cache_dir),
-            model_kwargs=dict(model_kwargs or {}),
-            tokenizer_kwargs=dict(tokenizer_kwargs or {}),
+            cache_dir=_text(cache_dir),
+            model_kwargs=model_kwargs or {},
+            tokenizer_kwargs=tokenizer_kwargs or {},
         )
-        self._max_waiting_calls = max_waiting_calls
+        self._max_waiting_calls = self._settings.max_waiting_calls
 
     def _start(self) -> None:
         settings = self._settings  # not self: the thread must not keep the scorer alive
@@ -179,6 +191,15 @@ class LocalScorer(Scorer):
         self._begin(None, None)
         self._wait(self._engine.submit(["warm"], ["up"]), None)
 
+    def proof(self) -> "Proof":
+        """Tell how the model is run, and how far that is from plain transformers; loads it first.
+
+        Raises:
+            ConfigError: It can't be loaded as asked.
+        """
+        self._begin(None, None)
+        return self._loaded(None).proof
+
     def _score(
         self,
         queries: Sequence[Prepared],
@@ -186,7 +207,8 @@ class LocalScorer(Scorer):
         until: float | None,
         instruction: str | None = None,
     ) -> list[float]:
-        return self._wait(self._submit(queries, documents, instruction), until)
+        inputs = self._prompted(queries, documents)
+        return self._wait(self._engine.submit(*inputs, instruction), until)
 
     async def _ascore(
         self,
@@ -196,19 +218,21 @@ class LocalScorer(Scorer):
         instruction: str | None = None,
     ) -> list[float]:
         began = time.monotonic()
-        work = asyncio.wrap_future(self._submit(queries, documents, instruction))
+        inputs = await off_loop(len(documents) > MANY, self._prompted, queries, documents)
+        work = asyncio.wrap_future(self._engine.submit(*inputs, instruction))
         try:
-            async with asyncio.timeout(None if until is None else until - began):
+            async with asyncio.timeout(None if until is None else until - time.monotonic()):
                 return await work  # cancelling the task cancels the work
         except TimeoutError as error:
             raise self._too_late(error, began) from None
 
-    def _submit(
-        self, queries: Sequence[Prepared], documents: Sequence[Prepared], instruction: str | None
-    ) -> "Future[list[float]]":
-        queries = _prompted(queries, "queries", "query_prompt", self._settings.query_prompt)
-        documents = _prompted(documents, "documents", "document_prompt", self._settings.document_prompt)
-        return self._engine.submit(queries, documents, instruction)
+    def _prompted(
+        self, queries: Sequence[Prepared], documents: Sequence[Prepared]
+    ) -> tuple[Sequence[Prepared], Sequence[Prepared]]:
+        return (
+            _prompted(queries, "queries", "query_prompt", self._settings.query_prompt),
+            _prompted(documents, "documents", "document_prompt", self._settings.document_prompt),
+        )
 
     def _wait(self, work: "Future[list[float]]", until: float | None) -> list[float]:
         began = time.monotonic()
@@ -222,13 +246,17 @@ class LocalScorer(Scorer):
     def _too_late(self, error: TimeoutError, began: float) -> TimeoutError:
         if isinstance(error, DeadlineExceeded):
             return error
-        message = f"{self.model_name} was still scoring when the deadline passed"
+        message = f"{short_name(self.model_name)} was still scoring when the deadline passed"
         remedy = "Allow more time, pass fewer documents, or call warmup() first: loading counts."
         return DeadlineExceeded(message, elapsed=time.monotonic() - began, remedy=remedy)
 
-    def _facts(self, until: float | None) -> dict[str, str]:
+    def _loaded(self, until: float | None) -> Model:
         while (model := self._engine.model) is None:
             self._wait(self._engine.submit([], []), until)
+        return model
+
+    def _facts(self, until: float | None) -> dict[str, str]:
+        model = self._loaded(until)
         name = "a folder" if Path(self.model_name).is_dir() else self.model_name  # wherever it lies
         return {"model": name, **model.facts}
 
@@ -243,10 +271,15 @@ class LocalScorer(Scorer):
         return f"LocalScorer({self.model_name!r})"
 
 
-def _load(settings: Settings) -> Model:
-    from rag_rerank.local.loading import load  # noqa: PLC0415 - it imports torch and transformers (2-3 s)
+def _text(path: Any) -> Any:
+    return os.fspath(path) if isinstance(path, os.PathLike) else path
 
-    return load(settings)
+
+def _load(settings: Settings) -> Model:
+    from rag_rerank.local.loading import load, one_at_a_time  # noqa: PLC0415 - imports torch, transformers (2-3 s)
+
+    with one_at_a_time:
+        return load(settings)
 
 
 def _prompted(inputs: Sequence[Prepared], side: Side, name: str, prompt: str | None) -> Sequence[Prepared]:

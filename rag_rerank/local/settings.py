@@ -1,8 +1,11 @@
 """What a local model is to be loaded with: checked when it is written down, used when it is loaded."""
 
 import importlib.util
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+import operator
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal, get_args
 
 from rag_rerank.errors import ConfigError
@@ -12,6 +15,24 @@ Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 ScoreType = Literal["auto", "cross-encoder", "bi-encoder", "late-interaction"]
 LongDocuments = Literal["truncate", "max-passage"]
 LateInteractionRule = Literal["declared", "vllm"]
+
+_KINDS: dict[str, type] = {
+    **dict.fromkeys(("model", "instruction", "query_prompt", "document_prompt", "revision", "cache_dir"), str),
+    **dict.fromkeys(("use_activation", "verify", "trust_remote_code", "local_files_only"), bool),
+    **dict.fromkeys(("chat_template_kwargs", "model_kwargs", "tokenizer_kwargs"), Mapping),
+}
+_CHOICES = {
+    "dtype": Dtype,
+    "score_type": ScoreType,
+    "long_documents": LongDocuments,
+    "late_interaction": LateInteractionRule,
+}
+_DEVICES = frozenset({"cpu", "cuda", "hpu", "mps", "mtia", "xla", "xpu"})
+_ELSEWHERE = {
+    "torch_dtype": "pass dtype= to LocalScorer itself",
+    **dict.fromkeys(("load_in_8bit", "load_in_4bit"), "pass a quantization_config, which transformers 5 reads"),
+    **dict.fromkeys(("output_loading_info", "subfolder", "use_safetensors"), "it is always set"),
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,7 +46,7 @@ class Settings:
     template: Template | Literal["auto"] | None
     instruction: str | None
     chat_template_kwargs: Mapping[str, Any] = field(repr=False)
-    classifier_tokens: tuple[str, ...] | None
+    classifier_tokens: Sequence[str] | None
     query_prompt: str | None
     document_prompt: str | None
     use_activation: bool | None
@@ -34,6 +55,7 @@ class Settings:
     max_tokens_per_doc: int | None
     long_documents: LongDocuments
     late_interaction: LateInteractionRule
+    verify: bool
     max_waiting_calls: int
     revision: str | None
     trust_remote_code: bool
@@ -43,28 +65,64 @@ class Settings:
     tokenizer_kwargs: Mapping[str, Any] = field(repr=False)
 
     def __post_init__(self) -> None:
+        for name, kind in _KINDS.items():
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, kind):
+                raise ConfigError(f"{name} must be {kind.__name__}, got {type(value).__name__}")  # it may be a secret
+            if isinstance(value, Mapping):
+                self._set(name, dict(value))
         if not self.model:
             raise ConfigError("model is empty; pass a hub id or a folder")
-        for name, allowed in (
-            *(("dtype", Dtype), ("score_type", ScoreType)),
-            *(("long_documents", LongDocuments), ("late_interaction", LateInteractionRule)),
-        ):
-            if getattr(self, name) not in get_args(allowed):
-                raise ConfigError(f"{name} must be one of {', '.join(get_args(allowed))}; got {getattr(self, name)!r}")
-        for name in ("max_length", "max_tokens_per_query", "max_tokens_per_doc"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ConfigError(f"{name} must be at least 1 token, got {value}; None sets no limit of yours")
-        if self.max_waiting_calls < 1:
-            raise ConfigError(f"max_waiting_calls must be at least 1, got {self.max_waiting_calls}")
-        if self.classifier_tokens is not None and len(self.classifier_tokens) not in (1, 2):
-            raise ConfigError("classifier_tokens must be (true,) or (false, true)")
-        # Settings are shown, stored and pickled.
-        if {"token", "use_auth_token"} & (dict(self.model_kwargs) | dict(self.tokenizer_kwargs)).keys():
-            raise ConfigError("no access token belongs in the settings; set the environment variable HF_TOKEN")
+        for name, choice in _CHOICES.items():
+            value, allowed = str(getattr(self, name)).removeprefix("torch."), get_args(choice)  # torch.bfloat16, too
+            if value not in allowed:
+                raise ConfigError(f"{name} must be one of {', '.join(allowed)}; got {value!r}")
+            self._set(name, value)
+        for name in ("max_length", "max_tokens_per_query", "max_tokens_per_doc", "max_waiting_calls"):
+            self._set(name, self._count(name))
+        tokens = self.classifier_tokens
+        if isinstance(tokens, str) or (tokens is not None and [*map(type, tokens)] not in ([str], [str, str])):
+            raise ConfigError(f"classifier_tokens must be (true,) or (false, true), got {tokens!r}")
+        self._set("classifier_tokens", tokens and tuple(tokens))
+        self._check_device()
+        self._check_kwargs()
+        if sys.flags.optimize > 1:
+            raise ConfigError("transformers needs docstrings: run Python without -OO, and PYTHONOPTIMIZE below 2")
         for package in ("torch", "transformers"):
             if importlib.util.find_spec(package) is None:
                 raise ConfigError(f"LocalScorer needs {package}: pip install 'rag-rerank[local]'")
+
+    def _set(self, name: str, value: object) -> None:
+        object.__setattr__(self, name, value)  # past frozen
+
+    def _count(self, name: str) -> int | None:
+        value = getattr(self, name)
+        if value is None and name != "max_waiting_calls":
+            return None
+        if isinstance(value, bool) or not hasattr(value, "__index__") or value < 1:
+            raise ConfigError(f"{name} must be a whole number, at least 1, got {value!r}")
+        return operator.index(value)  # tokenizers take none of numpy's numbers
+
+    def _check_device(self) -> None:
+        """Refuse what is no device in any torch; whether this machine has it shows when the model is loaded."""
+        device = str(self.device) if type(self.device).__module__ == "torch" else self.device
+        self._set("device", device)
+        found = re.fullmatch(r"([a-z]+)(:\d+)?", device) if isinstance(device, str) else None
+        known = found and (found[1] in _DEVICES or importlib.util.find_spec(f"torch_{found[1]}"))  # npu: torch_npu
+        if device is not None and not known:
+            raise ConfigError(f'device must be None or one device, such as "cpu" or "cuda:1", got {device!r}')
+
+    def _check_kwargs(self) -> None:
+        """Refuse in the arguments of from_pretrained what belongs elsewhere."""
+        own = {each.name for each in fields(self)}
+        for kwargs in ("model_kwargs", "tokenizer_kwargs"):
+            for name in getattr(self, kwargs):
+                # Settings are shown, stored and pickled.
+                if name in ("token", "use_auth_token"):
+                    raise ConfigError("no access token belongs in the settings; set the environment variable HF_TOKEN")
+                remedy = f"pass {name}= to LocalScorer itself" if name in own else _ELSEWHERE.get(name)
+                if remedy is not None:
+                    raise ConfigError(f"{kwargs} can't hold {name}: {remedy}")
 
     @property
     def variables(self) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from rag_rerank.vllm.wire import API, SINCE, Answer, Encoded, Options, ServerFac
 
 # Of one request, where it has more than one document: about 10 ms of encoding, in which an event loop stands still.
 MAX_BYTES = 8 << 20
+_LEAST_BYTES = 64 << 10  # no proxy's limit is lower; what refuses less counts something else
 # The most tokens of an image or video in the prompt: Qwen-VL 3, Phi-3-vision 5. It stands before the text.
 IMAGE_TOKENS = 16
 # The most tokens of "a" and "a" without a template: BERT 5, RoBERTa 6, a bi-encoder 6. The shortest template has 12.
@@ -44,8 +45,10 @@ class Call:
     queries: Inputs  # one for all documents, or one each
     documents: Inputs  # at least one
     options: Options
-    api: API = "score"
     fit: bool = False
+    _api: API = "score"
+    _whole: bool = False  # whether all documents go in one request, for they are scored together
+    _most_bytes: int = MAX_BYTES
     _scores: dict[int, float] = field(default_factory=dict)  # by position, as the refusals
     _refusals: dict[int, BackendRejected] = field(default_factory=dict)
     _accepted: set[bool] = field(default_factory=set)  # True: a request with an image; False: one with text only
@@ -53,7 +56,11 @@ class Call:
 
     async def score(self) -> list[float]:
         """Score each document, in order; DocumentRejected where the server takes the request, but not with these."""
-        limits = await self._document_limits()
+        facts = await self.exchange.describe()
+        self._api = facts.form.api
+        self._whole = facts.listwise and len(self.queries) == 1
+        self._most_bytes = facts.most_bytes or MAX_BYTES
+        limits = await self._document_limits(facts)
         chunks = deque(self._chunks(limits))
         await self._side_by_side(chunks, lambda chunk: self._score_chunk(chunk, limits[chunk[0]], chunks))
         if self._refusals:
@@ -83,23 +90,25 @@ class Call:
         Those of one query go together where it can be sent once instead of for each document: in a rerank API, and with
         an image in it. What the server has to fetch goes alone: the others don't wait for it, nor fail with it.
         """
+        if self._whole:
+            return [list(range(len(self.documents)))]
         groups: dict[object, list[int]] = {}
         for position, limit in enumerate(limits):
             query, document = self._query(position), self.documents[position]
-            alone = query if self.api == "rerank" or isinstance(query, Multimodal) else None
+            alone = query if self._api != "score" or isinstance(query, Multimodal) else None
             multimodal = self._text_limits(query, document) if self._is_multimodal(position) else None
             groups.setdefault((limit, alone, multimodal), []).append(position)
         chunks: list[list[int]] = []
         for group in groups.values():
-            size = MAX_BYTES + 1  # so that a chunk is begun
+            size = self._most_bytes + 1  # so that a chunk is begun
             for position in group:
                 more = _size(self.documents[position]) + (0 if len(self.queries) == 1 else _size(self._query(position)))
                 fetched = not isinstance(self.documents[position], str) and bool(_links([self.documents[position]]))
-                if fetched or size + more > MAX_BYTES or len(chunks[-1]) == self.exchange.rules.chunk_size:
+                if fetched or size + more > self._most_bytes or len(chunks[-1]) == self.exchange.rules.chunk_size:
                     chunks.append([])
                     size = 0
                 chunks[-1].append(position)
-                size = MAX_BYTES + 1 if fetched else size + more
+                size = self._most_bytes + 1 if fetched else size + more
         return chunks
 
     async def _score_chunk(self, chunk: list[int], limit: int | None, chunks: deque[list[int]]) -> None:
@@ -107,7 +116,7 @@ class Call:
 
         One rejected document of 32 costs 11 requests more, or 12 where nothing was accepted before.
         """
-        one = len(self.queries) == 1 or self.api == "rerank" or isinstance(self._query(chunk[0]), Multimodal)
+        one = len(self.queries) == 1 or self._api != "score" or isinstance(self._query(chunk[0]), Multimodal)
         queries = [self._query(position) for position in (chunk[:1] if one else chunk)]
         documents = [self.documents[position] for position in chunk]
         options = self.options if limit is None else replace(self.options, max_tokens_per_doc=limit)
@@ -118,9 +127,11 @@ class Call:
         except (BackendRejected, BackendUnavailable) as error:
             for link in _links([*queries, *documents]):  # vLLM quotes an address that it can't fetch
                 error.message = hidden(error.message, link.url)
-            error.args = (error.message,)
             if self._is_multimodal(chunk[0]):
                 self._explain(error)
+            if self._whole:
+                error.remedy = "The model scores all documents of a query together: pass fewer, or shorter ones."
+                raise
             blamed = await self._blames_documents(error, queries, documents)
             if not blamed or isinstance(error, BackendUnavailable):
                 raise
@@ -128,6 +139,9 @@ class Call:
                 self._refusals[chunk[0]] = error
                 self._encoded.pop(id(documents[0]), None)
                 return
+            if error.status == 413 and (size := sum(map(_size, documents))) > _LEAST_BYTES:
+                self._most_bytes = min(self._most_bytes, size // 2)
+                self.exchange.servers.remember(most_bytes=self._most_bytes)  # later calls need not meet the limit
             # By length: over-long documents end up in the same half. Those to blame are found with fewer requests.
             chunk.sort(key=lambda position: _size(self.documents[position]))
             middle = len(chunk) // 2
@@ -192,13 +206,14 @@ class Call:
         error.status, error.reason, error.endpoint = first.status, first.message, first.endpoint
         return error
 
-    async def _document_limits(self) -> list[int | None]:
+    async def _document_limits(self, facts: ServerFacts) -> list[int | None]:
         """Find at how many tokens to cut the document of each pair; None where it is not to be cut so."""
         limits: list[int | None] = [None] * len(self.documents)
-        if not self.fit:
+        if not self.fit or self._whole:
             return limits
-        facts = await self.exchange.describe()
-        if self.api == "rerank" and facts.version is None:
+        if self._api == "tei":
+            self.options = replace(self.options, truncate_prompt_tokens=-1)
+        if self._api != "score" and facts.version is None:
             return limits  # no vLLM server, as it seems: others may stumble over a field of vLLM's
         long = [position for position in range(len(limits)) if self._may_be_long(position, facts.window)]
         if not long or not (await self._has_template(facts)):
@@ -265,8 +280,8 @@ class Call:
         """Get one request answered; without `positions` among the caller's documents a small one that takes no turn."""
         asked, sent = [self._sent(query) for query in queries], [self._sent(document) for document in documents]
         return await self.exchange.ask(
-            lambda facts, request_id: scoring_request(self.api, facts, asked, sent, options, request_id),
-            lambda body: read_answer(self.api, body, positions or (0,)),
+            lambda facts, request_id: scoring_request(facts, asked, sent, options, request_id),
+            lambda body: read_answer(self._api, body, positions or (0,)),
             takes_turn=positions is not None,
         )
 

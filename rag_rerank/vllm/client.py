@@ -1,7 +1,7 @@
 """What `VLLMScorer` and `rag_rerank.check` both hold: servers, connections, rules and options, and ways to ask."""
 
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 from rag_rerank.errors import ConfigError, ContentError
 from rag_rerank.inputs.multimodal import Prepared
@@ -11,10 +11,10 @@ from rag_rerank.vllm.call import PLAIN_PAIR_TOKENS, Call, Inputs
 from rag_rerank.vllm.exchange import Exchange, Rules, Send
 from rag_rerank.vllm.servers import Servers
 from rag_rerank.vllm.transport import Transport
-from rag_rerank.vllm.wire import API, Answer, Card, Failure, Options, Reply, Request, ServerFacts, Version
+from rag_rerank.vllm.wire import API, Answer, Card, Failure, Form, Options, Reply, Request, ServerFacts, Version
 
-__all__ = ["Answer", "Card", "Client", "Failure", "Reply", "Request", "ServerFacts", "Servers", "Transport", "Version"]
-__all__ += ["PLAIN_PAIR_TOKENS", "wire"]
+__all__ = ["Answer", "Card", "Client", "Failure", "Form", "Reply", "Request", "ServerFacts", "Servers", "Transport"]
+__all__ += ["PLAIN_PAIR_TOKENS", "Version", "wire"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +25,7 @@ class Client:
     transport: Transport  # variants share it
     rules: Rules
     options: Options
-    api: API
+    api: API | Literal["auto"]
     model: str | None  # the name to ask for; None takes the only one that is served
     fit: bool  # whether to cut what is too long for the model
     template: Template | None  # to be rendered here; None leaves it and its variables to the server
@@ -62,7 +62,13 @@ class Client:
             documents = [halves.of("", _text(document))[1] for document in documents]
         elif instruction is not None:
             options = replace(options, instruction=instruction)
-        return await Call(self._exchange(until), queries, documents, options, self.api, self.fit).score()
+        return await Call(self._exchange(until), queries, documents, options, self.fit).score()
+
+    @property
+    def form(self) -> Form:
+        """How the first server is asked for scores, as far as is known."""
+        facts = self.servers.facts
+        return self.servers.endpoints[0].forms(self.api)[0] if facts is None else facts.form
 
     def describe(self, until: float | None) -> ServerFacts:
         """Learn what one of the servers tells about itself, asked once; waits."""
@@ -74,11 +80,12 @@ class Client:
 
     def request(self, request_id: str) -> Request:
         """Make the request of `ask`, for `send`, to a server that is known already."""
-        return self._request(self.servers.facts or ServerFacts(None, self.model or ""), request_id)
+        facts = self.servers.facts or ServerFacts(None, self.model or "", form=self.form)
+        return self._request(facts, request_id)
 
     def read(self, body: bytes) -> Answer:
         """Read the answer to such a request; raises BadReply."""
-        return wire.read_answer(self.api, body, [0])
+        return wire.read_answer(self.form.api, body, [0])
 
     def send(self, request: Request) -> Reply | Failure:
         """Send one request to the first server, once, and take whatever comes; waits."""
@@ -87,10 +94,10 @@ class Client:
         return self.transport.run(self.transport.send(send))
 
     def _request(self, facts: ServerFacts, request_id: str) -> Request:
-        return wire.scoring_request(self.api, facts, ["a"], ["a"], self.options, request_id)
+        return wire.scoring_request(facts, ["a"], ["a"], self.options, request_id)
 
     def _exchange(self, until: float | None) -> Exchange:
-        return Exchange(self.transport, self.servers, self.rules, until=until, model=self.model)
+        return Exchange(self.transport, self.servers, self.rules, until=until, model=self.model, api=self.api)
 
 
 def _text(value: Prepared) -> str:

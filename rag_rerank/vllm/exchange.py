@@ -1,12 +1,13 @@
 """How one request gets its answer: from which server, in how many tries, in what time, and what is no answer."""
 
 import asyncio
+import functools
 import math
 import random
 import time
 import uuid
 from collections.abc import Awaitable, Callable
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY, dataclass, replace
 from datetime import UTC
 from email.utils import parsedate_to_datetime
 from typing import Any, Literal, Protocol, TypeVar
@@ -20,10 +21,11 @@ from rag_rerank.errors import (
     ConfigError,
     DeadlineExceeded,
 )
+from rag_rerank.inputs import NEUTRAL
 from rag_rerank.vllm import wire
 from rag_rerank.vllm.endpoint import Endpoint
 from rag_rerank.vllm.servers import Server, Servers
-from rag_rerank.vllm.wire import Answer, Card, Failure, Reply, Request, ServerFacts, printable
+from rag_rerank.vllm.wire import API, Answer, Card, Failure, Form, Options, Reply, Request, ServerFacts, printable
 
 T = TypeVar("T")
 E = TypeVar("E", bound=BackendError)
@@ -92,6 +94,7 @@ class Exchange:
     _: KW_ONLY
     until: float | None  # when the call must be over, on `clock`
     model: str | None = None  # None takes the only one that is served
+    api: API | Literal["auto"] = "score"
     clock: Callable[[], float] = time.monotonic
     now: Callable[[], float] = time.time
     sleep: Callable[[float], Awaitable[None]] = asyncio.sleep
@@ -116,7 +119,7 @@ class Exchange:
     async def describe(self) -> ServerFacts:
         """Learn what one of the servers tells about itself; asked once."""
         facts = self.servers.facts
-        return await self._try(self._described) if facts is None else facts
+        return await self._try(self._described, takes_turn=False) if facts is None else facts
 
     async def ask(
         self, make: Callable[[ServerFacts, str], Request], read: Callable[[bytes], Answer], *, takes_turn: bool = True
@@ -285,6 +288,8 @@ class Exchange:
                 "It has no score API there: vLLM offers it for a reranker with one label or an embedding model "
                 "(--runner pooling), not for a model that generates text."
             )
+        elif status == 413:
+            remedy = "Shorten it, or have the proxy take larger requests (nginx: client_max_body_size)."
         elif "maximum context length" in said:
             remedy = "Set truncate_prompt_tokens=-1 to have over-long documents cut."
         # `call` looks for a document that is to blame.
@@ -299,14 +304,41 @@ class Exchange:
                 version = await self._once(server, Request("GET", "/version"), wire.read_version)
             except BackendRejected:  # a gateway that forwards only /v1
                 version = None
-            try:
-                cards = await self._once(server, Request("GET", "/v1/models"), self._cards)
-            except BackendRejected:
-                if self.model is None:
-                    raise
-                cards = []
-            server.facts = self._facts(server, version, cards)
+            facts = self._facts(server, version, await self._listed(server))
+            server.facts = replace(facts, form=await self._form(server, facts))
         return server.facts
+
+    async def _listed(self, server: Server) -> list[Card]:
+        """Get the models that are served; none where one is named and the server doesn't tell."""
+        refusal: BackendRejected | None = None
+        for path in server.endpoint.lists(self.api):
+            try:
+                return await self._once(server, Request("GET", path), self._cards)
+            except BackendRejected as error:
+                refusal = refusal or error
+        if self.model is None and refusal is not None:
+            raise refusal
+        return []
+
+    async def _form(self, server: Server, facts: ServerFacts) -> Form:
+        """Find how a server is asked for scores: the only way, or the first that it answers."""
+        forms = server.endpoint.forms(self.api)
+        refusal: BackendError | None = None
+        for form in forms if len(forms) > 1 else ():
+            request = wire.scoring_request(replace(facts, form=form), [NEUTRAL], [NEUTRAL], Options())
+            try:
+                await self._once(server, request, functools.partial(wire.read_answer, form.api, positions=[0]))
+            except (BackendRejected, _MayPass) as error:
+                refused = error.error if isinstance(error, _MayPass) else error
+                if isinstance(refused, AuthError) or not isinstance(refused, BackendRejected | BadReply):
+                    raise
+                if getattr(refusal, "status", 404) == 404:  # a path that is not there tells less
+                    refusal = refused
+            else:
+                return form
+        if refusal is not None:
+            raise refusal
+        return forms[0]
 
     def _cards(self, body: bytes) -> list[Card]:
         """Read the models that are served; where one is named, a server need not tell."""

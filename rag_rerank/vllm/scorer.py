@@ -66,14 +66,17 @@ class VLLMScorer(Scorer):
         max_tokens_per_query, max_tokens_per_doc: Cut each query or document at so many tokens (vLLM 0.20).
         priority: Of the requests, where the server schedules by it; lower goes first.
         extra_body: More fields for the request, as they are.
-        endpoint: ``"score"``; or ``"rerank"`` for other servers, which have only a rerank API of Jina's and Cohere's
-            shape. It echoes every document back, and takes one query at a time.
+        endpoint: How the server is asked (see docs/pages/gateways.md). ``"score"``: vLLM's score API. ``"rerank"``: a
+            rerank API as Jina's and Cohere's, at ``/v1/rerank`` or where `base_url` says (``/v2``, ``/rerank``); it may
+            echo every document, and takes one query at a time. ``"tei"``: text-embeddings-inference. ``"auto"`` tries
+            them with a request of two letters, and takes the first that is answered.
         timeout: Seconds that a call may take in all, tries and waits included, unless it names a `deadline`.
         max_retries: How often a request is repeated after a failure that may pass: connection refused or broken, the
             statuses 408, 429 and 5xx, or an invalid reply. At once with another server or after a connection broke;
             else with full jitter over 0.5 s, doubling, or when the server says (Retry-After). After a request that
             failed in all its tries, requests get one each, until one is answered.
-        chunk_size: How many documents a request may have.
+        chunk_size: How many documents a request may have. A listwise model (jina-reranker-v3) gets all documents of a
+            query in one request, for each score depends on the others.
         max_concurrency: How many requests of one call may be under way at once. Neither changes a score.
         max_waiting_calls: How many calls may be unfinished at a time in this process; one more is refused at once with
             `BackendUnavailable`. None: any number, of which a server that is asked for more than it can do answers
@@ -109,7 +112,7 @@ class VLLMScorer(Scorer):
         max_tokens_per_doc: int | None = None,
         priority: int | None = None,
         extra_body: Mapping[str, Any] | None = None,
-        endpoint: Literal["score", "rerank"] = "score",
+        endpoint: Literal["score", "rerank", "tei", "auto"] = "score",
         timeout: float = 30.0,
         max_retries: int = 2,
         chunk_size: int = 128,
@@ -166,6 +169,12 @@ class VLLMScorer(Scorer):
         facts = self.client.servers.facts
         return (self.client.model or "unknown") if facts is None else facts.model
 
+    @property
+    def listwise(self) -> bool:  # type: ignore[override]  # of a server that is asked, not told
+        """Whether the model scores a query's documents together (jina-reranker-v3); True before that is known."""
+        facts = self.client.servers.facts
+        return facts is None or facts.listwise
+
     def _score(
         self, queries: Inputs, documents: Inputs, until: float | None, instruction: str | None = None
     ) -> list[float]:
@@ -190,7 +199,7 @@ class VLLMScorer(Scorer):
         facts: dict[str, object] = asdict(options) | {
             "checkpoint": served.checkpoint,
             "window": served.window,
-            "endpoint": client.api,
+            "endpoint": served.form.api,
             "template": None if client.template is None else client.template.source,
             "instruction": client.variables["instruction"],
             "chat_template_kwargs": client.variables if len(client.variables) > 1 else None,
@@ -256,8 +265,8 @@ def _check(options: Options, rules: Rules, timeout: float, endpoint: str) -> Non
         count = getattr(rules, name)
         if isinstance(count, bool) or not isinstance(count, int) or count < least:
             raise ConfigError(f"{name} must be {least} or more, got {count!r}")
-    if endpoint not in ("score", "rerank"):
-        raise ConfigError(f'endpoint must be "score" or "rerank", got {endpoint!r}')
+    if endpoint not in ("score", "rerank", "tei", "auto"):
+        raise ConfigError(f'endpoint must be "score", "rerank", "tei" or "auto", got {endpoint!r}')
     truncate = options.truncate_prompt_tokens
     if truncate is not None and (not isinstance(truncate, int) or (truncate != -1 and truncate < 1)):
         raise ConfigError(f'truncate_prompt_tokens must be "auto", -1, 1 or more, or None; got {truncate!r}')
@@ -265,6 +274,6 @@ def _check(options: Options, rules: Rules, timeout: float, endpoint: str) -> Non
         limit = getattr(options, name)
         if limit is not None and limit < 1:
             raise ConfigError(f"{name} must be 1 or more, or None; got {limit}")
-    ours = {"model", "text_1", "text_2", "query", "documents", "request_id"}
+    ours = {"model", "text_1", "text_2", "query", "documents", "texts", "request_id"}
     if taken := ours & dict(options.extra_body or {}).keys():
         raise ConfigError(f"extra_body must not hold {', '.join(sorted(taken))}")

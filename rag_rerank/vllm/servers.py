@@ -69,11 +69,11 @@ class Servers:
         for server in self._servers:
             server.facts = None
 
-    def remember(self, *, has_template: bool) -> None:
-        """Note of every server that is known whether it puts pairs into a template: they are started alike."""
+    def remember(self, **learned: Any) -> None:
+        """Note of every server that is known what was learned of one: they are started alike."""
         for server in self._servers:
             if server.facts is not None:
-                server.facts = replace(server.facts, has_template=has_template)
+                server.facts = replace(server.facts, **learned)
 
     @property
     def facts(self) -> ServerFacts | None:

@@ -1,21 +1,35 @@
-"""What goes over the wire: requests and replies of vLLM's score API, and the reading of replies.
+"""What goes over the wire: requests to score and rerank APIs, vLLM's and others', and the reading of replies.
 
-The request uses ``text_1``/``text_2``, which every vLLM version knows (``queries``/``documents`` came in 0.16), leaves
+A request to vLLM has ``text_1``/``text_2``, which every version knows (``queries``/``documents`` came in 0.16), leaves
 fields out instead of sending null, and goes to ``/v1/score``: ``--api-key`` guards only paths under ``/v1``.
 """
 
+import contextlib
+import functools
 import json
 import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
 
 from rag_rerank.errors import BadReply, ConfigError
 from rag_rerank.inputs.multimodal import Multimodal
 
 Version = tuple[int, int]
-API = Literal["score", "rerank"]
+API = Literal["score", "rerank", "tei"]
+"""vLLM's; Jina's and Cohere's, which most other servers have; text-embeddings-inference's."""
+
+
+class Form(NamedTuple):
+    """Where a server is asked for scores, and in which words."""
+
+    api: API
+    path: str  # below the endpoint's root
+
+
+VLLM_SCORE = Form("score", "/v1/score")
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +78,7 @@ class Card:
     name: str
     root: str  # the hub id or folder behind the name
     window: int | None = None  # how many tokens the model reads at most
+    owner: str | None = None  # most servers put their own name there
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +90,22 @@ class ServerFacts:
     checkpoint: str | None = None  # the hub id or folder behind that name
     window: int | None = None  # how many tokens the model reads at most
     has_template: bool | None = None  # whether it puts pairs into a score template; None before anybody has tried
+    most_bytes: int | None = None  # of the texts in a request; None before one was too large
+    form: Form = VLLM_SCORE
+
+    @property
+    def listwise(self) -> bool:
+        """Whether the documents of a query are scored together: known by the model's name or architecture."""
+        return any(map(_is_listwise, filter(None, (self.model, self.checkpoint))))
+
+
+@functools.lru_cache(64)
+def _is_listwise(model: str) -> bool:
+    config = Path(model, "config.json")
+    with contextlib.suppress(OSError, ValueError):  # it may lie on another machine, or be a hub id
+        if config.is_file() and b"JinaForRanking" in config.read_bytes():
+            return True
+    return "jina-reranker-v3" in model.lower()
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +134,16 @@ class Options:
         if "use_activation" in given and version < (0, 12):
             given["activation"] = given.pop("use_activation")  # its name in 0.10 and 0.11
         return given | dict(self.extra_body or {})
+
+    def tei_fields(self) -> dict[str, Any]:
+        """Make fields of a request to text-embeddings-inference; ConfigError for what it can't be told."""
+        given = {name: getattr(self, name) for name in SINCE if getattr(self, name) is not None}
+        fields = {"raw_scores": True} if given.pop("use_activation", True) is False else {}
+        if given.get("truncate_prompt_tokens") == -1:
+            fields["truncate"] = bool(given.pop("truncate_prompt_tokens"))
+        if given:
+            raise ConfigError(f"text-embeddings-inference does not know {', '.join(given)}")
+        return fields | dict(self.extra_body or {})
 
 
 # The versions from which a field is known (the sources of the releases; 0.16 to 0.33 were read, 0.32 was run).
@@ -135,23 +176,27 @@ Sent = Sequence[str | Encoded]  # queries or documents in a request
 
 
 def scoring_request(
-    api: API, facts: ServerFacts, queries: Sent, documents: Sent, options: Options, request_id: str | None = None
+    facts: ServerFacts, queries: Sent, documents: Sent, options: Options, request_id: str | None = None
 ) -> Request:
-    """Make a request to the score API; or to a rerank API of Jina's and Cohere's shape: one query, no ``top_n``."""
+    """Make a request in the server's form; one query only, but to a score API, and without ``top_n``."""
     # An entry of a score answer takes about 60 bytes; a rerank answer echoes the documents, up to 12 bytes a character.
     reply_limit = (64 << 10) + 256 * len(documents)
-    body = {"model": _json(facts.model)}
-    if api == "rerank":
-        body |= {"query": _json(queries[0]), "documents": _list(documents)}
-        reply_limit += sum(12 * len(each) if isinstance(each, str) else each.echo for each in documents)
-    else:
+    api, body = facts.form.api, {"model": _json(facts.model)}
+    if api == "score":
         body |= {"text_1": _json(queries[0]) if len(queries) == 1 else _list(queries), "text_2": _list(documents)}
-    body |= {name: _json(value) for name, value in options.fields(facts.version).items()}
+    elif len(queries) > 1:
+        raise ConfigError(f"one of the servers is asked by {facts.form.path}, another otherwise; pass endpoint=")
+    else:
+        body = {} if api == "tei" else body
+        body |= {"query": _json(queries[0]), "texts" if api == "tei" else "documents": _list(documents)}
+        reply_limit += sum(12 * len(each) if isinstance(each, str) else each.echo for each in documents)
+    fields = options.tei_fields() if api == "tei" else options.fields(facts.version)
+    body |= {name: _json(value) for name, value in fields.items()}
     if request_id is not None and facts.version is not None and facts.version >= (0, 16):
         # Where the field is known, in the body too: a gateway may replace the header by an id of its own.
         body["request_id"] = _json(request_id)
     content = b"{" + b", ".join(_json(name) + b": " + value for name, value in body.items()) + b"}"
-    return Request("POST", f"/v1/{api}", content, reply_limit, request_id)
+    return Request("POST", facts.form.path, content, reply_limit, request_id)
 
 
 _to_json = json.JSONEncoder(ensure_ascii=False).encode
@@ -169,12 +214,18 @@ def _list(inputs: Sent) -> bytes:
 
 def read_answer(api: API, body: bytes, positions: Sequence[int]) -> Answer:
     """Read one score for each document; BadReply for anything else, with `positions` among the caller's documents."""
+    if api != "score" and body.lstrip()[:1] == b"[":  # SGLang's rerank API, and text-embeddings-inference's
+        return Answer(_scores(_parsed(body), positions, "score"))
     content = _object(body)
     usage = content.get("usage")
     answer_id, model = content.get("id"), content.get("model")
-    names = ("data", "score") if api == "score" else ("results", "relevance_score")
+    list_name, score_name = ("data", "score") if api == "score" else ("results", "relevance_score")
+    entries = content.get(list_name)
+    if not isinstance(entries, list):
+        said = f": {error_text(body)}" if content.keys() & {"error", "message", "detail"} else ""
+        raise BadReply(f"the answer has no list {list_name!r}{said}")
     return Answer(
-        scores=_scores(content, positions, *names),
+        scores=_scores(entries, positions, score_name),
         id=answer_id if isinstance(answer_id, str) else None,
         model=model if isinstance(model, str) else None,
         prompt_tokens=_int(usage.get("prompt_tokens")) if isinstance(usage, dict) else None,
@@ -185,10 +236,8 @@ def _int(value: object) -> int | None:
     return value if type(value) is int else None
 
 
-def _scores(content: dict[str, Any], positions: Sequence[int], list_name: str, score_name: str) -> list[float]:
-    entries, expected = content.get(list_name), len(positions)
-    if not isinstance(entries, list):
-        raise BadReply(f"the answer has no list {list_name!r}")
+def _scores(entries: list[Any], positions: Sequence[int], score_name: str) -> list[float]:
+    expected = len(positions)
     if len(entries) != expected:
         raise BadReply(f"the answer has {len(entries)} scores for {expected} documents")
     scores: dict[int, float] = {}
@@ -218,12 +267,16 @@ def read_version(body: bytes) -> Version | None:
 
 
 def read_models(body: bytes) -> list[Card]:
-    """Read the entries of ``/v1/models``; BadReply if it is no model list."""
-    entries = _object(body).get("data")
+    """Read the entries of ``/v1/models``, or text-embeddings-inference's ``/info``; BadReply for anything else."""
+    content = _object(body)
+    if isinstance(model := content.get("model_id"), str):
+        return [Card(model, model, _int(content.get("max_input_length")), "text-embeddings-inference")]
+    entries = content.get("data")
     if not isinstance(entries, list) or not all(isinstance(entry, dict) and "id" in entry for entry in entries):
         raise BadReply("the answer of /v1/models is no model list")
     cards = (
-        (str(each["id"]), str(each.get("root") or each["id"]), _int(each.get("max_model_len"))) for each in entries
+        (str(each["id"]), str(each.get("root") or each["id"]), _int(each.get("max_model_len")), each.get("owned_by"))
+        for each in entries
     )
     return [Card(*card) for card in cards]
 
@@ -234,6 +287,8 @@ def error_text(body: bytes) -> str:
         content = _object(body)
     except BadReply:
         text = body[:1000].decode("utf-8", "replace")
+        page = re.search(r"(?is)<(title|h1)[^>]*>(.*?)</\1>", text)  # a proxy's, nginx's say
+        text = page[2] if page else text
     else:
         # Known are {"error": {"message"}}, {"error": "text"}, {"message"} (before 0.10.2) and FastAPI's {"detail"}.
         error = content.get("error")
@@ -258,12 +313,16 @@ def is_model_missing(body: bytes) -> bool:
     return isinstance(content.get("error"), dict) or content.get("object") == "error"
 
 
-def _object(body: bytes) -> dict[str, Any]:
-    """Read a JSON object. Python's reader fails in four ways on hostile input, and reads NaN and Infinity as floats."""
+def _parsed(body: bytes) -> Any:
+    """Read JSON. Python's reader fails in four ways on hostile input, and reads NaN and Infinity as floats."""
     try:
-        content = json.loads(body.decode("utf-8"))
+        return json.loads(body.decode("utf-8"))
     except (ValueError, RecursionError) as error:  # UnicodeDecodeError and JSONDecodeError are ValueErrors
         raise BadReply(f"the answer is not JSON: {type(error).__name__}") from error
+
+
+def _object(body: bytes) -> dict[str, Any]:
+    content = _parsed(body)
     if not isinstance(content, dict):
         raise BadReply(f"the answer is a JSON {type(content).__name__}, not an object")
     return content

@@ -79,6 +79,8 @@ class Fake:
         tokens: What it counts for the shortest pair.
         noise: What half precision adds to a score in a batch.
         open: Paths that need no key.
+        owner, headers: Of its models and their list, by which a program is known.
+        instructed: What an instruction adds to a score.
         overrides: For anything else: steps for a request, or None.
     """
 
@@ -92,6 +94,9 @@ class Fake:
     open: Sequence[str] = ()
     apis: Sequence[str] = ("/v1/score", "/score", "/v1/rerank", "/rerank")
     echoes: bool = True
+    owner: str | None = None
+    headers: dict[str, str] = field(default_factory=dict)
+    instructed: float = 0.0
     overrides: Callable[[Request], Steps | None] = lambda request: None
 
     def __call__(self, request: Request) -> Steps:
@@ -103,8 +108,9 @@ class Fake:
         if request.path == "/version" and self.version is not None:
             return [http(json.dumps({"version": self.version}))]
         if request.path == "/v1/models":
-            cards = [{"id": name, "root": root, "max_model_len": self.window} for name, root in self.models.items()]
-            return [http(json.dumps({"data": cards}))]
+            common = {"max_model_len": self.window, "owned_by": self.owner}
+            cards = [{"id": name, "root": root} | common for name, root in self.models.items()]
+            return [http(json.dumps({"data": cards}), **self.headers)]
         if request.path not in self.apis:
             return [http('{"detail": "Not Found"}', 404)]
         if request.content["model"] not in self.models:
@@ -119,6 +125,7 @@ class Fake:
             queries, documents = request.queries, request.documents
         logits = content.get("use_activation") is False
         noise = self.noise if len(documents) > 1 else 0.0
+        noise += self.instructed * ("instruction" in content)
         scores = [self.score(*pair, logits) + noise for pair in zip(queries, documents, strict=True)]
         name = "relevance_score" if rerank else "score"
         return {
@@ -282,6 +289,11 @@ class TestVersion:
         assert list(findings)[-1] == "Version"
         assert "Upgrade vLLM to 0.22" in str(findings["Version"].remedy)
 
+    def test_a_gateways_own_version(self):
+        """vLLM's router has one; its list of models tells no window."""
+        found = examine(Fake(version="0.1.10", window=None))["Version"]
+        assert (found.verdict, "does not tell its version" in found.says) == ("note", True)
+
     def test_without_use_activation(self):
         """The kind of score is told by the scores alone."""
         findings = examine(Fake(version="0.9.2"))
@@ -384,16 +396,30 @@ class TestScoreAPI:
         remedy = str(examine(Fake(apis=(), models={"m": "$(x)/bge-reranker-base"}))["Score API"].remedy)
         assert remedy == "Serve it so: vllm serve '$(x)/bge-reranker-base'"
 
-    def test_only_the_other_one(self):
+    @pytest.mark.parametrize(
+        ("path", "remedy"),
+        [
+            ("/v1/rerank", 'Pass --endpoint rerank (endpoint="rerank" in Python).'),
+            ("/v2/rerank", 'Pass --endpoint rerank (endpoint="rerank" in Python), with the address http://127.0.0.1:'),
+            ("/rerank", 'Pass --endpoint rerank (endpoint="rerank" in Python), with the address http://127.0.0.1:'),
+        ],
+    )
+    def test_only_another_one(self, path: str, remedy: str):
         """Then that is what to ask."""
-        assert 'endpoint="rerank"' in str(examine(Fake(apis=["/v1/rerank"]))["Score API"].remedy)
+        found = examine(Fake(apis=[path]))["Score API"]
+        assert f"no score API at /v1/score, but a rerank API at {path}." in found.says
+        assert str(found.remedy).startswith(remedy)
+        assert path == "/v1/rerank" or str(found.remedy).endswith(f"{path}.")
+
+    def test_only_the_score_api(self):
+        """Where another was asked for."""
         other = examine(Fake(apis=["/v1/score"]), endpoint="rerank")["Score API"]
         assert "Leave out" in str(other.remedy)
 
     def test_a_rerank_api_of_another_make(self):
-        """Without version or use_activation, it is examined as far as it goes."""
+        """Without version, what it drops is found out by trying."""
         findings = examine(Fake(version=None, apis=["/v1/rerank"]), endpoint="rerank")
-        assert verdicts(findings) == {"Version": "note", "Key": "note", "Scores": "note"}
+        assert verdicts(findings) == {"Version": "note", "Key": "note", "Options": "note"}
 
     def test_it_gives_something_else(self):
         """No scores, but a page."""
@@ -401,6 +427,73 @@ class TestScoreAPI:
         findings = examine(page)
         assert verdicts(findings) == {"Score API": "problem"}
         assert "not JSON" in findings["Score API"].says
+
+
+class TestOtherPrograms:
+    """Servers and gateways that are not vLLM: which, and what they drop."""
+
+    @pytest.mark.parametrize(
+        ("fake", "program"),
+        [
+            (Fake(headers={"x_litellm_version": "1.108.7"}, owner="openai"), "LiteLLM"),
+            (Fake(headers={"X_New_Api_Version": "v1"}, owner="custom"), "new-api"),
+            (Fake(owner="llamacpp"), "llama.cpp"),
+            (Fake(owner="sglang"), "SGLang"),
+            (Fake(owner="infinity"), "infinity"),
+            (Fake(owner="xinference"), "Xinference"),
+            (Fake(owner="docker"), "Docker Model Runner"),
+        ],
+        ids=lambda value: value if isinstance(value, str) else "",
+    )
+    def test_they_are_named(self, fake: Fake, program: str):
+        """By a header, or the owner of their models; what they call their version is not vLLM's."""
+        findings = examine(fake)
+        assert (findings["Version"].verdict, findings["Version"].says[: len(program)]) == ("note", program)
+        assert findings["Options"].says == f"{program} drops instruction, or the model has no place for it."
+
+    def test_vllm_itself_is_not_another(self):
+        """Nothing is tried that its version tells."""
+        assert verdicts(examine(Fake(owner="vllm"))) == {"Key": "note"}
+
+    def test_text_embeddings_inference(self):
+        """It tells itself in /info, and has other words for everything."""
+
+        def tei(request: Request) -> Steps:
+            if request.path == "/info":
+                return [http('{"model_id": "BAAI/bge-reranker-base", "max_input_length": 512}')]
+            if request.path != "/rerank":
+                return [http("", 404)]
+            if "texts" not in request.content:
+                return refusal(422, "missing field `texts`")
+            pairs = [(request.content["query"], text) for text in request.content["texts"]]
+            scores = [sigmoid_cross_encoder(*pair, request.content.get("raw_scores", False)) for pair in pairs]
+            return [http(json.dumps([{"index": index, "score": score} for index, score in enumerate(scores)]))]
+
+        findings = examine(Fake(overrides=tei), endpoint="auto")
+        assert findings["Version"].says.startswith("text-embeddings-inference answers")
+        assert findings["Model"].says == "It serves BAAI/bge-reranker-base."
+        assert findings["Score API"].says == "POST /rerank gives scores."
+        assert "0 to 1 by its activation" in findings["Scores"].says
+        assert "drops usage" in findings["Options"].says
+        asked_wrongly = examine(Fake(overrides=tei), endpoint="rerank", model="m")["Score API"]
+        assert 'endpoint="tei"' in str(asked_wrongly.remedy)
+
+    def test_nothing_is_dropped(self):
+        """Then that is said."""
+        found = examine(Fake(version=None, instructed=0.1))["Options"]
+        assert (found.verdict, found.says[:9]) == ("good", "It minds ")
+
+    def test_everything_is_dropped(self):
+        """use_activation shows in scores that stay between 0 and 1."""
+        fake = Fake(lambda q, d, logits: sigmoid_cross_encoder(q, d, False), version=None, tokens=None)
+        assert "It drops use_activation, instruction, usage" in examine(fake)["Options"].says
+
+    def test_dropping_what_the_scorer_needs_is_a_problem(self):
+        """An instruction, or logits: what comes back is not what was asked for."""
+        assert examine(Fake(version=None), instruction="Answer.")["Options"].verdict == "problem"
+        dropping = Fake(lambda q, d, logits: sigmoid_cross_encoder(q, d, False))
+        found = examine(dropping, use_activation=False)["Scores"]
+        assert (found.verdict, "use_activation=False is dropped" in found.says) == ("problem", True)
 
 
 class TestScores:
@@ -597,6 +690,24 @@ class TestService:
         found = examine(Fake(noise=noise))["Batches"]
         assert found.verdict == verdict
         assert ("--dtype float32" in str(found.remedy)) == (verdict == "warning")
+
+    def test_a_listwise_model(self):
+        """Known by its name: it is not half precision that makes scores differ."""
+        found = examine(Fake(models={"m": "jinaai/jina-reranker-v3"}))["Batches"]
+        assert (found.verdict, "listwise" in found.says) == ("note", True)
+
+    def test_a_listwise_model_of_another_name(self):
+        """Seen in documents of one query, whose scores change each other's."""
+
+        def together(request: Request) -> Steps | None:
+            if not request.wants_scores or isinstance(request.content["text_1"], list) or len(request.documents) == 1:
+                return None
+            answer = Fake().answer(request)
+            answer["data"] = [entry | {"score": entry["score"] / 2} for entry in answer["data"]]
+            return [http(json.dumps(answer))]
+
+        found = examine(Fake(overrides=together))["Batches"]
+        assert (found.verdict, "as a listwise model's does" in found.says) == ("warning", True)
 
     def test_ids_do_not_come_back(self):
         """Behind a gateway."""

@@ -159,10 +159,10 @@ class TestRefusals:
         """From files of a few bytes that claim to be huge, to huge ones."""
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            began = time.monotonic()
+            began = time.thread_time()
             with pytest.raises(ContentError, match=message):
                 read_image(data)
-            assert time.monotonic() - began < 2
+            assert time.thread_time() - began < 2
             warnings.simplefilter("error")  # as some run Python; Pillow warns of pixels
             with pytest.raises(ContentError):
                 read_image(data)

@@ -15,10 +15,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from rag_rerank import ConfigError, DeadlineExceeded, LocalScorer, Ranked
+from rag_rerank import BackendRejected, ConfigError, DeadlineExceeded, LocalScorer, Ranked
 from rag_rerank.embedded import collection_folder
 from rag_rerank.evaluation import Collection
 from tests.causal_models import make_decoder_classifier
+from tests.encoder_models import make_colbert
 from tests.models import MAX_LENGTH, make_bert_cross_encoder
 
 QUERY = "How do I copy a file?"
@@ -175,7 +176,7 @@ def edited(source: Path, target: Path, **config: object) -> Path:
     return target
 
 
-@pytest.mark.parametrize("kind", ["cross-encoder", "bi-encoder", "decoder"])
+@pytest.mark.parametrize("kind", ["cross-encoder", "bi-encoder", "decoder", "late-interaction"])
 def test_what_was_cut_is_counted_and_said_once(
     kind: str, cross_encoder: Path, minilm: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ):
@@ -185,14 +186,18 @@ def test_what_was_cut_is_counted_and_said_once(
     if kind == "decoder":
         folder = make_decoder_classifier(tmp_path / "m", "qwen3")
         options = {"template": "qwen3-reranker"}
+    if kind == "late-interaction":
+        folder = make_colbert(tmp_path / "m")
     long = [f"{number} " + "word " * 3000 for number in range(3)]
     caplog.set_level("DEBUG", "rag_rerank")
     with LocalScorer(folder, **options) as scorer:
         scorer.score(QUERY, ["short", *long])
         scorer.score(QUERY, ["short"])
         scorer.score(QUERY, long[:2])
+        if kind == "late-interaction":  # a query that many documents share
+            scorer.score(long[0], ["short", "also short"])
     told = [(record.levelname, record.args[1]) for record in caplog.records if record.name.startswith("rag_rerank")]
-    assert told == [("WARNING", 3), ("DEBUG", 2)]
+    assert told == [("WARNING", 3), ("DEBUG", 2), *[("DEBUG", 1)] * (kind == "late-interaction")]
 
 
 class TestRefused:
@@ -267,26 +272,27 @@ class TestRefused:
         with pytest.raises(ConfigError, match=f"max_length=4096 .* {MAX_LENGTH} tokens"):
             LocalScorer(cross_encoder, max_length=4096).score("q", "d")
 
-    @pytest.mark.parametrize("device", ["cuda:99", "nonsense"])
-    def test_a_device_that_is_not_there(self, cross_encoder: Path, device: str):
-        """With its name."""
-        with pytest.raises(ConfigError, match=device):
-            LocalScorer(cross_encoder, device=device).score("q", "d")
+    @pytest.mark.parametrize("kind", ["cross-encoder", "bi-encoder", "decoder"])
+    def test_a_limit_that_special_tokens_take_up(self, kind: str, cross_encoder: Path, minilm: Path, tmp_path: Path):
+        """Tokenizers would cut nothing, and nothing of a document would be read."""
+        folder = {"cross-encoder": cross_encoder, "bi-encoder": minilm}.get(kind)
+        folder = folder or make_decoder_classifier(tmp_path / "m", "qwen3")
+        options = {"template": "qwen3-reranker"} if kind == "decoder" else {}
+        with pytest.raises(ConfigError, match=r"max_length is 2 .*no document would be read"):
+            LocalScorer(folder, max_length=2, **options).score("q", "d")
 
-    @pytest.mark.parametrize(
-        ("arguments", "words"),
-        [
-            ({"model": ""}, "model is empty"),
-            ({"dtype": "int8"}, "dtype must be one of"),
-            ({"score_type": "causal"}, "score_type must be one of"),
-            ({"max_length": 0}, "max_length"),
-            ({"model_kwargs": {"token": "hf_canary"}}, "HF_TOKEN"),
-        ],
-    )
-    def test_wrong_settings_are_refused_at_construction(self, arguments: dict[str, object], words: str):
-        """Before anything is loaded."""
-        with pytest.raises(ConfigError, match=words):
-            LocalScorer(**arguments)
+    def test_a_query_that_leaves_a_document_no_room(self, cross_encoder: Path):
+        """Where only documents are cut; it is that query's failure, and no other's."""
+        with LocalScorer(cross_encoder, max_tokens_per_doc=10) as scorer:
+            long, sound = scorer.rerank_batch(["word " * 200, "q"], [["a"], ["b"]], on_error="return")
+        assert isinstance(long, BackendRejected)
+        assert "set max_tokens_per_query" in str(long)
+        assert isinstance(sound, list)
+
+    def test_a_device_that_is_not_there(self, cross_encoder: Path):
+        """With its name."""
+        with pytest.raises(ConfigError, match="cuda:99"):
+            LocalScorer(cross_encoder, device="cuda:99").score("q", "d")
 
 
 class TestPooling:
@@ -343,6 +349,36 @@ class TestCallers:
         count, scores = asyncio.run(beats())
         assert count > 3
         assert largest_difference(scores, local.score(QUERY, documents)) <= 1e-5
+
+    async def test_an_event_loop_only_waits(self, local_cross_encoder: LocalScorer, without_collections: None):
+        """For 20,000 documents, in all of which nothing is done in its own thread."""
+        documents = [f"document {number % 300}" for number in range(20_000)]
+        began = time.thread_time()
+        scores = await local_cross_encoder.ascore("document 7", documents)
+        assert time.thread_time() - began < 0.05
+        assert len(set(scores)) <= 300
+
+    async def test_closing_does_not_block_the_event_loop(self, cross_encoder: Path, monkeypatch: pytest.MonkeyPatch):
+        """However long the batch takes that is running."""
+        scorer, held, running = LocalScorer(cross_encoder), threading.Event(), threading.Event()
+        await scorer.ascore("q", ["d"])
+        model = scorer._engine.model.score_type
+        run = type(model).run
+
+        def slow(model: object, sequences: object) -> object:
+            running.set()
+            held.wait(10)
+            return run(model, sequences)
+
+        monkeypatch.setattr(type(model), "run", slow)
+        call = asyncio.create_task(scorer.ascore("q", ["a"]))
+        await asyncio.to_thread(running.wait, 10)
+        closing = asyncio.create_task(scorer.aclose())
+        await asyncio.sleep(0.01)
+        assert not closing.done()
+        held.set()
+        await closing
+        assert len(await call) == 1
 
     def test_one_event_loop_after_another(self, local_cross_encoder: LocalScorer):
         """The engine belongs to no loop."""

@@ -19,11 +19,55 @@ from rag_rerank.vllm.endpoint import Endpoint
         ("https://gateway.example/team/reranker/v1", "https://gateway.example/team/reranker", "gateway.example:443"),
         (" http://[::1]:8000 ", "http://[::1]:8000", "[::1]:8000"),
         ("http://host", "http://host", "host:80"),
+        ("http://host/v2", "http://host", "host:80"),
+        ("http://host/v2/rerank", "http://host", "host:80"),
+        ("http://host/v1/reranking", "http://host", "host:80"),
+        ("http://host/rerank/v1", "http://host/rerank", "host:80"),
+        ("http://host/score/v1/score", "http://host/score", "host:80"),
+        ("http://host/reranker", "http://host/reranker", "host:80"),
     ],
 )
 def test_an_address_may_end_in_a_path_of_the_api(base_url: str, root: str, label: str):
     """What follows the server's root is dropped; a gateway's own path is kept."""
     assert Endpoint.parse(base_url) == Endpoint(root, label)
+
+
+@pytest.mark.parametrize(
+    ("base_url", "rerank", "first"),
+    [
+        ("http://host", "/v1/rerank", "/v1/score"),
+        ("http://host/v1", "/v1/rerank", "/v1/score"),
+        ("http://host/v1/score", "/v1/rerank", "/v1/score"),
+        ("http://host/v2", "/v2/rerank", "/v2/rerank"),
+        ("http://host/v2/rerank", "/v2/rerank", "/v2/rerank"),
+        ("http://host/rerank", "/rerank", "/rerank"),
+        ("http://host/v1/reranking", "/v1/reranking", "/v1/reranking"),
+    ],
+)
+def test_the_path_says_where_the_rerank_api_is(base_url: str, rerank: str, first: str):
+    """It is taken as it is; "auto" begins with it, and ends with text-embeddings-inference."""
+    endpoint = Endpoint.parse(base_url)
+    assert endpoint.forms("rerank") == [("rerank", rerank)]
+    assert endpoint.forms("score")[0] == ("score", "/v1/score")
+    forms = endpoint.forms("auto")
+    assert (forms[0].path, forms[-1]) == (first, ("tei", "/rerank"))
+    assert {form.path for form in forms} >= {"/v1/score", "/v1/rerank", "/v2/rerank", "/rerank"}
+    assert len(set(forms)) == len(forms)
+
+
+@pytest.mark.parametrize("path", ["/score", "/rerank"])
+def test_a_server_may_be_below_a_path_that_is_called_so(path: str):
+    """Where it is not one level above, as is more usual; a version behind the path makes it clear."""
+    endpoint = Endpoint.parse(f"http://host{path}")
+    assert [form.path for form in endpoint.forms("score")] == ["/v1/score", f"{path}/v1/score"]
+    assert endpoint.lists("score") == ["/v1/models", f"{path}/v1/models"]
+    assert Endpoint.parse(f"http://host{path}/v1").forms("score") == [("score", "/v1/score")]
+
+
+def test_one_server_is_asked_once_however_its_address_is_written():
+    """What follows the root does not make another server."""
+    scorer = VLLMScorer(["http://host", "http://host/v1", "http://host/v1/score"])
+    assert repr(scorer) == "VLLMScorer('http://host')"
 
 
 @pytest.mark.parametrize(

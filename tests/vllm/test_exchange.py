@@ -936,7 +936,7 @@ class TestLearning:
 
 
 def _request() -> Request:
-    return scoring_request("score", ServerFacts((0, 32), "m"), ["q"], ["a"], Options(), "id")
+    return scoring_request(ServerFacts((0, 32), "m"), ["q"], ["a"], Options(), "id")
 
 
 def _scores(*scores: float, **fields: object) -> Reply:

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from rag_rerank import LocalScorer, VLLMScorer
-from tests.conftest import require_server
+from tests.conftest import in_turn
 from tests.encoder_models import make_bi_encoder, make_colbert, make_encoder_cross_encoder, make_pylate_colbert
 from tests.pairs import largest_difference, pairs
 from tests.vllm_server import VLLMServer, serving
@@ -48,11 +49,12 @@ FAMILIES = {
 
 @pytest.fixture(scope="module", params=FAMILIES)
 def vllm_family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[VLLMServer]:
-    """A server for one model; it is gone before the next one starts."""
-    require_server()
-    family = FAMILIES[request.param]
-    with serving(family.make(tmp_path_factory.mktemp("models") / request.param), *family.options) as server:
-        yield server
+    """A server for one model after the other."""
+
+    def start(name: str) -> AbstractContextManager[VLLMServer]:
+        return serving(FAMILIES[name].make(tmp_path_factory.mktemp("models") / name), *FAMILIES[name].options)
+
+    yield from in_turn(request, start)
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,7 @@
 
 import json
 import math
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -11,6 +12,7 @@ from rag_rerank import BadReply, ConfigError
 from rag_rerank.vllm.wire import (
     Answer,
     Card,
+    Form,
     Options,
     Reply,
     Request,
@@ -23,9 +25,11 @@ from rag_rerank.vllm.wire import (
     scoring_request,
 )
 
+RERANK, TEI = Form("rerank", "/v1/rerank"), Form("tei", "/rerank")
+
 
 def body_of(version: tuple[int, int] | None = (0, 32), **options: object) -> dict[str, object]:
-    request = scoring_request("score", ServerFacts(version, "m"), ["q"], ["a", "b"], Options(**options))
+    request = scoring_request(ServerFacts(version, "m"), ["q"], ["a", "b"], Options(**options))
     assert (request.method, request.path) == ("POST", "/v1/score")
     return json.loads(request.body)
 
@@ -43,7 +47,7 @@ class TestRequest:
 
     def test_many_queries_are_a_list(self):
         """N:N sends both sides as lists."""
-        request = scoring_request("score", ServerFacts(None, "m"), ["q", "r"], ["a", "b"], Options())
+        request = scoring_request(ServerFacts(None, "m"), ["q", "r"], ["a", "b"], Options())
         assert json.loads(request.body) == {"model": "m", "text_1": ["q", "r"], "text_2": ["a", "b"]}
 
     @pytest.mark.parametrize(("version", "field"), [((0, 32), "use_activation"), ((0, 11), "activation")])
@@ -97,19 +101,19 @@ class TestRequest:
     @pytest.mark.parametrize(("version", "knows"), [((0, 16), True), ((1, 0), True), ((0, 15), False), (None, False)])
     def test_an_id_goes_in_the_body_too_where_that_is_known(self, version: tuple[int, int] | None, knows: bool):
         """From 0.16 on; a gateway may put an id of its own in the header. Others may refuse unknown fields."""
-        request = scoring_request("score", ServerFacts(version, "m"), ["q"], ["a"], Options(), "id-1")
+        request = scoring_request(ServerFacts(version, "m"), ["q"], ["a"], Options(), "id-1")
         assert request.id == "id-1"
         assert json.loads(request.body).get("request_id") == ("id-1" if knows else None)
 
     def test_without_an_id_none_is_sent(self):
         """Neither in the header nor in the body."""
-        request = scoring_request("score", ServerFacts((0, 32), "m"), ["q"], ["a"], Options())
+        request = scoring_request(ServerFacts((0, 32), "m"), ["q"], ["a"], Options())
         assert request.id is None
         assert b"request_id" not in request.body
 
     def test_texts_go_as_utf_8(self):
         """Not as escapes, which are up to six times as long."""
-        request = scoring_request("score", ServerFacts(None, "m"), ["Öl?"], ["日本\0"], Options())
+        request = scoring_request(ServerFacts(None, "m"), ["Öl?"], ["日本\0"], Options())
         assert "Öl?".encode() in request.body
         assert "日本".encode() in request.body
         assert json.loads(request.body)["text_2"] == ["日本\0"]
@@ -118,19 +122,16 @@ class TestRequest:
     def test_any_text_arrives_as_it_is(self, texts: list[str]):
         """Quotes, control characters, astral planes."""
         texts = [text.encode("utf-8", "replace").decode() for text in texts]
-        assert (
-            json.loads(scoring_request("score", ServerFacts(None, "m"), texts, texts, Options()).body)["text_2"]
-            == texts
-        )
+        assert json.loads(scoring_request(ServerFacts(None, "m"), texts, texts, Options()).body)["text_2"] == texts
 
     @pytest.mark.parametrize("count", [1, 100])
     def test_an_answer_may_have_so_many_bytes_as_it_can_need(self, count: int):
         """64 KiB and 256 bytes for each document; a rerank answer also repeats them."""
         documents = ["abc"] * count
         limit = (64 << 10) + 256 * count
-        assert scoring_request("score", ServerFacts(None, "m"), ["q"], documents, Options()).reply_limit == limit
+        assert scoring_request(ServerFacts(None, "m"), ["q"], documents, Options()).reply_limit == limit
         assert (
-            scoring_request("rerank", ServerFacts(None, "m"), ["q"], documents, Options()).reply_limit
+            scoring_request(ServerFacts(None, "m", form=RERANK), ["q"], documents, Options()).reply_limit
             == limit + 36 * count
         )
         assert Request("GET", "/version").reply_limit == 1 << 20
@@ -141,17 +142,55 @@ class TestRerankRequest:
 
     def test_the_plain_form(self):
         """Without top_n, all documents are scored."""
-        request = scoring_request("rerank", ServerFacts((0, 15), "m"), ["q"], ["a", "b"], Options())
+        request = scoring_request(ServerFacts((0, 15), "m", form=RERANK), ["q"], ["a", "b"], Options())
         assert (request.method, request.path) == ("POST", "/v1/rerank")
         assert json.loads(request.body) == {"model": "m", "query": "q", "documents": ["a", "b"]}
 
     def test_options_and_id_are_those_of_scores(self):
         """In the same fields."""
-        request = scoring_request("rerank", ServerFacts((0, 32), "m"), ["q"], ["a"], Options(priority=3), "id-1")
+        request = scoring_request(ServerFacts((0, 32), "m", form=RERANK), ["q"], ["a"], Options(priority=3), "id-1")
         assert json.loads(request.body).items() >= {"priority": 3, "request_id": "id-1"}.items()
         assert request.id == "id-1"
         with pytest.raises(ConfigError):
-            scoring_request("rerank", ServerFacts((0, 21), "m"), ["q"], ["a"], Options(instruction="i"))
+            scoring_request(ServerFacts((0, 21), "m", form=RERANK), ["q"], ["a"], Options(instruction="i"))
+
+    def test_several_queries_do_not_fit(self):
+        """A call that was cut for a score API must not lose them at another server's rerank API."""
+        with pytest.raises(ConfigError, match="asked by /v1/rerank, another otherwise"):
+            scoring_request(ServerFacts(None, "m", form=RERANK), ["q", "r"], ["a", "b"], Options())
+
+
+class TestTEIRequest:
+    """The same, for text-embeddings-inference."""
+
+    @staticmethod
+    def body(**options: object) -> dict[str, object]:
+        request = scoring_request(ServerFacts(None, "m", form=TEI), ["q"], ["a", "b"], Options(**options))
+        assert request.path == "/rerank"
+        return json.loads(request.body)
+
+    def test_the_plain_form(self):
+        """It serves one model, so none is named."""
+        assert self.body() == self.body(use_activation=True) == {"query": "q", "texts": ["a", "b"]}
+
+    def test_options_have_other_names(self):
+        """Logits, and cutting at the window."""
+        said = self.body(use_activation=False, truncate_prompt_tokens=-1, extra_body={"x": 1})
+        assert said == self.body() | {"raw_scores": True, "truncate": True, "x": 1}
+
+    @pytest.mark.parametrize(
+        "option",
+        [
+            {"instruction": "i"},
+            {"truncate_prompt_tokens": 7},
+            {"max_tokens_per_doc": 7},
+            {"chat_template_kwargs": {"a": 1}},
+        ],
+    )
+    def test_an_option_that_it_does_not_know_is_refused(self, option: dict[str, object]):
+        """It would be ignored: the score is not the one that is asked for."""
+        with pytest.raises(ConfigError, match=f"does not know {next(iter(option))}"):
+            self.body(**option)
 
 
 class TestScores:
@@ -252,6 +291,22 @@ class TestScores:
         with pytest.raises(BadReply, match="no list 'data'"):
             read_answer("score", body, range(2))
 
+    def test_a_bare_list_is_an_answer_of_a_rerank_api(self):
+        """SGLang's, which repeats documents, and text-embeddings-inference's; as strict as any."""
+        body = b'[{"index": 1, "score": 0.9, "document": "b"}, {"index": 0, "score": 0.1}]'
+        assert (
+            read_answer("rerank", body, range(2)) == read_answer("tei", b" \n" + body, range(2)) == Answer([0.1, 0.9])
+        )
+        with pytest.raises(BadReply, match="2 scores for 3"):
+            read_answer("tei", body, range(3))
+        with pytest.raises(BadReply, match=r"documents\[0\] got the score None"):
+            read_answer("tei", b'[{"index": 0, "relevance_score": 0.5}]', range(1))
+
+    def test_an_error_with_status_200_keeps_its_words(self):
+        """Some gateways answer so."""
+        with pytest.raises(BadReply, match="no list 'results': no such channel"):
+            read_answer("rerank", b'{"error": {"message": "no such channel"}}', range(1))
+
     def test_an_answer_says_whose_it_is_and_how_much_was_read(self):
         """Where it says so in a form that makes sense."""
         data = [{"index": 0, "score": 1}]
@@ -296,6 +351,9 @@ class TestOtherReplies:
         cards = [Card("a", "org/x", 512), Card("b", "org/x"), Card("c", "c"), Card("d", "d")]
         assert read_models(reply(*entries)) == cards
         assert read_models(b'{"data": []}') == []
+        assert read_models(b'{"data": [{"id": "a", "owned_by": "sglang"}]}') == [Card("a", "a", owner="sglang")]
+        tei = b'{"model_id": "BAAI/bge", "max_input_length": 512, "version": "1.9.0"}'
+        assert read_models(tei) == [Card("BAAI/bge", "BAAI/bge", 512, "text-embeddings-inference")]
 
     @pytest.mark.parametrize(
         "body", [b'{"data": ["a"]}', b'{"data": [{"root": "x"}]}', b'{"data": {}}', b"{}", b"nginx"]
@@ -319,6 +377,8 @@ class TestOtherReplies:
             (b'{"object": "error", "message": "old"}', "old"),
             (b'{"detail": "Not Found"}', "Not Found"),
             (b"<html>  Bad\n gateway", "<html> Bad gateway"),
+            (b"<html>\r\n<head><title>413 Too\n Large</title></head><body>nginx</body>", "413 Too Large"),
+            (b"<H1 class=x>Bad gateway</H1>", "Bad gateway"),
             (b"\x1b[31mred", r"\x1b[31mred"),
             (b'{"error": {"message": ""}, "detail": "d"}', "d"),
             (b'{"error": {}, "message": "m", "detail": "d"}', "m"),
@@ -348,3 +408,28 @@ class TestOtherReplies:
         assert not is_model_missing(b'{"detail": "Not Found"}')
         assert not is_model_missing(b'{"error": "Not Found"}')
         assert not is_model_missing(b"nginx")
+
+
+class TestListwise:
+    """Models that score the documents of a query together."""
+
+    @pytest.mark.parametrize(
+        ("model", "checkpoint", "listwise"),
+        [
+            ("jinaai/jina-reranker-v3", None, True),
+            ("reranker", "/models/Jina-Reranker-v3.5", True),
+            ("jina-reranker-v2-base-multilingual", None, False),
+            ("m", "BAAI/bge-reranker-base", False),
+        ],
+    )
+    def test_they_are_known_by_name(self, model: str, checkpoint: str | None, listwise: bool):
+        """The served one, or the checkpoint's."""
+        assert ServerFacts(None, model, checkpoint).listwise is listwise
+
+    def test_they_are_known_by_architecture(self, tmp_path: Path):
+        """Where the checkpoint lies on this machine."""
+        (tmp_path / "config.json").write_text('{"architectures": ["JinaForRanking"]}')
+        assert ServerFacts(None, "m", str(tmp_path)).listwise
+        (tmp_path / "other").mkdir()
+        (tmp_path / "other" / "config.json").write_text("[1]")
+        assert not ServerFacts(None, "m", str(tmp_path / "other")).listwise

@@ -13,7 +13,7 @@ import itertools
 import json
 import math
 from collections.abc import Callable, Collection, Coroutine
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from rag_rerank.backoff import BackOff
@@ -283,14 +283,18 @@ class World:
     def clock(self) -> float:
         return self.loop.now
 
-    def exchange(self) -> Exchange:
+    def exchange(self, api: str = "score") -> Exchange:
         """That of a call that begins now."""
+        for server in self.each_server:
+            if server.facts is not None:
+                server.facts = replace(server.facts, form=server.endpoint.forms(api)[0])
         return Exchange(
             self,
             self.servers,
             self.rules,
             until=None if self.deadline is None else self.now + self.deadline,
             model=self.model,
+            api=api,
             clock=self.clock,
             now=lambda: EPOCH + self.now - START,
             sleep=self.sleep,
@@ -303,7 +307,7 @@ class World:
     ):
         """A call, from beginning to end."""
         queries = [queries] if isinstance(queries, str) else queries
-        return self.run(Call(self.exchange(), queries, documents, Options(**options), api, fit).score())
+        return self.run(Call(self.exchange(api), queries, documents, Options(**options), fit).score())
 
     @property
     def elapsed(self) -> float:

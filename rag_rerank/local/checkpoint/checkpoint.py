@@ -5,7 +5,7 @@ import functools
 import importlib.util
 import json
 import threading
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, cast
@@ -115,6 +115,18 @@ class Checkpoint:
         torch.nn.Module.eval(loaded)
         return loaded
 
+    def stored(self, names: Collection[str]) -> dict[str, torch.Tensor]:
+        """Read weights as the files have them, in float32; without those that are not there by these names."""
+        folder = f"{self.transformer}/".removeprefix("/")
+        index = self.json(f"{folder}model.safetensors.index.json")
+        files = dict.fromkeys(names, "model.safetensors") if index is None else index["weight_map"]
+        found: dict[str, torch.Tensor] = {}
+        for file in {files[name] for name in names if name in files}:
+            if (path := self.file(folder + file)) is not None:
+                with safe_open(path, framework="pt") as weights:
+                    found |= {name: weights.get_tensor(name).float() for name in {*names} & {*weights.keys()}}
+        return found
+
     @functools.cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The checkpoint's tokenizer."""
@@ -163,7 +175,10 @@ class Checkpoint:
 
     def _check_tokenizer(self, model: PreTrainedModel) -> None:
         """Raise ConfigError for a tokenizer of another model, or one that transformers made up for missing files."""
-        rows = getattr(model.get_input_embeddings(), "num_embeddings", None)
+        try:
+            rows = getattr(model.get_input_embeddings(), "num_embeddings", None)
+        except NotImplementedError:  # a model of characters
+            rows = None
         if rows is not None and len(self.tokenizer) > rows:
             raise ConfigError(
                 f"the tokenizer of {self.name!r} has {len(self.tokenizer)} tokens, but the model only {rows}: "

@@ -6,13 +6,16 @@ the call that has waited longest, the rest to those that are nearest to their en
 """
 
 import contextlib
+import functools
+import itertools
 from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future, InvalidStateError
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from rag_rerank.errors import ContentError
+from rag_rerank import telemetry
+from rag_rerank.errors import ContentError, RerankError
 from rag_rerank.inputs.multimodal import Prepared
 from rag_rerank.local.models.model import InputError, Inputs, Model
 from rag_rerank.local.transformer.batching import TokenSequence
@@ -38,37 +41,50 @@ class WaitingCall:
         self.texts_truncated = 0  # those longer than what the model reads
         self._given = {"queries": queries, "documents": documents}
         self._instruction = instruction
-        queries, documents = list(queries), list(documents)
-        # Images are hashed by their bytes, which Python does once for each bytes object.
-        pairs = list(zip(queries * len(documents) if len(queries) == 1 else queries, documents, strict=True))
-        places = {pair: place for place, pair in enumerate(dict.fromkeys(pairs))}
-        self._places = [places[pair] for pair in pairs]  # of each document among the different ones
-        self._queries = queries if len(queries) == 1 else [query for query, _ in places]
-        self._documents = [document for _, document in places]
-        self._begun = 0  # documents that have been tokenised
+        self._begun = 0  # different pairs that have been tokenised
+        self._tokens = 0  # of these
         self._scored = 0
-        self._scores = [0.0] * len(places)
         self._ready: deque[Item] = deque()
+        self._observed = telemetry.current.get()  # of the thread or task that calls
+
+    @functools.cached_property
+    def _different(self) -> tuple[list[tuple[Prepared, Prepared]], list[int]]:
+        """The different pairs, and the place among them of each that was given.
+
+        Found by the engine's thread: the caller's may be an event loop's. Pair by pair: while one call of C hashes all
+        texts, no other thread runs. Images are hashed by their bytes, which Python does once for each bytes object.
+        """
+        found: dict[tuple[Prepared, Prepared], int] = {}
+        pairs = zip(itertools.cycle(self._given["queries"]), self._given["documents"], strict=False)
+        places = [found.setdefault(pair, len(found)) for pair in pairs]
+        return list(found), places
+
+    @functools.cached_property
+    def _scores(self) -> list[float]:
+        return [0.0] * len(self._different[0])
 
     @property
     def unscored(self) -> int:
         """How many different pairs have no score yet."""
-        return len(self._documents) - self._scored
+        return len(self._different[0]) - self._scored
 
     @property
     def waits(self) -> bool:
         """Whether it still has something to run that nobody has taken."""
-        return bool(self._ready) or self._begun < len(self._documents)
+        return bool(self._ready) or self._begun < len(self._different[0])
 
-    def tokens_left(self, model: Model) -> int | None:
-        """Count the tokens that it still wants to have run; None where they have not all been counted."""
-        if not self._ready and self._begun < len(self._documents):
+    def tokens_left(self, model: Model) -> int:
+        """Count the tokens that it still wants to have run; texts that were not read yet are taken to be as long."""
+        if not self._ready and self.waits:
             self._tokenise(model)
-        return None if self._begun < len(self._documents) else sum(len(item.sequence.ids) for item in self._ready)
+        unread = len(self._different[0]) - self._begun
+        return sum(len(item.sequence.ids) for item in self._ready) + unread * self._tokens // max(1, self._begun)
 
     def take(self, model: Model, tokens: int) -> list["Item"]:
         """Take the next sequences to run: at least one if there is any, then no more than `tokens` hold."""
         taken: list[Item] = []
+        if self._observed is not None:
+            self._observed.start()
         while self.waits:
             if not self._ready:
                 self._tokenise(model)
@@ -81,15 +97,16 @@ class WaitingCall:
         return taken
 
     def _tokenise(self, model: Model) -> None:
-        span = slice(self._begun, self._begun + PART)
-        queries = self._queries if len(self._queries) == 1 else self._queries[span]
+        pairs, one = self._different[0][self._begun : self._begun + PART], len(self._given["queries"]) == 1
+        queries = [query for query, _ in pairs[: 1 if one else None]]
         try:
-            inputs = model.inputs(queries, self._documents[span], self._instruction)
+            inputs = model.inputs(queries, [document for _, document in pairs], self._instruction)
         except InputError as error:
             position = self._given[error.side].index(error.value)
             raise ContentError(f"{error.side}[{position}] {error}") from error
         part = _Part(self, self._begun, inputs, len(inputs.sequences))
-        self._begun = min(span.stop, len(self._documents))
+        self._begun += len(pairs)
+        self._tokens += sum(len(sequence.ids) for sequence in inputs.sequences)
         # Longest first, so that the batch that needs most memory comes first, and if it fits, so do the others.
         order = sorted(range(len(inputs.sequences)), key=lambda position: -len(inputs.sequences[position].ids))
         self._ready.extend(Item(part, position) for position in order)
@@ -100,14 +117,14 @@ class WaitingCall:
         self._scores[start : start + len(scores)] = scores
         self._scored += len(scores)
         if self.unscored == 0:
-            self.succeed([self._scores[place] for place in self._places])
+            self.succeed([self._scores[place] for place in self._different[1]])
 
     def succeed(self, scores: list[float]) -> None:
         """Give the caller its scores."""
         with contextlib.suppress(InvalidStateError):  # the caller has cancelled it meanwhile
             self.future.set_result(scores)
 
-    def fail(self, error: Exception) -> None:
+    def fail(self, error: RerankError) -> None:
         """Give the caller an error."""
         with contextlib.suppress(InvalidStateError):
             self.future.set_exception(error)
@@ -152,7 +169,7 @@ class Item:
             part.call.take_scores(part.start, part.inputs.scores(part.outputs))
 
 
-_Taken = tuple[WaitingCall, list[Item] | Exception]
+_Taken = tuple[WaitingCall, list[Item] | BaseException]
 """A call and its items, or the error for its caller."""
 
 
@@ -166,7 +183,7 @@ def next_round(calls: Sequence[WaitingCall], model: Model, tokens: int) -> list[
             break
         try:
             items = call.take(model, min(share, tokens))
-        except Exception as error:  # noqa: BLE001 - whatever a tokenizer raises belongs to this one caller
+        except BaseException as error:  # noqa: BLE001 - whatever a tokenizer raises, a Rust panic, is this caller's
             taken.append((call, error))
             continue
         tokens -= sum(len(item.sequence.ids) for item in items)

@@ -6,6 +6,7 @@ has run. On a CPU each batch is run by a worker on a core of its own; on a CUDA 
 sent off while the last one still runs.
 """
 
+import contextlib
 import logging
 import math
 import queue
@@ -16,7 +17,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from rag_rerank.errors import BackendError, RerankError
+from rag_rerank.errors import BackendError, ConfigError, RerankError, short_name
 from rag_rerank.inputs.multimodal import Prepared
 from rag_rerank.local.engine.calls import Item, WaitingCall, next_round
 from rag_rerank.local.engine.workers import Workers
@@ -39,12 +40,12 @@ class Engine:
 
     def __init__(self, load: Callable[[], Model], *, name: str) -> None:
         self._inbox: _Inbox = queue.SimpleQueue()
-        self._name = name
+        self._name = short_name(name)
         self._lock = threading.Lock()
         self._warned = False
         self._closing = threading.Event()
         # The thread holds the loop, not the engine: whoever drops the engine can have it collected and closed.
-        self._loop = _Loop(load, self._inbox, self._closing, name)
+        self._loop = _Loop(load, self._inbox, self._closing, self._name)
         self.thread = threading.Thread(target=self._loop.run, name=f"rag_rerank {name}", daemon=True)
         self.thread.start()
 
@@ -96,7 +97,7 @@ class _BatchResult:
     """A batch that was run: its outputs, perhaps still being computed on a device, or what went wrong."""
 
     items: Sequence[Item]
-    outputs: "Tensor | Exception"
+    outputs: "Tensor | BaseException"
 
 
 _Inbox = queue.SimpleQueue[WaitingCall | _BatchResult | None]
@@ -115,11 +116,16 @@ class _Loop:
         self._on_device: deque[_BatchResult] = deque()  # batches that a device has
 
     def run(self) -> None:
-        """Serve calls."""
+        """Serve calls, whatever is raised meanwhile: with the thread ended, the next caller would wait for ever."""
         while not self._closing.is_set():
-            self._receive(wait=not self._can_go_on())
-            if self._calls and not self._closing.is_set():
-                self._go_on()
+            try:
+                self._receive(wait=not self._can_go_on())
+                if self._calls and not self._closing.is_set():
+                    self._go_on()
+            except BaseException as error:  # noqa: BLE001 - SystemExit, KeyboardInterrupt, a panic of a Rust tokenizer
+                self._backlog.clear()
+                self._on_device.clear()
+                _fail(self._calls, _ours(error, self._name))
             self._calls = [call for call in self._calls if not call.future.done()]
         while self._running:  # what runs is finished
             self._receive(wait=True)
@@ -149,12 +155,14 @@ class _Loop:
     def _go_on(self) -> None:
         """Load, make batches, begin them, or wait for a device."""
         try:
-            model = self.model = self.model or self._load()
-            parallel = model.score_type.transformer.batching.parallel
-            if self._workers is None and parallel > 1:
-                self._workers = Workers(parallel, f"rag_rerank {self._name}")
-        except Exception as error:  # noqa: BLE001 - the callers get it; the next one may have better luck
-            _fail(self._calls, _as_backend_error(error, self._name))
+            if self.model is None:
+                model = self._load()
+                if (parallel := model.score_type.transformer.batching.parallel) > 1:
+                    self._workers = Workers(parallel, f"rag_rerank {self._name}")
+                self.model = model
+            model = self.model
+        except BaseException as error:  # noqa: BLE001 - the callers get it; the next one may have better luck
+            _fail(self._calls, _ours(error, self._name, loading=self.model is None))
             return
         for call in self._calls:
             if not call.unscored:  # it only wanted the model loaded
@@ -176,24 +184,18 @@ class _Loop:
         transformer, cores = model.score_type.transformer, 1 if self._workers is None else self._workers.count
         batching = transformer.batching
         budget = batching.token_budget
-        try:
+        # A text that can't be tokenised: next_round gives its call the error.
+        with contextlib.suppress(BaseException):
             if cores > 1 and len(waiting) <= 4 * cores:
-                counts = [call.tokens_left(model) for call in waiting]
-                if None not in counts:
-                    budget = max(_MIN_BATCH, min(budget, math.ceil(sum(filter(None, counts)) / cores)))
-        except Exception:  # noqa: BLE001, S110 - a text that can't be tokenised: next_round gives its call the error
-            pass
+                left = sum(call.tokens_left(model) for call in waiting)
+                budget = max(_MIN_BATCH, min(budget, math.ceil(left / cores)))
         items: list[Item] = []
         for call, taken in next_round(waiting, model, budget * batching.batches_ahead):
-            if isinstance(taken, Exception):
-                call.fail(_as_backend_error(taken, self._name))
+            if isinstance(taken, BaseException):
+                call.fail(_ours(taken, self._name))
             else:
                 items += taken
-        try:
-            batches = transformer.batches([item.sequence for item in items], budget)
-        except Exception as error:  # noqa: BLE001 - the thread must live on
-            _fail([item.call for item in items], _as_backend_error(error, self._name))
-            return
+        batches = transformer.batches([item.sequence for item in items], budget)
         self._backlog.extend([items[position] for position in batch] for batch in batches)
 
     def _begin(self, model: Model, workers: Workers) -> None:
@@ -214,25 +216,26 @@ class _Loop:
     def _hand_out(self, result: _BatchResult) -> None:
         """Give each call its outputs, or see what to do about an error."""
         try:
-            if isinstance(result.outputs, Exception):
+            if isinstance(result.outputs, BaseException):
                 raise result.outputs  # noqa: TRY301 - handled like those of the next line
             outputs = result.outputs.cpu()
-        except Exception as error:  # noqa: BLE001 - on CUDA, errors show only when outputs are read
+        except BaseException as error:  # noqa: BLE001 - on CUDA, errors show only when outputs are read
             self._after_error(error, result.items)
             return
         # A masked key weighs 0, but 0 times NaN is NaN: one sequence may have spoilt others of its row, so each
-        # that has no number is run alone.
-        again = outputs.isnan().any(1).tolist() if len(result.items) > 1 else [False]
-        for item, output, alone in zip(result.items, outputs, again, strict=True):
-            if alone:
+        # that has no number is run alone. Infinity is none, either: its sigmoid would look like a score.
+        finite = outputs.isfinite().all(1)
+        outputs = outputs.masked_fill(~finite.unsqueeze(1), math.nan)
+        for item, output, done in zip(result.items, outputs, finite.tolist(), strict=True):
+            if not done and len(result.items) > 1:
                 self._backlog.append([item])
                 continue
             try:
                 item.take(output)
-            except Exception as error:  # noqa: BLE001 - a score that can't be made of its output
-                item.call.fail(_as_backend_error(error, self._name))
+            except BaseException as error:  # noqa: BLE001 - a score that can't be made of its output
+                item.call.fail(_ours(error, self._name))
 
-    def _after_error(self, error: Exception, items: Sequence[Item]) -> None:
+    def _after_error(self, error: BaseException, items: Sequence[Item]) -> None:
         """Run each call's part of a failed batch alone; halve what is one call's but too large for the memory."""
         calls = list(dict.fromkeys(item.call for item in items))
         if len(calls) > 1:
@@ -241,13 +244,13 @@ class _Loop:
             half = len(items) // 2
             self._backlog.extendleft((list(items[half:]), list(items[:half])))
         else:
-            calls[0].fail(_as_backend_error(error, self._name))
+            calls[0].fail(_ours(error, self._name))
 
 
 def _run_batch(model: Model, items: Sequence[Item]) -> _BatchResult:
     try:
         return _BatchResult(items, model.score_type.run([item.sequence for item in items]))
-    except Exception as error:  # noqa: BLE001 - whatever it is, the callers get it
+    except BaseException as error:  # noqa: BLE001 - whatever it is, the callers get it
         return _BatchResult(items, error)
 
 
@@ -256,7 +259,7 @@ def _wanted(items: Sequence[Item]) -> list[Item]:
     return [item for item in items if not item.call.future.done()]
 
 
-def _fail(calls: Sequence[WaitingCall], error: Exception) -> None:
+def _fail(calls: Sequence[WaitingCall], error: RerankError) -> None:
     for call in calls:
         call.fail(error)
 
@@ -265,17 +268,35 @@ def _closed(name: str) -> RerankError:
     return RerankError(f"The scorer of {name} was closed before this call was done.")
 
 
-def _out_of_memory(error: Exception) -> bool:
-    return type(error).__name__ == "OutOfMemoryError"  # torch's, without importing torch to name it
+def _out_of_memory(error: BaseException) -> bool:
+    """Tell torch's own error, without importing torch to name it, and those of memory that is the processor's."""
+    words = f"{type(error).__name__} {error}".lower()
+    full = "memoryerror", "out of memory", "allocate memory", "failed to map segment", "can't start new thread"
+    return any(each in words for each in full)
 
 
-def _as_backend_error(error: Exception, name: str) -> Exception:
-    """Turn errors of torch and tokenizers into ours, with the original as the cause."""
+def _ours(error: BaseException, name: str, *, loading: bool = False) -> RerankError:
+    """Turn errors of torch and tokenizers into ours, with the original as the cause.
+
+    What keeps a model from being loaded will do so next time, too: a `ConfigError`. Only a GPU's memory may be free.
+    """
     if isinstance(error, RerankError):
         return error
-    remedy = None
+    kind, remedy = type(error).__name__, None
     if _out_of_memory(error):
-        remedy = "The device's memory is full: set max_length, use a smaller dtype, or share the device with less."
-    wrapped = BackendError(f"{name} failed with {type(error).__name__}: {error}", remedy=remedy)
-    wrapped.__cause__ = error
-    return wrapped
+        remedy = (
+            "The memory is full: set max_length, use a smaller dtype or model, share the device with less, or raise "
+            "the process's limit (ulimit -v, the container's)."
+        )
+    elif "temporary directory" in str(error):
+        remedy = "Set TMPDIR to a folder that can be written to."
+    elif isinstance(error, ImportError):
+        remedy = "Install anew what it needs: pip install --force-reinstall 'rag-rerank[local]'."
+    cause = f"{kind}: {error}".rstrip(": ")
+    ours: RerankError
+    if loading and isinstance(error, Exception) and kind != "OutOfMemoryError":
+        ours = ConfigError(f"{name} can't be loaded: {cause}" + (f". {remedy}" if remedy else ""))
+    else:
+        ours = BackendError(f"{name} failed with {cause}", remedy=remedy)
+    ours.__cause__ = error
+    return ours

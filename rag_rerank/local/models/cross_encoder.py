@@ -1,16 +1,15 @@
 """Cross-encoders: query and document read together, one logit a pair."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor
 
-from rag_rerank.errors import ConfigError
 from rag_rerank.local.models.model import Inputs
 from rag_rerank.local.models.prompts import Prompts
-from rag_rerank.local.transformer.batching import TokenSequence
+from rag_rerank.local.transformer.batching import Batching, TokenSequence
 from rag_rerank.local.transformer.transformer import Padded, States, Transformer
 
 if TYPE_CHECKING:
@@ -41,14 +40,26 @@ class PairModel:
     @torch.inference_mode()
     def run(self, sequences: Sequence[TokenSequence]) -> Tensor:
         """Compute logits ``[len(sequences), 1]``."""
-        logits = self.head(self.transformer.states(sequences)).float()
-        # Of two, the second says "relevant": its share in their softmax is the sigmoid of the difference.
-        return logits if logits.shape[1] == 1 else logits[:, 1:] - logits[:, :1]
+        return relevance(self.head(self.transformer.states(sequences)).float())
+
+
+def relevance(logits: Tensor) -> Tensor:
+    """Make one logit of one or two: the second says "relevant", its share in their softmax is a sigmoid."""
+    return logits if logits.shape[1] == 1 else logits[:, 1:] - logits[:, :1]
 
 
 @dataclass(frozen=True, slots=True)
 class Whole(Padded):
     """A ``*ForSequenceClassification`` of an architecture that we don't know: run as it is, its logits as states."""
+
+    @classmethod
+    def of(cls, model: Any, pad_id: int | None, batching: Batching) -> Self:
+        """Pad with the config's token, which the model may look for; the tokenizer's if it names none."""
+        config = model.config.get_text_config()
+        if getattr(config, "pad_token_id", None) is not None:
+            return cls(model, config.pad_token_id, batching)
+        config.pad_token_id = -1  # no token: decoders refuse batches without one
+        return cls(model, pad_id or 0, batching)
 
     def states(self, sequences: Sequence[TokenSequence]) -> States:
         """Run one batch, head included."""
@@ -57,21 +68,53 @@ class Whole(Padded):
         return States(logits, rows, rows, [1] * len(sequences))
 
 
-def classification_head(model: Any) -> Head:
-    """Take the head off a ``*ForSequenceClassification`` of one of `ENCODERS`, as transformers wrote it."""
-    kind = model.config.model_type
-    if kind in ("bert", "gte"):
-        return lambda states: model.classifier(model.base_model.pooler(states.first().unsqueeze(1)))
-    if kind in ("camembert", "electra", "roberta", "xlm-roberta"):
-        return lambda states: model.classifier(states.first().unsqueeze(1))  # takes the first token by itself
-    if kind == "distilbert":
-        return lambda states: model.classifier(torch.relu(model.pre_classifier(states.first())))
-    dense = (model.head,) if kind == "modernbert" else (model.dense, model.activation)
-    layers, pooling = torch.nn.Sequential(*dense, model.classifier), model.config.classifier_pooling
-    if pooling in ("cls", "bos"):
-        return lambda states: layers(states.first())
-    if pooling == "mean":
-        return lambda states: layers(states.mean().to(states.tokens.dtype))
-    if pooling == "late":  # the logits of all tokens, averaged
-        return lambda states: states.mean(layers)
-    raise ConfigError(f"classifier_pooling={pooling!r} is not supported; these are: bos, cls, late, mean")
+def make_head_precise(model: Any, stored: Callable[[Collection[str]], dict[str, Tensor]]) -> None:
+    """Have what is behind the transformer compute in float32, as vLLM does, with its weights as they were `stored`.
+
+    A head in bfloat16 gives many documents the same score: 41 of 100, where in float32 all differ.
+    """
+    body = model.base_model
+    if model.dtype == torch.float32 or body is model:
+        return
+    parts = {name: part for name, part in model.named_children() if part is not body}
+    if isinstance(pooler := getattr(body, "pooler", None), torch.nn.Module):
+        parts[f"{model.base_model_prefix}.pooler"] = pooler
+    weights = {f"{name}.{own}": weight for name, part in parts.items() for own, weight in part.named_parameters()}
+    kept = stored(weights)
+    for name, weight in weights.items():
+        precise = kept.get(name, weight)
+        # An adapter's weights, and those that transformers renames or reshapes, are not in the file as they are here.
+        same = precise.shape == weight.shape and torch.equal(precise.to(weight), weight)
+        weight.data = (precise if same else weight).detach().to(weight.device, torch.float32)
+    for part in parts.values():
+        part.float().register_forward_pre_hook(_in_float32, with_kwargs=True)
+
+
+def _in_float32(_: object, arguments: tuple[Any, ...], options: dict[str, Any]) -> tuple[Any, Any]:
+    def cast(value: Any) -> Any:
+        return value.float() if isinstance(value, Tensor) and value.is_floating_point() else value
+
+    return tuple(map(cast, arguments)), {name: cast(value) for name, value in options.items()}
+
+
+def classification_head(model: Any) -> Head | None:
+    """Take the head off a ``*ForSequenceClassification`` of an encoder, by its parts; None for another kind."""
+    body, classifier = model.base_model, getattr(model, "classifier", None)
+    pooler = getattr(body, "pooler", None)
+    if classifier is None or body is model or isinstance(pooler, torch.nn.Linear):
+        return None
+    if isinstance(pooler, torch.nn.Module):  # BERT
+        return lambda states: classifier(pooler(states.first().unsqueeze(1)))
+    if not isinstance(classifier, torch.nn.Linear):  # RoBERTa's takes the first token by itself
+        return lambda states: classifier(states.first().unsqueeze(1))
+    if hasattr(model, "pre_classifier"):  # DistilBERT
+        return lambda states: classifier(torch.relu(model.pre_classifier(states.first())))
+    # ModernBERT, EuroBERT
+    parts = [getattr(model, name) for name in ("head", "dense", "activation") if hasattr(model, name)]
+    layers = torch.nn.Sequential(*parts, classifier)
+    heads: dict[str, Head] = {
+        **dict.fromkeys(("cls", "bos"), lambda states: layers(states.first())),
+        "mean": lambda states: layers(states.mean()),
+        "late": lambda states: states.mean(layers),  # the logits of all tokens, averaged
+    }
+    return heads.get(getattr(model.config, "classifier_pooling", "cls"))

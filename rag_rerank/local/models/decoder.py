@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from rag_rerank.errors import ConfigError
@@ -72,30 +71,9 @@ def answer_head(model: "PreTrainedModel", ids: Sequence[int]) -> Head:
     return head
 
 
-@torch.inference_mode()
-def check_answer_head(model: "PreTrainedModel", head: Head, ids: Sequence[int], name: str) -> None:
-    """Raise ConfigError if the logits of `answer_head` and the model's own differ by more than rounding."""
-    tokens = torch.arange(1, 9, device=model.device).unsqueeze(0)
-    theirs = model(input_ids=tokens).logits[0, -1, list(ids)].float()
-    states = model.base_model(input_ids=tokens).last_hidden_state[0]
-    place = torch.tensor([len(states) - 1], device=states.device)
-    ours = head(States(states, place, place, [1]))[0]
-    rounding = 1e-3 if model.dtype == torch.float32 else 0.05
-    if not torch.allclose(ours, theirs, rtol=rounding, atol=rounding):
-        raise ConfigError(
-            f"{name!r} is a {type(model).__name__}, whose logits are more than its last states and output matrix give "
-            f"({ours.tolist()} for {theirs.tolist()}): it can't be scored by its answer"
-        )
-
-
 def score_row(checkpoint: "Checkpoint") -> Tensor:
     """Read the weight of a classifier's head with one label from the checkpoint's files; float32."""
-    index = checkpoint.json("model.safetensors.index.json")
-    name = "model.safetensors" if index is None else index["weight_map"].get(_SCORE)
-    path = None if name is None else checkpoint.file(name)
-    if path is not None:
-        with safe_open(path, framework="pt") as weights:
-            row: Tensor | None = weights.get_tensor(_SCORE) if _SCORE in weights.keys() else None  # noqa: SIM118
-        if row is not None and row.shape[0] == 1:
-            return row[0].float()
-    raise ConfigError(f"{checkpoint.name!r} has no {_SCORE} for one label: not a reranker with a head")
+    row = checkpoint.stored([_SCORE]).get(_SCORE)
+    if row is None or row.shape[0] != 1:
+        raise ConfigError(f"{checkpoint.name!r} has no {_SCORE} for one label: not a reranker with a head")
+    return row[0]

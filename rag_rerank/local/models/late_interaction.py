@@ -96,8 +96,9 @@ class LateInteraction:
             queries = queries * len(documents)
         different = list(dict.fromkeys(queries))
         shared = dict(zip(different, map(_Query, self.query.encode(different)), strict=True))
+        cut = {query: shared[query].sequence.truncated for query in different}  # each counts once
         sequences = [
-            _Document(ids=text.ids, types=text.types, truncated=text.truncated, against=shared[query])
+            _Document(text.ids, text.types, truncated=text.truncated + cut.pop(query, 0), against=shared[query])
             for query, text in zip(queries, self.document.encode(documents), strict=True)
         ]
         return Inputs(sequences, lambda outputs: outputs[:, 0].tolist())

@@ -4,6 +4,7 @@ A cross-encoder makes one sequence per pair and one logit of each; a bi-encoder 
 of each; late interaction one sequence per document and, in `run`, its score against the query that it refers to.
 """
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Protocol
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from rag_rerank.local.transformer.batching import TokenSequence
+    from rag_rerank.local.transformer.proof import Proof
     from rag_rerank.local.transformer.transformer import Transformer
 
 Side = Literal["queries", "documents"]
@@ -68,11 +70,13 @@ class Model:
     score_type: ScoreType
     tokenizer: "PreTrainedTokenizerBase"
     facts: Mapping[str, str]  # what can change a score, for `Scorer.identity`
+    proof: "Proof"  # how it is run, and what shows that this is right
     text_only: str | None = None  # why it takes no images, to follow documents[3]
     no_instruction: str | None = None  # why a call can't bring an instruction
     max_tokens_per_query: int | None = None
     max_tokens_per_doc: int | None = None
     passages: bool = False  # whether a document longer than the window is scored as passages, by the best of them
+    special: re.Pattern[str] | None = None  # first characters of what a prompt's tokenizer takes for a special token
     document_prompt: str = ""  # what `LocalScorer` puts before each document, and so before each passage
 
     def inputs(
@@ -113,6 +117,8 @@ class Model:
         for each in inputs if self.text_only is not None else ():
             if isinstance(each, Multimodal):
                 raise InputError(side, each, self.text_only or "")
+        if self.special is not None:
+            inputs = [_as_plain_text(each, self.special) for each in inputs]
         return list(inputs) if limit is None else [self._limited(each, limit) for each in inputs]
 
     def _limited(self, each: Prepared, limit: int) -> Prepared:
@@ -123,3 +129,16 @@ class Model:
         if limit < _MIN_TOKENS_PER_IMAGE * len(images):
             return each
         return Multimodal((*images, truncate(self.tokenizer, each.text, limit - PLACEHOLDER_TOKENS * len(images))))
+
+
+def special_tokens(tokenizer: "PreTrainedTokenizerBase") -> re.Pattern[str] | None:
+    """Match the first character of each special token of a tokenizer, also of those that `clean` does not know."""
+    spelled = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special and len(str(token)) > 1]
+    ways = (f"{re.escape(token[0])}(?={re.escape(token[1:])})" for token in spelled)
+    return re.compile("|".join(ways)) if spelled else None
+
+
+def _as_plain_text(value: Prepared, special: re.Pattern[str]) -> Prepared:
+    if isinstance(value, str):
+        return special.sub(r"\g<0> ", value)
+    return Multimodal(tuple(special.sub(r"\g<0> ", part) if isinstance(part, str) else part for part in value.parts))

@@ -72,6 +72,8 @@ class Prompts:
         return [self.max_length - tokens for tokens in taken]
 
     def _pairs(self, queries: list[str], documents: list[str]) -> list[TokenSequence]:
+        if self.truncation == "only_second" and min(self.document_space(list(dict.fromkeys(queries))), default=1) < 1:
+            raise no_space(self.max_length)
         queries = [self.prompt + query for query in queries]
         sequences = encode(self.tokenizer, queries, documents, self.max_length, self.truncation)
         # vLLM tokenises pair by pair, and tokenizer(query, "") takes the empty document for none: [CLS] q [SEP] instead
@@ -126,6 +128,6 @@ class ChatPrompts(Prompts):
 def no_space(max_length: int) -> BackendRejected:
     """Make the error for a query that leaves a document none of so many tokens."""
     return BackendRejected(
-        f"a query and its template leave no room for a document in the {max_length} tokens that the model reads",
+        f"a query, with its template, leaves no room for a document in the {max_length} tokens that the model reads",
         remedy="Shorten the query or instruction, or set max_tokens_per_query.",
     )

@@ -11,7 +11,7 @@ class TokenSequence:
     ids: list[int]  # special tokens included
     types: list[int] | None = None  # where the tokenizer makes token type ids: 0 for the query, 1 for the document
     group: Hashable | None = None  # the same for prompts that begin alike; a decoder runs what they have in common once
-    truncated: bool = False  # whether the text was longer than what the model reads
+    truncated: int = 0  # how many texts in it are longer than what the model reads
     unattended: int = 0  # how many tokens at the end no token attends to; `Padded` only
 
 
@@ -24,15 +24,15 @@ class Batching:
     parallel: int = 1  # how many batches are run side by side, each on a core of its own; 1 for one after the other
 
 
-def by_length(lengths: Sequence[int], token_budget: int) -> list[list[int]]:
-    """Group positions of sequences of like length, longest first, so that few tokens are padding.
+def by_length(lengths: Sequence[int], token_budget: int, *, equal: bool = False) -> list[list[int]]:
+    """Group positions of sequences of like length, longest first, so that few tokens are padding; `equal`: none.
 
     After padding to its longest a batch has at most `token_budget` tokens; a longer sequence gets one of its own.
     """
     grouped: list[list[int]] = []
     left = 0
     for position in sorted(range(len(lengths)), key=lambda index: -lengths[index]):
-        if left == 0:
+        if left == 0 or (equal and lengths[position] != lengths[grouped[-1][0]]):
             grouped.append([])
             left = max(1, token_budget // max(1, lengths[position]))
         grouped[-1].append(position)

@@ -7,11 +7,12 @@ query have in common is in it once: a decoder's states of a prefix do not depend
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor
 
+from rag_rerank.errors import ConfigError
 from rag_rerank.local.checkpoint.checkpoint import position_tables
 from rag_rerank.local.transformer.attention import NAME, Layout, Segment, available, to_device
 from rag_rerank.local.transformer.batching import Batching, TokenSequence, by_length, by_tokens
@@ -20,11 +21,14 @@ from rag_rerank.local.transformer.linear import pack
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-# Architectures (``model_type``) that tests run both ways. All others are padded.
+# Architectures (``model_type``) that tests run both ways: what is run without padding where nothing is to be verified.
+# Where it is (see `proof`), all that have transformers' interface for attention are tried.
 ENCODERS = frozenset(
     {"bert", "camembert", "distilbert", "electra", "eurobert", "gte", "modernbert", "roberta", "xlm-roberta"}
 )
 DECODERS = frozenset({"gemma", "gemma2", "gemma3_text", "llama", "mistral", "phi3", "qwen2", "qwen3", "qwen3_vl_text"})
+
+Path = Literal["unpadded", "padded", "equal lengths"]
 
 LEAST_SHARED = 16  # fewer tokens in common are not worth the bookkeeping
 
@@ -76,6 +80,10 @@ class Transformer(Protocol):
     """Runs sequences. Several threads may call `states`, each with a batch of its own."""
 
     @property
+    def path(self) -> Path:
+        """How it runs them."""
+
+    @property
     def batching(self) -> Batching:
         """How large its batches are best."""
 
@@ -88,24 +96,35 @@ class Transformer(Protocol):
 
 def make_transformer(
     model: "PreTrainedModel", pad_id: int | None, batching: Batching, *, unpadded: bool = True
-) -> Transformer:
+) -> "Padded | Unpadded":
     """Choose the fastest way to run a model without its head; its layers may be replaced. False for `unpadded` pads."""
-    if hasattr(model.config, "use_cache"):
-        model.config.use_cache = False  # nothing is generated: keys and values are not asked for again
-    if unpadded and known(model) and _can_unpad(model):
+    prepare(model)
+    if unpadded and _can_unpad(model):
         model.set_attn_implementation(NAME)
     if model.config._attn_implementation != NAME:  # transformers 5.0 can't set it for ModernBERT, and only warns
-        if _soft_capped(model):
-            model.set_attn_implementation("eager")  # the fast kernels don't know it
         return Padded(model, pad_id or 0, batching)
     pack(model, batching.token_budget)
     first_position = next((first for first, _ in position_tables(model)), 0)
-    return Unpadded(model, pad_id or 0, batching, model.config.model_type in DECODERS, first_position)
+    causal = any(getattr(module, "is_causal", False) for module in model.modules())
+    return Unpadded(model, pad_id or 0, batching, causal, first_position)
 
 
-def known(model: "PreTrainedModel") -> bool:
+def prepare(model: "PreTrainedModel") -> None:
+    """Have a model give what transformers' most exact kernels give, and keep nothing."""
+    if hasattr(model.config, "use_cache"):
+        model.config.use_cache = False  # nothing is generated: keys and values are not asked for again
+    if _soft_capped(model) and model.config._attn_implementation == "sdpa":
+        model.set_attn_implementation("eager")  # the fast kernels don't know it
+
+
+def tested(model: "PreTrainedModel") -> bool:
     """Tell whether this is an architecture that the tests cover, and not a checkpoint's own code."""
-    return model.config.model_type in ENCODERS | DECODERS and type(model).__module__.startswith("transformers.")
+    return model.config.model_type in ENCODERS | DECODERS and from_transformers(model)
+
+
+def from_transformers(model: "PreTrainedModel") -> bool:
+    """Tell whether transformers wrote the code, not the checkpoint's authors."""
+    return type(model).__module__.startswith("transformers.")
 
 
 def is_causal(model: "PreTrainedModel") -> bool:
@@ -117,7 +136,9 @@ def is_causal(model: "PreTrainedModel") -> bool:
 def _can_unpad(model: "PreTrainedModel") -> bool:
     if model.config._attn_implementation not in ("sdpa", "eager", NAME):
         return False  # the caller asked for another
-    if model.config.model_type in DECODERS and not is_causal(model):
+    if not from_transformers(model) or not (tested(model) or model._supports_attention_backend):
+        return False
+    if not is_causal(model):
         return False  # its tokens attend to those behind them: nothing can be shared, and transformers knows how
     if model.device.type == "cuda" and _soft_capped(model):
         return False  # the varlen kernel has no soft cap
@@ -130,11 +151,17 @@ def _soft_capped(model: "PreTrainedModel") -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Padded:
-    """Sequences of like length side by side, padded on the right."""
+    """Sequences of like length side by side, padded on the right, or of equal length and so not padded."""
 
     model: "PreTrainedModel"
     pad_id: int
     device_batching: Batching
+    equal: bool = False
+
+    @property
+    def path(self) -> Path:
+        """What users are told."""
+        return "equal lengths" if self.equal else "padded"
 
     @property
     def batching(self) -> Batching:
@@ -143,7 +170,7 @@ class Padded:
 
     def batches(self, sequences: Sequence[TokenSequence], token_budget: int) -> list[list[int]]:
         """Group sequences of like length."""
-        return by_length([len(sequence.ids) for sequence in sequences], token_budget)
+        return by_length([len(sequence.ids) for sequence in sequences], token_budget, equal=self.equal)
 
     def inputs(self, sequences: Sequence[TokenSequence]) -> dict[str, Tensor]:
         """Make what the model takes, int64 ``[len(sequences), longest]`` each."""
@@ -175,6 +202,7 @@ class Unpadded:
     device_batching: Batching
     share: bool  # whether a prefix that sequences of one group have in common is run once; only right for decoders
     first_position: int  # the number of a sequence's first position
+    path: ClassVar[Path] = "unpadded"
 
     @property
     def batching(self) -> Batching:
@@ -207,6 +235,71 @@ class Unpadded:
             layout=Layout.of(row.segments, self.model.device),
         ).last_hidden_state
         return row.states_of(states[0])
+
+
+@dataclass(frozen=True, slots=True)
+class TwoSided:
+    """Runs sequences up to some length, and those beyond it, apart: see `rope_limit`."""
+
+    transformer: Transformer
+    limit: int
+
+    @property
+    def path(self) -> Path:
+        """The transformer's."""
+        return self.transformer.path
+
+    @property
+    def batching(self) -> Batching:
+        """One batch at a time: its rope is kept in the model."""
+        return replace(self.transformer.batching, parallel=1)
+
+    def batches(self, sequences: Sequence[TokenSequence], token_budget: int) -> list[list[int]]:
+        """Group those of each side."""
+        found = []
+        for beyond in (False, True):
+            side = [place for place, each in enumerate(sequences) if (len(each.ids) > self.limit) is beyond]
+            batches = self.transformer.batches([sequences[place] for place in side], token_budget)
+            found += [[side[item] for item in batch] for batch in batches]
+        return found
+
+    def states(self, sequences: Sequence[TokenSequence]) -> States:
+        """Run one batch."""
+        return self.transformer.states(sequences)
+
+
+@torch.inference_mode()
+def rope_limit(model: "PreTrainedModel", longest: int) -> int | None:
+    """Find the length beyond which all positions of a sequence are turned otherwise (LongRoPE); None up to `longest`.
+
+    ConfigError if each length beyond has a rope of its own (dynamic NTK): transformers' depends on what ran before.
+    """
+    limits: set[int] = set()
+    for rope in model.modules():
+        kinds: Any = getattr(rope, "rope_type", None)
+        for layers, kind in kinds.items() if isinstance(kinds, dict) else [(None, kinds)]:
+            if kind in ("longrope", "dynamic"):
+                limits |= _rope_limits(rope, layers, longest)
+    if len(limits) > 1:
+        raise ConfigError(f"a rope with several limits ({sorted(limits)}) is not supported; pass another model")
+    return limits.pop() if limits else None
+
+
+def _rope_limits(rope: Any, layers: str | None, longest: int) -> set[int]:
+    parameters = rope.config.rope_parameters if layers is None else rope.config.rope_parameters[layers]
+    limit: int = parameters.get("original_max_position_embeddings") or rope.config.max_position_embeddings
+    if longest <= limit:
+        return set()
+
+    def turned(length: int) -> Tensor:
+        positions = torch.tensor([[*range(8), length - 1]], device=rope.inv_freq.device)
+        options = {} if layers is None else {"layer_type": layers}
+        cosines: Tensor = rope(torch.zeros(1, device=positions.device), positions, **options)[0]
+        return cosines[0, :8]
+
+    if not (torch.equal(turned(9), turned(limit)) and torch.equal(turned(limit + 1), turned(longest))):
+        raise ConfigError(f"its rope changes with each length beyond {limit} tokens; pass max_length={limit}")
+    return set() if torch.equal(turned(limit), turned(longest)) else {limit}
 
 
 @dataclass(frozen=True, slots=True)

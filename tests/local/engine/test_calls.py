@@ -115,6 +115,10 @@ class TestParts:
         assert call.future.result(0) == [score(*pair) for pair in pairs]
         assert [len(queries) for queries, _ in model.tokenised] == [PART, PART, PART, 5]
 
+    def test_what_was_not_read_yet_is_taken_to_be_as_long(self):
+        """So that the end of a call is seen from afar: 10 tokens each, 300 documents, of which 256 are tokenised."""
+        assert WaitingCall(["q"], [f"{number:010d}" for number in range(300)]).tokens_left(Pairs()) == 3000
+
     def test_longest_first_within_a_part(self):
         """What needs most memory comes first: if it fits, so does the rest."""
         model = Pairs(round_tokens=10_000)

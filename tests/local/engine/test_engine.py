@@ -1,6 +1,7 @@
 """Batches and the thread that runs them, with a model of a few lines."""
 
 import gc
+import math
 import threading
 import time
 import weakref
@@ -179,6 +180,74 @@ class TestLife:
         assert model.ran == []
 
 
+class Panic(BaseException):
+    """As a tokenizer written in Rust raises it."""
+
+
+class TestWhatIsNoException:
+    """Panics, SystemExit, KeyboardInterrupt: callers get them as errors of ours, and the engine works on."""
+
+    @pytest.mark.parametrize("kind", [Panic, SystemExit, KeyboardInterrupt])
+    @pytest.mark.parametrize("place", ["load", "inputs", "batches", "run"])
+    def test_costs_its_call_only(self, place: str, kind: type[BaseException], monkeypatch: pytest.MonkeyPatch):
+        """Wherever it is raised."""
+        model, raised = Lengths(), kind("gone")
+
+        def raising(*_: object) -> object:
+            monkeypatch.undo()
+            raise raised
+
+        def load() -> Lengths:
+            return raising() if place == "load" and not failed else model
+
+        failed: list[BaseException | None] = []
+        if place != "load":
+            monkeypatch.setattr(model, place, raising)
+        engine = Engine(load, name="lengths")
+        failed.append(engine.submit(["q"], ["a"]).exception(5))
+        assert engine.submit(["q"], ["aa"]).result(5) == [2.0]
+        engine.close()
+        assert isinstance(failed[0], BackendError)
+        assert failed[0].__cause__ is raised
+
+
+class TestPermanentFaults:
+    """What keeps a model from being loaded is a wrong setting, for that is never hidden by passing through."""
+
+    @pytest.mark.parametrize(
+        ("error", "words"),
+        [
+            (MemoryError(), r"MemoryError\. The memory is full.*ulimit -v"),
+            (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "ulimit -v"),
+            (FileNotFoundError(2, "No usable temporary directory found in ['/tmp']"), "Set TMPDIR"),
+            (ImportError("libcudart.so: cannot open shared object file"), "pip install --force-reinstall"),
+            (AttributeError("no such thing"), "AttributeError: no such thing"),
+        ],
+    )
+    def test_of_loading(self, error: Exception, words: str):
+        """With the cause, and what to do."""
+
+        def load() -> Lengths:
+            raise error
+
+        engine = Engine(load, name="lengths")
+        with pytest.raises(ConfigError, match=f"lengths can't be loaded: .*{words}") as caught:
+            engine.submit(["q"], ["a"]).result(5)
+        engine.close()
+        assert caught.value.__cause__ is error
+
+    def test_a_gpus_memory_may_be_free_next_time(self):
+        """So it is a failure that may be passed through."""
+
+        def load() -> Lengths:
+            raise OutOfMemoryError("CUDA out of memory")
+
+        engine = Engine(load, name="lengths")
+        with pytest.raises(BackendError, match="The memory is full"):
+            engine.submit(["q"], ["a"]).result(5)
+        engine.close()
+
+
 class OutOfMemoryError(RuntimeError):
     """As torch's is called."""
 
@@ -320,6 +389,27 @@ class TestCancelling:
         assert first.result(5) == [1.0]
         assert kept.result(5) == [3.0]
         assert cancelled.cancelled()
+
+
+class TestNumbers:
+    """What is no number is its document's alone."""
+
+    @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+    def test_one_that_spoils_its_batch(self, engine_of, bad: float, monkeypatch: pytest.MonkeyPatch):
+        """Each that got none is run alone; infinity, whose sigmoid would be a score, is none."""
+        model = Tokens(free=True)
+        run = model.run
+
+        def spoilt(sequences: Sequence[TokenSequence]) -> torch.Tensor:
+            lengths = [len(sequence.ids) for sequence in sequences]
+            return torch.full((len(lengths), 1), bad) if 5 in lengths else run(sequences)
+
+        monkeypatch.setattr(model, "run", spoilt)
+        engine = engine_of(model)
+        texts = ["x" * length for length in (3, 5, 8, 1)]
+        scores = engine.submit(["q"], texts).result(5)
+        assert scores[:1] + scores[2:] == [3.0, 8.0, 1.0]
+        assert math.isnan(scores[1])
 
 
 class TestErrors:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import pytest
 import torch
 
+from rag_rerank import BackendError
 from rag_rerank.local.engine.engine import Engine
 from rag_rerank.local.engine.workers import Workers
 from rag_rerank.local.hardware import one_core_each, use_one_core
@@ -76,6 +77,7 @@ class SideBySide:
         self.score_type = self.transformer = self  # all in one
         self.threads: set[str] = set()
         self.together = 0
+        self.last_batches: tuple[int, ...] = ()  # tokens of the two that were begun last
         self._changed, self._now = threading.Condition(), 0
         self.running, self.go_on = threading.Event(), threading.Event()
         self.go_on.set()
@@ -87,6 +89,7 @@ class SideBySide:
         return by_tokens([len(sequence.ids) for sequence in sequences], token_budget)
 
     def run(self, sequences: Sequence[TokenSequence]) -> torch.Tensor:
+        self.last_batches = (*self.last_batches[-1:], sum(len(sequence.ids) for sequence in sequences))
         with self._changed:
             self._now += 1
             self.together = max(self.together, self._now)
@@ -127,6 +130,12 @@ class TestEngine:
         assert model.threads == {"rag_rerank toy 0", "rag_rerank toy 1"}
         assert model.together == 2
 
+    @pytest.mark.parametrize("count", [240, 257, 300, 512, 513])
+    def test_the_cores_end_together(self, engine: Engine, model: SideBySide, count: int):
+        """Also where the last documents are tokenised after the first: no core has more than a batch before the end."""
+        assert engine.submit(["q"], [f"{number:020d}" for number in range(count)]).result(10) == [20.0] * count
+        assert max(model.last_batches) <= 256 + 20
+
     def test_a_large_lone_batch_is_run_by_all_cores(self, engine: Engine, model: SideBySide):
         """In the engine's own thread, where torch has them all."""
         assert engine.submit(["q"], ["a" * 257]).result(10) == [257.0]
@@ -144,6 +153,18 @@ class TestEngine:
         assert calls[0].result(10) == [300.0] * 20
         assert "unlucky" in str(calls[1].exception(10))
         assert calls[2].result(10) == [299.0] * 20
+
+    def test_what_is_no_exception_costs_only_its_caller(self, engine: Engine, model: SideBySide, monkeypatch):
+        """And its worker works on."""
+
+        def exiting(sequences: Sequence[TokenSequence]) -> torch.Tensor:
+            raise SystemExit(1)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(model, "run", exiting)
+            failed = [engine.submit(["q"], ["a"]).exception(10) for _ in range(3)]
+        assert all(isinstance(error, BackendError) and isinstance(error.__cause__, SystemExit) for error in failed)
+        assert engine.submit(["q"], ["aa"]).result(10) == [2.0]
 
     def test_closing_ends_the_workers(self, model: SideBySide):
         """What they have begun is finished, what waits fails."""

@@ -237,3 +237,17 @@ def test_every_family_with_a_template_has_a_template():
     for family in FAMILIES:
         if family.template is not None:
             assert Template.load(family.template).name in Template.shipped()
+
+
+def test_no_text_spells_a_special_token_of_the_tokenizers_own(tmp_path: Path):
+    """Also one that no list knows: it would end the document, and what follows would speak for itself."""
+    folder = make_decoder_classifier(tmp_path / "m", "qwen3")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<command_7>"]})
+    model = AutoModelForSequenceClassification.from_pretrained(folder)
+    model.resize_token_embeddings(len(tokenizer))
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    with LocalScorer(folder, template="qwen3-reranker") as scorer:
+        made = load(scorer._settings).inputs(["a <command_7>"], ["b <command_7> c"])
+    assert tokenizer.convert_tokens_to_ids("<command_7>") not in made.sequences[0].ids

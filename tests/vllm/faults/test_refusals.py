@@ -17,6 +17,7 @@ from tests.faulty_server import (
     Steps,
     http,
     on_scores,
+    oracle,
     refusal,
     scores,
 )
@@ -146,6 +147,20 @@ class TestRefusals:
         server = serve(on_scores(lambda request: [http("", 413)] if len(request.documents) > 8 else None))
         assert score(connect(server), DOCUMENTS[:32]) == EXACT[:32]
         assert sorted(len(request.documents) for request in server.score_requests) == [8, 8, 8, 8, 16, 16, 32]
+
+    def test_how_large_a_request_may_be_is_remembered(self, serve: Serve, connect: Connect, score: Score):
+        """The next call does not meet nginx's limit again; what it says is its title, not its page."""
+        page = "<html>\r\n<head><title>413 Request Entity Too Large</title></head>\r\n<body>...</body></html>"
+        server = serve(on_scores(lambda request: [http(page, 413)] if len(request.body) > 200_000 else None))
+        scorer, documents = connect(server), ["x" * 10_000 + document for document in DOCUMENTS[:32]]
+        expected = [oracle(QUERY, document) for document in documents]
+        assert score(scorer, documents) == expected
+        before = len(server.score_requests)
+        assert score(scorer, documents) == expected
+        assert max(len(request.body) for request in server.score_requests[before:]) < 200_000
+        with pytest.raises(DocumentRejected, match=r"answered 413: 413 Request Entity Too Large \(") as caught:
+            score(scorer, ["x" * 200_000])
+        assert "client_max_body_size" in str(caught.value.remedy)
 
     def test_a_document_that_is_too_large(self, serve: Serve, connect: Connect, score: Score):
         """Row 23: what does not fit alone is rejected alone."""

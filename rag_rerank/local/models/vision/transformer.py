@@ -21,11 +21,11 @@ from rag_rerank.local.transformer.attention import Layout, to_device
 from rag_rerank.local.transformer.batching import Batching, TokenSequence
 from rag_rerank.local.transformer.linear import pack
 from rag_rerank.local.transformer.transformer import (
+    Path,
     States,
     Transformer,
     Unpadded,
     lay_out,
-    make_transformer,
     padding_of,
 )
 
@@ -44,15 +44,17 @@ class VisionTransformer:
     decoder: "PreTrainedModel"  # the same, as transformers wrote it
 
     @classmethod
-    def of(
-        cls, model: Any, processor: ImageProcessor, pad_id: int | None, batching: Batching, *, unpadded: bool = True
-    ) -> "VisionTransformer":
-        """Choose the fastest way to run a ``Qwen3VLModel``; its layers may be replaced by faster ones."""
-        pack(model.visual, batching.token_budget)
+    def of(cls, model: Any, processor: ImageProcessor, text: Transformer) -> "VisionTransformer":
+        """Run a ``Qwen3VLModel``, whose decoder `text` runs; the tower's layers may be replaced by faster ones."""
+        budget = text.batching.token_budget
+        pack(model.visual, budget)
         # As many patches as tokens: they are a quarter of the tokens, but have wider layers.
-        tower = Tower(model.visual, processor, batching.token_budget)
-        text = make_transformer(model.language_model, pad_id, batching, unpadded=unpadded)
-        return cls(tower, text, model.language_model)
+        return cls(Tower(model.visual, processor, budget), text, model.language_model)
+
+    @property
+    def path(self) -> Path:
+        """The decoder's."""
+        return self.text.path
 
     @property
     def batching(self) -> Batching:

@@ -18,6 +18,7 @@ from rag_rerank.local.loading import load
 from rag_rerank.local.models.encoding import truncate
 from rag_rerank.local.models.vision.transformer import VisionTransformer
 from rag_rerank.local.transformer.batching import Batching
+from rag_rerank.local.transformer.transformer import Padded
 from tests.pairs import largest_difference
 from tests.vision_models import (
     LEAST,
@@ -269,7 +270,7 @@ class TestWork:
         in_a_row = model.score_type.run(sequences)
         decoder.set_attn_implementation("sdpa")
         body = type("Body", (), {"visual": tower.model, "language_model": decoder})
-        padded = VisionTransformer.of(body, tower.processor, 0, Batching(4096), unpadded=False)
+        padded = VisionTransformer.of(body, tower.processor, Padded(decoder, 0, Batching(4096)))
         with torch.inference_mode():
             states = padded.states(sequences)
         logits = model.score_type.head(states).diff()  # of its two answers
@@ -352,7 +353,7 @@ class TestCuts:
         """The images of the document are not to blame."""
         with (
             LocalScorer(folder, dtype="float32", max_length=300) as scorer,
-            pytest.raises(BackendRejected, match="a query and its template leave no room .* the 300 tokens"),
+            pytest.raises(BackendRejected, match="a query, with its template, leaves no room .* the 300 tokens"),
         ):
             scorer.score("word " * 400, [Image(B)])
 

@@ -1,0 +1,225 @@
+"""The proof at load: the way a model is run, and what it falls back to, on checkpoints as transformers saves them."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from transformers import (
+    CONFIG_MAPPING,
+    AttentionInterface,
+    AutoModel,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+)
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from rag_rerank import ConfigError, LocalScorer
+from rag_rerank.local.transformer.attention import NAME, attention
+from rag_rerank.local.transformer.batching import Batching, TokenSequence
+from rag_rerank.local.transformer.proof import Reference
+from rag_rerank.local.transformer.transformer import Padded, rope_limit
+from tests.causal_models import make_causal_lm, random_decoder
+from tests.encoder_models import make_bi_encoder, make_random_cross_encoder, random_encoder
+from tests.models import MAX_LENGTH, make_bert_cross_encoder, widen, word_piece_tokenizer
+from tests.pairs import largest_difference, pairs
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+DYNAMIC = {"rope_type": "dynamic", "rope_theta": 10_000.0, "factor": 2.0}
+QUERY, DOCUMENTS = "which city", ["a small one", "the city of one million people " * 20]
+
+
+def make_convbert(folder: Path) -> Path:
+    """A model whose convolutions see the padding beside a text."""
+    tokenizer = word_piece_tokenizer()
+    sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128}
+    sizes |= {"embedding_size": 64, "max_position_embeddings": MAX_LENGTH, "vocab_size": len(tokenizer)}
+    torch.manual_seed(0)
+    model = AutoModelForSequenceClassification.from_config(CONFIG_MAPPING["convbert"](**sizes, num_labels=1))
+    widen(model, 8.0)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def make_mpnet(folder: Path) -> Path:
+    return make_random_cross_encoder(folder, "mpnet")
+
+
+def make_phi3(folder: Path, rope: dict[str, object]) -> Path:
+    """A decoder with a head."""
+    tokenizer = word_piece_tokenizer(token_types=False)
+    sizes = {"vocab_size": len(tokenizer), "max_position_embeddings": MAX_LENGTH, "num_labels": 1}
+    sizes["original_max_position_embeddings"] = 40
+    auto = AutoModelForSequenceClassification
+    random_decoder("phi3", auto, rope_parameters=rope, **sizes).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def alone(folder: Path) -> list[float]:
+    """Logits of plain transformers, one pair at a time."""
+    model, tokenizer = AutoModelForSequenceClassification.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    options = {"truncation": "longest_first", "max_length": MAX_LENGTH, "return_tensors": "pt"}
+    with torch.inference_mode():
+        return [model.eval()(**tokenizer(QUERY, document, **options)).logits.item() for document in DOCUMENTS]
+
+
+class TestPath:
+    """What `LocalScorer.proof` tells."""
+
+    @pytest.mark.parametrize(
+        "make",
+        [
+            make_bert_cross_encoder,
+            lambda folder: make_causal_lm(folder / "Qwen3-Reranker-0.6B", "qwen3"),
+            lambda folder: make_bi_encoder(folder, "mean_tokens"),
+        ],
+        ids=["classifier", "causal", "bi-encoder"],
+    )
+    @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+    def test_a_tested_architecture_is_not_padded(self, make, dtype: str, tmp_path: Path):
+        """It gives what plain transformers give, but for rounding."""
+        with LocalScorer(make(tmp_path), dtype=dtype) as scorer:
+            proof = scorer.proof()
+        assert proof.path == "unpadded"
+        assert proof.differences.keys() == {"unpadded"}
+        assert proof.differences["unpadded"] < (1e-5 if dtype == "float32" else 0.03)
+
+    def test_another_one_is_padded(self, tmp_path: Path):
+        """If that changes nothing."""
+        with LocalScorer(make_random_cross_encoder(tmp_path, "deberta-v2"), dtype="float32") as scorer:
+            assert scorer.proof().path == "padded"
+
+    def test_one_that_sees_padding_is_run_in_equal_lengths(self, tmp_path: Path):
+        """A pair scores beside a longer one as alone."""
+        folder = make_convbert(tmp_path)
+        with LocalScorer(folder, dtype="float32", use_activation=False) as scorer:
+            proof = scorer.proof()
+            assert proof.path == "equal lengths"
+            assert proof.differences["padded"] > 0.01
+            assert largest_difference(scorer.score(QUERY, DOCUMENTS), alone(folder)) <= 1e-5
+
+    def test_a_fast_path_that_goes_wrong_is_not_taken(self, cross_encoder: Path, monkeypatch: pytest.MonkeyPatch):
+        """Here each sequence attends to the whole row."""
+        try:
+            AttentionInterface.register(NAME, sdpa_attention_forward)
+            with LocalScorer(cross_encoder, dtype="float32", use_activation=False) as scorer:
+                proof = scorer.proof()
+                assert proof.path == "padded"
+                assert proof.differences["unpadded"] > 0.01
+                assert largest_difference(scorer.score(QUERY, DOCUMENTS), alone(cross_encoder)) <= 1e-5
+        finally:
+            AttentionInterface.register(NAME, attention)
+
+    def test_without_a_proof_only_what_tests_cover_is_trusted(self, cross_encoder: Path, tmp_path: Path):
+        """The rest is run in equal lengths."""
+        other = make_random_cross_encoder(tmp_path, "deberta-v2")
+        for folder, expected in ((cross_encoder, "unpadded"), (other, "equal lengths")):
+            with LocalScorer(folder, dtype="float32", verify=False) as scorer:
+                assert (scorer.proof().path, scorer.proof().differences) == (expected, {})
+
+
+class TestLongRope:
+    """A rope that turns all positions otherwise once the last is beyond the original window (Phi-3)."""
+
+    @pytest.fixture
+    def folder(self, tmp_path: Path) -> Path:
+        """A window of 40 tokens, and factors of two kinds."""
+        factors = {"short_factor": [1.0] * 8, "long_factor": [4.0] * 8}
+        rope = {"rope_type": "longrope", "rope_theta": 10_000.0, **factors}
+        return make_phi3(tmp_path, rope)
+
+    def test_each_side_of_the_window_is_run_apart(self, folder: Path):
+        """A pair scores beside a longer one as alone, and so does the longer one."""
+        options = {"dtype": "float32", "use_activation": False, "template": None}
+        with LocalScorer(folder, **options) as scorer:
+            assert scorer.proof().path == "unpadded"
+            assert largest_difference(scorer.score(QUERY, DOCUMENTS * 3), alone(folder) * 3) <= 1e-5
+
+    def test_only_where_texts_are_that_long(self, folder: Path):
+        """Within the window there is one side."""
+        model = AutoModel.from_pretrained(folder)
+        assert rope_limit(model, MAX_LENGTH) == 40
+        assert rope_limit(model, 40) is None
+        assert rope_limit(random_decoder("phi3"), MAX_LENGTH) is None
+
+    def test_a_rope_of_each_length_is_refused(self, tmp_path: Path):
+        """transformers' own scores depend on what was scored before."""
+        model = random_decoder("llama", max_position_embeddings=40, rope_parameters=DYNAMIC)
+        with pytest.raises(ConfigError, match="pass max_length=40"):
+            rope_limit(model, MAX_LENGTH)
+
+
+class TestHead:
+    """What is behind the transformer, in a model that computes in bfloat16."""
+
+    def test_it_computes_in_float32(self, cross_encoder: Path):
+        """So that documents differ: in bfloat16 there are 256 numbers from 1 to 2."""
+        documents = pairs()[1][:60]
+        with (
+            LocalScorer(cross_encoder, dtype="bfloat16", use_activation=False) as scorer,
+            LocalScorer(cross_encoder, dtype="float32", use_activation=False) as precise,
+        ):
+            scores, expected = (each.score("which one", documents) for each in (scorer, precise))
+        assert len(set(scores)) == len(set(expected))
+
+    @pytest.mark.parametrize("make", [make_bert_cross_encoder, make_mpnet], ids=["by its parts", "as a whole"])
+    def test_its_weights_are_those_of_the_file(self, make, tmp_path: Path):
+        """Not rounded to bfloat16 on the way: a last bias of 1/3 stays one."""
+        folder = make(tmp_path)
+        with safe_open(folder / "model.safetensors", "pt") as opened:
+            weights = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+        [bias] = [name for name, weight in weights.items() if name.startswith("classifier") and weight.shape == (1,)]
+        [matrix] = [
+            name
+            for name, weight in weights.items()
+            if name.startswith("classifier") and weight.shape[0] == 1 and weight.dim() == 2
+        ]
+        weights |= {bias: torch.tensor([1 / 3]), matrix: torch.zeros_like(weights[matrix])}
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+        with LocalScorer(folder, dtype="bfloat16", use_activation=False) as scorer:
+            assert scorer.score("which one", "a city") == [pytest.approx(1 / 3, rel=1e-6)]
+
+
+class TestReference:
+    """What plain transformers give, on a model with few of its layers."""
+
+    def reference(self, kind: str, **options: object) -> tuple[Reference, Padded, list[int]]:
+        """A reference, what runs the same model padded, and how many layers ran each time."""
+        model = random_encoder(kind, **options)
+        runner, ran = Padded(model, 0, Batching(4096)), []
+        for module in model.modules():
+            if "Layer" in type(module).__name__ and hasattr(module, "attention"):
+                module.register_forward_hook(lambda *_: ran.append(1))
+        sequences = [TokenSequence([*range(10, 10 + length)]) for length in (5, 40)]
+        return Reference(model, sequences, lambda each: runner.states([each]).mean()), runner, ran
+
+    def test_two_layers_of_a_kind_are_enough(self):
+        """And afterwards all are there."""
+        reference, runner, ran = self.reference("bert", num_hidden_layers=6)
+        assert len(ran) == 2 * 2
+        assert reference.difference(runner, lambda states: states.mean()) < 1e-5
+        assert len(ran) == 2 * 2 + 2
+        assert len(runner.model.encoder.layer) == 6
+
+    def test_every_kind_of_layer_takes_part(self):
+        """ModernBERT's fourth is the first that sees all and has a norm before its attention."""
+        reference, runner, _ = self.reference("modernbert", num_hidden_layers=6)
+        kept = []
+        runner.model.register_forward_hook(lambda model, *_: kept.append(len(model.layers)))
+        reference.difference(runner, lambda states: states.mean())
+        assert kept == [4]
+
+    @pytest.mark.parametrize("wrong", [torch.nan, torch.inf])
+    def test_what_is_no_number_differs(self, wrong: float):
+        """By more than any tolerance."""
+        reference, runner, _ = self.reference("bert")
+        assert reference.difference(runner, lambda states: states.mean() * wrong) == torch.inf
+
+    def test_a_path_that_fails_differs(self):
+        """It is none."""
+        reference, runner, _ = self.reference("bert")
+        assert reference.difference(runner, lambda _: 1 / 0) == torch.inf
