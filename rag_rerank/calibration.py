@@ -222,13 +222,22 @@ class Calibrated(Scorer):
         self._scorer = scorer
         self._calibration = calibration if isinstance(calibration, Calibration) else Calibration.load(calibration)
         self._scale: str | None = None  # of the scorer's scores; None before they were compared
-        self.accepts_images, self.accepts_instruction = scorer.accepts_images, scorer.accepts_instruction
-        self.listwise, self.remote = scorer.listwise, scorer.remote
+        self.accepts_instruction, self.remote = scorer.accepts_instruction, scorer.remote
 
     @property
     def model_name(self) -> str:
         """The model of the scorer."""
         return self._scorer.model_name
+
+    @property
+    def accepts_images(self) -> bool:  # type: ignore[override]  # as that of the scorer
+        """Whether the scorer's model reads images."""
+        return self._scorer.accepts_images
+
+    @property
+    def listwise(self) -> bool:  # type: ignore[override]
+        """Whether the scorer's model scores a query's documents together."""
+        return self._scorer.listwise
 
     def identity(self, *, deadline: float | None = None) -> Identity:
         """Say who the scorer is, and by what its scores are converted."""
