@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass, field, replace
 from itertools import pairwise
 from operator import itemgetter
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Self
+from typing import Any, Literal, Self
 
 from rag_rerank.errors import BackendError, ConfigError
 from rag_rerank.fallback import FallbackScorer
@@ -32,14 +32,6 @@ _FLOAT32 = 2e-7  # twice what a score just below 1 is rounded by
 _LARGEST = 16.0  # logits beyond it are 0 or 1 in float32
 
 logger = logging.getLogger(__name__)
-
-
-class Reference(NamedTuple):
-    """A pair of query and document, and its score on the scale that was fitted."""
-
-    query: str
-    document: str
-    value: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,14 +75,14 @@ class Calibration:
 
     Attributes:
         facts: What scored, see `known_facts`.
-        references: A few pairs with their scores, by which the model is known again.
+        references: (query, document, its score on the fitted scale): by these the model is known again.
         scale: What was fitted: ``"score"``, or ``"logit"`` of a score between 0 and 1.
         curve: From there to probabilities.
         fitted_on: What the data was, for people.
     """
 
     facts: Mapping[str, str]
-    references: Sequence[Reference]
+    references: Sequence[tuple[str, str, float]]
     scale: Literal["score", "logit"]
     curve: Curve
     fitted_on: Mapping[str, Any] = field(default_factory=dict)
@@ -111,7 +103,7 @@ class Calibration:
             values = json.loads(Path(path).read_text(encoding="utf-8"))
             if values.pop("format") != _FORMAT:
                 raise ValueError(f"its format is not {_FORMAT!r}")  # noqa: TRY301 - joins the other ways
-            values["references"] = [Reference(**each) for each in values["references"]]
+            values["references"] = [(str(one), str(other), float(score)) for one, other, score in values["references"]]
             if values["scale"] not in ("score", "logit") or not (values["references"] and values["facts"]["model"]):
                 raise ValueError("it names no model, no references, or an unknown scale")  # noqa: TRY301
             curve = values.pop("curve")
@@ -129,8 +121,7 @@ class Calibration:
         Raises:
             ConfigError: It can't be written.
         """
-        values = asdict(self) | {"references": [each._asdict() for each in self.references]}
-        text = json.dumps({"format": _FORMAT, **values}, ensure_ascii=False, allow_nan=False, indent=1)
+        text = json.dumps({"format": _FORMAT, **asdict(self)}, ensure_ascii=False, allow_nan=False, indent=1)
         try:
             Path(path).write_text(text + "\n", encoding="utf-8")
         except OSError as error:
@@ -142,33 +133,31 @@ class Calibration:
         Raises:
             ConfigError: They are another model's; the message says in what it differs.
         """
-        for tolerance in (_TOLERANCE, _HALF_PRECISION):
+        for strict in (True, False):
             for scale in ("score", "logit"):
-                if not self._fits(scores, scale, tolerance):
-                    continue
-                if tolerance == _TOLERANCE:
+                if self._fits(scores, scale, strict) and (strict or not self._differences(scorer, deadline)):
+                    if not strict:
+                        logger.warning("%s was fitted with another dtype: probabilities differ a little", self.model)
                     return scale
-                if not self._differences(scorer, deadline):
-                    logger.warning("%s was fitted with another dtype: probabilities differ a little", self.model)
-                    return scale
-        told = [", ".join(f"{each:.4g}" for each in row) for row in (scores, [each.value for each in self.references])]
-        changes = "".join(f"; {change}" for change in self._differences(scorer, deadline))
+        now, then = (", ".join(f"{each:.4g}" for each in row) for row in (scores, [row[2] for row in self.references]))
+        changes = "; ".join(
+            [f"scores of the reference pairs: {now}, before {then}", *self._differences(scorer, deadline)]
+        )
         raise ConfigError(
-            f"the calibration was fitted for {self.model}, and {scorer.model_name} is not that or has another template,"
-            f" instruction or activation: the reference pairs' scores are {told[0]}, and were {told[1]}"
-            f"{changes}. Run rag-rerank calibrate with this scorer."
+            f"the calibration was fitted for {self.model}, and {scorer.model_name} is not that or has another template "
+            f"or instruction ({changes}). Run rag-rerank calibrate with this scorer."
         )
 
-    def _fits(self, scores: Sequence[float], scale: str, tolerance: float) -> bool:
+    def _fits(self, scores: Sequence[float], scale: str, strict: bool) -> bool:
         # A scorer that gives logits fits a curve over the logits of its other scale, and the other way round.
         if scale == "logit" and not all(0 <= score <= 1 for score in scores):
             return False
-        return all(
-            abs(on_scale(score, scale) - reference.value)
-            <= (tolerance if tolerance == _TOLERANCE else tolerance * max(1.0, abs(reference.value)))
-            + (_FLOAT32 / max(score * (1 - score), _FLOAT32) if scale == "logit" else 0.0)
-            for score, reference in zip(scores, self.references, strict=True)
-        )
+        for score, (_, _, value) in zip(scores, self.references, strict=True):
+            rounding = _FLOAT32 / max(score * (1 - score), _FLOAT32) if scale == "logit" else 0.0
+            most = _TOLERANCE if strict else _HALF_PRECISION * max(1.0, abs(value))
+            if abs(on_scale(score, scale) - value) > most + rounding:
+                return False
+        return True
 
     def _differences(self, scorer: Scorer, deadline: float | None) -> list[str]:
         """Say in what the scorer is known to differ, but for its dtype."""

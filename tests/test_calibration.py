@@ -21,7 +21,7 @@ from rag_rerank import (
     LocalScorer,
     Scorer,
 )
-from rag_rerank.calibration import Curve, Reference, known_facts, on_scale
+from rag_rerank.calibration import Curve, known_facts, on_scale
 from rag_rerank.identity import PROBES
 from rag_rerank.ranking import Ranked
 from tests.scorers import Answers, WordOverlap
@@ -34,7 +34,7 @@ def calibration(scorer: Scorer, curve: Curve = PLATT, scale: Any = "score") -> C
     """A calibration whose references are this scorer's own."""
     queries, documents = zip(*PROBES, strict=True)
     values = [on_scale(score, scale) for score in scorer.score(queries, documents)]
-    references = list(map(Reference, queries, documents, values))
+    references = list(zip(queries, documents, values, strict=True))
     return Calibration(known_facts(scorer, scorer.identity()), references, scale, curve)
 
 

@@ -19,7 +19,7 @@ from sklearn.isotonic import IsotonicRegression
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import GroupKFold
 
-from rag_rerank.calibration import Calibration, Curve, Reference, known_facts, on_scale
+from rag_rerank.calibration import Calibration, Curve, known_facts, on_scale
 from rag_rerank.errors import ConfigError
 from rag_rerank.evaluation.collection import Collection
 from rag_rerank.evaluation.files import rows
@@ -33,10 +33,8 @@ FOLDS = 5
 DRAWS = 500
 FEWEST_KEPT = 20  # documents, below which a threshold's precision is an accident
 WIDEST = 0.5  # interval of precision or recall among other queries; beyond it the data can't tell
-TARGETS: Sequence[tuple[Literal["precision", "recall"], float]] = (
-    *(("precision", 0.8), ("precision", 0.9)),
-    *(("recall", 0.95), ("recall", 0.8)),
-)
+Kind = Literal["precision", "recall"]
+TARGETS: Sequence[tuple[Kind, float]] = (("precision", 0.8), ("precision", 0.9), ("recall", 0.95), ("recall", 0.8))
 
 Floats = NDArray[np.float64]
 
@@ -94,7 +92,7 @@ class Target:
         why_not: Why the data can't tell; empty where it can.
     """
 
-    kind: Literal["precision", "recall"]
+    kind: Kind
     wanted: float
     cut: Cut | None
     threshold: Interval | None
@@ -106,13 +104,8 @@ class Target:
 class Calibrating:
     """A calibration, and how far it can be trusted.
 
-    Attributes:
-        calibration: What was fitted.
-        base_rate, base_log_loss: The share of relevant pairs, and the loss of who predicts that always.
-        before: Quality of the scores, through a sigmoid unless they lie between 0 and 1.
-        after: Quality of the probabilities, of queries that the curve was not fitted on.
-        cuts: At 0.05, 0.1, 0.2, ... 0.9.
-        targets: As in `TARGETS`.
+    `before` is of the scores, through a sigmoid unless they are between 0 and 1; `after` of the probabilities of
+    queries that the curve was not fitted on.
     """
 
     calibration: Calibration
@@ -159,11 +152,7 @@ class Pairs:
 
 
 def calibrate(found: Evaluation, scorer: Scorer) -> Calibrating:
-    """Fit a calibration on the first reranker of an evaluation, at its deepest depth.
-
-    Args:
-        found: What `evaluate` has found for this scorer.
-        scorer: What scored it; scores the reference pairs.
+    """Fit a calibration on what `evaluate` has found for a scorer, at its deepest depth.
 
     Raises:
         ConfigError: No relevant or no irrelevant candidates, too few queries, scores that are equal or no higher for
@@ -196,7 +185,7 @@ def calibrate(found: Evaluation, scorer: Scorer) -> Calibrating:
         "relevant": int(pairs.relevant.sum()),
         "unjudged": grades.count(None),
     }
-    references = list(map(Reference, asked, answers, known))
+    references = list(zip(asked, answers, known, strict=True))
     calibration = Calibration(known_facts(scorer, identity), references, scale, curve, data)
     base, predicted = float(pairs.relevant.mean()), over(curve, pairs.values)
     raw = over(Curve("platt", [(0.0, 0.0), (1.0, 1.0)]), pairs.values)
@@ -292,7 +281,7 @@ def cut(pairs: Pairs, predicted: Floats, threshold: float) -> Cut:
     return Cut(threshold, right / size if size else None, right / int(pairs.relevant.sum()), size / queries, without)
 
 
-def target(pairs: Pairs, predicted: Floats, kind: Literal["precision", "recall"], wanted: float) -> Target:
+def target(pairs: Pairs, predicted: Floats, kind: Kind, wanted: float) -> Target:
     """Find the lowest threshold with a precision, or the highest with a recall, and what it does to other queries."""
     order = np.argsort(-predicted, kind="stable")
     probabilities, relevant, queries = predicted[order], pairs.relevant[order], pairs.queries[order]
