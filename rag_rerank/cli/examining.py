@@ -6,14 +6,14 @@ from collections import Counter
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Column, Table
 
 from rag_rerank import VLLMScorer
 from rag_rerank.check import Finding
 from rag_rerank.check import check as examine
-from rag_rerank.cli.options import EndpointOption, KeyOverHTTPOption
+from rag_rerank.cli.options import EndpointOption, KeyOverHTTPOption, console
+from rag_rerank.display import printable
 
 _MARKS = {"good": ("✓", "green"), "note": ("·", "cyan"), "warning": ("!", "yellow"), "problem": ("✗", "red")}
 
@@ -48,15 +48,10 @@ def check(
 def _show_finding(finding: Finding) -> None:
     mark, colour = _MARKS[finding.verdict]
     row = Table.grid(Column(width=1), Column(width=14), Column(overflow="fold"), padding=(0, 1))  # 14: longest title
-    row.add_row(f"[bold {colour}]{mark}[/]", f"[bold]{finding.title}[/]", escape(_printable(finding.says)))
+    row.add_row(f"[bold {colour}]{mark}[/]", f"[bold]{finding.title}[/]", escape(printable(finding.says)))
     if finding.remedy is not None:
-        row.add_row("", "", f"[{colour}]→[/] {escape(_printable(finding.remedy))}")
-    Console(highlight=False).print(row)
-
-
-def _printable(text: str) -> str:
-    """`text` without commands to the terminal, which a server could put into the name of a model."""
-    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)
+        row.add_row("", "", f"[{colour}]→[/] {escape(printable(finding.remedy))}")
+    console().print(row)
 
 
 def _show_verdict(verdicts: Counter[str]) -> None:
@@ -65,4 +60,4 @@ def _show_verdict(verdicts: Counter[str]) -> None:
     counted = [f"{count} {verdict}{'' if count == 1 else 's'}" for count, verdict in counts]
     colour = next((_MARKS[verdict][1] for verdict in ("problem", "warning") if verdicts[verdict]), "green")
     healthy = "" if verdicts["problem"] else "It can be used: "
-    Console(highlight=False).print(f"\n[bold {colour}]{healthy}{', '.join(counted) or 'all is well'}.[/]")
+    console().print(f"\n[bold {colour}]{healthy}{', '.join(counted) or 'all is well'}.[/]")

@@ -8,6 +8,7 @@ from rich.markup import escape
 from rich.progress import Progress
 from rich.table import Table
 
+from rag_rerank.cli.options import console
 from rag_rerank.errors import ConfigError
 from rag_rerank.families import FAMILIES, find_family
 from rag_rerank.families import family as family_called
@@ -58,7 +59,7 @@ def list_templates() -> None:
         answer = f" ({' / '.join(family.tokens)})" if family.tokens else ""
         cells = family.name, "\n".join(family.models), family.template or "", family.method + answer
         table.add_row(*map(escape, (*cells, family.instruction or "")))
-    Console().print(table)
+    console().print(table)
 
 
 @template_app.command("show")
