@@ -142,6 +142,18 @@ class TestRemote:
         assert len(json.loads(run(*arguments, VLLM_API_KEY=vllm_cross_encoder.api_key).stdout)["scores"]) == 2
 
 
+def test_headers_go_along():
+    """--header, as often as a gateway wants."""
+    with FaultyServer() as server:
+        arguments = ("score", QUERY, "a", "--json", "--base-url", server.base_url)
+        result = run(*arguments, "--header", "X-Tenant: search", "--header", "X-Team:b", VLLM_API_KEY="")
+        assert result.returncode == 0, result.stderr
+        headers = server.score_requests[-1].headers
+        wrong = run(*arguments, "--header", "X-Tenant", VLLM_API_KEY="")
+    assert (headers["x-tenant"], headers["x-team"]) == ("search", "b")
+    assert "--header" in wrong.stderr
+
+
 class TestTemplates:
     """What the package knows about models."""
 
@@ -157,7 +169,7 @@ class TestTemplates:
         assert all(family.name in listed for family in FAMILIES)
         assert "two-token (no / yes)" in listed
 
-    @pytest.mark.parametrize(("name", "words"), [("qwen3-rerank", "Did you mean"), ("bge-reranker", "has no template")])
+    @pytest.mark.parametrize(("name", "words"), [("qwen3-rerank", "Did you mean"), ("lfm2-colbert", "has no template")])
     def test_what_has_no_template_is_said(self, name: str, words: str):
         """Unknown, or scored as a pair."""
         result = run("template", "show", name)

@@ -3,13 +3,14 @@
 import dataclasses
 import json
 from collections import Counter
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.markup import escape
 from rich.table import Column, Table
 
-from rag_rerank import VLLMScorer
+from rag_rerank import LocalScorer, VLLMScorer
 from rag_rerank.check import Finding
 from rag_rerank.check import check as examine
 from rag_rerank.cli.options import EndpointOption, KeyOverHTTPOption, console
@@ -19,7 +20,9 @@ _MARKS = {"good": ("✓", "green"), "note": ("·", "cyan"), "warning": ("!", "ye
 
 
 def check(
-    urls: Annotated[list[str], typer.Argument(metavar="URL...", help="A vLLM server, or several of one model.")],
+    targets: Annotated[
+        list[str], typer.Argument(help="A vLLM server, or several of one model; or a model's folder or hub id.")
+    ],
     model: Annotated[str | None, typer.Option(help="The name on the server, where it serves several.")] = None,
     endpoint: EndpointOption = "score",
     as_json: Annotated[bool, typer.Option("--json", help="JSON Lines, one a finding.")] = False,
@@ -28,12 +31,23 @@ def check(
 ) -> None:
     """Examine a vLLM server: does it answer, score, rank, use the right prompt, and how fast?
 
+    Of a model in a folder or on the hub: what its files declare, and the proof that it is run rightly here.
+
     The key is read from VLLM_API_KEY. The exit code is 1 if a problem was found; warnings are not problems.
     """
     verdicts: Counter[str] = Counter()
-    settings: dict[str, Any] = {"model": model, "endpoint": endpoint, "send_key_over_http": send_key_over_http}
-    with VLLMScorer(urls, timeout=timeout, **settings) as scorer:
-        for finding in examine(scorer):
+    scorer: LocalScorer | VLLMScorer
+    if len(targets) == 1 and (":" not in targets[0] or Path(targets[0]).is_dir()):
+        from rag_rerank.check.local import check_local
+
+        scorer = LocalScorer(targets[0])
+        findings = check_local(scorer)
+    else:
+        settings: dict[str, Any] = {"model": model, "endpoint": endpoint, "send_key_over_http": send_key_over_http}
+        scorer = VLLMScorer(targets, timeout=timeout, **settings)
+        findings = examine(scorer)
+    with scorer:
+        for finding in findings:
             verdicts[finding.verdict] += 1
             if as_json:
                 typer.echo(json.dumps(dataclasses.asdict(finding), ensure_ascii=False))

@@ -25,6 +25,7 @@ EndpointOption = Annotated[
     str, Option(help="How the server is asked: score (vLLM), rerank (most others), tei, or auto, which finds out.")
 ]
 _MODEL_HELP = f"Hub id or folder ({LocalSettings.model} if none), or the name on the server."
+_HEADER_HELP = 'A header for a server, such as "X-Tenant: search"; may be repeated.'
 _URL_HELP = "A vLLM server; may be repeated for several. The key is read from VLLM_API_KEY."
 
 
@@ -41,6 +42,7 @@ class ScorerOptions:
     dtype: DtypeOption = "auto"
     logits: Annotated[bool, Option("--logits", help="Raw logits instead of the model's own scale.")] = False
     send_key_over_http: KeyOverHTTPOption = False
+    header: Annotated[list[str] | None, Option(help=_HEADER_HELP)] = None
     calibration: Annotated[Path | None, Option(help="A file of rag-rerank calibrate, for probabilities.")] = None
 
     def make(self) -> Scorer:
@@ -68,7 +70,15 @@ class ScorerOptions:
             endpoint=self.endpoint,  # type: ignore[arg-type]  # checked there
             use_activation=use_activation,
             send_key_over_http=self.send_key_over_http,
+            default_headers=dict(map(_header, self.header or ())),
         )
+
+
+def _header(text: str) -> tuple[str, str]:
+    name, colon, value = text.partition(":")
+    if not colon:
+        raise ConfigError("--header takes a name and a value: --header 'Name: value'")
+    return name.strip(), value.strip()
 
 
 def console() -> Console:
