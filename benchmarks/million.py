@@ -29,7 +29,7 @@ from rich.console import Console
 
 from benchmarks.models import ROOT
 from benchmarks.texts import Texts
-from rag_rerank.files.run import GROUP
+from rag_rerank.files.rows import GROUP
 
 FOLDER = ROOT / ".benchmarks" / "million"
 SINGLE = """
@@ -114,7 +114,7 @@ class Watch:
             # Shared memory, of which all show the same, is not counted for each.
             memory = child.memory_info()
             mb = (memory.rss - memory.shared) >> 20
-            if "ScoreShards" in " ".join(child.cmdline()):
+            if "ShardScorer" in " ".join(child.cmdline()):
                 actors.append(child)
                 sums["actor"] = max(sums["actor"], mb)
             else:
@@ -131,7 +131,7 @@ def with_ray(
     model: Path, folder: Path, target: Path, actors: int, shard_lines: int, shards: int
 ) -> tuple[float, Watch]:
     """The command line's seconds, and what was seen of it."""
-    command = [sys.executable, "-m", "rag_rerank.cli", "rerank", "--engine", "ray", "--num-actors", str(actors)]
+    command = [sys.executable, "-m", "rag_rerank", "rerank", "--engine", "ray", "--num-actors", str(actors)]
     command += ["--model", str(model), "--dtype", "float32", "--shard-lines", str(shard_lines)]
     began = time.perf_counter()
     process = subprocess.Popen([*command, "--in", str(folder), "--out", str(target)])  # noqa: S603 - our own

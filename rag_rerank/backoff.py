@@ -11,15 +11,16 @@ FIRST_REST, LONGEST_REST = 1.0, 30.0  # seconds
 class _State(NamedTuple):
     rest: float = 0.0  # how long the latest rest is; 0 for what works
     ends: float = -math.inf
-    on_trial: bool = False  # whether somebody has claimed it at the end of a rest and not told yet
+    since: float = -math.inf  # what began before this moment tells nothing new
 
 
 class BackOff:
     """Remembers for one server or scorer whether it works, and keeps callers off it for a while after it failed.
 
-    A failure begins a rest of 1 s; the next one after the rest doubles it, up to 30 s. Failures during a rest change
-    nothing: they are of calls that were under way already. At the end of a rest one caller gets to try (a half-open
-    circuit breaker). If that one never tells, being cancelled for example, the next may try after another rest as long.
+    A failure begins a rest of 1 s; the next one after the rest doubles it, up to 30 s. Concurrent failures count once:
+    what began before the latest news of it, or during a rest, changes nothing by failing. At the end of a rest one
+    caller gets to try (a half-open circuit breaker). If that one never tells, being cancelled for example, the next may
+    try after another rest as long.
 
     Threads and forked processes may share one, without a lock: the state is one tuple that is replaced as a whole. What
     threads at the same moment may lose, a try too many or one more rest, the next call that tells puts right. A pickle
@@ -49,19 +50,30 @@ class BackOff:
         if now < state.ends:
             return False
         if state.rest:
-            self._state = state._replace(ends=now + state.rest, on_trial=True)
+            self._state = _State(state.rest, now + state.rest, now)
         return True
 
-    def failed(self) -> None:
-        """Tell that it failed."""
+    def failed(self, began: float | None = None, *, longest: float = LONGEST_REST) -> None:
+        """Tell that it failed.
+
+        Args:
+            began: When that began which failed, on the clock; None for now.
+            longest: Seconds that it may rest at most.
+        """
         state, now = self._state, self._clock()
-        if state.on_trial or now >= state.ends:  # a trial rests by the clock, but its failure is news
-            rest = min(LONGEST_REST, max(FIRST_REST, 2 * state.rest))
-            self._state = _State(rest, now + rest)
+        if (now if began is None else began) >= state.since:
+            rest = min(longest, max(FIRST_REST, 2 * state.rest))
+            self._state = _State(rest, now + rest, now + rest)
+
+    def asked(self, seconds: float) -> None:
+        """Tell that it asked to be left alone for so long."""
+        state, ends = self._state, self._clock() + seconds
+        if ends > state.ends:
+            self._state = _State(state.rest or FIRST_REST, ends, ends)
 
     def worked(self) -> None:
         """Tell that it worked: all failures are forgotten."""
-        self._state = _State()
+        self._state = _State(since=self._clock())
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), ()

@@ -1,36 +1,40 @@
-"""From a causal reranker to a sequence-classification checkpoint that scores the same (extra `local`).
+"""From a reranker to a sequence-classification checkpoint that scores the same and that vLLM serves (extra `local`).
 
-Some rerankers are causal language models that answer "yes" or "no", scored by the logit of one token or the difference
-of two. A logit is the last hidden state times one row of the output matrix. So one row, or the difference of two, as
-the weight of a one-label classifier gives the same score, without the output matrix and ``--hf-overrides``.
+A causal language model that answers "yes" or "no" is scored by the logit of one token or the difference of two. A logit
+is the last hidden state times one row of the output matrix. So one row, or the difference of two, as the weight of a
+one-label classifier gives the same score, without the output matrix and ``--hf-overrides``.
+
+A modular cross-encoder of sentence-transformers (a transformer, a pooling, and a head of Dense and LayerNorm: Ettin)
+is transformers' classifier of the same architecture, where that has the same parts. As it is, vLLM takes it for an
+embedding model.
 """
 
 import json
 import os
 import secrets
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NoReturn, cast, get_args
 
 import torch
-from huggingface_hub import snapshot_download
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING as CLASSIFIERS
-from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.modeling_layers import GenericForSequenceClassification
 
 from rag_rerank.errors import ConfigError
-from rag_rerank.local.checkpoint.checkpoint import check_exists
+from rag_rerank.local.checkpoint.checkpoint import Checkpoint
+from rag_rerank.local.checkpoint.declaration import Pooling
+from rag_rerank.local.checkpoint.files import INDEX, ONLY_SAFETENSORS, WEIGHTS, Files, Weights, opened
 from rag_rerank.local.checkpoint.fingerprint import TOKENIZER_FILES
 from rag_rerank.local.models.decoder import LOGIT_OPTIONS, token_ids
+from rag_rerank.local.models.layers import activation, config_activation, read_layers
 
 Method = Literal["two-token", "single-token"]
 Dtype = Literal["float32", "bfloat16", "float16"]
 
 _TOKENS = {"two-token": ("false", "true"), "single-token": ("true",)}
-_WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _HEAD, _EMBEDDINGS, _SCORE = "lm_head.weight", "model.embed_tokens.weight", "score.weight"
 _DROPPED_ENTRIES = {
     # of generation
@@ -43,12 +47,25 @@ _DROPPED_ENTRIES = {
 }
 
 
+# What the heads of classifiers are made of, by model types: of which pooling they are, then the name and activation of
+# each layer; one without is a LayerNorm. `_DECODER` is that of all that `GenericForSequenceClassification` covers.
+_Layout = tuple[tuple[str, ...], Mapping[str, str | None]]
+_DECODER: _Layout = ("lasttoken",), {"score": "Identity"}
+_ROBERTA: _Layout = ("cls",), {"classifier.dense": "Tanh", "classifier.out_proj": "Identity"}
+_HEADS: Mapping[str, _Layout] = {
+    "bert": (("cls",), {"bert.pooler.dense": "Tanh", "classifier": "Identity"}),
+    "modernbert": (("cls", "mean"), {"head.dense": "GELU", "head.norm": None, "classifier": "Identity"}),
+    "roberta": _ROBERTA,
+    "xlm-roberta": _ROBERTA,
+}
+
+
 def convert(
     model: str | os.PathLike[str],
     out: str | os.PathLike[str],
     *,
-    method: Method,
-    tokens: Sequence[str],
+    method: Method | None = None,
+    tokens: Sequence[str] = (),
     template: str | None = None,
     dtype: Dtype | None = None,
     revision: str | None = None,
@@ -57,19 +74,24 @@ def convert(
     overwrite: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> Path:
-    """Write `model`, a ``*ForCausalLM`` reranker, as a ``*ForSequenceClassification`` with one label into `out`.
+    """Write `model` as a ``*ForSequenceClassification`` with one label into `out`.
 
-    The classifier's weight is computed and stored in float32 whatever the rest is stored in, as vLLM computes it from
-    ``classifier_from_token``: a difference of two rows rounded to bfloat16 is another model. Weights are copied shard
-    by shard, so memory for one shard is enough for a model of any size. Nothing appears at `out` before all of it
-    is written, and nothing of `model` is changed.
+    It is a ``*ForCausalLM`` reranker, or a modular cross-encoder of sentence-transformers whose head is that of BERT's,
+    RoBERTa's, ModernBERT's or a decoder's classifier.
+
+    The classifier's weights are stored in float32 whatever the rest is stored in, as vLLM computes with them: a
+    difference of two rows rounded to bfloat16 is another model. Weights are copied shard by shard, so memory for one
+    shard is enough for a model of any size. Nothing appears at `out` before all of it is written, and nothing of
+    `model` is changed.
 
     Args:
         model: A hub id or a folder, with safetensors weights.
         out: The folder to make.
-        method: ``"two-token"``: the score is the logit of the true token minus that of the false one (its sigmoid is
-            the softmax over the two). ``"single-token"``: the logit of the true token.
-        tokens: ``(false, true)`` or ``(true,)``: vocabulary entries, as in ``("no", "yes")`` or ``("Yes",)``.
+        method: Of a causal model. ``"two-token"``: the score is the logit of the true token minus that of the false
+            one (its sigmoid is the softmax over the two). ``"single-token"``: the logit of the true token. None goes
+            by the number of `tokens`.
+        tokens: Of a causal model, ``(false, true)`` or ``(true,)``: vocabulary entries, as in ``("no", "yes")`` or
+            ``("Yes",)``. Empty takes those that the checkpoint declares (``LogitScore``).
         template: Text of the score template. It becomes ``chat_template.jinja``, where transformers looks for the
             tokenizer's template. vLLM up to 0.33 does not take it from there for a text reranker: start the server
             with ``--chat-template OUT/chat_template.jinja``. None keeps what the model has.
@@ -83,161 +105,207 @@ def convert(
     Raises:
         ConfigError: An argument is wrong, the model is not there, or it can't be converted so that it scores the same.
     """
-    if method not in get_args(Method):
+    if method not in (None, *get_args(Method)):
         raise ConfigError(f"method must be one of {', '.join(get_args(Method))}; got {method!r}")
-    if isinstance(tokens, str) or len(tokens) != len(_TOKENS[method]):
-        raise ConfigError(f"method {method!r} takes the tokens ({', '.join(_TOKENS[method])}); got {tokens!r}")
+    if isinstance(tokens, str) or (method is not None and len(tokens) != len(_TOKENS[method])):
+        names = ", ".join(_TOKENS[method or "two-token"])
+        raise ConfigError(f"method {method!r} takes the tokens ({names}); got {tokens!r}")
     if dtype is not None and dtype not in get_args(Dtype):
         raise ConfigError(f"dtype must be None or one of {', '.join(get_args(Dtype))}; got {dtype!r}")
     target = Path(out).absolute()
     _check_target(target, overwrite)
-    folder = _folder(str(model), revision=revision, cache_dir=cache_dir, local_files_only=local_files_only)
-    if folder.resolve().is_relative_to(target.resolve()):
+    checkpoint = Checkpoint(Files(str(model), revision, cache_dir, local_files_only))
+    weights = Weights(checkpoint.files, checkpoint.route.folder)
+    if weights.missing:
+        raise ConfigError(f"{checkpoint.name!r} has no {weights.missing[0]}: {ONLY_SAFETENSORS}")
+    if next(iter(weights.shards.values())).parent.resolve().is_relative_to(target.resolve()):
         raise ConfigError(f"{str(target)!r} holds the model itself; pass another folder to write to")
-    source = _CausalModel(str(model), folder)
-    score = source.score_weight(token_ids(source.tokenizer, tokens, source.name))
+    if checkpoint.tokenizer.pad_token_id is None:
+        raise ConfigError(
+            f"the tokenizer of {checkpoint.name!r} has no pad_token, by which a classifier finds the last token in a "
+            "batch. Set one in its tokenizer_config.json that no prompt ends with."
+        )
+    modular = checkpoint.declaration.document.pooling is not None
+    made = _modular(checkpoint, weights) if modular else _causal(checkpoint, weights, tokens)
     staging = target.with_name(f".{target.name}-{secrets.token_hex(4)}")
     try:
         staging.mkdir(parents=True)
-        source.write_weights(staging, score, dtype, progress or (lambda done, total: None))
-        source.write_config(staging, dtype)
-        source.write_tokenizer(staging, template)
+        _write_weights(staging, weights, made, dtype, progress or (lambda done, total: None))
+        _write_config(staging, checkpoint, made, dtype or weights.rows(made.sample, 0, 1).dtype)
+        _write_tokenizer(staging, checkpoint, template)
         _put(staging, target)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     return Path(out)
 
 
-class _CausalModel:
-    """A causal reranker on disk; ConfigError where a classifier can't score as it does."""
+@dataclass(frozen=True, slots=True)
+class _Classifier:
+    """What is to be written; `names` are those of the transformer's tensors by what they were."""
 
-    def __init__(self, name: str, folder: Path) -> None:
-        self.name = name
-        self.folder = folder
-        local = {"local_files_only": True, "trust_remote_code": False}  # no code of the model ever runs
-        self.config: PreTrainedConfig = self._read(AutoConfig.from_pretrained, folder, **local)
-        self.architecture = _classifier(name, self.config)
-        self.tokenizer: PreTrainedTokenizerBase = self._read(AutoTokenizer.from_pretrained, folder, **local)
-        if self.tokenizer.pad_token_id is None:
-            raise ConfigError(
-                f"the tokenizer of {name!r} has no pad_token, by which a classifier finds the last token in a batch. "
-                "Set one in its tokenizer_config.json that no prompt ends with."
-            )
-        self.shards = self._shards()
-        self._home: dict[str, str] = {}
-        for shard in self.shards:
-            with self._read(safe_open, folder / shard, framework="pt") as source:
-                self._home |= dict.fromkeys(source.keys(), shard)
-        self.head = _EMBEDDINGS if self.config.tie_word_embeddings else _HEAD
-        if self.head not in self._home or "lm_head.bias" in self._home:
-            raise ConfigError(f"{name!r} has no {self.head}, or an lm_head.bias: a classifier has a weight and no bias")
-
-    def score_weight(self, ids: Sequence[int]) -> torch.Tensor:
-        """Compute the classifier's one row, in float32: the true token's, less the false token's if there is one."""
-        *false, true = [self._row(row).to(torch.float32) for row in ids]
-        return true - false[0] if false else true
-
-    def write_weights(
-        self, out: Path, score: torch.Tensor, dtype: Dtype | None, progress: Callable[[int, int], None]
-    ) -> None:
-        """Copy the weights in the same shards, with the classifier in the place of the output matrix."""
-        home = self._home.get(_HEAD, self.shards[-1])  # so that no shard is left empty
-        index: dict[str, str] = {}
-        size = 0
-        for done, shard in enumerate(self.shards, 1):
-            with safe_open(self.folder / shard, framework="pt") as source:
-                tensors = {name: source.get_tensor(name) for name in source.keys() if name != _HEAD}  # noqa: SIM118
-                metadata = source.metadata() or {"format": "pt"}
-            for name in [name for name in tensors if dtype and tensors[name].is_floating_point()]:
-                tensors[name] = tensors[name].to(getattr(torch, str(dtype)))
-            if shard == home:
-                tensors[_SCORE] = score
-            save_file(tensors, out / shard, metadata=metadata)
-            shutil.copymode(self.folder / shard, out / shard)  # safetensors makes files for the owner alone
-            index |= dict.fromkeys(tensors, shard)
-            size += sum(tensor.nbytes for tensor in tensors.values())
-            del tensors  # before the next shard is read
-            progress(done, len(self.shards))
-        if self.shards != [_WEIGHTS]:
-            _write_json(out / _INDEX, {"metadata": {"total_size": size}, "weight_map": dict(sorted(index.items()))})
-
-    def write_config(self, out: Path, dtype: Dtype | None) -> None:
-        """Write the config as it was, but of a classifier with one label."""
-        entries = self._json("config.json")
-        stored = dtype or entries.get("dtype") or entries.get("torch_dtype") or str(self._row(0).dtype).split(".")[1]
-        kept = {key: value for key, value in entries.items() if key not in _DROPPED_ENTRIES}
-        # The dtype is always there: without it, readers may take the classifier's float32 for that of all weights.
-        kept |= {"architectures": [self.architecture], "torch_dtype" if "torch_dtype" in entries else "dtype": stored}
-        kept |= {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}, "pad_token_id": self.tokenizer.pad_token_id}
-        _write_json(out / "config.json", kept)
-
-    def write_tokenizer(self, out: Path, template: str | None) -> None:
-        """Copy the tokenizer, with the score template as its template if there is one."""
-        for file in TOKENIZER_FILES:
-            if (self.folder / file).is_file():
-                shutil.copyfile(self.folder / file, out / file)
-        if template is not None:
-            (out / "chat_template.jinja").write_text(template, encoding="utf-8", newline="")
-            settings = self._json("tokenizer_config.json")
-            if settings.pop("chat_template", None) is not None:  # older readers look here first
-                _write_json(out / "tokenizer_config.json", settings)
-
-    def _shards(self) -> list[str]:
-        """List the weight files, in order; as in transformers, one file goes before an index."""
-        index = {} if (self.folder / _WEIGHTS).is_file() else self._json(_INDEX)
-        shards = sorted(set(index.get("weight_map", {}).values())) or [_WEIGHTS]
-        outside = [shard for shard in shards if Path(shard).name != shard]
-        missing = [shard for shard in shards if not (self.folder / shard).is_file()]
-        if outside or missing:
-            raise ConfigError(
-                f"{self.name!r} has no {(outside + missing)[0]}: only models with all their safetensors weights are "
-                "converted (pickle weights can run code). Load it with transformers, call save_pretrained, pass that."
-            )
-        return shards
-
-    def _row(self, row: int) -> torch.Tensor:
-        with safe_open(self.folder / self._home[self.head], framework="pt") as shard:
-            weight: torch.Tensor = shard.get_slice(self.head)[row : row + 1]
-        return weight
-
-    def _json(self, file: str) -> Any:
-        path = self.folder / file
-        return self._read(json.loads, path.read_bytes()) if path.is_file() else {}
-
-    def _read(self, reader: Any, *args: Any, **options: Any) -> Any:
-        try:
-            return reader(*args, **options)
-        except (OSError, ValueError, ImportError, KeyError, SafetensorError) as error:
-            raise ConfigError(f"{self.name!r} can't be loaded: {' '.join(str(error).split())}") from error
+    architecture: str
+    names: Mapping[str, str]
+    head: Mapping[str, torch.Tensor]
+    sample: str  # a tensor whose dtype is that of all
+    replaced: str = ""  # a tensor in whose file the head goes
+    entries: Mapping[str, Any] = field(default_factory=dict)  # of its config
 
 
-def _classifier(name: str, config: PreTrainedConfig) -> str:
-    """Name the classifier of the same architecture, if its score can be the causal model's logit."""
-    architecture = (config.architectures or ["(none)"])[0]
+def _refuse(checkpoint: Checkpoint, why: str) -> NoReturn:
+    raise ConfigError(f"{checkpoint.name!r} can't be converted so that it scores the same: {why}")
+
+
+def _causal(checkpoint: Checkpoint, weights: Weights, tokens: Sequence[str]) -> _Classifier:
+    """Put the answer's row of the output matrix, less that of the other answer, in the place of the matrix."""
+    name, config = checkpoint.name, checkpoint.config
+    architecture = (*checkpoint.architectures, "(none)")[0]
     if not architecture.endswith("ForCausalLM"):
-        raise ConfigError(f"{name!r} is a {architecture}. Pass a *ForCausalLM; other rerankers need no conversion.")
+        raise ConfigError(
+            f"{name!r} is a {architecture}. Pass a *ForCausalLM or a modular cross-encoder; others need no conversion."
+        )
     wanted = architecture.removesuffix("ForCausalLM") + "ForSequenceClassification"
-    known: Any = CLASSIFIERS.get(type(config), None)
+    known = _classifier(checkpoint)
     if getattr(known, "__name__", None) != wanted or not issubclass(known, GenericForSequenceClassification):
         raise ConfigError(f"{name!r} is a {architecture}, for which transformers has no {wanted} that can score alike")
     for option in LOGIT_OPTIONS:
         if getattr(config, option, None) not in {None, 1}:
             raise ConfigError(f"{name!r} has {option} in its config: its logits are more than the output matrix gives")
-    if getattr(config, "quantization_config", None) is not None:
-        raise ConfigError(f"{name!r} is quantized; convert the model that it was made from, then quantize the result")
-    return wanted
+    matrix = _EMBEDDINGS if config.tie_word_embeddings else _HEAD
+    if matrix not in weights.home or "lm_head.bias" in weights.home:
+        raise ConfigError(f"{name!r} has no {matrix}, or an lm_head.bias: a classifier has a weight and no bias")
+    ids = token_ids(checkpoint.tokenizer, tokens, name) if tokens else checkpoint.declaration.answers
+    if not ids:
+        raise ConfigError(f"{name!r} declares no answers; pass them: tokens=('no', 'yes'), --token no --token yes")
+    *false, true = [weights.rows(matrix, row, row + 1).float() for row in ids]
+    names = {tensor: tensor for tensor in weights.home if tensor != _HEAD}
+    return _Classifier(wanted, names, {_SCORE: true - false[0] if false else true}, matrix, _HEAD)
 
 
-def _folder(name: str, **source: Any) -> Path:
-    """Where the model's files are, after fetching them from the hub if need be."""
-    if Path(name).is_dir():
-        return Path(name)
-    check_exists(name)
-    wanted = ["model*.safetensors", "*.json", *TOKENIZER_FILES]
-    try:
-        return Path(snapshot_download(name, allow_patterns=wanted, ignore_patterns=["*/*"], **source))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{name!r} can't be fetched: {' '.join(str(error).split())}") from error
+def _modular(checkpoint: Checkpoint, weights: Weights) -> _Classifier:
+    """Take a transformer, its pooling and its modules for the architecture's classifier, if that has the same parts."""
+    declared, config, known = checkpoint.declaration, checkpoint.config, _classifier(checkpoint)
+    route, pooling = declared.document, cast("Pooling", declared.document.pooling)
+    layout = _HEADS.get(config.model_type)
+    if layout is None and known is not None and issubclass(known, GenericForSequenceClassification):
+        layout = _DECODER
+    if layout is None or declared.kind != "cross-encoder":
+        _refuse(checkpoint, f"no classifier is known for a {declared.kind} of the type {config.model_type}")
+    extras = {"a prompt": route.prompt, "a chat template": route.chat, "do_lower_case": route.lower_case}
+    for what, declares in {**extras, "layers before the pooling": route.token_layers}.items():
+        if declares:
+            _refuse(checkpoint, f"it declares {what}, which a classifier has no place for")
+    poolings, parts = layout
+    if len(pooling.modes) > 1 or pooling.modes[0] not in poolings:
+        _refuse(checkpoint, f"it pools {' + '.join(pooling.modes)}, {known.__name__} {' or '.join(poolings)}")
+    prefix = f"{known.base_model_prefix}."
+    # A transformer that was saved with another head has the prefix, and that head besides.
+    whole = any(name.startswith(prefix) for name in weights.home)
+    names = {name: name if whole else prefix + name for name in weights.home if name.startswith(prefix) or not whole}
+    names = {name: new for name, new in names.items() if not new.startswith(f"{prefix}pooler.")}
+    head, entries = _head(checkpoint, known.__name__, parts), {}
+    if config.model_type == "modernbert":
+        norms = [new for new in names.values() if new.endswith("norm.weight")]
+        entries = {"classifier_pooling": pooling.modes[0], **_as_modernbert(checkpoint, head, norms)}
+    if config_activation(config) is None and declared.activation is not None:
+        activation(declared.activation, f"{checkpoint.name!r}")
+        entries["sentence_transformers"] = {"activation_fn": declared.activation}
+    return _Classifier(known.__name__, names, head, next(iter(names)), entries=entries)
+
+
+def _head(checkpoint: Checkpoint, classifier: str, parts: Mapping[str, str | None]) -> dict[str, torch.Tensor]:
+    """Read the modules behind the pooling under the names of the classifier's head."""
+    layers = checkpoint.declaration.document.layers
+    asked = [layer.activation.rpartition(".")[2] if layer.kind == "Dense" else None for layer in layers]
+    if asked != [*parts.values()] or any(layer.residual for layer in layers):
+        has, needs = (", ".join(act or "LayerNorm" for act in acts) for acts in (asked, parts.values()))
+        _refuse(checkpoint, f"its head is {has}, that of a {classifier} {needs}")
+    head: dict[str, torch.Tensor] = {}
+    size = checkpoint.config.hidden_size
+    for (place, act), module in zip(parts.items(), read_layers(checkpoint.file, layers), strict=True):
+        layer = cast("torch.nn.Linear", module if act is None else module.get_submodule("0"))
+        wanted = (size,) if act is None else (1 if act == "Identity" else size, size)
+        if layer.weight.shape != wanted:
+            _refuse(checkpoint, f"its {place} is {tuple(layer.weight.shape)}, that of a {classifier} {wanted}")
+        head[f"{place}.weight"] = layer.weight
+        head[f"{place}.bias"] = torch.zeros(wanted[0]) if layer.bias is None else layer.bias
+    if "score.bias" in head and head.pop("score.bias").any():
+        _refuse(checkpoint, f"its Dense has a bias, the head of a {classifier} none")
+    return head
+
+
+def _as_modernbert(checkpoint: Checkpoint, head: dict[str, torch.Tensor], norms: Sequence[str]) -> dict[str, Any]:
+    """Give the entries of the config that say the same of the head; all norms of a ModernBERT have a bias, or none."""
+    config, bias = checkpoint.config, head["head.norm.bias"]
+    if config.norm_eps != torch.nn.LayerNorm(1).eps:
+        _refuse(checkpoint, f"norm_eps is {config.norm_eps:g} in its config, but 1e-05 in its LayerNorm")
+    has_bias = config.norm_bias or bool(bias.any())
+    if not has_bias:
+        del head["head.norm.bias"]
+    elif not config.norm_bias:
+        head |= {name.replace(".weight", ".bias"): torch.zeros_like(bias) for name in norms}
+    return {"classifier_activation": "gelu", "classifier_bias": True, "norm_bias": has_bias}
+
+
+def _classifier(checkpoint: Checkpoint) -> Any:
+    """Find transformers' classifier of the same architecture; ConfigError for a model that can be none."""
+    if checkpoint.adapter is not None:
+        _refuse(checkpoint, "it has an adapter; merge that first (PEFT: merge_and_unload)")
+    if getattr(checkpoint.config, "quantization_config", None) is not None:
+        _refuse(checkpoint, "it is quantized; convert the model that it was made from, then quantize the result")
+    return CLASSIFIERS.get(type(checkpoint.config), None)
+
+
+def _write_weights(
+    out: Path, weights: Weights, made: _Classifier, dtype: Dtype | None, progress: Callable[[int, int], None]
+) -> None:
+    """Copy the weights in the same shards, with the head in the place of what it replaces."""
+    home = weights.home.get(made.replaced, list(weights.shards)[-1])  # so that no shard is left empty
+    index: dict[str, str] = {}
+    size = 0
+    for done, (shard, path) in enumerate(weights.shards.items(), 1):
+        with opened(path) as source:
+            tensors = {made.names[name]: source.get_tensor(name) for name in source.keys() if name in made.names}  # noqa: SIM118
+            metadata = source.metadata() or {"format": "pt"}
+        for name in [name for name in tensors if dtype and tensors[name].is_floating_point()]:
+            tensors[name] = tensors[name].to(getattr(torch, str(dtype)))
+        if shard == home:
+            tensors |= made.head
+        save_file(tensors, out / shard, metadata=metadata)
+        shutil.copymode(path, out / shard)  # safetensors makes files for the owner alone
+        index |= dict.fromkeys(tensors, shard)
+        size += sum(tensor.nbytes for tensor in tensors.values())
+        del tensors  # before the next shard is read
+        progress(done, len(weights.shards))
+    if list(weights.shards) != [WEIGHTS]:
+        _write_json(out / INDEX, {"metadata": {"total_size": size}, "weight_map": dict(sorted(index.items()))})
+
+
+def _write_config(out: Path, checkpoint: Checkpoint, made: _Classifier, stored: Dtype | torch.dtype) -> None:
+    """Write the config as it was, but of a classifier with one label."""
+    entries = checkpoint.files.json(checkpoint.route.folder, "config.json")
+    dtype = stored if isinstance(stored, str) else entries.get("dtype") or entries.get("torch_dtype") or stored
+    kept = {key: value for key, value in entries.items() if key not in _DROPPED_ENTRIES}
+    # The dtype is always there: without it, readers may take the classifier's float32 for that of all weights.
+    kept["torch_dtype" if "torch_dtype" in entries else "dtype"] = str(dtype).removeprefix("torch.")
+    kept |= {"architectures": [made.architecture], "pad_token_id": checkpoint.tokenizer.pad_token_id, **made.entries}
+    _write_json(out / "config.json", kept | {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}})
+
+
+def _write_tokenizer(out: Path, checkpoint: Checkpoint, template: str | None) -> None:
+    """Copy the tokenizer, with the score template as its template if there is one, and the declared limit."""
+    files, route = checkpoint.files, checkpoint.route
+    for file in TOKENIZER_FILES:
+        if (found := files.path(route.folder, file)) is not None:
+            shutil.copyfile(found, out / file)
+    settings = files.json(route.folder, "tokenizer_config.json") or {}
+    changed = dict(settings)
+    if template is not None:
+        (out / "chat_template.jinja").write_text(template, encoding="utf-8", newline="")
+        changed.pop("chat_template", None)  # older readers look here first
+    if route.max_length is not None:
+        changed["model_max_length"] = min(route.max_length, changed.get("model_max_length") or route.max_length)
+    if changed != settings:
+        _write_json(out / "tokenizer_config.json", changed)
 
 
 def _check_target(target: Path, overwrite: bool) -> None:

@@ -81,7 +81,7 @@ class Reranked:
         shown = [f"{row.index} ({' '.join(filter(None, (row.score, row.arrow)))})" for row in rows[:3]]
         more = [f"{len(rows) - 3} more"] if len(rows) > 3 else []
         found = ", ".join(shown + more) or "none kept"
-        return f"Reranked({_one_line(described(self.query), 60)!r}, {len(self.documents)} documents: {found})"
+        return f"Reranked({one_line(described(self.query), 60)!r}, {len(self.documents)} documents: {found})"
 
     def _repr_html_(self) -> str:
         """Make the table for a notebook: all styles are inline, nothing is loaded, no text is markup."""
@@ -94,7 +94,7 @@ class Reranked:
         note = f'<div style="opacity:.7;padding:2px 8px">{escape(self._note())}</div>' if self._note() else ""
         return (
             f'<div style="color:inherit;background:transparent;overflow-x:auto"><div dir="auto" '
-            f'style="font-weight:bold;padding:2px 8px">{escape(_one_line(described(self.query), _TITLE))}</div>'
+            f'style="font-weight:bold;padding:2px 8px">{escape(one_line(described(self.query), _TITLE))}</div>'
             f'<table style="border-collapse:collapse;table-layout:auto;width:100%;min-width:40em;max-width:80em;'
             f'margin:0;color:inherit;background:transparent">'
             f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>{note}</div>"
@@ -105,12 +105,12 @@ class Reranked:
         from rich.table import Table  # noqa: PLC0415 - the core does without rich
         from rich.text import Text  # noqa: PLC0415
 
-        title, note = Text(_one_line(described(self.query), _TITLE)), self._note() or None
+        title, note = Text(one_line(described(self.query), _TITLE)), self._note() or None
         table = Table(title=title, title_justify="left", title_style="bold", caption=note, caption_justify="left")
-        for name in _COLUMNS:
-            table.add_column(name, justify="left" if name == "score" else "right", no_wrap=True)
+        for name in _COLUMNS:  # where it is narrow, the bar comes below its score
+            table.add_column(name, justify="left" if name == "score" else "right", no_wrap=name != "score")
         # The cells are not wrapped but cut; a column that says so would be given its width before all others.
-        table.add_column(self._document_column())
+        table.add_column(self._document_column(), min_width=10)
         rows = self._shown()
         width = max((len(row.score) for row in rows), default=0)
         for row in rows:
@@ -120,7 +120,7 @@ class Reranked:
             score.append(f" {bar}", style="blue")
             colour = "green" if row.moved > 0 else "red" if row.moved < 0 else ""
             text = Text("", no_wrap=True, overflow="ellipsis")
-            text.append("✓ " if row.gold else "", style="bold green").append(_one_line(row.text, _SNIPPET))
+            text.append("✓ " if row.gold else "", style="bold green").append(one_line(row.text, _SNIPPET))
             table.add_row(str(row.rank), str(row.index), Text(row.arrow, style=colour), score, text)
         return table
 
@@ -204,18 +204,22 @@ def _html_row(row: _Row, line: str, image: str) -> str:
         f'<tr style="background:transparent">'
         f'<td style="{numbers}">{row.rank}</td><td style="{numbers}">{row.index}</td>'
         f'<td style="{numbers}{colour}">{row.arrow}</td><td style="{line};text-align:left">{score}</td>'
-        f'<td dir="auto" title="{escape(_one_line(row.text, _TITLE))}" style="{line};text-align:start;width:100%;'
+        f'<td dir="auto" title="{escape(one_line(row.text, _TITLE))}" style="{line};text-align:start;width:100%;'
         f'max-width:0;overflow:hidden;text-overflow:ellipsis;white-space:nowrap">'
-        f"{mark}{image}{escape(_one_line(row.text, _SNIPPET))}</td></tr>"
+        f"{mark}{image}{escape(one_line(row.text, _SNIPPET))}</td></tr>"
     )
 
 
-def _one_line(text: str, length: int) -> str:
+def one_line(text: str, length: int) -> str:
     """Cut a text to one line of at most `length` characters."""
     # A document can be megabytes, of which no more is looked at than could be shown.
     joined = " ".join(text[: 4 * length].split())
     cut = joined if len(joined) <= length and len(text) <= 4 * length else joined[: length - 1] + "…"
-    # No command to the terminal, none that turns the text around it, no half a character.
-    unsafe = {each for each in cut if unicodedata.category(each) in {"Cc", "Cs"}}
-    unsafe |= {each for each in cut if unicodedata.bidirectional(each) in _BIDI_CONTROLS}
-    return "".join(repr(letter)[1:-1] if letter in unsafe else letter for letter in cut)
+    return printable(cut)
+
+
+def printable(text: str) -> str:
+    """Escape commands to the terminal, what turns the text around it, and halves of characters."""
+    unsafe = {each for each in text if unicodedata.category(each) in {"Cc", "Cs"}}
+    unsafe |= {each for each in text if unicodedata.bidirectional(each) in _BIDI_CONTROLS}
+    return "".join(repr(letter)[1:-1] if letter in unsafe else letter for letter in text)

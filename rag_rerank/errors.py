@@ -58,6 +58,9 @@ class BackendError(RerankError):
         query: In a batch, the position of the query that failed.
         reason: With `indices`: why, without the positions that are in the message.
         whole: Whether the back end knows that no single query or document is to blame; then none is looked for.
+        status: The HTTP status, where there was one.
+        request_id: The request's id: the server's (``x-request-id``), else ours.
+        body: The beginning of what the server answered, without keys.
     """
 
     indices: tuple[int, ...] = ()
@@ -65,6 +68,9 @@ class BackendError(RerankError):
     query: int | None = None
     reason: str | None = None
     whole: bool = False
+    status: int | None = None
+    request_id: str | None = None
+    body: str | None = None
     model: str | None = None
 
     def __init__(
@@ -118,11 +124,9 @@ class BackendUnavailable(BackendError):
     Attributes:
         retry_after: Seconds after which to try again: what a server asked for (Retry-After); or about how long calls
             take at present, where too many of them wait in this process.
-        status: The HTTP status, where there was one.
     """
 
     retry_after: float | None = None
-    status: int | None = None
 
 
 class DeadlineExceeded(BackendError, TimeoutError):
@@ -130,13 +134,7 @@ class DeadlineExceeded(BackendError, TimeoutError):
 
 
 class BackendRejected(BackendError):
-    """The server understood the request and refused it; the same request would be refused again.
-
-    Attributes:
-        status: The HTTP status, where there was one.
-    """
-
-    status: int | None = None
+    """The server understood the request and refused it; the same request would be refused again."""
 
 
 class AuthError(BackendRejected):

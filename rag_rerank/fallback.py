@@ -8,7 +8,7 @@ from contextlib import AsyncExitStack, ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from rag_rerank.backoff import BackOff
+from rag_rerank.backoff import LONGEST_REST, BackOff
 from rag_rerank.errors import (
     BackendError,
     BackendRejected,
@@ -27,8 +27,6 @@ logger = logging.getLogger(__name__)
 # What another scorer may do better. A refusal (`BackendRejected`) is an answer: another model's scores would hide it.
 _MOVING = (BackendUnavailable, DeadlineExceeded, BadReply)
 
-FAIR_TIME = 1.0  # seconds; see FallbackScorer
-
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Member:
@@ -45,8 +43,9 @@ class FallbackScorer(Scorer):
     or argument. Where a query or document holds an image, scorers whose models read text only are passed over.
 
     A scorer that failed rests for 1, 2, 4 ... 30 s (`BackOff`): meanwhile calls pass it over and try it only where all
-    the others fail or rest, too. Running out of time counts as its failure only if it had had at least 1 s, or the time
-    that it allows itself: a caller in a hurry must not take a healthy scorer from the others.
+    the others fail or rest, too. Where it ran out of time it rests for as long as it had had, at most: a caller in a
+    hurry must not take a healthy scorer from the others. Nor is what failed held against it if it has answered another
+    call since that one began.
 
     A call's `deadline` bounds the whole. What is left of it is shared equally among the scorers that are not resting:
     with two of them and 10 s, the first may take 5, the second the remainder. Without one, and with an infinite one,
@@ -164,13 +163,17 @@ class _Call:
     @contextmanager
     def turn(self, member: _Member, deadline: float | None) -> Iterator[None]:
         """Around a scorer's turn: keeps what came of it, and lets no error out that ends only the turn."""
+        began = time.monotonic()
         try:
             yield
         except _MOVING as error:
             self._failed.append((member.scorer, error))
-            in_a_hurry = deadline is not None and deadline < FAIR_TIME
-            if not (in_a_hurry and isinstance(error, DeadlineExceeded)):
-                member.back_off.failed()
+            if isinstance(error, DeadlineExceeded) and deadline is not None:
+                member.back_off.failed(began, longest=min(deadline, LONGEST_REST))
+            else:
+                member.back_off.failed(began)
+            if isinstance(error, BackendUnavailable) and error.retry_after is not None:
+                member.back_off.asked(error.retry_after)
         except BackendRejected as error:
             self._answered(member)
             if (error.status or 0) < 500:

@@ -1,7 +1,7 @@
-"""The reranker families that vLLM's score API scores: how each is prompted, scored and served.
+"""What rerankers' checkpoints don't say themselves: the prompts of older ones, and what vLLM must be told.
 
-One table for all who need to know, ``families.toml``: `LocalScorer` picks prompt and score type from it, and
-``rag-rerank template list`` and the README print it. It holds facts of the models, from their cards; a model that is
+One table for all who need to know, ``families.toml``: `LocalScorer` goes by it where the checkpoint declares nothing,
+and ``rag-rerank template list`` and the guide print it. It holds facts of the models, from their cards; a model that is
 not in it is never guessed at.
 """
 

@@ -180,7 +180,9 @@ class LocalSettings(ScorerSettings):
 class VLLMSettings(ScorerSettings):
     """The settings of `VLLMScorer`, which describes them; checked by it, too.
 
-    The framework's class declares ``api_key`` in its own way of hiding secrets: anything with ``get_secret_value``.
+    The framework's class declares ``api_key`` in its own way of hiding secrets: anything with ``get_secret_value``. It
+    leaves `http_client`, `default_headers` and `default_query` out of what it shows or writes, too. Components share a
+    scorer only if these are equal (functions: the same).
     """
 
     base_url: str | list[str] | None = None
@@ -197,7 +199,10 @@ class VLLMSettings(ScorerSettings):
     priority: int | None = None
     extra_body: dict[str, Any] | None = None
     endpoint: str = "score"
-    timeout: float = 30.0
+    http_client: Any = None
+    default_headers: dict[str, str] | None = None
+    default_query: dict[str, str] | None = None
+    timeout: Any = 30.0
     max_retries: int = 2
     chunk_size: int = 128
     max_concurrency: int = 4
@@ -260,6 +265,8 @@ def _parameters(build: Build) -> tuple[str, ...]:
 
 
 def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(each) for key, each in value.items()}
     return value.get_secret_value() if hasattr(value, "get_secret_value") else value
 
 

@@ -10,6 +10,9 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
+from sentence_transformers import CrossEncoder
+from sentence_transformers.base.modules import Dense, Transformer
+from sentence_transformers.sentence_transformer.modules import LayerNorm, Pooling
 from transformers import (
     CONFIG_MAPPING,
     AutoModel,
@@ -19,11 +22,13 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from rag_rerank.convert import convert
 from rag_rerank.local.checkpoint.declaration import Layer
 from rag_rerank.local.models.late_interaction import LateInteraction, TokenEmbedder
 from rag_rerank.local.models.layers import read_layers
 from rag_rerank.local.transformer.batching import Batching
 from rag_rerank.local.transformer.transformer import make_transformer
+from tests.causal_models import byte_level_tokenizer, random_decoder
 from tests.models import MAX_LENGTH, widen, word_piece_tokenizer
 
 VECTOR_SIZE = 48
@@ -98,6 +103,45 @@ def make_pylate_colbert(folder: Path, **dense: object) -> Path:
     _write(folder / "1_Dense" / "config.json", config)
     save_file({"linear.weight": _projection()}, folder / "1_Dense" / "model.safetensors", metadata={"format": "pt"})
     return folder
+
+
+def scoring(size: int, *, bias: bool = False) -> Dense:
+    """The last module of a cross-encoder."""
+    identity = torch.nn.Identity()
+    return Dense(size, 1, bias=bias, activation_function=identity, module_output_name="scores")
+
+
+def modular_modules(folder: Path, kind: str) -> list[Any]:
+    """sentence-transformers' modules for a cross-encoder on a random `kind`, which is saved into `folder`.
+
+    Its head is that of the classifier of the architecture: Ettin's for ModernBERT.
+    """
+    decoder, roberta = kind == "qwen3", kind == "xlm-roberta"
+    if decoder:
+        tokenizer = byte_level_tokenizer(kind)
+        _save(folder, random_decoder(kind, vocab_size=len(tokenizer)), tokenizer)
+    elif kind == "electra":
+        make_random_cross_encoder(folder, kind)
+    else:
+        _save(folder, *_random(AutoModel, kind))
+    dense = Dense(
+        64, 64, bias=roberta, activation_function=torch.nn.GELU() if kind == "modernbert" else torch.nn.Tanh()
+    )
+    hidden = [] if decoder else [dense, LayerNorm(64)] if kind == "modernbert" else [dense]
+    pooling = Pooling(64, "lasttoken" if decoder else "cls")
+    modules = [Transformer(str(folder)), pooling, *hidden, scoring(64, bias=roberta)]
+    for layer in (part for module in modules[2:] for part in module.modules() if isinstance(part, torch.nn.Linear)):
+        torch.nn.init.normal_(layer.weight, std=0.4)  # for scores that differ
+    return modules
+
+
+def make_converted(folder: Path) -> Path:
+    """Save the classifier that a modular cross-encoder of ModernBERT's is converted to, as Ettin's would be."""
+    torch.manual_seed(2)
+    parts = folder.with_name(f"{folder.name}-parts")
+    modules = modular_modules(parts / "transformer", "modernbert")
+    CrossEncoder(modules=modules, device="cpu").save_pretrained(str(parts / "modular"))
+    return convert(parts / "modular", folder)
 
 
 def load_late_interaction(

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+import rag_rerank
 from rag_rerank import LocalScorer
 from rag_rerank.families import FAMILIES
 from rag_rerank.template import SHIPPED
@@ -25,7 +26,7 @@ QUERY, DOCUMENTS = "capital of France", ["Bananas are yellow.", "Paris is the ca
 
 def run(*arguments: str, stdin: str = "", **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "rag_rerank.cli", *arguments],
+        [sys.executable, "-m", "rag_rerank", *arguments],
         input=stdin,
         capture_output=True,
         text=True,
@@ -35,7 +36,7 @@ def run(*arguments: str, stdin: str = "", **environment: str) -> subprocess.Comp
 
 
 def run_bytes(*arguments: str, stdin: bytes) -> subprocess.CompletedProcess[bytes]:
-    command = [sys.executable, "-m", "rag_rerank.cli", *arguments]
+    command = [sys.executable, "-m", "rag_rerank", *arguments]
     return subprocess.run(
         command, input=stdin, capture_output=True, check=False, env={**os.environ, "VLLM_API_KEY": ""}
     )
@@ -76,7 +77,7 @@ class TestLocal:
         encoded = [json.dumps(row, ensure_ascii=False).encode() for row in rows]
         with FaultyServer() as server:
             where = ["--base-url", server.base_url]
-            done = run_bytes("score", *where, stdin=b"\xef\xbb\xbf" + b"\r\n\r\n".join(encoded))
+            done = run_bytes("score", *where, stdin=b"\xef\xbb\xbf\r\n" + b"\r\n\r\n".join(encoded))
             assert list(map(json.loads, done.stdout.splitlines())) == [
                 {"scores": [oracle("q", "a"), oracle("q", "b")]},
                 {"score": oracle("q", "a")},
@@ -93,7 +94,7 @@ class TestLocal:
     @pytest.mark.parametrize("command", ["score", "rerank"])
     def test_a_closed_stdin(self, command: str):
         """As if nothing was piped in."""
-        shell = f"{sys.executable} -m rag_rerank.cli {command} --base-url http://127.0.0.1:9 <&-"
+        shell = f"{sys.executable} -m rag_rerank {command} --base-url http://127.0.0.1:9 <&-"
         done = subprocess.run(["/bin/sh", "-c", shell], capture_output=True, text=True, check=False)
         assert (done.returncode, done.stdout) == (2, "")
         assert "pipe JSON Lines in" in done.stderr
@@ -141,6 +142,18 @@ class TestRemote:
         assert len(json.loads(run(*arguments, VLLM_API_KEY=vllm_cross_encoder.api_key).stdout)["scores"]) == 2
 
 
+def test_headers_go_along():
+    """--header, as often as a gateway wants."""
+    with FaultyServer() as server:
+        arguments = ("score", QUERY, "a", "--json", "--base-url", server.base_url)
+        result = run(*arguments, "--header", "X-Tenant: search", "--header", "X-Team:b", VLLM_API_KEY="")
+        assert result.returncode == 0, result.stderr
+        headers = server.score_requests[-1].headers
+        wrong = run(*arguments, "--header", "X-Tenant", VLLM_API_KEY="")
+    assert (headers["x-tenant"], headers["x-team"]) == ("search", "b")
+    assert "--header" in wrong.stderr
+
+
 class TestTemplates:
     """What the package knows about models."""
 
@@ -156,7 +169,7 @@ class TestTemplates:
         assert all(family.name in listed for family in FAMILIES)
         assert "two-token (no / yes)" in listed
 
-    @pytest.mark.parametrize(("name", "words"), [("qwen3-rerank", "Did you mean"), ("bge-reranker", "has no template")])
+    @pytest.mark.parametrize(("name", "words"), [("qwen3-rerank", "Did you mean"), ("lfm2-colbert", "has no template")])
     def test_what_has_no_template_is_said(self, name: str, words: str):
         """Unknown, or scored as a pair."""
         result = run("template", "show", name)
@@ -316,6 +329,41 @@ class TestCheck:
         assert str(vllm_cross_encoder.api_key) not in result.stdout
 
 
+class TestCommon:
+    """What is the same for all commands."""
+
+    def test_version_and_help(self):
+        """As other tools do it."""
+        assert run("--version").stdout == f"rag-rerank {rag_rerank.__version__}\n"
+        assert run("score", "-h").stdout == run("score", "--help").stdout
+
+    def test_an_error_is_one_line_and_with_traceback_all_of_them(self):
+        """Both with the same exit code."""
+        command = ["eval", "nowhere"]
+        short, long = run(*command), run("--traceback", *command)
+        assert short.stderr.startswith("error: nowhere")
+        assert short.stderr.count("\n") == 1
+        assert "Traceback" in long.stderr
+        assert (short.returncode, long.returncode) == (2, 1)
+
+    def test_nothing_is_cut_where_it_is_piped(self):
+        """Names and documents are whole, whatever the width of terminals."""
+        assert "qwen3-vl-reranker" in run("template", "list", COLUMNS="").stdout
+        with FaultyServer() as server:
+            options = ["--base-url", server.base_url]
+            shown = run("score", "q", "word " * 60, *options, COLUMNS="", VLLM_API_KEY="").stdout
+            narrow = run("rerank", "q", "word " * 60, *options, COLUMNS="40", VLLM_API_KEY="").stdout
+        assert "word " * 59 in shown
+        assert "word" in narrow
+
+    def test_texts_are_no_commands_to_the_terminal(self):
+        """Escape sequences and what turns the text around it are shown as they are written."""
+        with FaultyServer() as server:
+            shown = run("score", "a\x1b[31mb", "c\u202ed", "--base-url", server.base_url, VLLM_API_KEY="").stdout
+        assert "a\\x1b[31mb" in shown
+        assert "c\\u202ed" in shown
+
+
 class TestFiles:
     """`rerank --in --out`."""
 
@@ -362,7 +410,7 @@ class TestFiles:
         with FaultyServer(behave) as server:
             files = ["rerank", "--in", str(source), "--out", str(out), "--base-url", server.base_url]
             process = subprocess.Popen(
-                [sys.executable, "-m", "rag_rerank.cli", *files],
+                [sys.executable, "-m", "rag_rerank", *files],
                 stderr=subprocess.PIPE,
                 text=True,
                 env={**os.environ, "VLLM_API_KEY": ""},
@@ -375,7 +423,9 @@ class TestFiles:
             assert (other.returncode, "top_n: 1, before None" in other.stderr) == (2, True)
             result = run(*files, VLLM_API_KEY="")
         assert result.returncode == 0, result.stderr
-        assert result.stderr.startswith(f"Continuing behind line 2 of {source}.\n4 lines: 4 reranked (640 documents)")
+        assert result.stderr.startswith(
+            f"2 lines of {source} were finished before.\n4 lines: 4 reranked (640 documents)"
+        )
         assert len(gzip.decompress(out.read_bytes()).splitlines()) == 4
         assert {path.name for path in source.parent.iterdir()} == {"in.jsonl", "out.jsonl.gz"}
 

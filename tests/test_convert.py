@@ -13,13 +13,20 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from sentence_transformers import CrossEncoder
+from sentence_transformers.base.modules import Dense
+from sentence_transformers.base.modules import Transformer as BaseTransformer
+from sentence_transformers.cross_encoder.modules import LogitScore
+from sentence_transformers.sentence_transformer.modules import LayerNorm, Pooling
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
+from rag_rerank import LocalScorer
 from rag_rerank.convert import convert
 from rag_rerank.errors import ConfigError
 from tests import vllm_server
 from tests.causal_models import make_causal_lm, make_decoder_classifier
 from tests.conftest import require_server
+from tests.encoder_models import modular_modules, scoring
 from tests.pairs import largest_difference, pairs
 
 TOLERANCE = 1e-5
@@ -108,6 +115,16 @@ def contents(folder: Path) -> dict[str, str]:
     }
 
 
+def test_declared_answers_need_no_tokens(causal: Callable[..., Path], prompts: list[str], tmp_path: Path) -> None:
+    """sentence-transformers' LogitScore names them."""
+    ids = AutoTokenizer.from_pretrained(causal("qwen3")).convert_tokens_to_ids(["yes", "no"])
+    modules = [BaseTransformer(str(causal("qwen3")), transformer_task="text-generation"), LogitScore(*ids)]
+    CrossEncoder(modules=modules, device="cpu").save_pretrained(str(tmp_path / "source"))
+    out = convert(tmp_path / "source", tmp_path / "out")
+    expected = causal_scores(causal("qwen3"), prompts[:10], **YES_NO)
+    assert largest_difference(classifier_scores(out, prompts[:10]), expected) <= TOLERANCE
+
+
 class TestScores:
     @pytest.mark.parametrize("max_shard_size", ["1GB", "100KB"], ids=["one file", "sharded"])
     @pytest.mark.parametrize("kind", METHODS)
@@ -136,6 +153,107 @@ class TestScores:
         """The padding token is in the config, so the last token of a shorter prompt is found."""
         out = convert(causal("llama"), tmp_path / "out", **METHODS["llama"])
         assert largest_difference(classifier_scores(out, prompts, batch=16), classifier_scores(out, prompts)) <= 1e-4
+
+
+class TestModular:
+    """A transformer, a pooling and a head of modules, as sentence-transformers saves them (Ettin's layout)."""
+
+    @pytest.fixture
+    def source(self, tmp_path: Path) -> Callable[..., Path]:
+        """Saves a cross-encoder, of which a test may change a module."""
+
+        def save(kind: str, modules: dict[int, Any] | None = None, **options: Any) -> Path:
+            torch.manual_seed(3)
+            made = modular_modules(tmp_path / "transformer", kind)
+            for place, module in (modules or {}).items():
+                made[place] = module
+            CrossEncoder(modules=made, device="cpu", **options).save_pretrained(str(tmp_path / "source"))
+            return tmp_path / "source"
+
+        return save
+
+    def scores(self, folder: Path, **options: Any) -> list[float]:
+        queries, documents = zip(*short_pairs(30), strict=True)
+        with LocalScorer(folder, dtype="float32", template=None, **options) as scorer:
+            return scorer.score(queries, documents)
+
+    def assert_equal(self, source: Path, tmp_path: Path) -> Path:
+        """In the default scores, in logits, and in those of transformers."""
+        out = convert(source, tmp_path / "out")
+        assert largest_difference(self.scores(source), self.scores(out)) <= TOLERANCE
+        logits = self.scores(source, use_activation=False)
+        assert max(logits) - min(logits) > 0.5
+        assert largest_difference(logits, self.scores(out, use_activation=False)) <= TOLERANCE
+        theirs = CrossEncoder(str(out), device="cpu").predict(short_pairs(30), batch_size=1)
+        assert largest_difference(theirs.tolist(), self.scores(out)) <= TOLERANCE
+        return out
+
+    @pytest.mark.parametrize("kind", ["modernbert", "bert", "xlm-roberta", "qwen3"])
+    def test_scores_are_equal(self, kind: str, source: Callable[..., Path], tmp_path: Path) -> None:
+        """Of each head that there is a classifier for."""
+        out = self.assert_equal(source(kind), tmp_path)
+        assert classifier_scores(out, ["one text"]) != [0.0]  # and finds all of its weights
+
+    @pytest.mark.parametrize("pooling", ["cls", "mean"])
+    def test_a_modernbert_may_have_biases(self, pooling: str, source: Callable[..., Path], tmp_path: Path) -> None:
+        """In its Dense, and in its LayerNorm, though its own norms have none; or pool the mean."""
+        norm = LayerNorm(64)
+        torch.nn.init.normal_(norm.norm.bias)
+        dense = Dense(64, 64, activation_function=torch.nn.GELU())
+        self.assert_equal(source("modernbert", {1: Pooling(64, pooling), 2: dense, 3: norm}), tmp_path)
+
+    def test_activation_and_limit_come_along(self, source: Callable[..., Path], tmp_path: Path) -> None:
+        """Where vLLM and transformers read them."""
+        folder = source("modernbert", activation_fn=torch.nn.Identity())
+        edit(folder / "sentence_bert_config.json", processing_kwargs={"text": {"max_length": 24}})
+        out = self.assert_equal(folder, tmp_path)
+        config = json.loads((out / "config.json").read_text())
+        assert config["sentence_transformers"] == {"activation_fn": "torch.nn.modules.linear.Identity"}
+        assert AutoTokenizer.from_pretrained(out).model_max_length == 24
+
+    def test_a_transformer_saved_with_another_head(self, source: Callable[..., Path], tmp_path: Path) -> None:
+        """That head is not taken for the modules."""
+        folder = source("modernbert")
+        before = self.scores(folder)
+        weights = load_file(folder / WEIGHTS)
+        named = {f"model.{name}": weight for name, weight in weights.items()}
+        save_file(named | {"head.dense.weight": torch.ones(64, 64)}, folder / WEIGHTS, metadata={"format": "pt"})
+        assert largest_difference(self.scores(convert(folder, tmp_path / "out")), before) <= TOLERANCE
+
+    @pytest.mark.parametrize(
+        ("kind", "modules", "options", "message"),
+        [
+            (
+                "modernbert",
+                {1: Pooling(64, "max")},
+                {},
+                "it pools max, ModernBertForSequenceClassification cls or mean",
+            ),
+            ("modernbert", {2: Dense(64, 64)}, {}, "its head is Tanh, LayerNorm, Identity, that of a Modern"),
+            (
+                "modernbert",
+                {2: Dense(64, 48, activation_function=torch.nn.GELU()), 3: LayerNorm(48), 4: scoring(48)},
+                {},
+                r"its head\.dense is \(48, 64\)",
+            ),
+            ("modernbert", {}, {"prompts": {"q": "query: "}, "default_prompt_name": "q"}, "it declares a prompt"),
+            ("qwen3", {2: scoring(64, bias=True)}, {}, "its Dense has a bias"),
+            ("electra", {}, {}, "no classifier is known for a cross-encoder of the type electra"),
+        ],
+    )
+    def test_what_no_classifier_can_follow_is_refused(
+        self,
+        kind: str,
+        modules: dict[int, Any],
+        options: dict[str, Any],
+        message: str,
+        source: Callable[..., Path],
+        tmp_path: Path,
+    ) -> None:
+        """By name; nothing is written."""
+        with pytest.raises(ConfigError, match=message):
+            convert(source(kind, modules, **options), tmp_path / "out")
+        assert not (tmp_path / "out").exists()
 
 
 class TestWeights:

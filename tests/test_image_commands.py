@@ -35,7 +35,7 @@ def folder(tmp_path: Path) -> Path:
 
 def run(folder: Path, *arguments: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "rag_rerank.cli", *arguments],
+        [sys.executable, "-m", "rag_rerank", *arguments],
         input=stdin,
         capture_output=True,
         text=True,

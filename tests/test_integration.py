@@ -277,15 +277,15 @@ class TestSharing:
         first = remote()
         assert first.scorer
 
-        class Closes:
+        class Closes(str):
             def __eq__(self, other: object) -> bool:
                 first.close()
                 return True
 
             __hash__ = None
 
-        one = remote(extra_body={"x": Closes()})
-        assert one.scorer is remote(extra_body={"x": Closes()}).scorer
+        one = remote(extra_body={"x": Closes("x")})
+        assert one.scorer is remote(extra_body={"x": Closes("x")}).scorer
         with pytest.raises(RerankError, match="closed"):
             _ = first.scorer
 

@@ -17,15 +17,15 @@ from hypothesis import strategies as st
 from pyarrow import parquet
 
 from rag_rerank import LocalScorer, Scorer, VLLMScorer
-from rag_rerank.errors import BackendUnavailable, ConfigError
+from rag_rerank.errors import BackendError, BackendUnavailable, ConfigError
 from rag_rerank.files import Tally
 from rag_rerank.files.formats import Reader
-from rag_rerank.ray_data import Pool, Progress, ScoreBatch, rejects_in, rerank_folder, score_dataset
+from rag_rerank.ray_data import Pool, ScoreBatch, rejects_in, rerank_folder, score_dataset
 from rag_rerank.ray_data.pool import equal_share
-from rag_rerank.ray_data.shards import cut, sources_in
+from rag_rerank.ray_data.shards import cut, files_in
 from tests.faulty_server import FaultyServer, Request, Steps, http, oracle, scores
 from tests.models import CORPUS
-from tests.scorers import Journal
+from tests.scorers import Journal, WordOverlap
 
 ray = pytest.importorskip("ray")
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:ray.data")
@@ -38,20 +38,6 @@ torch.set_num_threads(1)
 model, rows, group = sys.argv[1], json.load(open(sys.argv[2])), int(sys.argv[3])
 scorer, groups = LocalScorer(model, dtype="float32"), [rows[n : n + group] for n in range(0, len(rows), group)]
 print(json.dumps(sum([scorer.score([r["query"] for r in g], [r["document"] for r in g]) for g in groups], [])))
-"""
-
-ACTOR = """
-import sys
-from pathlib import Path
-from rag_rerank.ray_data.actor import ScoreShards, outcome_of
-from rag_rerank.ray_data.shards import Folders, cut
-from tests.scorers import Journal
-folder, out, journal = map(Path, sys.argv[1:])
-folders, shards = Folders(folder, out), cut(folder, ["a.jsonl"], 10)
-folders.own.mkdir(parents=True, exist_ok=True)
-score = ScoreShards(Journal(journal), folders, shards, {"group": 2}, run="this")
-for position, _ in enumerate(shards):
-    outcome_of({"outcome": score({"item": [position]})["outcome"][0]})
 """
 
 
@@ -95,6 +81,13 @@ class Threads(Scorer):
 
         threads = [float(torch.get_num_threads()), float(os.environ["RAYON_NUM_THREADS"])]
         return (threads * len(documents))[: len(documents)]
+
+
+class OfItsProcess(WordOverlap):
+    """Is another one in each process."""
+
+    def _facts(self, until: float | None) -> dict[str, str]:
+        return {"process": str(os.getpid())}
 
 
 def write(path: Path, rows: list[dict[str, Any]]) -> None:
@@ -201,13 +194,11 @@ class TestDeaths:
         assert sorted(journal.lines()) == sorted(row["document"] for row in rows)
 
     def test_lines_that_kill_every_actor_end_the_run(self, folder: Path, out: Path, journal: Journal):
-        """Named; Ray would go on for ever. Seen without Ray, which takes its time over each death."""
+        """Named; Ray would go on for ever. What was finished is kept."""
         write(folder / "a.jsonl", numbered(20, _13="deadly"))
-        command = [sys.executable, "-c", ACTOR, str(folder), str(out), str(journal.path)]
-        for _ in range(3):
-            assert subprocess.run(command, check=False).returncode == -signal.SIGKILL
-        last = subprocess.run(command, capture_output=True, text=True, check=False)
-        assert "3 actors died one after the other, at what follows line 12 of a.jsonl" in last.stderr
+        with pytest.raises(BackendError, match=r"3 actors died .* at what follows line 12 of .*a\.jsonl") as caught:
+            rerank_folder(journal, folder, out, pool=ONE, shard_lines=10, group=2)
+        assert "the same command continues" in str(caught.value)
         assert [row["document"] for row in read(out)] == [str(number) for number in range(10)]
         assert journal.lines() == [str(number) for number in range(12)]
 
@@ -265,10 +256,10 @@ class TestGoingOn:
         with pytest.raises(ConfigError, match="scores of the probe: .*, before .*--restart"):
             rerank_folder(Journal(journal.path, weight=0.5), folder, out, **options)
         journal.path.with_name("up").touch()
-        seen: list[Progress] = []
-        tally = rerank_folder(journal, folder, out, **options, progress=seen.append)
-        assert seen[0] == Progress(shards=4, finished=3, tally=Tally(30, 30, 0, 30, 30))
-        assert seen[-1].tally == tally == Tally(40, 40, 0, 40, 30)
+        seen: list[tuple[Tally, float]] = []
+        tally = rerank_folder(journal, folder, out, **options, progress=lambda *now: seen.append(now))
+        assert seen == [(Tally(30, 30, 0, 30, 30), 0.75), (Tally(40, 40, 0, 40, 30), 1.0)]
+        assert seen[-1][0] == tally
         assert journal.lines() == [row["document"] for row in rows]
         assert rerank_folder(journal, folder, out, **options).resumed == 40
         with pytest.raises(ConfigError, match="scores of the probe: .*, before .*--restart"):  # finished, it is, too
@@ -277,6 +268,13 @@ class TestGoingOn:
         with pytest.raises(ConfigError, match="b.jsonl: .* bytes of .*, before none"):
             rerank_folder(journal, folder, out, **options)
         assert rerank_folder(journal, folder, out, **options, restart=True) == Tally(80, 80, 0, 80, 0)
+
+    def test_not_with_a_machine_that_has_another_scorer(self, folder: Path, out: Path):
+        """Its first shard ends the run, and has no output."""
+        write(folder / "a.jsonl", numbered(8))
+        with pytest.raises(ConfigError, match=r"process: \d+, before \d+"):
+            rerank_folder(OfItsProcess(), folder, out, pool=TWO, shard_lines=4)
+        assert len(read(out)) <= 4
 
     def test_after_ctrl_c_on_the_command_line(self, cluster: str, folder: Path, out: Path):
         """On the cluster at RAY_ADDRESS first, then on one of its own; in between, changes are refused."""
@@ -302,7 +300,7 @@ class TestGoingOn:
             command = [
                 sys.executable,
                 "-m",
-                "rag_rerank.cli",
+                "rag_rerank",
                 "rerank",
                 "--engine",
                 "ray",
@@ -398,9 +396,8 @@ class TestBefore:
         with TemporaryDirectory() as name:
             path = Path(name, "a.jsonl")
             path.write_bytes(b"".join([*lines, last]))
-            folder, sources = sources_in(path)
-            shards = cut(folder, sources, size)
-            read = [list(Reader(folder / shard.source, shard.part)) for shard in shards]
+            shards = cut(files_in(path), size)
+            read = [list(Reader(shard.source, shard.part)) for shard in shards]
             assert [line for shard in read for line in shard] == list(Reader(path))
             assert all(len(shard) == size for shard in read[:-1])
             assert len({shard.name for shard in shards}) == len(shards)
@@ -411,8 +408,8 @@ class TestBefore:
         with TemporaryDirectory() as name:
             path = Path(name, "a.parquet")
             parquet.write_table(pa.table({"n": range(rows)}), path, row_group_size=groups)
-            shards = cut(path.parent, [path.name], size)
-            read = [json.loads(line)["n"] for shard in shards for line in Reader(path, shard.part)]
+            shards = cut(files_in(path), size)
+            read = [json.loads(line)["n"] for shard in shards for line in Reader(shard.source, shard.part)]
         assert read == list(range(rows))
 
     def test_ray_is_imported_by_the_first_call(self):

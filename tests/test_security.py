@@ -67,7 +67,7 @@ class TestKeys:
     def test_the_command_line_has_no_place_for_it(self):
         """Every user of a machine sees its command lines; it comes from the environment."""
         asked = subprocess.run(
-            [sys.executable, "-m", "rag_rerank.cli", "score", "--help"], capture_output=True, text=True, check=True
+            [sys.executable, "-m", "rag_rerank", "score", "--help"], capture_output=True, text=True, check=True
         )
         assert "--api-key" not in asked.stdout
         assert "VLLM_API_KEY" in asked.stdout

@@ -1,5 +1,6 @@
 """What its scores tell about a server: their scale, its template, and whether they rank."""
 
+import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
@@ -103,6 +104,10 @@ def sample(server: CheckedServer) -> Sample:
 def scale(server: CheckedServer, sample: Sample) -> Finding:
     """Say what kind of scores it gives, and what that means for a threshold."""
     kind, family = sample.scale, server.family
+    if kind == "cosine" and all(abs(abs(score) - 1) < 1e-3 for score in sample.scores):
+        said = "All scores are 1 or -1, cosines of single numbers: a cross-encoder is served as an embedding model."
+        checkpoint = shlex.quote(server.facts.checkpoint or server.facts.model)
+        return Finding("Scores", "problem", said, f"Serve what this makes: rag-rerank convert {checkpoint} OUT")
     if kind == "cosine" and family is not None and family.method not in {"bi-encoder", "late-interaction"}:
         said = f"The scores are cosines of embeddings, but {family.name} is a reranker: its head is not in use."
         return Finding("Scores", "problem", said, serve(server))

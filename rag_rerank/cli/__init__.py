@@ -11,17 +11,20 @@ from rag_rerank.errors import ConfigError, RerankError
 
 
 def main() -> None:
-    """Run the command line; errors that a user can mend are one line, without a traceback."""
+    """Run the command line; errors that a user can mend are one line, with ``--traceback`` all of them."""
     try:
         from rag_rerank.cli.app import app
     except ModuleNotFoundError as error:
         _fail(f"the command line needs {error.name}: pip install 'rag-rerank[cli]'", code=2)
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
     try:
         app()
-    except (ConfigError, TypeError, ValueError) as error:
-        _fail(str(error), code=2)
-    except RerankError as error:
-        _fail(str(error), code=1)
+    except (RerankError, TypeError, ValueError, OSError) as error:
+        if "--traceback" in sys.argv:
+            raise
+        failed = isinstance(error, RerankError) and not isinstance(error, ConfigError)
+        _fail(str(error), code=1 if failed else 2)
 
 
 def _fail(message: str, code: int) -> None:

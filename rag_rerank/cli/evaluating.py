@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -16,15 +17,20 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from typer import Argument, Option
 
-from rag_rerank.cli.options import DeviceOption, DtypeOption, KeyOverHTTPOption, ScorerOptions
-from rag_rerank.errors import BackendError, ConfigError
+from rag_rerank.cli.options import (
+    DeviceOption,
+    DtypeOption,
+    KeyOverHTTPOption,
+    ScorerOptions,
+    console,
+    said_what_is_kept,
+)
+from rag_rerank.errors import ConfigError
 from rag_rerank.inputs import NEUTRAL
 from rag_rerank.scorer import Scorer
 
 if TYPE_CHECKING:
     from rag_rerank.evaluation import Collection, Evaluation, Run
-
-_INTERRUPTED = 130  # the exit code of what Ctrl-C ended, as shells have it
 
 File = Path | None
 Names = list[str] | None
@@ -44,6 +50,9 @@ def evaluate(
         list[int] | None, Option(min=1, help="Candidates to rerank; may be repeated. 10, 20, 50, 100 if none.")
     ] = None,
     queries: Annotated[int | None, Option(min=1, help="Only the first so many.")] = None,
+    language: Annotated[
+        str, Option(help='Of the texts, for BM25: a Snowball stemmer, "none", or "characters" for Chinese or Japanese.')
+    ] = "english",
     measures: Annotated[
         str, Option(help="As ir-measures calls them. Verdicts are by the first.")
     ] = "nDCG@10,MRR@10,Recall@10,MAP",
@@ -74,7 +83,8 @@ def evaluate(
     collection, candidates = _collection(folder, run, qrels, max(depths), bare=not (model or base_url))
     where: Path | bool = not no_cache if cache is None or no_cache else cache
     with ExitStack() as stack:
-        stack.enter_context(_resumable(kept=where is not False))
+        kept = "What was scored is kept: the same command goes on from there.\n" if where else "Nothing was kept.\n"
+        stack.enter_context(said_what_is_kept(lambda: kept))
         scorers: dict[str, Scorer] = {}
         if collection.documents:
             options = ScorerOptions(device=device, dtype=dtype, send_key_over_http=send_key_over_http)
@@ -88,10 +98,11 @@ def evaluate(
             depths=depths,
             measures=measures.replace(",", " ").split(),
             limit=queries,
+            language=language,
             cache=where,
             progress=stack.enter_context(_bar()),
         )
-    show(evaluation, Console())
+    show(evaluation, console())
     _write(evaluation, as_json, trec_run, html)
 
 
@@ -139,8 +150,8 @@ def _bar() -> "Iterator[Callable[[str, int, int], None]]":
     """Show a progress bar on stderr; yield what moves it."""
     columns = TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
     tasks: dict[str, TaskID] = {}
-    console = Console(stderr=True)
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+    stderr = Console(stderr=True)
+    with Progress(*columns, console=stderr, transient=True, disable=not stderr.is_terminal) as bar:
 
         def report(task: str, done: int, total: int) -> None:
             if task not in tasks:
@@ -148,20 +159,6 @@ def _bar() -> "Iterator[Callable[[str, int, int], None]]":
             bar.update(tasks[task], completed=done)
 
         yield report
-
-
-@contextmanager
-def _resumable(*, kept: bool) -> Iterator[None]:
-    """Say what became of the scores where scoring ends early."""
-    outcome = "What was scored is kept: the same command goes on from there." if kept else "Nothing was kept."
-    try:
-        yield
-    except KeyboardInterrupt:
-        typer.echo(f"Interrupted. {outcome}", err=True)
-        raise typer.Exit(_INTERRUPTED) from None
-    except BackendError:
-        typer.echo(outcome, err=True)
-        raise
 
 
 def _check_files(as_json: File, trec_run: File, html: File) -> None:
@@ -178,24 +175,18 @@ def _write(evaluation: "Evaluation", as_json: File, trec_run: File, html: File) 
     from rag_rerank.evaluation import write_run
 
     if as_json is not None:
-        _write_text(as_json, json.dumps(evaluation.as_json(), ensure_ascii=False, allow_nan=False, indent=1) + "\n")
+        text = json.dumps(evaluation.as_json(), ensure_ascii=False, allow_nan=False, indent=1)
+        as_json.write_text(f"{text}\n", encoding="utf-8")
+    runs = []
     if trec_run is not None:
         for system in evaluation.systems:
-            path = trec_run
-            if len(evaluation.systems) > 1:
-                name = "".join(letter if letter.isalnum() or letter in "._-" else "-" for letter in system.name)
-                path = trec_run.with_name(f"{trec_run.stem}.{name}{trec_run.suffix}")
-            write_run(path, evaluation.run(system), tag=f"{system.name}@{evaluation.depths[-1]}")
-            typer.echo(f"wrote {path}", err=True)
+            name = re.sub(r"[^\w.-]", "-", system.name)
+            several = len(evaluation.systems) > 1
+            runs.append(trec_run.with_name(f"{trec_run.stem}.{name}{trec_run.suffix}") if several else trec_run)
+            write_run(runs[-1], evaluation.run(system), tag=f"{system.name}@{evaluation.depths[-1]}")
     if html is not None:
         from rag_rerank.evaluation.report import render
 
-        _write_text(html, render(evaluation))
-
-
-def _write_text(path: Path, text: str) -> None:
-    try:
-        path.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(f"{path} can't be written: {error.strerror or error}") from error
-    typer.echo(f"wrote {path}", err=True)
+        html.write_text(render(evaluation), encoding="utf-8")
+    for path in filter(None, (as_json, *runs, html)):
+        typer.echo(f"wrote {path}", err=True)

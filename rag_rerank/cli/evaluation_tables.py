@@ -19,9 +19,13 @@ def show(evaluation: Evaluation, console: Console) -> None:
     documents = f"{len(collection.documents):,} documents, " if evaluation.retrieval is not None else ""
     console.print(
         f"[bold]{escape(collection.name)}[/]: {documents}{len(evaluation.candidates):,} judged queries, "
-        f"candidates by {escape(evaluation.first_stage)}; linear gain.\n",
+        f"candidates by {escape(evaluation.first_stage)}; linear gain.",
         highlight=False,
     )
+    if empty := evaluation.without_candidates:
+        some = escape(", ".join(empty[:3]) + (", …" if len(empty) > 3 else ""))
+        console.print(f"[yellow]{len(empty):,} queries have no candidates and count as 0:[/] {some}", highlight=False)
+    console.print()
     if not evaluation.systems:
         console.print(_first_stage(evaluation))
     for system in evaluation.systems:
@@ -98,7 +102,9 @@ def _remarks(evaluation: Evaluation, system: System) -> str:
     remarks = [f"{system.pairs_scored:,} pairs scored, {system.pairs_cached:,} from the cache."]
     comparison, enough = system.deepest.gains[evaluation.measure], system.enough(evaluation.measure)
     if comparison.verdict == "helps" and enough.depth < system.deepest.depth:
-        remarks.insert(0, f"{enough.depth} candidates are enough: {system.deepest.depth} are not clearly better.")
+        less = enough.against_deepest[evaluation.measure]
+        more = f"{0 - less.high:+.3f} … {0 - less.low:+.3f} ({_INTERVAL})"
+        remarks.insert(0, f"{system.deepest.depth} candidates change {evaluation.measure} of {enough.depth} by {more}.")
     if system.rejected:
         remarks.append(f"{system.rejected:,} documents could not be scored; they are ranked last.")
     return f"{' '.join(remarks)}\n"

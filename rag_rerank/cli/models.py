@@ -8,6 +8,7 @@ from rich.markup import escape
 from rich.progress import Progress
 from rich.table import Table
 
+from rag_rerank.cli.options import console
 from rag_rerank.errors import ConfigError
 from rag_rerank.families import FAMILIES, find_family
 from rag_rerank.families import family as family_called
@@ -15,7 +16,7 @@ from rag_rerank.template import Template
 
 
 def convert(
-    model: Annotated[str, typer.Argument(help="A causal reranker: hub id or folder, with safetensors weights.")],
+    model: Annotated[str, typer.Argument(help="Hub id or folder, with safetensors weights.")],
     out: Annotated[str, typer.Argument(help="The folder to make.")],
     token: Annotated[
         list[str] | None, typer.Option(help="The answer, or twice: the false and the true one. Known for known models.")
@@ -24,20 +25,17 @@ def convert(
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; as it is if none.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a model that is there.")] = False,
 ) -> None:
-    """Write a causal reranker as a classifier, which vLLM and transformers load without overrides."""
+    """Write a causal or modular reranker as a classifier, which vLLM and transformers load without overrides."""
     from rag_rerank.convert import convert as write
 
     family = find_family(model)
     tokens = tuple(token or (family.tokens if family else ()))
-    if not tokens:
-        raise ConfigError(f"{model!r} is no known causal reranker; pass its answers: --token no --token yes")
     template = template or (family.template if family else None)
     with Progress(console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("Writing weights", total=None)
         write(
             model,
             out,
-            method="single-token" if len(tokens) == 1 else "two-token",
             tokens=tokens,
             template=None if template is None else Template.load(template).source,
             dtype=dtype,  # type: ignore[arg-type]  # checked there
@@ -58,7 +56,7 @@ def list_templates() -> None:
         answer = f" ({' / '.join(family.tokens)})" if family.tokens else ""
         cells = family.name, "\n".join(family.models), family.template or "", family.method + answer
         table.add_row(*map(escape, (*cells, family.instruction or "")))
-    Console().print(table)
+    console().print(table)
 
 
 @template_app.command("show")

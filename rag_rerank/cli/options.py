@@ -1,15 +1,19 @@
 """Options that several commands have, and the scorer that they ask for."""
 
 import inspect
-from collections.abc import Callable
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import wraps
 from itertools import chain
 from typing import Annotated, Any
 
+from rich.console import Console
 from typer import Option
 
-from rag_rerank import ConfigError, LocalScorer, LocalSettings, Scorer, VLLMScorer
+from rag_rerank import BackendError, ConfigError, LocalScorer, LocalSettings, Scorer, VLLMScorer
 
 DeviceOption = Annotated[str | None, Option(help="Local only: cuda, cuda:1, mps, cpu.")]
 DtypeOption = Annotated[str, Option(help="Local only: auto, float32, bfloat16, float16.")]
@@ -20,6 +24,7 @@ EndpointOption = Annotated[
     str, Option(help="How the server is asked: score (vLLM), rerank (most others), tei, or auto, which finds out.")
 ]
 _MODEL_HELP = f"Hub id or folder ({LocalSettings.model} if none), or the name on the server."
+_HEADER_HELP = 'A header for a server, such as "X-Tenant: search"; may be repeated.'
 _URL_HELP = "A vLLM server; may be repeated for several. The key is read from VLLM_API_KEY."
 
 
@@ -30,12 +35,13 @@ class ScorerOptions:
     model: Annotated[str | None, Option(help=_MODEL_HELP)] = None
     base_url: Annotated[list[str] | None, Option(help=_URL_HELP)] = None
     host: Annotated[str | None, Option(help="The vLLM server's host, instead of --base-url.")] = None
-    port: Annotated[int | None, Option(help="The vLLM server's port, instead of --base-url.")] = None
+    port: Annotated[int | None, Option(min=1, max=65535, help="The vLLM server's port, instead of --base-url.")] = None
     endpoint: EndpointOption = "score"
     device: DeviceOption = None
     dtype: DtypeOption = "auto"
     logits: Annotated[bool, Option("--logits", help="Raw logits instead of the model's own scale.")] = False
     send_key_over_http: KeyOverHTTPOption = False
+    header: Annotated[list[str] | None, Option(help=_HEADER_HELP)] = None
 
     def make(self) -> Scorer:
         """Make the scorer that they ask for: remote as soon as one of them says where."""
@@ -58,7 +64,32 @@ class ScorerOptions:
             endpoint=self.endpoint,  # type: ignore[arg-type]  # checked there
             use_activation=use_activation,
             send_key_over_http=self.send_key_over_http,
+            default_headers=dict(map(_header, self.header or ())),
         )
+
+
+def _header(text: str) -> tuple[str, str]:
+    name, colon, value = text.partition(":")
+    if not colon:
+        raise ConfigError("--header takes a name and a value: --header 'Name: value'")
+    return name.strip(), value.strip()
+
+
+def console() -> Console:
+    """Make a console on stdout whose tables are cut to a terminal's width, but not where they are piped or kept."""
+    return Console(highlight=False, width=None if sys.stdout.isatty() or os.environ.get("COLUMNS") else 1000)
+
+
+@contextmanager
+def said_what_is_kept(kept: Callable[[], str]) -> Iterator[None]:
+    """Say what is kept for the next run, where this one ends early; after Ctrl-C with exit code 130, as shells do."""
+    try:
+        yield
+    except (KeyboardInterrupt, BackendError, OSError) as error:
+        sys.stderr.write(kept())
+        if isinstance(error, KeyboardInterrupt):
+            raise SystemExit(130) from None
+        raise
 
 
 def takes_scorer(*left_out: str) -> Callable[[Callable[..., None]], Callable[..., None]]:

@@ -10,21 +10,20 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
-from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from rag_rerank.cli.options import ScorerOptions, takes_scorer
+from rag_rerank.cli.options import ScorerOptions, console, takes_scorer
 from rag_rerank.cli.scoring_files import rerank_files
-from rag_rerank.display import Reranked, described
+from rag_rerank.display import Reranked, described, one_line
 from rag_rerank.errors import ConfigError
-from rag_rerank.files.rows import Line, Options, parse
+from rag_rerank.files.rows import Line, Options, is_blank, parse
 from rag_rerank.inputs.content import Image, Input
 from rag_rerank.ray_data import Pool
 from rag_rerank.ray_data.run import SHARD_LINES
 from rag_rerank.scorer import Scorer
 
+_LONGEST = 1000  # characters of a text in a table
 _IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 _TEXTS = (".txt", ".md")
 _TEXT_HELP = f"Score the names of files ending in {', '.join(_TEXTS + _IMAGES)}, not the files."
@@ -182,7 +181,7 @@ def _answer(
     elif as_json:
         _print_json(answer(query, documents, False))
     else:
-        Console().print(answer(query, documents, True))
+        console().print(answer(query, documents, True))
 
 
 def _print_json(answer: dict[str, Any]) -> None:
@@ -194,7 +193,7 @@ def _lines() -> Iterator[Line]:
     if sys.stdin is None or sys.stdin.isatty():  # None: closed by the shell
         raise ConfigError("pass a query and documents, or pipe JSON Lines in; --help tells more")
     for number, raw in enumerate(sys.stdin.buffer, 1):
-        if raw.strip():
+        if not is_blank(raw):
             line = parse(number, raw)
             if line.error is not None:
                 raise ConfigError(f"stdin, line {number}: {line.error}")
@@ -202,13 +201,13 @@ def _lines() -> Iterator[Line]:
 
 
 def _score_table(query: Input, documents: list[Input], scores: list[float]) -> Table:
-    table = Table(title=escape(described(query)), title_justify="left", title_style="bold")
+    table = Table(title=Text(one_line(described(query), _LONGEST)), title_justify="left", title_style="bold")
     for name in ("index", "score"):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("document")
     for index, (document, value) in enumerate(zip(documents, scores, strict=True)):
         # The cell is cut, not the column: that would be given its width before the numbers.
-        text = Text(" ".join(described(document).split()), no_wrap=True, overflow="ellipsis")
+        text = Text(one_line(described(document), _LONGEST), no_wrap=True, overflow="ellipsis")
         table.add_row(str(index), f"{value:.6f}", text)
     return table
 

@@ -1,7 +1,5 @@
 """``rag-rerank rerank --in --out``: a bar while it runs, and what came of it."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +7,9 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-from rag_rerank.errors import BackendError, ConfigError
+from rag_rerank.cli.options import said_what_is_kept
 from rag_rerank.files import Tally, partial_of, rejects_of, rerank_file
 from rag_rerank.files.rows import likely_cause
-from rag_rerank.ray_data import Progress as RayProgress
 from rag_rerank.ray_data import rejects_in, rerank_folder
 from rag_rerank.scorer import Scorer
 
@@ -26,40 +23,19 @@ def rerank_files(
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("", total=1.0, done="starting")
 
-        def of_file(tally: Tally, fraction: float) -> None:
+        def show(tally: Tally, fraction: float) -> None:
             if tally.resumed == tally.lines > 0:
-                console.print(f"Continuing behind line {tally.lines:,} of {source}.")
+                console.print(f"{tally.lines:,} lines of {source} were finished before.")
             bar.update(task, completed=fraction, done=f"{tally.lines:,} lines, {tally.documents:,} documents")
 
-        def of_folder(now: RayProgress) -> None:
-            finished = f"{now.finished:,} of {now.shards:,} shards"
-            if now.tally.lines == now.tally.resumed > 0:
-                console.print(f"{finished} were finished before.")
-            done = f"{finished}, {now.tally.documents:,} documents"
-            bar.update(task, completed=now.finished / max(1, now.shards), done=done)
+        def kept() -> str:
+            what, path = ("shards", target) if ray else ("lines", partial_of(target))
+            told = f"The finished {what} are kept in {path}: the same command continues behind them.\n"
+            return told if path.exists() else ""
 
-        with _told_how_to_continue(console, target, "shards" if ray else "lines"):
-            if ray:
-                tally = rerank_folder(scorer, source, target, **options, progress=of_folder)
-            else:
-                tally = rerank_file(scorer, source, target, **options, progress=of_file)
+        with said_what_is_kept(kept):
+            tally = (rerank_folder if ray else rerank_file)(scorer, source, target, **options, progress=show)
     _summarise(console, tally, target, rejects_in(target) if ray else rejects_of(target), strict=strict)
-
-
-@contextmanager
-def _told_how_to_continue(console: Console, target: Path, what: str) -> Iterator[None]:
-    """Say how to continue, where a run ends early; after Ctrl-C, with exit code 130."""
-    try:
-        yield
-    except (KeyboardInterrupt, BackendError) as error:
-        kept = target if what == "shards" else partial_of(target)
-        if kept.exists():
-            console.print(f"The finished {what} are kept in {kept}: the same command continues behind them.")
-        if isinstance(error, KeyboardInterrupt):
-            raise typer.Exit(130) from None
-        raise
-    except OSError as error:  # a full disk; behind BackendError, of which one is a TimeoutError, too
-        raise ConfigError(f"{error.filename or target}: {error.strerror or error}") from error
 
 
 def _summarise(console: Console, tally: Tally, target: Path, rejects: Path, *, strict: bool) -> None:

@@ -114,6 +114,11 @@ class Evaluation:
         """The first one."""
         return self.measures[0]
 
+    @property
+    def without_candidates(self) -> list[str]:
+        """The ids of the queries for which the first stage found nothing: no order helps them, and each counts as 0."""
+        return [query for query, ranking in self.candidates.items() if not ranking]
+
     def ranking(self, system: System, query: str, depth: int | None = None) -> list[str]:
         """List document ids as a system orders them, at the deepest depth unless told."""
         return reranked(self.candidates[query], system.scores[query], depth or self.depths[-1])
@@ -133,6 +138,7 @@ class Evaluation:
             "collection": self.collection.name,
             "documents": None if self.retrieval is None else len(self.collection.documents),  # a run needs not all
             "queries": len(self.candidates),
+            "queries_without_candidates": self.without_candidates,
             "first_stage": self.first_stage,
             "candidates_per_query": sum(map(len, self.candidates.values())) / len(self.candidates),
             "depths": list(self.depths),

@@ -34,6 +34,7 @@ def evaluate(
     depths: Sequence[int] = DEFAULT_DEPTHS,
     measures: Sequence[str] = DEFAULT_MEASURES,
     limit: int | None = None,
+    language: str = "english",
     cache: str | Path | bool = True,
     deadline: float | None = 600.0,
     progress: Progress | None = None,
@@ -53,6 +54,7 @@ def evaluate(
         depths: How many candidates to rerank.
         measures: Names as in ir-measures. nDCG has linear gain. The first one is what verdicts and plots are about.
         limit: Only the first so many queries.
+        language: Of the texts, for BM25: see `BM25`.
         cache: The folder in which scores are kept; True for ``~/.cache/rag_rerank``, False for none.
         deadline: Seconds that a call of a scorer may take.
         progress: Is called before each query and after the last.
@@ -61,16 +63,17 @@ def evaluate(
         Means and values of every query before, after and at best, confidence intervals, times.
 
     Raises:
-        ConfigError: A depth or measure that can't be, nothing to evaluate, documents in the run that the collection
-            does not have, a cache that can't be used, a server that another model answers on than at the start, or as
-            `Scorer.score`.
+        ConfigError: A depth, measure or language that can't be, no candidates for any query, documents in the run that
+            the collection does not have, a cache that can't be used, a server that another model answers on than at the
+            start, or as `Scorer.score`.
         BackendError: As `Scorer.score`. What was scored before is in the cache.
     """
     depths = _checked_depths(depths)
     collection = _first(collection, limit)
     measurer = Measurer(collection.judgments, measures)
     report = progress or (lambda task, done, total: None)
-    candidates, retrieval = _candidates(collection, run, max(*depths, measurer.deepest, MIN_CANDIDATES), report)
+    deepest = max(*depths, measurer.deepest, MIN_CANDIDATES)
+    candidates, retrieval = _candidates(collection, run, deepest, language, report)
     named = {scorers.model_name: scorers} if isinstance(scorers, Scorer) else dict(scorers)
     if named:
         check_known({query: ranking[: depths[-1]] for query, ranking in candidates.items()}, collection.documents)
@@ -118,7 +121,7 @@ def _first(collection: Collection, limit: int | None) -> Collection:
 
 
 def _candidates(
-    collection: Collection, run: Run | None, keep: int, report: Progress
+    collection: Collection, run: Run | None, keep: int, language: str, report: Progress
 ) -> tuple[dict[str, list[str]], Latency | None]:
     """Candidates of every query: all of the run's, or BM25's best `keep` and how long finding these took."""
     if run is not None:
@@ -126,7 +129,7 @@ def _candidates(
             raise ConfigError("the run has none of the collection's queries: was it made from another one?")
         return {query: list(best_first(run.get(query, {}))) for query in collection.queries}, None
     report("BM25", 0, len(collection.queries))
-    bm25 = BM25(collection.documents)
+    bm25 = BM25(collection.documents, language)
     candidates: dict[str, list[str]] = {}
     calls = []
     for name, query in collection.queries.items():
@@ -134,6 +137,11 @@ def _candidates(
         candidates[name] = list(bm25.retrieve(query, keep))
         calls.append((len(candidates[name]), time.perf_counter() - began))
         report("BM25", len(calls), len(collection.queries))
+    if not any(candidates.values()):
+        raise ConfigError(
+            f"BM25 found no candidate for any of {len(candidates)} queries as {language}: name the language of the "
+            'texts, or "characters" where no spaces part the words'
+        )
     return candidates, Latency.of(calls)
 
 

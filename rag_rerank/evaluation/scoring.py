@@ -5,13 +5,13 @@ queries take turns: of four depths, every fourth query has one call with 10 cand
 other 90, which is not. When enough were timed, the others are scored together, which takes less time.
 """
 
-import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
+
+import numpy as np
 
 from rag_rerank.errors import BackendError, ConfigError, DeadlineExceeded
 from rag_rerank.evaluation.cache import ScoreCache
@@ -43,11 +43,9 @@ class Latency:
         """Sum up (documents, seconds) of every call; None for no calls."""
         if not calls:
             return None
-        seconds = [time for _, time in calls]
-        # Linear between the two nearest; a single time is every percentile.
-        cuts = statistics.quantiles(seconds * 2 if len(seconds) == 1 else seconds, n=100, method="inclusive")
-        pairs = sum(count for count, _ in calls)
-        return cls(len(calls), cuts[49], cuts[94], cuts[98], pairs / max(sum(seconds), 1e-9))
+        pairs, seconds = np.sum(calls, axis=0)
+        p50, p95, p99 = np.percentile([time for _, time in calls], [50, 95, 99]).tolist()
+        return cls(len(calls), p50, p95, p99, float(pairs / max(seconds, 1e-9)))
 
 
 @dataclass(slots=True)
@@ -66,11 +64,10 @@ class Scored:
 
 
 class _Pending(NamedTuple):
-    """A query, those of its candidates that have no score yet, their positions, and the scores to be completed."""
+    """A query, its candidates that have no score yet, by their position, and the scores to be completed."""
 
     query: str
-    documents: Sequence[str]
-    positions: Sequence[int]
+    documents: dict[int, str]
     scores: list[float | None]
 
 
@@ -99,7 +96,7 @@ class ScoringRun:
         """
         documents, position = documents[: self._depths[-1]], len(self.result.scores)
         known: list[float | None] = self._cache.scores(query, documents) if self._cache else [None] * len(documents)
-        missing = [place for place, score in enumerate(known) if score is None]
+        missing = {place: documents[place] for place, score in enumerate(known) if score is None}
         self.result.scores[name] = known
         self.result.pairs_scored += len(missing)
         self.result.pairs_cached += len(documents) - len(missing)
@@ -108,7 +105,7 @@ class ScoringRun:
         elif len(missing) == len(documents) and position < TIMED_QUERIES:
             self._time(name, query, documents, self._depths[position % len(self._depths)])
         else:
-            self._pending.append(_Pending(query, [documents[place] for place in missing], missing, known))
+            self._pending.append(_Pending(query, missing, known))
             if sum(len(each.documents) for each in self._pending) > self._pairs_per_second * _SECONDS_PER_CALL:
                 self._score_pending()
 
@@ -141,12 +138,12 @@ class ScoringRun:
         pending, self._pending = self._pending, []
         if not pending:
             return
-        queries = [each.query for each in pending for _ in each.documents]
-        scores = iter(self._score(queries, [document for each in pending for document in each.documents])[0])
+        pairs = [(each.query, document) for each in pending for document in each.documents.values()]
+        scores = iter(self._score(*zip(*pairs, strict=True))[0])
         for each in pending:
-            part = list(islice(scores, len(each.documents)))
-            self._keep(each.query, each.documents, part)
-            for position, score in zip(each.positions, part, strict=True):
+            part = dict(zip(each.documents, scores, strict=False))
+            self._keep(each.query, list(each.documents.values()), list(part.values()))
+            for position, score in part.items():
                 each.scores[position] = score
 
     def _score(self, queries: Sequence[str], documents: Sequence[str]) -> tuple[Scores, float]:

@@ -4,6 +4,7 @@ import gzip
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -36,7 +37,7 @@ def _judgments(path: Path) -> Iterator[tuple[str, str, str, int]]:
         for place, row in rows(path, _COLUMNS):
             try:
                 query, document, grade = (row[name] for name in _COLUMNS)
-                yield place, str(query), str(document), int(grade)
+                yield place, str(query), str(document), _grade(grade)
             except (KeyError, TypeError, ValueError) as error:
                 raise ConfigError(f"{place}: not query-id, corpus-id and score ({error})") from error
         return
@@ -46,12 +47,18 @@ def _judgments(path: Path) -> Iterator[tuple[str, str, str, int]]:
             query, *_, document, grade_text = fields
             if len(fields) not in (3, 4):
                 raise ValueError(f"{len(fields)} columns")  # noqa: TRY301 - joins the other ways to be malformed
-            grade = int(grade_text)
+            grade = _grade(grade_text)
         except ValueError as error:
-            if position == 0 and len(fields) == 3:
+            if position == 0 and len(fields) == 3 and not any(map(str.isdigit, fields[-1])):
                 continue  # BEIR's header
             raise ConfigError(f"{place}: not query, document and grade ({error})") from error
         yield place, query, document, grade
+
+
+def _grade(value: Any) -> int:
+    if (number := float(value)).is_integer():
+        return int(number)
+    raise ValueError(f"the grade {value} is no whole number, which the measures need")
 
 
 def read_run(path: str | Path, *, keep: int | None = None) -> dict[str, dict[str, float]]:

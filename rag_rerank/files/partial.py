@@ -1,13 +1,14 @@
 """What a run has finished, kept on disk so that the next run can continue."""
 
 import json
+import operator
 import os
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, astuple, dataclass, replace
 from pathlib import Path
-from typing import IO, Any, Self
+from typing import IO, Any, NamedTuple, Self, TypeVar
 
 from rag_rerank.errors import ConfigError
 from rag_rerank.files.formats import Columns, compress
@@ -16,6 +17,7 @@ from rag_rerank.identity import Identity
 if sys.platform != "win32":
     import fcntl
 
+T = TypeVar("T")
 START_OVER = "--restart (in Python restart=True) discards it and starts over"
 
 
@@ -42,6 +44,9 @@ class Tally:
         """Lines with nothing on them, which are skipped."""
         return self.lines - self.ranked - self.rejected
 
+    def __add__(self, other: "Tally") -> "Tally":
+        return Tally(*map(operator.add, astuple(self), astuple(other)))
+
 
 def partial_of(target: Path) -> Path:
     """Name the file that holds the finished lines until `target` is complete."""
@@ -51,6 +56,31 @@ def partial_of(target: Path) -> Path:
 def rejects_of(target: Path) -> Path:
     """Name the file of the lines that could not be reranked: ``{"line": number, "error": why, "raw": the line}``."""
     return target.with_name(f"{target.name}.rejects.jsonl")
+
+
+def _state_of(target: Path) -> Path:
+    return target.with_name(f"{target.name}.partial.json")
+
+
+def lines_kept(target: Path) -> int:
+    """Count the lines that a run which has not come to its end has finished."""
+    state = _state_of(target)
+    return read_whole(state, _State.read).tally.lines if state.exists() else 0
+
+
+class _State(NamedTuple):
+    """How far a run was: what and who it was made from, and how much of its files is kept."""
+
+    facts: Identity
+    scorer: Identity
+    tally: Tally
+    bytes: int
+    rejects_bytes: int
+
+    @classmethod
+    def read(cls, found: Any) -> Self:
+        scorer, facts, tally = Identity.from_dict(found["scorer"]), dict(found["facts"]), Tally(**found["tally"])
+        return cls(Identity(facts), scorer, tally, found["bytes"], found["rejects_bytes"])
 
 
 class Partial:
@@ -73,7 +103,7 @@ class Partial:
         self.tally = Tally()
         self._target, self._facts = target, facts
         self._path = partial_of(target)
-        self._state = self._path.with_name(f"{self._path.name}.json")
+        self._state = _state_of(target)
         self._rejects_path = partial_of(rejects_of(target))
         self._columns = Columns(target, source) if target.suffix == ".parquet" else None
         begun = self._path.exists()
@@ -85,9 +115,9 @@ class Partial:
         begun = begun and self._rejects_path.exists() and self._state.exists()
         self._rejects = self._rejects_path.open("a+b")
         try:
-            state = self._read_state() if begun and not restart else None
+            state = read_whole(self._state, _State.read) if begun and not restart else None
             if state is not None:
-                refuse_changes(self._path, Identity(state["facts"]), Identity(facts))
+                refuse_changes(self._path, state.facts, Identity(facts))
             self.identity = identify()
             if state is not None:
                 self._resume(state)
@@ -108,12 +138,11 @@ class Partial:
             if added:
                 file.writelines(added)
                 _sync(file)
-        done = self.tally
-        documents += done.documents
-        self.tally = Tally(lines, done.ranked + len(ranked), done.rejected + len(rejects), documents, done.resumed)
+        new = lines - self.tally.lines
+        self.tally += Tally(new, len(ranked), len(rejects), documents)
         sizes = {"bytes": self._ranked.tell(), "rejects_bytes": self._rejects.tell()}
         state = {"facts": self._facts, "scorer": self.identity.to_dict(), "tally": asdict(self.tally), **sizes}
-        write_whole(self._state, json.dumps(state).encode())
+        write_whole(self._state, state)
 
     def finish(self) -> None:
         """Put the output in its place, all at once, and the rejects, or remove those of an earlier output."""
@@ -156,27 +185,15 @@ class Partial:
         for path in (self._state, self._rejects_path, self._path):
             path.unlink(missing_ok=True)
 
-    def _read_state(self) -> dict[str, Any]:
-        try:
-            state = json.loads(self._state.read_bytes())
-            state["tally"], state["scorer"] = Tally(**state["tally"]), Identity.from_dict(state["scorer"])
-            state["sizes"] = state["bytes"], state["rejects_bytes"]
-            dict[str, str](state["facts"])
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ConfigError(f"{self._state} can't be read; {START_OVER}") from error
-        else:
-            return dict(state)
-
-    def _resume(self, state: Mapping[str, Any]) -> None:
+    def _resume(self, state: _State) -> None:
         """Go back to the end of the last group that was kept, if the scorer and the files are as they were then."""
-        refuse_changes(self._path, state["scorer"], self.identity)
-        tally, sizes = state["tally"], state["sizes"]
-        counted = _lines_in(self._ranked, sizes[0]), _lines_in(self._rejects, sizes[1])
-        if counted != (tally.ranked, tally.rejected):
+        refuse_changes(self._path, state.scorer, self.identity)
+        counted = _lines_in(self._ranked, state.bytes), _lines_in(self._rejects, state.rejects_bytes)
+        if counted != (state.tally.ranked, state.tally.rejected):
             raise ConfigError(f"{self._path} or its rejects were changed since; {START_OVER}")
-        self._ranked.truncate(sizes[0])
-        self._rejects.truncate(sizes[1])
-        self.tally = replace(tally, resumed=tally.lines)
+        self._ranked.truncate(state.bytes)
+        self._rejects.truncate(state.rejects_bytes)
+        self.tally = replace(state.tally, resumed=state.tally.lines)
         if self._columns is not None:
             self._columns.add_file(self._path)
 
@@ -187,12 +204,20 @@ def refuse_changes(path: Path, before: Identity, now: Identity) -> None:
         raise ConfigError(f"{path} was begun by another run ({'; '.join(changes)}); {START_OVER}")
 
 
-def write_whole(path: Path, data: bytes) -> None:
-    """Write a file so that it is there whole or not at all; it is on disk when this returns."""
+def write_whole(path: Path, values: object) -> None:
+    """Write JSON to a file so that it is there whole or not at all; it is on disk when this returns."""
     with (new := path.with_name(f"{path.name}.new")).open("wb") as file:
-        file.write(data)
+        file.write(json.dumps(values).encode())
         _sync(file)
     new.replace(path)
+
+
+def read_whole(path: Path, made: Callable[[Any], T]) -> T:
+    """Make something of a file of JSON, or raise a ConfigError."""
+    try:
+        return made(json.loads(path.read_bytes()))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(f"{path} can't be read; {START_OVER}") from error
 
 
 def lock(file: IO[bytes], path: Path, until: float) -> bool:

@@ -2,6 +2,7 @@
 
 import json
 import math
+from codecs import BOM_UTF8
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -22,6 +23,7 @@ from rag_rerank.ranking import Ranked
 from rag_rerank.scorer import Scorer
 
 _PROBE = PROBES[0][0], [document for query, document in PROBES if query == PROBES[0][0]]
+GROUP = 256  # documents of one call to the scorer: enough to fill its batches, soon enough done to lose little
 _SERVER_DEADLINE = 300.0  # seconds for a call where nobody waits for the answer, and a server may be starting again
 
 
@@ -34,6 +36,7 @@ class Options:
     instruction: str | None = None
     reorder: bool = False
     deadline: float | None = None
+    group: int = GROUP
 
     def check(self, scorer: Scorer) -> None:
         """Refuse wrong options before any work, as `Scorer.rerank` does."""
@@ -86,6 +89,11 @@ class Line:
         """Write the line of the rejects."""
         # Bytes that are not UTF-8 become lone surrogates: raw.encode(errors="surrogateescape") restores them.
         return encode({"line": self.number, "error": self.error, "raw": self.raw.decode(errors="surrogateescape")})
+
+
+def is_blank(raw: bytes) -> bool:
+    """Tell a line with nothing on it, but perhaps the mark that some editors put before the first line."""
+    return not raw.strip(b" \t\r\n\v\f" + BOM_UTF8)
 
 
 def parse(number: int, raw: bytes) -> Line:

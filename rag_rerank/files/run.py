@@ -8,11 +8,10 @@ from pathlib import Path
 from rag_rerank.errors import ConfigError
 from rag_rerank.files.formats import WHOLE, Part, Reader, check_name
 from rag_rerank.files.partial import START_OVER, Partial, Tally, refuse_changes
-from rag_rerank.files.rows import Line, Options, parse, rank, results
+from rag_rerank.files.rows import GROUP, Line, Options, is_blank, parse, rank, results
 from rag_rerank.identity import Identity
 from rag_rerank.scorer import Scorer
 
-GROUP = 256  # documents of one call to the scorer: enough to fill its batches, soon enough done to lose little
 _GROUP_BYTES = 8 << 20  # a group ends here, too, so that this much of the input and one line are in memory
 
 
@@ -29,6 +28,7 @@ def rerank_file(
     restart: bool = False,
     group: int = GROUP,
     part: Part = WHOLE,
+    begun_by: Identity | None = None,
     lock_timeout: float = 0.0,
     progress: Callable[[Tally, float], None] = lambda tally, fraction: None,
 ) -> Tally:
@@ -55,6 +55,7 @@ def rerank_file(
         restart: Discard what an interrupted run has left.
         group: Documents of one call to the scorer.
         part: Which lines of the input, to share a file between processes.
+        begun_by: Who scores the other parts, by `Scorer.identity`; another scorer is refused. None: nobody yet.
         lock_timeout: Seconds to wait for another process that writes the same output to end.
         progress: Called at the start and after each group, with the fraction of the input that was read, 0 to 1.
 
@@ -67,14 +68,20 @@ def rerank_file(
         BackendError: No scores, and not through the fault of single lines; what was finished stays for the next run.
         OSError: A file can't be read or written.
     """
-    options = Options(top_n, score_threshold, instruction, reorder, deadline)
+    options = Options(top_n, score_threshold, instruction, reorder, deadline, group)
     options.check(scorer)
     _check_files(source, target)
     before = input_facts(source)
-    facts = before | options.facts() | {"group": str(group)}
+    facts = before | options.facts()
     if part != WHOLE:
         facts["part"] = str(asdict(part))
-    with Partial(target, source, facts, scorer.identity, restart=restart, lock_timeout=lock_timeout) as partial:
+
+    def identify() -> Identity:
+        identity = scorer.identity()
+        refuse_changes(target, begun_by or identity, identity)
+        return identity
+
+    with Partial(target, source, facts, identify, restart=restart, lock_timeout=lock_timeout) as partial:
         reader = Reader(source, part)
         probe, known = scorer.remote and partial.identity.steady, Identity({})
         progress(partial.tally, 0.0)
@@ -125,7 +132,7 @@ def _groups(numbered: Iterable[tuple[int, bytes]], documents: int, before: int) 
     number = lines = texts = size = 0
     for number, raw in numbered:
         lines += 1
-        if raw.strip():
+        if not is_blank(raw):
             group.append(parse(before + number, raw))
             texts += len(group[-1].documents)
             size += len(raw)

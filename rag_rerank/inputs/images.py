@@ -117,7 +117,7 @@ def size_of(source: "Path | bytes | PIL.Image.Image") -> tuple[int, int]:
     """
     if not isinstance(source, Path | bytes):
         return source.size
-    with _opened(source if isinstance(source, bytes) else _checked(source)) as image:
+    with _opened(source if isinstance(source, bytes) else _file(source)) as image:
         return image.size
 
 
@@ -143,31 +143,22 @@ def _pillow() -> Any:
 
 
 def _file(path: Path) -> bytes:
-    """Read its bytes; no more of them than are allowed are read."""
-    try:
-        with _checked(path).open("rb") as file:
-            return file.read(MOST_BYTES + 1)
-    except OSError as error:
-        raise ContentError(f"is the file {path}, which can't be read: {error.strerror or error}") from error
-
-
-def _checked(path: Path) -> Path:
-    """Refuse a path that is no file's: a pipe or device would never end."""
+    """Read its bytes, no more of them than are allowed, and of files only: a pipe or device would never end."""
     try:
         if path.is_file():
-            return path
+            with path.open("rb") as file:
+                return file.read(MOST_BYTES + 1)
         there = path.exists()
     except OSError as error:
-        raise ContentError(f"is the path {path}, which can't be read: {error.strerror or error}") from error
+        raise ContentError(f"is the file {path}, which can't be read: {error.strerror or error}") from error
     raise ContentError(f"is the path {path}, which is {'no file' if there else 'not there'}")
 
 
-def _opened(data: bytes | Path) -> "PIL.Image.Image":
+def _opened(data: bytes) -> "PIL.Image.Image":
     """Read its header, no pixel yet."""
     pil = _pillow()
-    source = data if isinstance(data, Path) else io.BytesIO(data)
     try:
-        image: PIL.Image.Image = pil.open(source, formats=[name for name in _FORMATS if name != "MPO"])
+        image: PIL.Image.Image = pil.open(io.BytesIO(data), formats=[name for name in _FORMATS if name != "MPO"])
     except (pil.DecompressionBombError, pil.DecompressionBombWarning) as error:  # the latter where warnings are errors
         raise ContentError(f"is an image with too many pixels: {error}") from error
     except Exception as error:  # as for what is damaged
@@ -196,15 +187,13 @@ def _scaled(image: "PIL.Image.Image", max_pixels: int | None) -> "PIL.Image.Imag
 
 def _as_rgb(image: "PIL.Image.Image") -> "PIL.Image.Image":
     """Convert step by step as vLLM 0.32 (``multimodal/image.py``), so that a model sees the same."""
-    from PIL import Image  # noqa: PLC0415
-
     image = _upright(image)
     if image.mode == "RGB":
         return image
     if image.mode not in ("RGBA", "LA", "PA") and "transparency" not in image.info:
         return image.convert("RGB")
     image = image if image.mode == "RGBA" else image.convert("RGBA")
-    ground = Image.new("RGB", image.size, (255, 255, 255))
+    ground: PIL.Image.Image = _pillow().new("RGB", image.size, (255, 255, 255))
     ground.paste(image, mask=image.getchannel("A"))
     return ground
 

@@ -25,7 +25,8 @@ from rag_rerank.families import Family, find_family
 from rag_rerank.local.checkpoint.chat import ChatTemplate
 from rag_rerank.local.checkpoint.checkpoint import Checkpoint, max_length
 from rag_rerank.local.checkpoint.declaration import IDENTITY, SIGMOID, Declaration, Pooling, Route, Side
-from rag_rerank.local.hardware import choose_batching, choose_device
+from rag_rerank.local.checkpoint.files import Files
+from rag_rerank.local.hardware import choose_batching, choose_device, choose_dtype
 from rag_rerank.local.models.bi_encoder import BiEncoder, Embedder
 from rag_rerank.local.models.cross_encoder import (
     Activation,
@@ -86,7 +87,12 @@ def load(settings: Settings) -> Model:
     ConfigError if it is not there, not a reranker, not safetensors, lacks weights, has no known template, or does not
     fit the settings.
     """
-    checkpoint = Checkpoint(settings)
+    checkpoint = Checkpoint(
+        Files(settings.model, settings.revision, settings.cache_dir, settings.local_files_only),
+        None if settings.score_type == "auto" else settings.score_type,
+        trust_remote_code=settings.trust_remote_code,
+        tokenizer_kwargs=settings.tokenizer_kwargs,
+    )
     device = choose_device(settings.device)
     family = find_family(checkpoint.name, checkpoint.architectures)
     if family is not None and not family.local:
@@ -117,6 +123,7 @@ def load(settings: Settings) -> Model:
         special=None if template is None else special_tokens(checkpoint.tokenizer),
         passages=settings.long_documents == "max-passage",
         document_prompt=settings.document_prompt or "",
+        declaration=checkpoint.declaration,
         proof=Proof(max(loading.paths, key=list(get_args(Path)).index), differences),
     )
 
@@ -256,7 +263,8 @@ class _Loading:
         return PairModel(prompts, self._activation(), transformer, head)
 
     def _model(self, auto: Any, checkpoint: Checkpoint | None = None) -> PreTrainedModel:
-        model = (checkpoint or self.checkpoint).model(auto, self.device)
+        options = {"dtype": choose_dtype(self.settings.dtype, self.device), **self.settings.model_kwargs}
+        model = (checkpoint or self.checkpoint).model(auto, self.device, **options)
         self.facts |= {"dtype": str(model.dtype).removeprefix("torch."), "device": model.device.type}
         return model
 

@@ -21,6 +21,7 @@ from rag_rerank.scorer import Scorer
 from rag_rerank.template import Template
 
 if TYPE_CHECKING:
+    from rag_rerank.local.checkpoint.declaration import Declaration
     from rag_rerank.local.transformer.proof import Proof
 
 DEFAULT_MODEL = "cross-encoder/ms-marco-MiniLM-L6-v2"
@@ -190,6 +191,15 @@ class LocalScorer(Scorer):
         """
         self._begin(None, None)
         self._wait(self._engine.submit(["warm"], ["up"]), None)
+
+    def declaration(self) -> "Declaration":
+        """Tell what the checkpoint's files declare about how it scores; loads the model first.
+
+        Raises:
+            ConfigError: It can't be loaded as asked.
+        """
+        self._begin(None, None)
+        return self._loaded(None).declaration
 
     def proof(self) -> "Proof":
         """Tell how the model is run, and how far that is from plain transformers; loads it first.

@@ -1,15 +1,14 @@
 """A step of a pipeline in Ray Data: batches of rows, and the same with scores."""
 
+from dataclasses import asdict
 from importlib import import_module
 from typing import Any
 
 from rag_rerank.errors import ConfigError
 from rag_rerank.files.formats import encode
-from rag_rerank.files.rows import Options, parse, rank
-from rag_rerank.ray_data.pool import DEFAULT_POOL, Pool, import_ray, limit_threads, pool_options
+from rag_rerank.files.rows import GROUP, Options, parse, rank
+from rag_rerank.ray_data.pool import DEFAULT_POOL, Pool, import_ray
 from rag_rerank.scorer import Scorer
-
-BATCH_SIZE = 256  # rows
 
 
 class ScoreBatch:
@@ -22,28 +21,16 @@ class ScoreBatch:
     Args:
         scorer: A `LocalScorer` loads its model in each actor, once. A `VLLMScorer` has connections of its own, and
             reads its key from ``VLLM_API_KEY`` on the actor's machine.
-        top_n: How many to keep of each list; None keeps all.
-        score_threshold: Keep only scores at or above it, of lists.
-        instruction: As in `Scorer.rerank`.
-        deadline: Seconds that a batch may take; None: 300 on a server, no limit for a local model.
+        **options: Of `rag_rerank.files.rerank_file`: `top_n`, `score_threshold`, `instruction`, `deadline` of a batch.
 
     Raises:
         ConfigError: The columns are not there, or the scorer can't work as configured.
         BackendError: No scores, and not through the fault of single rows.
     """
 
-    def __init__(
-        self,
-        scorer: Scorer,
-        *,
-        top_n: int | None = None,
-        score_threshold: float | None = None,
-        instruction: str | None = None,
-        deadline: float | None = None,
-    ) -> None:
-        self._options = Options(top_n, score_threshold, instruction, deadline=deadline)
+    def __init__(self, scorer: Scorer, **options: Any) -> None:
+        self._options = Options(**options)
         self._options.check(scorer)
-        limit_threads()
         self._scorer = scorer
 
     def __call__(self, batch: Any) -> Any:
@@ -65,10 +52,7 @@ class ScoreBatch:
             added = {"score": pyarrow.array(scores, pyarrow.float64())}
         else:
             item = pyarrow.struct({"index": pyarrow.int64(), "score": pyarrow.float64()})
-            ranked = [
-                None if line.ranked is None else [{"index": item.index, "score": item.score} for item in line.ranked]
-                for line in lines
-            ]
+            ranked = [None if line.ranked is None else list(map(asdict, line.ranked)) for line in lines]
             added = {"ranked": pyarrow.array(ranked, pyarrow.list_(item))}
         added["score_error"] = pyarrow.array([line.error for line in lines], pyarrow.string())
         batch = batch.drop_columns([name for name in added if name in names])
@@ -78,7 +62,7 @@ class ScoreBatch:
 
 
 def score_dataset(
-    dataset: Any, scorer: Scorer, *, pool: Pool = DEFAULT_POOL, batch_size: int = BATCH_SIZE, **options: Any
+    dataset: Any, scorer: Scorer, *, pool: Pool = DEFAULT_POOL, batch_size: int = GROUP, **options: Any
 ) -> Any:
     """Score a Ray Dataset over a pool of actors, as `ScoreBatch` does.
 
@@ -99,11 +83,14 @@ def score_dataset(
     """
     ray = import_ray()
     ScoreBatch(scorer, **options)  # refuses wrong options before any work
+    actors, resources = pool.fit(ray, scorer)
     return dataset.map_batches(
         ScoreBatch,
         fn_constructor_args=(scorer,),
         fn_constructor_kwargs=options,
         batch_size=batch_size,
         batch_format="pyarrow",
-        **pool_options(ray, scorer, pool),
+        # One batch at a time: what waits at one actor, an idle one can't take.
+        compute=ray.data.ActorPoolStrategy(size=actors, max_tasks_in_flight_per_actor=1),
+        **resources,
     )

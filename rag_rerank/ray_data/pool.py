@@ -43,21 +43,6 @@ def connected() -> Iterator[Any]:
         ray.shutdown()
 
 
-@contextmanager
-def quiet(ray: Any) -> Iterator[None]:
-    """Keep the bars and notes of Ray Data off the terminal, for datasets made meanwhile; warnings are logged."""
-    context = ray.data.DataContext.get_current().copy()
-    context.enable_progress_bars = context.print_on_execution_start = False
-    logger = logging.getLogger("ray.data")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with ray.data.DataContext.current(context):
-            yield
-    finally:
-        logger.setLevel(level)
-
-
 @dataclass(frozen=True, slots=True)
 class Pool:
     """How many actors there are, and what each gets of the machines.
@@ -84,37 +69,31 @@ class Pool:
             if value is not None and not 0 <= value < math.inf:
                 raise ConfigError(f"{name} must be 0 or more, got {value!r}")
 
+    def fit(self, ray: Any, scorer: Scorer) -> tuple[int, dict[str, Any]]:
+        """Find how many actors there are and Ray's options for each; a ConfigError if the machines have less."""
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        all_gpus = int(sum(node.get("GPU", 0.0) for node in nodes))
+        gpus = float(all_gpus > 0 and not scorer.remote) if self.gpus is None else self.gpus
+        actors = self.actors or (int(all_gpus / gpus) if gpus else len(nodes))
+        cpus = self.cpus
+        if cpus is None:
+            share = equal_share([node.get("CPU", 0.0) for node in nodes], actors)
+            cpus = min(share, 1.0 if scorer.remote else math.inf)
+        fitting = sum(_fitting(node, cpus, gpus) for node in nodes)
+        if fitting < actors:
+            has = "; ".join(f"{node.get('CPU', 0):g} CPUs, {node.get('GPU', 0):g} GPUs" for node in nodes)
+            raise ConfigError(
+                f"{actors} actors of {cpus:g} CPUs and {gpus:g} GPUs don't fit on the machines ({has}), only "
+                f"{fitting}; ask for fewer actors, or less for each"
+            )
+        # Each actor's libraries would take all cores for themselves. Ray sets OMP_NUM_THREADS, but not where the user
+        # has set it, and the tokenizers' threads not at all.
+        names = "OMP_NUM_THREADS", "MKL_NUM_THREADS", "RAYON_NUM_THREADS"
+        threads = dict.fromkeys(names, str(max(1, int(cpus))))
+        return actors, {"num_cpus": cpus, "num_gpus": gpus, "runtime_env": {"env_vars": threads}}
+
 
 DEFAULT_POOL = Pool()
-
-
-def pool_options(ray: Any, scorer: Scorer, pool: Pool, tasks: int | None = None) -> dict[str, Any]:
-    """Make the options of ``map_batches`` for a pool of actors; a ConfigError if the machines don't have so much.
-
-    No more actors are started than there are tasks. What each gets stays the same, so that the last shards of a run
-    are scored as the others.
-    """
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    all_gpus = int(sum(node.get("GPU", 0.0) for node in nodes))
-    gpus = float(all_gpus > 0 and not scorer.remote) if pool.gpus is None else pool.gpus
-    actors = pool.actors or (int(all_gpus / gpus) if gpus else len(nodes))
-    cpus = pool.cpus
-    if cpus is None:
-        cpus = min(equal_share([node.get("CPU", 0.0) for node in nodes], actors), 1.0 if scorer.remote else math.inf)
-    fitting = sum(_fitting(node, cpus, gpus) for node in nodes)
-    if fitting < actors:
-        has = "; ".join(f"{node.get('CPU', 0):g} CPUs, {node.get('GPU', 0):g} GPUs" for node in nodes)
-        raise ConfigError(
-            f"{actors} actors of {cpus:g} CPUs and {gpus:g} GPUs don't fit on the machines ({has}), only {fitting}; "
-            "ask for fewer actors, or less for each"
-        )
-    return {
-        # One batch at a time: what waits at one actor, an idle one can't take.
-        "compute": ray.data.ActorPoolStrategy(size=min(actors, tasks or actors), max_tasks_in_flight_per_actor=1),
-        "num_cpus": cpus,
-        "num_gpus": gpus or None,
-        # An actor that dies is started again, and its task done again, without end: Ray Data's own defaults.
-    }
 
 
 def equal_share(cpus: list[float], actors: int) -> float:
@@ -129,21 +108,3 @@ def equal_share(cpus: list[float], actors: int) -> float:
 def _fitting(node: dict[str, float], num_cpus: float, num_gpus: float) -> int:
     wanted = [(node.get(name, 0.0), each) for name, each in (("CPU", num_cpus), ("GPU", num_gpus)) if each]
     return min((int((have + 1e-4) / each) for have, each in wanted), default=sys.maxsize)
-
-
-def limit_threads() -> None:
-    """Make the libraries that compute in this actor use as many threads as it has CPUs, at least one.
-
-    Each would take all cores of the machine for itself, as would its neighbours. Ray sets ``OMP_NUM_THREADS``, but not
-    where the user has set it, and the tokenizers' threads not at all.
-    """
-    ray = sys.modules.get("ray")
-    if ray is None or not ray.is_initialized() or ray.get_runtime_context().get_actor_id() is None:
-        return  # no actor: the caller's own process
-    cpus = ray.get_runtime_context().get_assigned_resources().get("CPU", 1.0)
-    threads = max(1, int(cpus))
-    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "RAYON_NUM_THREADS"):
-        os.environ[name] = str(threads)  # read when a library is loaded
-    torch = sys.modules.get("torch")
-    if torch is not None:
-        torch.set_num_threads(threads)

@@ -1,41 +1,34 @@
 """A folder of files in, a folder of files out: cut into shards, which go to actors; the next run does what is left.
 
 In the output's folder, beside the finished files (which appear whole, under names that depend on the input alone), are
-_rejects/, with a file for each shard that has lines that can't be scored, and _rag_rerank/, with run.json and
-scorer.json, what and who the run is made from, and what its actors work at.
+_rejects/, with a file for each shard that has lines that can't be scored, and _rag_rerank/, with run.json, what and who
+the run began with, and shards/, what its actors work at and the tally of each finished shard.
 """
 
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, astuple, dataclass, replace
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
-from rag_rerank.errors import BackendError, ConfigError
-from rag_rerank.files import Tally
+from rag_rerank.errors import BackendError, ConfigError, RerankError
+from rag_rerank.files import Tally, rejects_of, rerank_file
+from rag_rerank.files.partial import START_OVER, lines_kept, lock, read_whole, refuse_changes, write_whole
 from rag_rerank.files.rows import Options
-from rag_rerank.files.run import GROUP
-from rag_rerank.ray_data.actor import ScoreShards, outcome_of
-from rag_rerank.ray_data.pool import DEFAULT_POOL, Pool, connected, pool_options, quiet
-from rag_rerank.ray_data.shards import Folders, Shard, sources_in
+from rag_rerank.files.run import input_facts
+from rag_rerank.identity import Identity
+from rag_rerank.ray_data.pool import DEFAULT_POOL, Pool, connected
+from rag_rerank.ray_data.shards import Shard, cut, files_in
 from rag_rerank.scorer import Scorer
 
 SHARD_LINES = 16_384  # of pairs, some minutes' work on a CPU; an actor's death costs no more than the group it was at
-
-
-@dataclass(frozen=True, slots=True)
-class Progress:
-    """The progress of a run.
-
-    Attributes:
-        shards: How many shards there are.
-        finished: How many are finished, by this run or earlier ones.
-        tally: The lines of the finished ones; `resumed` are those that earlier runs have finished.
-    """
-
-    shards: int
-    finished: int
-    tally: Tally
+_DEATHS = 3  # of actors at one shard that end the run
+_OWN = "_rag_rerank"  # the folder in that of the output which a run keeps for itself
+_TALLY = ".tally.json"  # the ending of what is kept of a finished shard
+_LOCK_TIMEOUT = 60.0  # seconds in which a process that is being killed on another machine releases its shard's files
+_REMEDY = "What was finished is kept: the same command continues behind it."
+_DEATHS_REMEDY = f"Is there too little memory for so many models on a machine? {_REMEDY}"
 
 
 def rerank_folder(
@@ -44,26 +37,21 @@ def rerank_folder(
     target: Path,
     *,
     pool: Pool = DEFAULT_POOL,
-    top_n: int | None = None,
-    score_threshold: float | None = None,
-    instruction: str | None = None,
-    reorder: bool = False,
-    deadline: float | None = None,
     restart: bool = False,
     shard_lines: int = SHARD_LINES,
-    group: int = GROUP,
-    progress: Callable[[Progress], None] = lambda now: None,
+    progress: Callable[[Tally, float], None] = lambda tally, fraction: None,
+    **options: Any,
 ) -> Tally:
     """Rerank every line of a folder's files over a pool of Ray actors, or continue where an interrupted run stopped.
 
     The input is cut into shards of so many lines. An actor streams a shard through `rag_rerank.files.rerank_file` into
     a file of its own, which appears when it is complete. An actor that dies is started again, and continues its shard
-    behind the last group that was finished; lines at which three actors die, one after the other, end the run. Shards
-    and groups depend on the input alone: with one CPU for each actor, scores are the same to the last bit, however many
-    actors there are and whichever of them die.
+    behind the last group that was finished; three that die at one shard end the run. Shards and groups depend on the
+    input alone: with one CPU for each actor, scores are the same to the last bit, however many actors there are and
+    whichever of them die.
 
-    Every actor compares its scorer, as `Scorer.identity` tells, with the one that the run began with, before each
-    shard: a machine with other weights in its folder is refused, as is a later run with another model.
+    Before each shard, an actor compares its scorer, as `Scorer.identity` tells, with the one that the run began with: a
+    machine with other weights in its folder is refused, as is a later run with another model.
 
     Args:
         scorer: Goes to every actor by its settings alone; not loaded here. The actors' own `VLLMScorer` reads the key
@@ -72,18 +60,14 @@ def rerank_folder(
         target: The folder to write, with an output for each shard in the format of its input. Both must be on a file
             system that all machines see under the same path.
         pool: How many actors, and what each gets of the machines.
-        top_n: As in `rerank_file`, like `score_threshold`, `instruction`, `reorder`, `deadline` and `group`.
-        score_threshold: See `top_n`.
-        instruction: See `top_n`.
-        reorder: See `top_n`.
-        deadline: See `top_n`.
         restart: Discard what an earlier run has left or made.
         shard_lines: Lines of a shard.
-        group: See `top_n`.
-        progress: Called at the start and after each shard.
+        progress: Called at the start and after each shard, with the fraction of the shards that are finished.
+        **options: Of `rerank_file`: `top_n`, `score_threshold`, `instruction`, `reorder`, `deadline`, `group`.
 
     Returns:
-        The count of everything: ``lines == ranked + rejected + blank``.
+        The count of everything: ``lines == ranked + rejected + blank``; `resumed` are lines of shards that earlier runs
+        have finished.
 
     Raises:
         TypeError, ValueError: As `Scorer.rerank`, for wrong options.
@@ -92,53 +76,151 @@ def rerank_folder(
         BackendError: No scores, and not through the fault of single lines; what was finished stays for the next run.
         OSError: A file can't be read or written.
     """
-    options = Options(top_n, score_threshold, instruction, reorder, deadline)
-    options.check(scorer)
+    ranking = Options(**options)
+    ranking.check(scorer)
     if isinstance(shard_lines, bool) or not isinstance(shard_lines, int) or shard_lines < 1:
         raise ConfigError(f"shard_lines must be 1 or more, got {shard_lines!r}")
     if source.is_dir() and target.resolve().is_relative_to(source.resolve()):
         raise ConfigError(f"{target} is inside of the input; name a folder outside of it")
-    folder, sources = sources_in(source.absolute())
-    folders = Folders(folder, target.absolute())
-    facts = options.facts() | {"group": str(group), "shard_lines": str(shard_lines)}
-    with folders.locked():
-        shards = folders.begin(sources, facts, shard_lines, restart=restart)
-        left = [position for position, shard in enumerate(shards) if not folders.output(shard).exists()]
-        tally = _sum(folders.tally(shard) for shard in shards if folders.output(shard).exists())
-        now = Progress(len(shards), len(shards) - len(left), replace(tally, resumed=tally.lines))
-        progress(now)
-        arguments = asdict(options) | {"group": group}
-        # Also with nothing left to do, an actor says whether the scorer is still the same.
-        for tally in _run(scorer, folders, shards, arguments, left or [-1], pool):
-            now = Progress(len(shards), now.finished + bool(left), _sum((now.tally, tally)))
-            progress(now)
-        if now.finished < now.shards:  # Ray skips blocks that fail where DataContext.max_errored_blocks says so
-            left_over = f"{now.shards - now.finished} of {now.shards} shards were not finished"
-            raise BackendError(f"{left_over}; the same call continues")
-        folders.finish(sources, facts)
-    return now.tally
+    files, target = files_in(source), target.absolute()
+    facts = ranking.facts() | {"shard_lines": str(shard_lines)} | _facts(files)
+    shards = cut(files, shard_lines)
+    with _locked(target), _actors(pool, len(shards), scorer, target, options) as (ray, actors):
+        begun_by = _begin(target, facts, ray.get(actors[0].identity.remote()), restart=restart)
+        finished = {shard for shard in shards if (target / shard.name).exists()}
+        tally = sum((_tally(target, shard) for shard in finished), Tally())
+        tally = replace(tally, resumed=tally.lines)
+        progress(tally, len(finished) / max(1, len(shards)))
+        left = [shard for shard in shards if shard not in finished]
+        for count, more in enumerate(_scored(ray, actors, target, left, begun_by), len(finished) + 1):
+            tally += replace(more, resumed=0)
+            progress(tally, count / len(shards))
+    if _facts(files).items() - facts.items():
+        raise ConfigError(f"{source} was changed while it was read; {START_OVER}")
+    return tally
 
 
-def _run(
-    scorer: Scorer, folders: Folders, shards: list[Shard], options: dict[str, Any], positions: list[int], pool: Pool
-) -> Iterator[Tally]:
-    """Have the shards at these positions scored by a pool of actors; yield the tally of each, as they finish."""
-    with connected() as ray, quiet(ray):
-        items = ray.data.from_items(positions, override_num_blocks=len(positions))
-        outcomes = items.map_batches(
-            ScoreShards,
-            fn_constructor_args=(scorer, folders, shards, options, uuid4().hex),
-            batch_size=1,
-            batch_format="numpy",
-            **pool_options(ray, scorer, pool, len(positions)),
-        )
+def rejects_in(target: Path) -> Path:
+    """Name the folder of the lines that can't be scored: ``{"line": number, "error": why, "raw": the line}``.
+
+    It has a file for each shard that has any. Arrow, Spark and Ray Data skip it when they read the output: its name
+    begins with ``_``.
+    """
+    return target / "_rejects"
+
+
+class ShardScorer:
+    """Scores shards, one after the other, each from its file to its file; every actor is one."""
+
+    def __init__(self, scorer: Scorer, target: Path, options: Mapping[str, Any]) -> None:
+        self._scorer, self._target, self._options = scorer, target, options
+
+    def identity(self) -> Identity:
+        """Say who the scorer is on this machine."""
+        return self._scorer.identity()
+
+    def score(self, shard: Shard, begun_by: Identity) -> Tally:
+        """Make a shard's output, unless an actor died just when it had made it."""
+        output, work = self._target / shard.name, _work(self._target, shard)
+        rejects = rejects_in(self._target) / f"{shard.name}.jsonl"
+        if not output.exists():
+            for path in (output, work, rejects):
+                path.parent.mkdir(parents=True, exist_ok=True)
+            options = {**self._options, "part": shard.part, "begun_by": begun_by, "lock_timeout": _LOCK_TIMEOUT}
+            tally = rerank_file(self._scorer, shard.source, work, **options)
+            if tally.rejected:
+                rejects_of(work).replace(rejects)
+            write_whole(work.with_name(f"{work.name}{_TALLY}"), asdict(tally))
+            work.replace(output)
+        return _tally(self._target, shard)
+
+
+@contextmanager
+def _actors(pool: Pool, most: int, *arguments: Any) -> Iterator[tuple[Any, list[Any]]]:
+    """Start actors, at least one, no more than `most`; yield Ray and these, and raise what ended one of them."""
+    with connected() as ray:
+        count, resources = pool.fit(ray, arguments[0])
+        # One that dies is started again, and its shard done again.
+        remote = ray.remote(max_restarts=-1, max_task_retries=_DEATHS - 1, scheduling_strategy="SPREAD", **resources)
+        actors = [remote(ShardScorer).remote(*arguments) for _ in range(min(count, max(1, most)))]
         try:
-            for row in outcomes.iter_rows():
-                yield outcome_of(row)
+            yield ray, actors
         except ray.exceptions.RayError as error:
-            remedy = "What was finished is kept: the same command continues behind it."
-            raise BackendError(f"Ray gave up: {str(error).strip().splitlines()[-1]}", remedy=remedy) from error
+            cause = getattr(error, "cause", None)  # what was raised in the actor
+            if isinstance(cause, RerankError | OSError):
+                raise cause from None
+            raise BackendError(f"Ray gave up: {str(error).strip().splitlines()[-1]}", remedy=_REMEDY) from error
+        finally:
+            for actor in actors:
+                ray.kill(actor)
 
 
-def _sum(tallies: Iterable[Tally]) -> Tally:
-    return Tally(*map(sum, zip(*map(astuple, tallies), strict=True)))
+def _scored(
+    ray: Any, actors: Sequence[Any], target: Path, shards: Sequence[Shard], begun_by: Identity
+) -> Iterator[Tally]:
+    """Have shards scored; yield the tally of each, as they finish."""
+    idle, left, running = list(actors), list(reversed(shards)), dict[Any, tuple[Any, Shard]]()
+    while left or running:
+        while left and idle:
+            actor, shard = idle.pop(), left.pop()
+            running[actor.score.remote(shard, begun_by)] = actor, shard
+        (done,), _ = ray.wait(list(running))
+        actor, shard = running.pop(done)
+        try:
+            yield ray.get(done)
+        except ray.exceptions.RayActorError as error:
+            line = shard.part.first + lines_kept(_work(target, shard))
+            where = f"the last at what follows line {line} of {shard.source}"
+            raise BackendError(f"{_DEATHS} actors died one after the other, {where}", remedy=_DEATHS_REMEDY) from error
+        idle.append(actor)
+
+
+@contextmanager
+def _locked(target: Path) -> Iterator[None]:
+    """Make the folder of the output, if it can be used, and keep other runs out of it."""
+    own = target / _OWN
+    if not target.parent.is_dir():
+        raise ConfigError(f"there is no folder {target.parent}")
+    if target.exists() and not target.is_dir():
+        raise ConfigError(f"{target} is a file; with several actors, the output is a folder")
+    if target.is_dir() and not own.is_dir() and any(target.iterdir()):
+        raise ConfigError(f"{target} holds other files; name a folder that is new or empty")
+    own.mkdir(parents=True, exist_ok=True)
+    with (own / "lock").open("ab") as file:
+        if not lock(file, own / "lock", until=0.0):
+            raise ConfigError(f"{target} is being written by another run")
+        yield
+
+
+def _begin(target: Path, facts: Mapping[str, str], scorer: Identity, *, restart: bool) -> Identity:
+    """Say who began the run: another scorer, other options or another input don't continue it."""
+    record, shards = target / _OWN / "run.json", target / _OWN / "shards"
+    if record.exists() and not restart:
+        begun = read_whole(record, lambda found: (Identity(found["facts"]), Identity.from_dict(found["scorer"])))
+        refuse_changes(target, begun[0], Identity(facts))
+        refuse_changes(target, begun[1], scorer)
+        return begun[1]
+    for path in shards.rglob(f"*{_TALLY}"):  # of each output
+        (target / path.relative_to(shards)).with_name(path.name.removesuffix(_TALLY)).unlink(missing_ok=True)
+    shutil.rmtree(rejects_in(target), ignore_errors=True)
+    shutil.rmtree(shards, ignore_errors=True)
+    # When there is no output left that could be taken for one of another scorer.
+    write_whole(record, {"facts": dict(facts), "scorer": scorer.to_dict()})
+    return scorer
+
+
+def _work(target: Path, shard: Shard) -> Path:
+    """Name the output of a shard until it has its place."""
+    return target / _OWN / "shards" / shard.name
+
+
+def _tally(target: Path, shard: Shard) -> Tally:
+    """Read the tally of a finished shard."""
+    work = _work(target, shard)
+    return read_whole(work.with_name(f"{work.name}{_TALLY}"), lambda found: Tally(**found))
+
+
+def _facts(files: Mapping[str, Path]) -> dict[str, str]:
+    """Tell an input from another."""
+    facts = {name: input_facts(path) for name, path in files.items()}
+    return {name: f"{found['size']} bytes of {found['mtime']}" for name, found in facts.items()}

@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field, replace
 
-from rag_rerank.errors import BackendRejected, BackendUnavailable, DocumentRejected
+from rag_rerank.errors import BackendError, BackendRejected, BackendUnavailable, DocumentRejected
 from rag_rerank.inputs import NEUTRAL
 from rag_rerank.inputs.images import BLANK
 from rag_rerank.inputs.multimodal import Link, Multimodal, Prepared, hidden
@@ -22,6 +22,7 @@ from rag_rerank.vllm.wire import API, SINCE, Answer, Encoded, Options, ServerFac
 
 # Of one request, where it has more than one document: about 10 ms of encoding, in which an event loop stands still.
 MAX_BYTES = 8 << 20
+MANY = 1000  # documents; more are planned in a thread: for 100,000 an event loop would stand still for 0.5 s
 _LEAST_BYTES = 64 << 10  # no proxy's limit is lower; what refuses less counts something else
 # The most tokens of an image or video in the prompt: Qwen-VL 3, Phi-3-vision 5. It stands before the text.
 IMAGE_TOKENS = 16
@@ -49,6 +50,7 @@ class Call:
     _api: API = "score"
     _whole: bool = False  # whether all documents go in one request, for they are scored together
     _most_bytes: int = MAX_BYTES
+    _limits: list[int | None] = field(default_factory=list)  # by position, at how many tokens documents are cut
     _scores: dict[int, float] = field(default_factory=dict)  # by position, as the refusals
     _refusals: dict[int, BackendRejected] = field(default_factory=dict)
     _accepted: set[bool] = field(default_factory=set)  # True: a request with an image; False: one with text only
@@ -60,9 +62,13 @@ class Call:
         self._api = facts.form.api
         self._whole = facts.listwise and len(self.queries) == 1
         self._most_bytes = facts.most_bytes or MAX_BYTES
-        limits = await self._document_limits(facts)
-        chunks = deque(self._chunks(limits))
-        await self._side_by_side(chunks, lambda chunk: self._score_chunk(chunk, limits[chunk[0]], chunks))
+        self._limits = [None] * len(self.documents)
+        if self.fit and not self._whole:
+            await self._fit(facts)
+        positions = range(len(self.documents))
+        plan = self._chunks(positions) if len(positions) <= MANY else await asyncio.to_thread(self._chunks, positions)
+        chunks = deque(plan)
+        await self._side_by_side(chunks, lambda chunk: self._score_chunk(chunk, chunks))
         if self._refusals:
             raise self._rejected()
         return [self._scores[position] for position in range(len(self.documents))]
@@ -84,20 +90,20 @@ class Call:
         except ExceptionGroup as errors:  # the first one has ended the others
             raise errors.exceptions[0] from errors.exceptions[0].__cause__
 
-    def _chunks(self, limits: Sequence[int | None]) -> list[list[int]]:
+    def _chunks(self, positions: Sequence[int]) -> list[list[int]]:
         """Cut the call into requests, each the positions of its pairs: not too many or too large, all cut alike.
 
         Those of one query go together where it can be sent once instead of for each document: in a rerank API, and with
         an image in it. What the server has to fetch goes alone: the others don't wait for it, nor fail with it.
         """
         if self._whole:
-            return [list(range(len(self.documents)))]
+            return [list(positions)]
         groups: dict[object, list[int]] = {}
-        for position, limit in enumerate(limits):
+        for position in positions:
             query, document = self._query(position), self.documents[position]
             alone = query if self._api != "score" or isinstance(query, Multimodal) else None
             multimodal = self._text_limits(query, document) if self._is_multimodal(position) else None
-            groups.setdefault((limit, alone, multimodal), []).append(position)
+            groups.setdefault((self._limits[position], alone, multimodal), []).append(position)
         chunks: list[list[int]] = []
         for group in groups.values():
             size = self._most_bytes + 1  # so that a chunk is begun
@@ -111,7 +117,7 @@ class Call:
                 size = self._most_bytes + 1 if fetched else size + more
         return chunks
 
-    async def _score_chunk(self, chunk: list[int], limit: int | None, chunks: deque[list[int]]) -> None:
+    async def _score_chunk(self, chunk: list[int], chunks: deque[list[int]]) -> None:
         """Score a chunk; one that is refused goes back in halves, until it is known which documents are to blame.
 
         One rejected document of 32 costs 11 requests more, or 12 where nothing was accepted before.
@@ -119,6 +125,7 @@ class Call:
         one = len(self.queries) == 1 or self._api != "score" or isinstance(self._query(chunk[0]), Multimodal)
         queries = [self._query(position) for position in (chunk[:1] if one else chunk)]
         documents = [self.documents[position] for position in chunk]
+        limit = self._limits[chunk[0]]
         options = self.options if limit is None else replace(self.options, max_tokens_per_doc=limit)
         if self._is_multimodal(chunk[0]):
             options = self._untruncated(queries[0], documents[0])
@@ -132,6 +139,9 @@ class Call:
             if self._whole:
                 error.remedy = "The model scores all documents of a query together: pass fewer, or shorter ones."
                 raise
+            if await self._fits_after_all(error, chunk):
+                chunks.extendleft(self._chunks(chunk))
+                return
             blamed = await self._blames_documents(error, queries, documents)
             if not blamed or isinstance(error, BackendUnavailable):
                 raise
@@ -151,6 +161,14 @@ class Call:
         for position, score in zip(chunk, answer.scores, strict=True):
             self._scores[position] = score
             self._encoded.pop(id(self.documents[position]), None)
+
+    async def _fits_after_all(self, error: BackendError, chunk: list[int]) -> bool:
+        """Cut a chunk that is too long although it did not seem so: its template is long; False where that is known."""
+        uncut = self.options.truncate_prompt_tokens is None and self._limits[chunk[0]] is None
+        if not (self.fit and uncut and "maximum context length" in error.message) or self._is_multimodal(chunk[0]):
+            return False
+        await self._cut(chunk)
+        return self.options.truncate_prompt_tokens is not None or self._limits[chunk[0]] is not None
 
     def _explain(self, error: BackendRejected | BackendUnavailable) -> None:
         """Give an error that concerns an image the remedy that fits; ContentError for a model that reads text only."""
@@ -173,7 +191,9 @@ class Call:
         """
         with_image = _has_image(documents) or (len(self.queries) > 1 and _has_image(queries))
         if isinstance(error, BackendRejected):
-            return error.status == 413 or (error.status in (400, 422) and (await self._accepts_harmless(with_image)))
+            if error.status == 413 and len(documents) > 1:
+                return True  # less is always less; a single one may be refused for the query's size
+            return error.status in (400, 413, 422) and await self._accepts_harmless(with_image)
         if error.status == 500 and with_image:
             try:
                 error.whole = not (await self._accepts_harmless(with_image))
@@ -206,22 +226,38 @@ class Call:
         error.status, error.reason, error.endpoint = first.status, first.message, first.endpoint
         return error
 
-    async def _document_limits(self, facts: ServerFacts) -> list[int | None]:
-        """Find at how many tokens to cut the document of each pair; None where it is not to be cut so."""
-        limits: list[int | None] = [None] * len(self.documents)
-        if not self.fit or self._whole:
-            return limits
+    async def _fit(self, facts: ServerFacts) -> None:
+        """Cut the documents that may be too long, where that can be known and does no harm."""
         if self._api == "tei":
             self.options = replace(self.options, truncate_prompt_tokens=-1)
         if self._api != "score" and facts.version is None:
-            return limits  # no vLLM server, as it seems: others may stumble over a field of vLLM's
-        long = [position for position in range(len(limits)) if self._may_be_long(position, facts.window)]
-        if not long or not (await self._has_template(facts)):
+            self.fit = False  # no vLLM server, as it seems: others may stumble over a field of vLLM's
+            return
+        long = await self._long(facts.window)
+        if long:
+            facts = await self.exchange.describe(surely=True)
+            long = await self._long(facts.window)
+        if long:
+            await self._cut(long)
+        elif facts.has_template is False:
             self.options = replace(self.options, truncate_prompt_tokens=-1)
-            return limits
+
+    async def _long(self, window: int | None) -> list[int]:
+        def long() -> list[int]:
+            return [position for position in range(len(self.documents)) if self._may_be_long(position, window)]
+
+        return long() if len(self.documents) <= MANY else await asyncio.to_thread(long)
+
+    async def _cut(self, long: Sequence[int]) -> None:
+        """Find at how many tokens to cut the documents of some pairs; as they are where the server can't tell."""
+        facts = await self.exchange.describe()
+        has_template = await self._has_template(facts)
+        if has_template is False:
+            self.options = replace(self.options, truncate_prompt_tokens=-1)
         window, given = facts.window, self.options.max_tokens_per_doc
-        if window is None or (facts.version is not None and facts.version < SINCE["max_tokens_per_doc"]):
-            return limits
+        old = facts.version is not None and facts.version < SINCE["max_tokens_per_doc"]
+        if not has_template or window is None or old:
+            return
         left: dict[Prepared, int | None] = {}  # by each query, for a document
         queries = deque([position] for position in {self._query(position): position for position in long}.values())
 
@@ -235,10 +271,10 @@ class Call:
                 left[query] = None  # the server will say so of this query's pairs, and score the others
 
         await self._side_by_side(queries, measure)
-        for position in range(len(limits)):
+        for position in range(len(self.documents)):
             limit = None if self._is_multimodal(position) else left.get(self._query(position))
-            limits[position] = limit if given is None or limit is None else min(limit, given)
-        return limits
+            if limit is not None:
+                self._limits[position] = limit if given is None else min(limit, given)
 
     def _may_be_long(self, position: int, window: int | None) -> bool:
         """Tell whether a pair is to be cut, and could exceed the window: no tokenizer makes more tokens than bytes."""
@@ -250,14 +286,15 @@ class Call:
         size = sum(len(text.encode()) for text in (query, document, self.options.instruction or ""))
         return size + _TEMPLATE_TOKENS > window
 
-    async def _has_template(self, facts: ServerFacts) -> bool:
+    async def _has_template(self, facts: ServerFacts) -> bool | None:
         """Find out whether the server puts pairs into a template: it shows in the number of tokens that it reads."""
         if facts.has_template is not None:
             return facts.has_template
         tokens = (await self._ask([NEUTRAL], [NEUTRAL], self.options)).prompt_tokens
-        has_template = (tokens or 0) > PLAIN_PAIR_TOKENS
-        self.exchange.servers.remember(has_template=has_template)
-        return has_template
+        if tokens is None:
+            return None  # a gateway that does not pass it on
+        self.exchange.servers.remember(has_template=tokens > PLAIN_PAIR_TOKENS)
+        return tokens > PLAIN_PAIR_TOKENS
 
     async def _left_by(self, query: Prepared, window: int) -> int | None:
         """Measure the tokens that template and query leave for a document."""

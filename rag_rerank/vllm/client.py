@@ -1,5 +1,6 @@
 """What `VLLMScorer` and `rag_rerank.check` both hold: servers, connections, rules and options, and ways to ask."""
 
+import json
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -8,7 +9,7 @@ from rag_rerank.inputs.multimodal import Prepared
 from rag_rerank.template import Halves, Template
 from rag_rerank.vllm import wire
 from rag_rerank.vllm.call import PLAIN_PAIR_TOKENS, Call, Inputs
-from rag_rerank.vllm.exchange import Exchange, Rules, Send
+from rag_rerank.vllm.exchange import Exchange, Rules, Send, Usage
 from rag_rerank.vllm.servers import Servers
 from rag_rerank.vllm.transport import Transport
 from rag_rerank.vllm.wire import API, Answer, Card, Failure, Form, Options, Reply, Request, ServerFacts, Version
@@ -50,10 +51,16 @@ class Client:
         return halves
 
     async def call(
-        self, queries: Inputs, documents: Inputs, until: float | None, instruction: str | None = None
+        self,
+        queries: Inputs,
+        documents: Inputs,
+        until: float | None,
+        instruction: str | None = None,
+        usage: Usage | None = None,
     ) -> list[float]:
         """Score, see `Scorer._score`; a score that is not finite stays in its place."""
         options = self.options
+        check_sendable("instruction", instruction)
         queries = _prefixed("query", self.prompts[0], queries)
         documents = _prefixed("document", self.prompts[1], documents)
         halves = self.halves(instruction)
@@ -62,7 +69,7 @@ class Client:
             documents = [halves.of("", _text(document))[1] for document in documents]
         elif instruction is not None:
             options = replace(options, instruction=instruction)
-        return await Call(self._exchange(until), queries, documents, options, self.fit).score()
+        return await Call(self._exchange(until, usage), queries, documents, options, self.fit).score()
 
     @property
     def form(self) -> Form:
@@ -96,8 +103,17 @@ class Client:
     def _request(self, facts: ServerFacts, request_id: str) -> Request:
         return wire.scoring_request(facts, ["a"], ["a"], self.options, request_id)
 
-    def _exchange(self, until: float | None) -> Exchange:
-        return Exchange(self.transport, self.servers, self.rules, until=until, model=self.model, api=self.api)
+    def _exchange(self, until: float | None, usage: Usage | None = None) -> Exchange:
+        rules, asked = self.rules, {"until": until, "model": self.model, "api": self.api}
+        return Exchange(self.transport, self.servers, rules, **asked, usage=usage or Usage())  # type: ignore[arg-type]
+
+
+def check_sendable(name: str, value: object) -> None:
+    """Raise ConfigError where a request can't hold it."""
+    try:
+        json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ConfigError(f"{name} can't be sent as JSON: {type(error).__name__}: {error}") from None
 
 
 def _text(value: Prepared) -> str:

@@ -64,13 +64,17 @@ class Endpoint:
         return ["/v1/models", *below, *([] if endpoint == "score" else ["/models", "/info"])]
 
     @property
-    def is_private(self) -> bool:
-        """Whether nobody on the way can read what is sent: it is encrypted, or stays on this machine."""
-        parts = urlsplit(self.root)
-        host = parts.hostname or ""
-        if parts.scheme == "https" or host == "localhost" or host.endswith(".localhost"):
+    def is_loopback(self) -> bool:
+        """Whether it is this machine."""
+        host = urlsplit(self.root).hostname or ""
+        if host == "localhost" or host.endswith(".localhost"):
             return True
         try:
             return ipaddress.ip_address(host).is_loopback
         except ValueError:  # another machine's name
             return False
+
+    @property
+    def is_private(self) -> bool:
+        """Whether nobody on the way can read what is sent: it is encrypted, or stays on this machine."""
+        return self.root.startswith("https") or self.is_loopback

@@ -1,11 +1,12 @@
 """VLLMScorer: settings, checked, and the scorer's contract kept with a client."""
 
+import asyncio
 import hashlib
 import json
 import math
 import os
-import re
 from collections.abc import Mapping, Sequence
+from contextvars import ContextVar
 from dataclasses import asdict, replace
 from typing import Any, Literal
 
@@ -14,15 +15,18 @@ from rag_rerank.identity import Identity
 from rag_rerank.scorer import Scorer
 from rag_rerank.template import Template
 from rag_rerank.vllm.call import Inputs
-from rag_rerank.vllm.client import Client
+from rag_rerank.vllm.client import Client, check_sendable
 from rag_rerank.vllm.endpoint import Endpoint
-from rag_rerank.vllm.exchange import Rules
+from rag_rerank.vllm.exchange import Rules, Usage
+from rag_rerank.vllm.keys import SECRET, Key
 from rag_rerank.vllm.servers import Servers
-from rag_rerank.vllm.transport import Transport
+from rag_rerank.vllm.transport import Factory, Transport, limits_of
 from rag_rerank.vllm.wire import Options
 
 DEFAULT_BASE_URL = "http://localhost:8000"
-_SECRET = re.compile("key|token|secret|passw|auth|credential|cookie", re.IGNORECASE)
+
+
+_usage: ContextVar[Usage | None] = ContextVar("usage", default=None)
 
 
 class VLLMScorer(Scorer):
@@ -46,8 +50,16 @@ class VLLMScorer(Scorer):
             reads ``VLLM_BASE_URL`` from the environment (several are separated by commas), and is
             ``http://localhost:8000`` where that is not set.
         model: The name that the servers serve the model under. None takes the only one.
-        api_key: Sent as bearer token. None reads ``VLLM_API_KEY`` from the environment, never another service's
-            variable. The key is in no repr, error or pickle: an unpickled copy reads the environment again.
+        api_key: Sent as bearer token. A function is asked for it before each request (keys that change); a mapping has
+            one for each address. None reads ``VLLM_API_KEY`` from the environment, never another service's variable.
+            The key is in no repr, error or pickle: an unpickled copy reads the environment again, unless the key is a
+            function that a module defines.
+        http_client: A function that makes an `httpx.AsyncClient`, called once for each event loop. Its transport, TLS
+            settings, proxy, HTTP/2 and hooks are used as they are; redirects are never followed. A copy for another
+            process needs a function that a module defines. None: a client of our own, with the proxies and authorities
+            that the environment names; this machine is never asked through a proxy.
+        default_headers, default_query: Go with each request. What is secret by its name is treated as the key is; a
+            scorer that has such can't be pickled. ``Authorization`` takes the key's place.
         template: A score template (see `Template.load`) to render here, for a server without ``--chat-template``: the
             server gets each prompt in two halves and joins them. For tokenizers that put nothing before a text (Qwen);
             where they do (Gemma, Llama), the second half would get it too: give those servers ``--chat-template``.
@@ -62,7 +74,8 @@ class VLLMScorer(Scorer):
             over-long documents are rejected. ``"auto"`` is -1, but where the server puts pairs into a score template
             the document is cut at the tokens that query and template leave for it: vLLM would cut the end of the
             prompt, from which the score is read. Templates are told by the number of tokens that the server counts;
-            a template that is rendered here (`template`) leaves nothing to cut.
+            where a gateway hides it, over-long documents are rejected. A template that is rendered here (`template`)
+            leaves nothing to cut.
         max_tokens_per_query, max_tokens_per_doc: Cut each query or document at so many tokens (vLLM 0.20).
         priority: Of the requests, where the server schedules by it; lower goes first.
         extra_body: More fields for the request, as they are.
@@ -70,11 +83,13 @@ class VLLMScorer(Scorer):
             rerank API as Jina's and Cohere's, at ``/v1/rerank`` or where `base_url` says (``/v2``, ``/rerank``); it may
             echo every document, and takes one query at a time. ``"tei"``: text-embeddings-inference. ``"auto"`` tries
             them with a request of two letters, and takes the first that is answered.
-        timeout: Seconds that a call may take in all, tries and waits included, unless it names a `deadline`.
+        timeout: Seconds that a call may take in all, tries and waits included, unless it names a `deadline`. None: no
+            bound. An `httpx.Timeout` bounds each try instead, as httpx does, and takes the place of `connect_timeout`.
         max_retries: How often a request is repeated after a failure that may pass: connection refused or broken, the
-            statuses 408, 429 and 5xx, or an invalid reply. At once with another server or after a connection broke;
-            else with full jitter over 0.5 s, doubling, or when the server says (Retry-After). After a request that
-            failed in all its tries, requests get one each, until one is answered.
+            statuses 408, 409, 425, 429 and 5xx (but 501 and 505), or an invalid reply. At once after a connection
+            broke; else after 0.25 to 0.5 s, doubling, or when the server says (Retry-After). Asking another server
+            is no repetition. After a request that failed in all its tries, requests get one each, until one is
+            answered.
         chunk_size: How many documents a request may have. A listwise model (jina-reranker-v3) gets all documents of a
             query in one request, for each score depends on the others.
         max_concurrency: How many requests of one call may be under way at once. Neither changes a score.
@@ -82,8 +97,9 @@ class VLLMScorer(Scorer):
             `BackendUnavailable`. None: any number, of which a server that is asked for more than it can do answers
             none in time, for each waits behind all others (see docs/pages/scaling.md).
         connect_timeout: Seconds in which there must be a connection.
-        attempt_timeout: Seconds in which a request must be answered before it is repeated. None: an equal share of the
-            call's time for each try where there are several servers; with one, all of it.
+        attempt_timeout: Seconds in which a request must be answered before it is given up and repeated. None: all of
+            the call's time; of several servers, another is asked as well where one is silent for a third of it (with
+            two retries), unless it works off what came before.
         send_key_over_http: Allow the key to be sent unencrypted to another machine.
 
     Raises:
@@ -100,7 +116,10 @@ class VLLMScorer(Scorer):
         base_url: str | Sequence[str] | None = None,
         *,
         model: str | None = None,
-        api_key: str | None = None,
+        api_key: Key | Mapping[str, Key] | None = None,
+        http_client: Factory | None = None,
+        default_headers: Mapping[str, str] | None = None,
+        default_query: Mapping[str, str] | None = None,
         template: str | os.PathLike[str] | None = None,
         instruction: str | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
@@ -113,7 +132,7 @@ class VLLMScorer(Scorer):
         priority: int | None = None,
         extra_body: Mapping[str, Any] | None = None,
         endpoint: Literal["score", "rerank", "tei", "auto"] = "score",
-        timeout: float = 30.0,
+        timeout: Any = 30.0,
         max_retries: int = 2,
         chunk_size: int = 128,
         max_concurrency: int = 4,
@@ -142,13 +161,26 @@ class VLLMScorer(Scorer):
             extra_body=None if extra_body is None else dict(extra_body),
         )
         rules = Rules(chunk_size, max_concurrency, max_retries, connect_timeout, attempt_timeout)
-        _check(options, rules, timeout, endpoint)
+        limits = limits_of(timeout)
+        seconds = math.inf if timeout is None or limits is not None else timeout
+        _check(options, rules, seconds, endpoint)
+        sendable = {"model": model, "query_prompt": query_prompt, "document_prompt": document_prompt}
+        for name, value in (sendable | variables | asdict(options)).items():
+            check_sendable(name, value)
         if renders and (options.truncate_prompt_tokens, max_tokens_per_doc, max_tokens_per_query) != (None,) * 3:
             raise ConfigError("a template that is rendered here can't be cut by the server: it would lose its end")
         endpoints = _endpoints(base_url)
         self.client = Client(
             servers=Servers(endpoints),
-            transport=Transport(endpoints, api_key, send_key_over_http=send_key_over_http),
+            transport=Transport(
+                endpoints,
+                api_key,
+                http_client=http_client,
+                headers=default_headers,
+                query=default_query,
+                limits=limits,
+                over_http=send_key_over_http,
+            ),
             rules=rules,
             options=options,
             api=endpoint,
@@ -157,10 +189,10 @@ class VLLMScorer(Scorer):
             template=None if template is None else Template.load(template),
             variables={"instruction": instruction, **variables},
             prompts=(query_prompt, document_prompt),
-            timeout=float(timeout),
+            timeout=float(seconds),
         )
         self._automatic = automatic
-        self._default_deadline = float(timeout)
+        self._default_deadline = None if seconds == math.inf else float(seconds)
         self._max_waiting_calls = max_waiting_calls
 
     @property
@@ -168,6 +200,11 @@ class VLLMScorer(Scorer):
         """The model's name on the server; ``"unknown"`` before the first call where it was not given."""
         facts = self.client.servers.facts
         return (self.client.model or "unknown") if facts is None else facts.model
+
+    @property
+    def usage(self) -> Usage | None:
+        """What the last call in this thread or task took, also where it failed; None before any."""
+        return _usage.get()
 
     @property
     def listwise(self) -> bool:  # type: ignore[override]  # of a server that is asked, not told
@@ -178,12 +215,19 @@ class VLLMScorer(Scorer):
     def _score(
         self, queries: Inputs, documents: Inputs, until: float | None, instruction: str | None = None
     ) -> list[float]:
-        return self.client.transport.run(self.client.call(queries, documents, until, instruction), until)
+        _usage.set(usage := Usage())
+        return self.client.transport.run(self.client.call(queries, documents, until, instruction, usage), until)
 
     async def _ascore(
         self, queries: Inputs, documents: Inputs, until: float | None, instruction: str | None = None
     ) -> list[float]:
-        return await self.client.call(queries, documents, until, instruction)
+        try:
+            asyncio.get_running_loop()
+        except RuntimeError:
+            said = "ascore needs an event loop of asyncio; from another one (trio), call score in a thread"
+            raise ConfigError(said) from None
+        _usage.set(usage := Usage())
+        return await self.client.call(queries, documents, until, instruction, usage)
 
     def identity(self, *, deadline: float | None = None) -> Identity:
         """Ask the servers anew who they are, see `Scorer.identity`; `Identity.place` has their addresses.
@@ -240,7 +284,7 @@ def _without_secrets(value: Any) -> Any:
     """Leave out what may give access to something, by its name."""
     if not isinstance(value, Mapping):
         return value
-    return {name: "..." if _SECRET.search(str(name)) else _without_secrets(each) for name, each in value.items()}
+    return {name: "..." if SECRET.search(str(name)) else _without_secrets(each) for name, each in value.items()}
 
 
 def _endpoints(base_url: str | Sequence[str] | None) -> list[Endpoint]:
@@ -259,7 +303,8 @@ def _check(options: Options, rules: Rules, timeout: float, endpoint: str) -> Non
     if rules.attempt_timeout is not None:
         seconds["attempt_timeout"] = rules.attempt_timeout
     for name, value in seconds.items():
-        if isinstance(value, bool) or not (isinstance(value, int | float) and 0 < value < math.inf):
+        unbounded = name == "timeout" and value == math.inf
+        if isinstance(value, bool) or not (isinstance(value, int | float) and (0 < value < math.inf or unbounded)):
             raise ConfigError(f"{name} must be a positive number of seconds, got {value!r}")
     for name, least in {"max_retries": 0, "chunk_size": 1, "max_concurrency": 1}.items():
         count = getattr(rules, name)

@@ -1,12 +1,18 @@
 """The servers of one scorer: which is asked next, and what is known about each."""
 
+import logging
+import math
 from collections.abc import Collection, Sequence
 from dataclasses import replace
 from typing import Any
 
 from rag_rerank.backoff import BackOff
 from rag_rerank.vllm.endpoint import Endpoint
-from rag_rerank.vllm.wire import ServerFacts
+from rag_rerank.vllm.wire import Connection, ServerFacts
+
+logger = logging.getLogger("rag_rerank.vllm")
+
+LONGEST_ASKED_REST = 120.0  # seconds that a server may ask for (Retry-After) before it is tried again all the same
 
 
 class Server:
@@ -15,14 +21,43 @@ class Server:
     def __init__(self, endpoint: Endpoint) -> None:
         self.endpoint = endpoint
         self.back_off = BackOff()
+        self.asked_until = -math.inf  # until when it asked to be left alone (Retry-After)
+        self.answered = self.answered_sent = -math.inf  # when it last gave scores; when the latest of these was sent
         self.facts: ServerFacts | None = None  # None before it was asked, and after it was gone
+        self.asked_at = -math.inf  # when that was
+        self.connection: Connection | None = None  # over which it answered last
         self.echoes_ids = False  # whether it has given a request's id back
 
-    def failed(self, *, gone: bool) -> None:
-        """Note that it did not answer; if it is gone, it may come back as another."""
-        self.back_off.failed()
+    def failed(self, began: float, *, gone: bool = False) -> None:
+        """Note that a request of that moment was not answered; if the server is gone, it may come back as another."""
+        before = self.back_off.rest_ends
+        self.back_off.failed(began)
+        if self.back_off.rest_ends != before:
+            logger.info("%s rests: it does not answer, or not rightly", self.endpoint.label)
         if gone:
             self.facts, self.echoes_ids = None, False
+
+    def asked(self, seconds: float, now: float) -> None:
+        """Note that it asked to be left alone."""
+        self.asked_until = now + seconds
+        self.back_off.asked(min(seconds, LONGEST_ASKED_REST))
+        logger.info("%s asks to be left alone for %.3g s", self.endpoint.label, seconds)
+
+    def worked(self) -> None:
+        """Note that it answered."""
+        self.back_off.worked()
+        self.asked_until = -math.inf
+
+    def gave_scores(self, sent: float, now: float) -> None:
+        """Note that it gave the scores for a request of that moment."""
+        self.answered, self.answered_sent = now, max(sent, self.answered_sent)
+
+    def works_off(self, sent: float, share: float, now: float) -> bool:
+        """Tell whether a request that it has had for so long waits its turn, as it seems.
+
+        It does where the server has given scores to others within that time, but to none that came much later.
+        """
+        return self.answered > now - share and self.answered_sent < sent + share / 2
 
 
 class Servers:
@@ -44,17 +79,17 @@ class Servers:
     def __len__(self) -> int:
         return len(self._servers)
 
-    def choose(self, tried: Collection[Server], avoid: Collection[Server] = (), *, takes_turn: bool = True) -> Server:
+    def choose(self, tried: Collection[Server], busy: Collection[Server] = (), *, takes_turn: bool = True) -> Server:
         """Choose the next in turn that answers as far as is known, and one that was not tried yet if there is one.
 
         If all rest, it is the one whose rest ends first: one that is thought to be down may be up again, and nobody
-        else is there to ask. Those to avoid are chosen where there is no other. A small request takes no turn, or of
+        else is there to ask. Those that are busy with the request are chosen last. A small request takes no turn, or of
         two servers one would get all small requests and the other all large ones.
         """
         start = self._turn % len(self._servers)
         self._turn += takes_turn
         turn = self._servers[start:] + self._servers[:start]
-        turn = [server for server in turn if server not in avoid] or turn
+        turn = [server for server in turn if server not in busy] or turn
         for server in turn:
             if server not in tried and server.back_off.claim():
                 return server
@@ -63,6 +98,20 @@ class Servers:
     def others_answer(self, tried: Collection[Server]) -> bool:
         """Tell whether there is another server that is not resting."""
         return any(server not in tried and not server.back_off.resting for server in self._servers)
+
+    def asked_until(self) -> float:
+        """Tell when the first of them may be asked again, by what they asked for (Retry-After)."""
+        return min(server.asked_until for server in self._servers)
+
+    def may_have_restarted(self, oldest: float) -> bool:
+        """Tell whether one has closed the connection over which it answered last, or was asked before that moment."""
+        known = [server for server in self._servers if server.facts is not None]
+        lost = (server.connection is not None and not server.connection.is_open for server in known)
+        return any(lost) or any(server.asked_at < oldest for server in known)
+
+    def facts_beside(self, asked: Server) -> ServerFacts | None:
+        """Give what another one told about itself."""
+        return next((other.facts for other in self._servers if other is not asked and other.facts is not None), None)
 
     def forget(self) -> None:
         """Have all servers asked again who they are."""

@@ -7,25 +7,31 @@ reads only), and a call that is given up closes its connection at once, which ma
 
 import asyncio
 import contextlib
+import errno
 import functools
 import importlib
+import inspect
 import os
 import ssl
 import time
 import weakref
-from collections.abc import AsyncGenerator, Coroutine, Generator, Sequence
-from dataclasses import replace
+import zlib
+from collections.abc import AsyncGenerator, Callable, Coroutine, Generator, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from http.cookiejar import CookieJar, DefaultCookiePolicy
 from typing import Any, TypeVar
-from urllib.request import getproxies
+from urllib.parse import urlsplit
 
 import anyio
 import httpx
 
+from rag_rerank import __version__
 from rag_rerank.errors import ConfigError, DeadlineExceeded, RerankError
 from rag_rerank.vllm.background import Background
 from rag_rerank.vllm.endpoint import Endpoint
 from rag_rerank.vllm.exchange import Send
+from rag_rerank.vllm.keys import Key, Keys, portable
+from rag_rerank.vllm.proxies import proxy_for
 from rag_rerank.vllm.wire import Failure, Reply
 
 # What httpx would import with its first request: a process that forks in that moment has a child that waits for ever.
@@ -36,50 +42,86 @@ for _name in ("httpcore", "anyio._backends._asyncio", "encodings.idna"):
 T = TypeVar("T")
 _Lifetime = AsyncGenerator[None, None]
 _Loop = asyncio.AbstractEventLoop
+Factory = Callable[[], httpx.AsyncClient]
 _Clients = dict[_Loop, tuple[httpx.AsyncClient, _Lifetime]]
 
 # A compressed answer can grow a thousandfold when unpacked: ask for none, and read none (`_read`).
-_HEADERS = {"Accept-Encoding": "identity", "Content-Type": "application/json"}
+_HEADERS = {
+    "Accept-Encoding": "identity",
+    "Content-Type": "application/json",
+    "User-Agent": f"rag-rerank/{__version__}",
+}
+_OK = 200
 _LONGEST_ERROR_PAGE = 64 << 10  # bytes; enough for a sentence
 _CLOSED = "The scorer was closed while it was scoring."
 
 
 _background = Background()
-_closing: set[asyncio.Task[None]] = set()  # a loop keeps no hold on its tasks
+_running: set[asyncio.Task[Any]] = set()  # a loop keeps no hold on its tasks
+
+
+def limits_of(timeout: object) -> httpx.Timeout | None:
+    """Give what bounds single tries, if it is that."""
+    return timeout if isinstance(timeout, httpx.Timeout) else None
 
 
 class Transport:
     """Connections, for each event loop its own: an async connection dies with its loop. A pickle carries no key.
 
-    The key None is read from the environment; an empty one is not sent. Raises ConfigError where no HTTP header can
-    carry the key, or it would go unencrypted to another machine without `send_key_over_http`.
+    Args:
+        endpoints: The servers.
+        api_key: As in `VLLMScorer`, like `http_client`, `headers` (``default_headers``), `query` and `over_http`.
+        limits: Bounds of each try, an `httpx.Timeout`; None leaves them to the caller.
+
+    Raises:
+        ConfigError: Something that can't be sent so, or a proxy that can't be used.
     """
 
     def __init__(
-        self, endpoints: Sequence[Endpoint], api_key: str | None = None, *, send_key_over_http: bool = False
+        self,
+        endpoints: Sequence[Endpoint],
+        api_key: Key | Mapping[str, Key] | None = None,
+        *,
+        http_client: Factory | None = None,
+        headers: Mapping[str, str] | None = None,
+        query: Mapping[str, str] | None = None,
+        limits: httpx.Timeout | None = None,
+        over_http: bool = False,
     ) -> None:
-        self._remake = functools.partial(Transport, tuple(endpoints), send_key_over_http=send_key_over_http)
-        key = os.environ.get("VLLM_API_KEY") if api_key is None else api_key
-        if key and not (key.isascii() and key.isprintable() and key == key.strip()):
-            raise ConfigError("api_key has characters that no HTTP header can carry; was a line break pasted with it?")
-        for endpoint in endpoints if key and not send_key_over_http else ():
-            if not endpoint.is_private:
-                said = f"the key would go unencrypted to {endpoint.label}; use https, or pass send_key_over_http=True"
-                raise ConfigError(f"{said} where the network in between is trusted")
-        self._key = _Bearer(key) if key else None
-        # Getting ready for https takes 20-40 ms of every event loop.
-        self._encrypted = any(endpoint.root.startswith("https") for endpoint in endpoints)
+        if http_client is not None and (isinstance(http_client, httpx.AsyncClient) or not callable(http_client)):
+            said = "http_client must be a function that makes a new httpx.AsyncClient, one for each event loop"
+            raise ConfigError(f"{said}, such as lambda: httpx.AsyncClient(verify=False)")
+        self._keys = Keys(endpoints, api_key, headers or {}, query or {}, over_http=over_http)
+        self._endpoints, self._factory, self._limits = tuple(endpoints), http_client, limits
+        self._portable_key = api_key if inspect.isfunction(api_key) else None  # anything else may hold a key
+        self._over_http = over_http
+        # Of the user's client, its own proxies hold.
+        proxies = {} if http_client else {endpoint: proxy_for(endpoint) for endpoint in endpoints}
+        self._proxies = {endpoint: proxy for endpoint, proxy in proxies.items() if proxy is not None}
         self._closed = False
         self._finalizer: weakref.finalize[..., Transport] | None = None
         self.start()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return self._remake, ()
+        if self._keys.has_secrets:
+            said = "default_headers or default_query hold a secret, by its name, which no pickle carries"
+            raise ConfigError(f"{said}; make the scorer in each process, or have http_client= send it")
+        remake = functools.partial(
+            Transport,
+            self._endpoints,
+            portable("api_key", self._portable_key),
+            http_client=portable("http_client", self._factory),
+            headers=self._keys.headers,
+            query=self._keys.query,
+            limits=self._limits,
+            over_http=self._over_http,
+        )
+        return remake, ()
 
     @property
     def has_key(self) -> bool:
         """Whether a key is sent."""
-        return self._key is not None
+        return bool(self._keys)
 
     def start(self) -> None:
         """Begin with no connection. Those of a parent process are not closed: they are still its own."""
@@ -101,35 +143,50 @@ class Transport:
 
     async def send(self, send: Send) -> Reply | Failure:
         """Send a request in this event loop; cancelling the task gives it up."""
-        client, scope = await self._client(), anyio.CancelScope()
-        # httpcore's clean-up is safe from anyio's cancellation, not from asyncio's: 1,000 calls that were given up
-        # left 172 connections in its pool for ever. So it has a task of its own, which only the scope ends early.
-        task = asyncio.ensure_future(self._send(client, scope, send))
+        client, ending = await self._client(), _Ending()
+        task = asyncio.create_task(self._send(client, ending, send))
+        _running.add(task)
+        task.add_done_callback(_over)
         try:
-            return await asyncio.shield(task)
+            # httpx times out single reads; this bounds the whole exchange.
+            done, _ = await asyncio.wait([task], timeout=send.timeout)
         except asyncio.CancelledError:
-            scope.cancel()
-            await asyncio.wait([task])
+            await ending.of(task)
             raise
+        if not done:
+            await ending.of(task)
+            return Failure("timeout", "timed out")
+        return task.result()
 
-    async def _send(self, client: httpx.AsyncClient, scope: anyio.CancelScope, send: Send) -> Reply | Failure:
-        request, url = send.request, send.endpoint.root + send.request.path
-        headers = _HEADERS if request.id is None else {**_HEADERS, "X-Request-Id": request.id}
-        limits = httpx.Timeout(send.timeout, connect=send.connect_timeout)
-        if send.timeout is not None:  # httpx times out single reads; this bounds the whole exchange
-            scope.deadline = anyio.current_time() + send.timeout
+    async def _send(self, client: httpx.AsyncClient, ending: "_Ending", send: Send) -> Reply | Failure:
+        request, key = send.request, self._keys.key(send.endpoint)
+        url = send.endpoint.root + request.path
+        headers = {**_HEADERS, **self._keys.headers}
+        if request.id is not None:
+            headers["X-Request-Id"] = request.id
+        limits = self._limits or httpx.Timeout(send.timeout, connect=send.connect_timeout, pool=None)
         try:
-            with scope:
+            with ending.scope:
                 async with client.stream(
-                    request.method, url, content=request.body, headers=headers, timeout=limits
+                    request.method,
+                    url,
+                    params=self._keys.query or None,
+                    content=request.body,
+                    headers=headers,
+                    timeout=limits,
+                    auth=httpx.USE_CLIENT_DEFAULT if key is None else _Bearer(key),
+                    extensions={"trace": ending.trace},
+                    follow_redirects=False,  # a 307 would send every document, and the headers, to another host
                 ) as response:
                     reply = await _read(response, request.reply_limit)
                     if isinstance(reply, Failure):
                         return reply
-                    if self._key is not None:
-                        reply = self._key.taken_out_of(reply)
-                    if not send.judge(reply):
-                        await response.extensions["network_stream"].aclose()
+                    if reply.status != _OK:
+                        reply = replace(reply, body=self._keys.scrub(reply.body, key))
+                    stream = response.extensions.get("network_stream")
+                    reply = reply if stream is None else replace(reply, connection=_Connection(stream))
+                    if not send.judge(reply) and stream is not None and response.http_version != "HTTP/2":
+                        await stream.aclose()  # in HTTP/2, answers have numbers
                     return reply
             return Failure("timeout", "timed out")
         except Exception as error:
@@ -150,21 +207,47 @@ class Transport:
             return self._clients[loop][0]
         for ended in [other for other in list(self._clients) if other.is_closed()]:
             self._clients.pop(ended, None)  # a loop closed by hand: nothing in it can be awaited any more
-        client = httpx.AsyncClient(
-            auth=self._key,
-            verify=self._encrypted or bool(getproxies()),
-            # A pool with fewer connections than callers would answer the last of them with PoolTimeout.
-            limits=httpx.Limits(max_connections=None, max_keepalive_connections=32),
-            follow_redirects=False,  # a 307 would send every document, and the headers, to another host
-            event_hooks={"response": [_forget_location]},
-            cookies=CookieJar(DefaultCookiePolicy(allowed_domains=[])),  # one server's would go to another
-        )
+        client = self._own_client() if self._factory is None else self._users_client(self._factory)
         lifetime = _until_the_loop_ends(loop, client, self._clients)
         self._clients[loop] = client, lifetime
         await anext(lifetime)
         if self._closed:  # once more: whoever closed it meanwhile may not have seen this client
             await lifetime.aclose()
             raise RerankError(_CLOSED)
+        return client
+
+    def _own_client(self) -> httpx.AsyncClient:
+        # Getting ready for https takes 20-40 ms of every event loop.
+        encrypted = bool(self._proxies) or any(endpoint.root.startswith("https") for endpoint in self._endpoints)
+        try:
+            context: Any = httpx.create_ssl_context() if encrypted else False
+        except (OSError, ssl.SSLError) as error:
+            names = [name for name in ("SSL_CERT_FILE", "SSL_CERT_DIR", "SSLKEYLOGFILE") if name in os.environ]
+            raise ConfigError(f"{' or '.join(names) or 'the authorities to trust'} can't be used: {error}") from error
+        # A pool with fewer connections than callers would answer the last of them with PoolTimeout.
+        options: Any = {
+            "verify": context,
+            "limits": httpx.Limits(max_connections=None, max_keepalive_connections=32),
+        }
+        proxied = {
+            f"all://{urlsplit(endpoint.root).netloc}": httpx.AsyncHTTPTransport(proxy=proxy, **options)
+            for endpoint, proxy in self._proxies.items()
+        }
+        return httpx.AsyncClient(
+            transport=httpx.AsyncHTTPTransport(**options),  # so that httpx reads no proxies from the environment
+            mounts=proxied,
+            event_hooks={"response": [_forget_location]},
+            cookies=CookieJar(DefaultCookiePolicy(allowed_domains=[])),  # one server's would go to another
+        )
+
+    def _users_client(self, make: Factory) -> httpx.AsyncClient:
+        client = make()
+        if not isinstance(client, httpx.AsyncClient):
+            raise ConfigError(f"http_client must make an httpx.AsyncClient; it made {type(client).__name__}")
+        if client.is_closed or any(client is other for other, _ in self._clients.values()):
+            raise ConfigError("http_client must make a new client each time: an async client dies with its event loop")
+        hooks = client.event_hooks
+        client.event_hooks = {**hooks, "response": [*hooks["response"], _forget_location]}
         return client
 
     def close(self) -> None:
@@ -178,6 +261,56 @@ class Transport:
         known = self._clients.get(asyncio.get_running_loop())
         if known is not None:
             await known[1].aclose()
+
+
+@dataclass(frozen=True, slots=True)
+class _Connection:
+    stream: Any  # httpcore's
+
+    @property
+    def is_open(self) -> bool:
+        return not self.stream.get_extra_info("is_readable")  # with nothing asked, only its end can be read
+
+
+class _Ending:
+    """Ends an exchange early, when it can be.
+
+    httpcore keeps what a cancelled request leaves behind for ever (172 connections after 1,000 calls), unless it is
+    cancelled in anyio's way, and not between getting a connection and sending over it. So an exchange has a task of
+    its own, and a connection that is being made is finished first; httpx bounds that.
+    """
+
+    def __init__(self) -> None:
+        self.scope = anyio.CancelScope()
+        self._begun = self._sends = self._connects = False
+
+    async def trace(self, event: str, _: Any) -> None:
+        """Take note of what httpcore does."""
+        if event.endswith(("send_request_headers.started", "connect_tcp.started", "start_tls.started")):
+            self._sends = event.endswith("headers.started")
+            self._connects = not self._sends
+            if self._begun and self._sends:
+                self.scope.cancel()
+
+    async def of(self, task: "asyncio.Task[Any]") -> None:
+        """End it and wait for that, unless a connection is being made: the loop may stop with the call."""
+        self._begin()
+        if not self._connects:
+            await asyncio.wait([task], timeout=1.0)
+
+    def _begin(self, turns: int = 20) -> None:
+        """End it now, or when it sends; after some turns of the loop where nothing tells what it does."""
+        self._begun = True
+        if self._sends or not turns:
+            self.scope.cancel()
+        elif not self._connects:
+            asyncio.get_running_loop().call_soon(self._begin, turns - 1)
+
+
+def _over(task: "asyncio.Task[Reply | Failure]") -> None:
+    _running.discard(task)
+    if not task.cancelled():
+        task.exception()  # nobody may be there any more to ask for it
 
 
 async def _until_the_loop_ends(loop: _Loop, client: httpx.AsyncClient, clients: _Clients) -> _Lifetime:
@@ -201,8 +334,8 @@ def _close_soon(clients: _Clients) -> None:
 
 
 def _close_in(loop: _Loop, client: httpx.AsyncClient) -> None:
-    _closing.add(task := loop.create_task(client.aclose()))
-    task.add_done_callback(_closing.discard)
+    _running.add(task := loop.create_task(client.aclose()))
+    task.add_done_callback(_running.discard)
 
 
 async def _forget_location(response: httpx.Response) -> None:
@@ -220,25 +353,28 @@ class _Bearer(httpx.Auth):
         request.headers["Authorization"] = f"Bearer {self._key}"
         yield request
 
-    def taken_out_of(self, reply: Reply) -> Reply:
-        """Make the reply without the key: some gateways repeat the key that they refuse."""
-        return replace(reply, body=reply.body.replace(self._key.encode(), b"[key]"))
-
 
 async def _read(response: httpx.Response, limit: int) -> Reply | Failure:
-    """Read an answer, raw and within bounds."""
+    """Read an answer, raw and within bounds; some gateways compress it although it was asked for plain."""
     headers = {name.lower(): value for name, value in response.headers.items()}
-    good = response.status_code == 200
+    good = response.status_code == _OK
+    limit = limit if good else _LONGEST_ERROR_PAGE
     encoding = headers.get("content-encoding", "identity").lower()
-    body, fault = bytearray(), f"the answer is compressed ({encoding[:20]!r}) although it was asked for plain"
-    if encoding == "identity":
-        fault = ""
-        # Not aiter_raw, which at the end gives the connection to the next request, before this answer is judged.
-        async for chunk in response.stream:  # type: ignore[union-attr]
-            body += chunk
-            if len(body) > (limit if good else _LONGEST_ERROR_PAGE):
-                fault = f"the answer is longer than {limit} bytes"
-                break
+    body, fault = bytearray(), ""
+    unpack = zlib.decompressobj(wbits=31 if encoding == "gzip" else 15) if encoding in ("gzip", "deflate") else None
+    if unpack is None and encoding != "identity":
+        fault = f"the answer is compressed ({encoding[:20]!r}) although it was asked for plain"
+    else:
+        try:
+            # Not aiter_raw, which at the end gives the connection to the next request, before this answer is judged.
+            async for chunk in response.stream:  # type: ignore[union-attr]
+                body += chunk if unpack is None else unpack.decompress(chunk, limit + 1 - len(body))
+                if len(body) > limit:
+                    packed = "" if unpack is None else f"compressed ({encoding}) and "
+                    fault = f"the answer is {packed}longer than {limit} bytes"
+                    break
+        except zlib.error as error:
+            fault = f"the answer can't be unpacked: {error}"
     if fault and good:  # else the status tells enough
         return Failure("unread", fault)
     return Reply(response.status_code, bytes(body), headers)
@@ -246,6 +382,8 @@ async def _read(response: httpx.Response, limit: int) -> Reply | Failure:
 
 def _failure(error: Exception) -> Failure:
     text = str(error) or type(error).__name__
+    if any(isinstance(each, OSError) and each.errno in (errno.EMFILE, errno.ENFILE) for each in _causes(error)):
+        return Failure("local", "this process has no file left for a connection (Too many open files)", error)
     match error:
         case httpx.ConnectTimeout():
             return Failure("connect", "can't connect: timed out", error)
@@ -259,10 +397,13 @@ def _failure(error: Exception) -> Failure:
             return Failure("broken", f"the connection broke: {text}", error)
 
 
-def _is_certificate(error: BaseException | None) -> bool:
-    """Tell whether a certificate is behind it: what it was raised from, all the way down."""
+def _is_certificate(error: BaseException) -> bool:
+    """Tell whether a certificate is behind it."""
+    return any(isinstance(each, ssl.SSLCertVerificationError) for each in _causes(error))
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    """List an error and what it was raised from, all the way down."""
     while error is not None:
-        if isinstance(error, ssl.SSLCertVerificationError):
-            return True
+        yield error
         error = error.__cause__ or error.__context__
-    return False

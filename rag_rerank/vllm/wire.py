@@ -12,7 +12,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Protocol
 
 from rag_rerank.errors import BadReply, ConfigError
 from rag_rerank.inputs.multimodal import Multimodal
@@ -43,6 +43,14 @@ class Request:
     id: str | None = None  # sent as X-Request-Id; vLLM gives it back in the answer
 
 
+class Connection(Protocol):
+    """What an answer came over."""
+
+    @property
+    def is_open(self) -> bool:
+        """Whether the server has left it open."""
+
+
 @dataclass(frozen=True, slots=True)
 class Reply:
     """A complete HTTP answer; header names in lower case."""
@@ -50,13 +58,14 @@ class Reply:
     status: int
     body: bytes
     headers: dict[str, str] = field(default_factory=dict)
+    connection: Connection | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """No reply; ``unread`` if one came that must not be read (too large, compressed)."""
+    """No reply; ``unread`` if one came that must not be read (too large); ``local`` if this process is to blame."""
 
-    kind: Literal["timeout", "connect", "certificate", "broken", "unread"]
+    kind: Literal["timeout", "connect", "certificate", "broken", "unread", "local"]
     text: str  # one clause
     cause: Exception | None = None  # the HTTP library's
 
@@ -260,7 +269,7 @@ def _scores(entries: list[Any], positions: Sequence[int], score_name: str) -> li
 def read_version(body: bytes) -> Version | None:
     """Read major and minor version from ``/version``; None where the answer doesn't tell."""
     try:
-        match = re.match(r"(\d{1,9})\.(\d{1,9})", str(_object(body).get("version")))
+        match = re.match(r"(\d{1,9})\.(\d{1,9}+)(?!\.dev)", str(_object(body).get("version")))
     except BadReply:
         return None
     return (int(match[1]), int(match[2])) if match else None

@@ -393,8 +393,8 @@ class TestScoreAPI:
 
     def test_a_command_to_paste_holds_no_other(self):
         """The name of the checkpoint is the server's."""
-        remedy = str(examine(Fake(apis=(), models={"m": "$(x)/bge-reranker-base"}))["Score API"].remedy)
-        assert remedy == "Serve it so: vllm serve '$(x)/bge-reranker-base'"
+        remedy = str(examine(Fake(apis=(), models={"m": "$(x)/zerank-2-reranker-vllm"}))["Score API"].remedy)
+        assert "; vllm serve '$(x)/zerank-2-reranker-vllm' --runner pooling" in remedy
 
     @pytest.mark.parametrize(
         ("path", "remedy"),
@@ -521,6 +521,14 @@ class TestScores:
         """The scale is that of its users."""
         assert "Raw logits" in examine(Fake(), use_activation=False)["Scores"].says
 
+    @pytest.mark.parametrize("signs", [(1, -1), (1, 1)])
+    def test_a_modular_cross_encoder_that_is_served_as_an_embedding_model(self, signs: tuple[int, int]):
+        """Its one number a text is an embedding there: its cosine is 1 or -1."""
+        fake = Fake(lambda query, document, _: float(query == document or signs[relevant(query, document)]))
+        found = examine(fake)["Scores"]
+        assert (found.verdict, "All scores are 1 or -1" in found.says) == ("problem", True)
+        assert found.remedy == "Serve what this makes: rag-rerank convert someone/reranker OUT"
+
     def test_a_reranker_that_is_served_as_an_embedding_model(self):
         """vllm serve --runner pooling without the overrides does that."""
         found = examine(Fake(cosine, models={"m": "/models/Qwen3-Reranker-0.6B"}))["Scores"]
@@ -536,8 +544,8 @@ class TestTemplate:
         [
             ("Qwen/Qwen3-Reranker-0.6B", 80, "good", "as qwen3-reranker needs it"),
             ("Qwen/Qwen3-Reranker-0.6B", 2, "problem", "ranks at random without"),
-            ("BAAI/bge-reranker-base", 6, "good", "needed none"),
-            ("BAAI/bge-reranker-base", 30, "note", "was trained without one"),
+            ("Alibaba-NLP/gte-multilingual-reranker-base", 6, "good", "needed none"),
+            ("Alibaba-NLP/gte-multilingual-reranker-base", 30, "note", "was trained without one"),
             ("mine/reranker", 5, "good", "needed none"),
             ("mine/reranker", 80, "good", "uses a score template"),
             ("mine/reranker", 2, "note", "looks as if it needed one"),

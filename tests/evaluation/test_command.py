@@ -26,7 +26,7 @@ from tests.vllm_server import VLLMServer
 
 
 def command(*arguments: str | Path) -> list[str]:
-    return [sys.executable, "-m", "rag_rerank.cli", "eval", *map(str, arguments)]
+    return [sys.executable, "-m", "rag_rerank", "eval", *map(str, arguments)]
 
 
 def environment(home: Path) -> dict[str, str]:
@@ -194,7 +194,7 @@ class TestEnds:
             process.send_signal(signal.SIGINT)
             stdout, stderr = process.communicate(timeout=300)
             assert (process.returncode, stdout) == (130, "")
-            assert "Interrupted. What was scored is kept: the same command goes on from there." in stderr
+            assert "What was scored is kept: the same command goes on from there." in stderr
             assert "Traceback" not in stderr
             server.behave = lambda request: None
             result = run(tmp_path, folder, "--base-url", server.base_url, "--depth", "3", "--json", tmp_path / "x")

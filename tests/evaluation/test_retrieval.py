@@ -2,6 +2,7 @@
 
 import pytest
 
+from rag_rerank import ConfigError
 from rag_rerank.embedded import collection_folder
 from rag_rerank.evaluation import BM25, Collection, measure
 
@@ -27,3 +28,13 @@ class TestBM25:
         assert list(bm25.retrieve("bamboo", 100)) == ["a"]
         assert bm25.retrieve("submarine", 100) == {}
         assert bm25.retrieve("", 100) == {}
+
+    def test_words_are_those_of_the_language(self):
+        """Stemmed as its own, as they are, or pairs of characters where no spaces part them."""
+        german, japanese = {"a": "zwei Häuser", "b": "das Wasser"}, {"a": "熊は竹を食べる", "b": "水とパン"}
+        assert list(BM25(german, "german").retrieve("Haus", 9)) == ["a"]
+        assert list(BM25(german, "none").retrieve("Haus", 9)) == []
+        assert list(BM25(japanese).retrieve("竹を", 9)) == []
+        assert list(BM25(japanese, "characters").retrieve("竹を", 9)) == ["a"]
+        with pytest.raises(ConfigError, match="'klingon' is none of arabic, .*, characters"):
+            BM25(german, "klingon")

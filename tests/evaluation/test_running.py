@@ -176,12 +176,15 @@ class TestEvaluate:
         assert found.between[1][2]["nDCG@10"].gain == 0.0
 
     def test_queries_without_candidates_count_as_nothing(self):
-        """And nothing is asked about them."""
+        """They are named, and nothing is asked about them; where there are no candidates at all, there is no result."""
         collection = Collection({"d": "bear"}, {"q": "submarine", "r": "bear"}, {"q": {"d": 1}, "r": {"d": 1}})
         scorer = WordOverlap()
         found = evaluate(collection, scorer, measures=["RR"], cache=False)
         assert found.before == {"RR": {"q": 0.0, "r": 1.0}}
         assert all("submarine" not in queries for queries, _, _ in scorer.calls)
+        assert found.without_candidates == found.as_json()["queries_without_candidates"] == ["q"]
+        with pytest.raises(ConfigError, match="no candidate for any of 1 queries as english: name the language"):
+            evaluate(collection, scorer, limit=1, cache=False)
 
     def test_empty_documents_are_scored_as_any_other(self):
         """Two of cranfield's are."""

@@ -97,8 +97,19 @@ class TestJudgments:
         (tmp_path / "beir.tsv").write_text("query-id\tcorpus-id\tscore\nq\ta\t1\nq\tb\t0\n")
         (tmp_path / "trec.txt").write_text("q 0 a 1\nq\t0\tb\t0\n")
         (tmp_path / "trec.gz").write_bytes(gzip.compress(b"q 0 a 1\nq 0 b 0\n"))
-        for name in ("beir.tsv", "trec.txt", "trec.gz"):
+        (tmp_path / "bare.tsv").write_text("q\ta\t1\nq\tb\t0\n")
+        for name in ("beir.tsv", "trec.txt", "trec.gz", "bare.tsv"):
             assert read_judgments(tmp_path / name) == {"q": {"a": 1, "b": 0}}
+
+    @pytest.mark.parametrize("name", ["qrels.tsv", "qrels.jsonl"])
+    def test_a_grade_is_a_whole_number(self, tmp_path: Path, name: str):
+        """None is cut, and no line with one is taken for a header."""
+        line = '{"query-id": "q", "corpus-id": "a", "score": 0.9}' if name.endswith("jsonl") else "q\ta\t0.9"
+        (tmp_path / name).write_text(f"{line}\n")
+        with pytest.raises(ConfigError, match=rf"{name}, line 1: .*the grade 0.9 is no whole number"):
+            read_judgments(tmp_path / name)
+        (tmp_path / name).write_text(line.replace("0.9", "2.0"))
+        assert read_judgments(tmp_path / name) == {"q": {"a": 2}}
 
     @pytest.mark.parametrize("line", ["q 0 a high", "q 0 a 1 1", "q a", "q\ta\tb\tc\td"])
     def test_a_malformed_line_is_named(self, tmp_path: Path, line: str):

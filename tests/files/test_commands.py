@@ -20,7 +20,7 @@ LINES = 800
 
 
 def command(*arguments: str | Path) -> list[str]:
-    return [sys.executable, "-m", "rag_rerank.cli", "rerank", *map(str, arguments)]
+    return [sys.executable, "-m", "rag_rerank", "rerank", *map(str, arguments)]
 
 
 def run(*arguments: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -91,7 +91,7 @@ def test_another_model_in_the_same_folder(source: Path, target: Path, tmp_path: 
     shutil.copytree(first, model)
     end = run(*files, target)
     assert end.returncode == 0, end.stderr
-    assert end.stderr.startswith(f"Continuing behind line {done:,}")
+    assert end.stderr.startswith(f"{done:,} lines of")
     assert target.read_bytes() == target.with_name("whole.jsonl").read_bytes()
     assert not [path.name for path in tmp_path.iterdir() if "partial" in path.name]
 
@@ -143,7 +143,7 @@ class TestServer:
             server.revive()
             end = run(*files, target)
         assert end.returncode == 0, end.stderr
-        assert end.stderr.startswith(f"Continuing behind line {done:,}")
+        assert end.stderr.startswith(f"{done:,} lines of")
         assert target.read_bytes() == target.with_name("whole.jsonl").read_bytes()
 
     def test_it_is_replaced_in_the_middle_of_a_run(self, source: Path, target: Path):

@@ -4,7 +4,7 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -17,6 +17,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from rag_rerank.errors import ConfigError
 from rag_rerank.files import Tally, partial_of, rejects_of, rerank_file
+from tests.killing import killed_at
 from tests.scorers import WordOverlap
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="no fork, no flock")
@@ -33,38 +34,6 @@ INPUTS = [
     for count in (3, 6)
 ]
 OPTIONS: list[dict[str, Any]] = [{}, {"top_n": 1}, {"score_threshold": 0.4}, {"group": 4}]
-
-
-def killed_at(point: int, work: Callable[[], Any]) -> int:
-    """Do `work` in a process of its own that SIGKILL ends before it changes the disk for the `point`-th time.
-
-    Returns:
-        The exit code: 0 if it came to its end before, -SIGKILL if it was killed, 2 for a ConfigError.
-    """
-    process = os.fork()
-    if process == 0:
-        code, left = 3, [point]
-        try:
-
-            def counted(change: Callable[..., Any]) -> Callable[..., Any]:
-                def counting(*arguments: Any, **options: Any) -> Any:
-                    left[0] -= 1
-                    if left[0] < 0:
-                        os.kill(os.getpid(), signal.SIGKILL)
-                    return change(*arguments, **options)
-
-                return counting
-
-            os.fsync = counted(os.fsync)
-            for name in ("replace", "unlink"):
-                setattr(Path, name, counted(getattr(Path, name)))
-            work()
-            code = 0
-        except ConfigError:
-            code = 2
-        finally:
-            os._exit(code)
-    return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
 
 
 class Swapped(WordOverlap):
@@ -98,20 +67,15 @@ class Runs(RuleBasedStateMachine):
         self.patch.setattr(os, "fsync", lambda file: None)  # SIGKILL takes nothing back that was written
         self.folder = TemporaryDirectory()
         self.source, self.target = (Path(self.folder.name, name) for name in ("in.jsonl", "out.jsonl"))
-        self.weight, self.input, self.options = 1.0, 0, OPTIONS[0]
+        self.now: Any = None  # weight, number of the input, options
         self.begun: Any = (
             None  # what the lines in the partial are made of; None: there are none that could be continued
         )
         self.outputs: list[bytes | None] = [None]  # what the output may be
-        self.times = 0
 
     def teardown(self) -> None:
         self.folder.cleanup()
         self.patch.undo()
-
-    @property
-    def now(self) -> Any:
-        return self.weight, self.source.stat().st_mtime_ns, self.options
 
     @property
     def state(self) -> Path:
@@ -119,35 +83,37 @@ class Runs(RuleBasedStateMachine):
 
     def expected(self) -> tuple[bytes, bytes]:
         """The output of a run that nothing disturbs, and its rejects."""
-        key = self.weight, self.input, str(self.options)
+        weight, number, options = self.now
+        key = weight, number, str(options)
         if key not in self.undisturbed:
             with TemporaryDirectory() as folder:
                 target = Path(folder, "out.jsonl")
-                rerank_file(WordOverlap(weight=self.weight), self.source, target, **{"group": 2} | self.options)
+                rerank_file(WordOverlap(weight=weight), self.source, target, **{"group": 2} | options)
                 self.undisturbed[key] = target.read_bytes(), rejects_of(target).read_bytes()
         return self.undisturbed[key]
 
     def run(self, scorer: WordOverlap, *, restart: bool = False) -> Tally:
-        return rerank_file(scorer, self.source, self.target, restart=restart, **{"group": 2} | self.options)
+        return rerank_file(scorer, self.source, self.target, restart=restart, **{"group": 2} | self.now[2])
 
     @initialize()
-    def first_input(self) -> None:
-        self.change_input()
+    def first(self) -> None:
+        self.become(1.0, 0, OPTIONS[0])
 
-    @rule()
-    def change_input(self) -> None:
-        self.input = 1 - self.input
-        self.times += 1
-        self.source.write_bytes(INPUTS[self.input])
-        os.utime(self.source, ns=(self.times, self.times))
+    @rule(what=st.sampled_from(["weights", "input", "options", "nothing"]), options=st.sampled_from(OPTIONS))
+    def change(self, what: str, options: dict[str, Any]) -> None:
+        """One thing of what the last run was made of, so that each is compared for itself; and run at once."""
+        weight, number, kept = self.begun or self.now
+        self.become(
+            1.25 - weight if what == "weights" else weight,
+            1 - number if what == "input" else number,
+            options if what == "options" else kept,
+        )
+        self.interrupt(99, restart=False)
 
-    @rule(weight=st.sampled_from([0.25, 1.0]))
-    def change_weights(self, weight: float) -> None:
-        self.weight = weight
-
-    @rule(options=st.sampled_from(OPTIONS))
-    def change_options(self, options: dict[str, Any]) -> None:
-        self.options = options
+    def become(self, weight: float, number: int, options: dict[str, Any]) -> None:
+        self.now = weight, number, options
+        self.source.write_bytes(INPUTS[number])
+        os.utime(self.source, ns=(number, number))
 
     @rule(torn=st.binary(min_size=1, max_size=20))
     @precondition(lambda self: self.begun is not None)
@@ -162,7 +128,7 @@ class Runs(RuleBasedStateMachine):
         """By SIGKILL, at any point at which a run changes the disk."""
         with self.settling():
             refused, before = self.begun not in (None, self.now) and not restart, self.files()
-            code = killed_at(point, lambda: self.run(WordOverlap(weight=self.weight), restart=restart))
+            code = killed_at(point, lambda: self.run(WordOverlap(weight=self.now[0]), restart=restart))
             if refused:
                 assert (code, self.files()) == (2, before)
             elif code == 0:
@@ -174,7 +140,7 @@ class Runs(RuleBasedStateMachine):
     @rule(stop_at=st.integers(0, 4), restart=st.booleans())
     def interrupt(self, stop_at: int, restart: bool) -> None:
         """By Ctrl-C, unless it comes to its end before."""
-        scorer = WordOverlap(weight=self.weight, stop_at=stop_at)
+        scorer = WordOverlap(weight=self.now[0], stop_at=stop_at)
         with self.settling():
             if self.begun not in (None, self.now) and not restart:
                 before = self.files()
@@ -192,7 +158,7 @@ class Runs(RuleBasedStateMachine):
     @precondition(lambda self: self.begun in (None, self.now))
     def swap(self, after: int) -> None:
         """The server is replaced in the middle of a run, which is refused, unless it was over."""
-        scorer = Swapped(after, weight=self.weight, remote=True)
+        scorer = Swapped(after, weight=self.now[0], remote=True)
         with self.settling():
             refusal = None
             try:

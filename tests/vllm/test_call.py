@@ -3,6 +3,7 @@
 import itertools
 from collections.abc import Collection
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 
@@ -293,9 +294,7 @@ class TestIsolation:
         """They come together in one half: 8 of 32, of which 63 requests would be needed were they spread out."""
         documents = [f"{number:03}" + ("x" * 500 if number % 4 == 0 else "") for number in range(32)]
         world = World(Server(window=100))
-        with pytest.raises(
-            DocumentRejected, match=r"\[0\] and 7 more .*context length.*truncate_prompt_tokens=-1"
-        ) as e:
+        with pytest.raises(DocumentRejected, match=r"\[0\] and 7 more .*context length.*max_tokens_per_doc=") as e:
             world.score("q", documents)
         assert e.value.indices == tuple(range(0, 32, 4))
         assert len(world.sent) == 20
@@ -400,12 +399,29 @@ class TestFitting:
     """Documents that are too long for the model are cut where a cut does no harm."""
 
     def test_short_texts_cause_no_extra_request(self):
-        """No tokenizer makes more tokens than bytes; the server may cut, which it will not need to."""
+        """No tokenizer makes more tokens than bytes; nothing is cut where there may be a template."""
         for template in (None, 40):
             world = fitted(Server(template=template, window=4096), "q", texts(3))
             assert world.paths == ["/version", "/v1/models", "/v1/score"]
-            assert world.sent[-1].content["truncate_prompt_tokens"] == -1
+            assert "truncate_prompt_tokens" not in world.sent[-1].content
             assert world.scores == exact("q", texts(3))
+
+    def test_a_template_that_is_longer_than_expected_is_found_out(self):
+        """1,500 tokens: the server says that it is too long; then what is left is counted, and nothing cut off."""
+        document = "x" * 2900
+        world = fitted(Server(template=1500, window=4000), "q", ["a", document])
+        assert world.scores == [oracle("q", "a"), oracle("q", document[:2498])]
+
+    def test_a_server_that_may_have_restarted_is_asked_anew_before_a_document_is_cut(self):
+        """Now with a template, or another window: its connections are gone, or it was asked long ago."""
+        for restarted in (Server(window=64, template=20), Server(window=32)):
+            for is_open, seconds in ((False, 1), (True, 61)):
+                world = fitted(Server(window=64), "q", ["x" * 100])
+                world.answer = restarted
+                world.each_server[0].connection = SimpleNamespace(is_open=is_open)
+                world.now += seconds
+                right = oracle("q", "x" * 42) if restarted.template else oracle("q", "x" * 100)
+                assert world.score("q", ["x" * 100], fit=True) == [right]
 
     @pytest.mark.parametrize(("length", "requests"), [(3071, 1), (3072, 2)])
     def test_short_is_what_fits_with_a_thousand_tokens_of_template(self, length: int, requests: int):
@@ -501,7 +517,7 @@ class TestFitting:
         """With a template: where to cut can't be known, and the server's own cut would do harm."""
         world = fitted(Server(template=20, tells_window=False), "q", ["x" * 100])
         assert world.scores == exact("q", ["x" * 100])
-        assert world.sent[-1].content.keys() == {"model", "text_1", "text_2", "request_id"}
+        assert world.sent[-1].content.keys() == {"model", "text_1", "text_2"}
 
     def test_a_window_that_is_not_told_is_the_servers_to_keep_without_a_template(self):
         """It cuts by itself."""
@@ -551,10 +567,21 @@ class TestFitting:
         """One of the document's."""
         assert fitted(Server(template=60, window=64), "qq", ["x" * 100]).scores == [oracle("qq", "x")]
 
-    def test_a_server_that_does_not_count_is_taken_for_one_without_a_template(self):
-        """Nothing better can be had."""
-        world = fitted(Server(window=64, counts=False), "q", ["x" * 100])
-        assert world.sent[-1].content["truncate_prompt_tokens"] == -1
+    @pytest.mark.parametrize("template", [None, 20])
+    def test_of_a_server_that_does_not_count_nothing_is_known(self, template: int | None):
+        """It may have a template, so the end of no prompt is cut: a document that is too long is rejected."""
+        world = World(Server(window=64, counts=False, template=template), known=False)
+        with pytest.raises(DocumentRejected, match="max_tokens_per_doc=") as caught:
+            world.score("q", ["x" * 100, "a"], fit=True)
+        assert caught.value.scores == (None, oracle("q", "a"))
+
+    def test_a_query_that_is_too_large_is_not_the_documents_fault(self):
+        """413 for each of them, and for a harmless one."""
+        world = World(always(Reply(413, b"")))
+        with pytest.raises(BackendRejected, match="413") as caught:
+            world.score("q" * 1000, texts(100))
+        assert not isinstance(caught.value, DocumentRejected)
+        assert len(world.sent) < 40
 
     def test_a_server_that_stops_counting_leaves_documents_as_they_are(self):
         """As much as is known is used: nothing."""

@@ -1,5 +1,6 @@
 """How one request gets its answer: tries, servers, time, and what is no answer; on a virtual clock."""
 
+import asyncio
 import itertools
 import json
 import math
@@ -30,6 +31,7 @@ from tests.vllm.virtual import (
     UNREACHABLE,
     UNREAD,
     UNTRUSTED,
+    Answer,
     Outcome,
     Script,
     Server,
@@ -63,7 +65,7 @@ class TestTries:
         assert score(world) == SCORES
         assert (world.paths, world.slept, world.discarded) == (["/v1/score"], [], [])
 
-    @pytest.mark.parametrize("status", [408, 429, 500, 501, 502, 503, 504, 599])
+    @pytest.mark.parametrize("status", [408, 409, 425, 429, 500, 502, 503, 504, 599])
     def test_a_status_that_may_pass_is_tried_again(self, status: int):
         """Scoring has no side effects, so repeating is safe."""
         world = World(Script(refusal(status)))
@@ -79,17 +81,18 @@ class TestTries:
         assert score(world) == SCORES
         assert len(world.score_requests) == 2
 
-    def test_pauses_double_with_full_jitter_up_to_8_seconds(self):
-        """Half of 0.5, 1, 2 ... s with jitter fixed at one half."""
+    def test_pauses_double_up_to_8_seconds(self):
+        """Half of 0.5, 1, 2 ... s without jitter."""
         world = World(Script(*[refusal(500)] * 7), max_retries=7)
         assert score(world) == SCORES
         assert world.slept == [0.25, 0.5, 1.0, 2.0, 4.0, 4.0, 4.0]
 
-    def test_no_jitter_is_no_pause(self):
-        """Full jitter begins at 0."""
-        world = World(Script(BUSY), jitter=0.0)
+    @pytest.mark.parametrize(("jitter", "pause"), [(0.0, 0.25), (0.5, 0.375), (1.0, 0.5)])
+    def test_jitter_adds_up_to_as_much(self, jitter: float, pause: float):
+        """There is always some pause: three tries outlast a hiccup of 0.7 s."""
+        world = World(Script(BUSY), jitter=jitter)
         assert score(world) == SCORES
-        assert world.slept == []
+        assert world.slept == [pause]
 
     def test_a_broken_connection_is_replaced_at_once_but_only_the_first_time(self):
         """Most often it is a kept one that the server had closed; a second one is no such accident."""
@@ -167,7 +170,7 @@ class TestTries:
 class TestRefusals:
     """Final, and each says what to do next."""
 
-    @pytest.mark.parametrize("status", [100, 301, 302, 307, 308, 400, 401, 402, 403, 404, 405, 409, 413, 422])
+    @pytest.mark.parametrize("status", [100, 301, 302, 307, 308, 400, 401, 402, 403, 404, 405, 413, 422, 501, 505])
     def test_a_refusal_is_final(self, status: int):
         """The same request would be refused again."""
         world = World(always(refusal(status)))
@@ -186,7 +189,7 @@ class TestRefusals:
             (Reply(300, b""), BackendRejected, "never followed.*base_url"),
             (Reply(399, b""), BackendRejected, "never followed.*base_url"),
             (Reply(404, b'{"detail": "Not Found"}'), BackendRejected, "404: Not Found .*--runner pooling"),
-            (refusal(400, "maximum context length is 512"), BackendRejected, "truncate_prompt_tokens=-1"),
+            (refusal(400, "maximum context length is 512"), BackendRejected, "max_tokens_per_doc="),
             (refusal(400, "odd"), BackendRejected, r"answered 400: odd \(server0:1, 1 attempt, 0.00 s\)\.$"),
         ],
     )
@@ -216,12 +219,20 @@ class TestRefusals:
         assert type(caught.value) is BackendRejected
         assert "--runner pooling" not in str(caught.value)
 
-    def test_an_unknown_model_is_found_out_in_as_many_tries_as_it_takes(self):
-        """The list of models may be late, too."""
-        lists = Script(refusal(500), EMPTY, server=Server(models=["x"]))
-        world = World(lambda send, now: lists(send, now) if send.request.body is None else (0.0, MISSING), model="m")
-        with pytest.raises(BackendRejected, match=r"'m'.*It serves: x\."):
+    def test_a_list_that_fails_is_done_without(self):
+        """What is said is said of the model."""
+        world = World(
+            lambda send, now: (0.0, refusal(500) if send.request.body is None else MISSING), model="m", max_retries=0
+        )
+        with pytest.raises(BackendRejected, match="does not serve the model 'm'.*Pass the name"):
             score(world)
+
+    def test_a_model_that_is_listed_is_not_missing(self):
+        """Some programs say so of a path that they don't have."""
+        world = World(Script(refusal(404, "Invalid URL")), model="m")
+        with pytest.raises(BackendRejected, match=r'404: Invalid URL .*endpoint="auto"'):
+            score(world)
+        assert world.paths == ["/v1/score", "/v1/models"]
 
 
 class TestRetryAfter:
@@ -249,11 +260,11 @@ class TestRetryAfter:
         assert world.slept == [seconds]
 
     @pytest.mark.parametrize("value", ["0", "Sat, 21 Nov 2026 22:26:40 GMT"])
-    def test_now_is_now(self, value: str):
-        """No pause at all."""
+    def test_now_is_ordinary_back_off(self, value: str):
+        """Three tries at once would meet the same."""
         world = World(Script(refusal(503, retry_after=value)))
         assert score(world) == SCORES
-        assert world.slept == []
+        assert world.slept == [0.25]
 
     @pytest.mark.parametrize("value", ["121", "3600", "604800", "Sun, 22 Nov 2026 22:26:40 GMT"])
     def test_more_than_two_minutes_are_told_to_the_caller_at_once(self, value: str):
@@ -425,33 +436,77 @@ class TestAttemptTimeout:
         score(world)
         assert world.sent[0].send.timeout == 30
 
-    def test_several_servers_share_it_equally_among_the_tries(self):
-        """One that hangs leaves time for the next; the share is of the call's whole time."""
+    def test_a_server_that_is_silent_for_a_third_of_the_time_is_not_waited_for_alone(self):
+        """The next one is asked as well; the first answer counts, and the other request is given up."""
         world = World(at(always(*reversed(HANG)), Server(seconds=1.0)), servers=2, deadline=30)
         assert score(world) == SCORES
-        assert [sent.send.timeout for sent in world.sent] == [10, 10]
+        assert [sent.send.timeout for sent in world.sent] == [30, 20]
         assert (world.hosts, world.elapsed) == ([0, 1], 11)
+        assert world.each_server[0].back_off.rest_ends == START + 11
+
+    @pytest.mark.parametrize(
+        "other", [always(refusal(503)), always(REFUSED), always(*reversed(HANG)), Server(seconds=15)]
+    )
+    def test_what_one_server_alone_would_answer_several_answer(self, other: Answer):
+        """It takes most of the time: whatever the others do meanwhile, it is waited for."""
+        world = World(at(Server(seconds=28.0), other), servers=2, deadline=30)
+        assert score(world) == SCORES
+
+    def test_a_failure_while_another_server_is_silent_is_tried_again(self):
+        """By the ordinary rules."""
+        world = World(at(always(*reversed(HANG)), Script(BUSY)), servers=2, deadline=30)
+        assert score(world) == SCORES
+        assert (world.hosts, round(world.elapsed, 6)) == ([0, 1, 1], 10.51)
+
+    def test_a_refusal_ends_the_silent_ones_too(self):
+        """It is an answer."""
+        world = World(at(always(*reversed(HANG)), always(refusal(401))), servers=2, deadline=30)
+        with pytest.raises(AuthError):
+            score(world)
+        assert world.elapsed == 10
+
+    def test_work_that_waits_its_turn_is_not_sent_twice(self):
+        """18 calls at once, two servers that do one request in 0.5 s: the last ones are answered after 4.5 s."""
+        free = [START, START]
+
+        def one_at_a_time(send: Send, now: float) -> tuple[float, Outcome]:
+            number = int(send.endpoint.label[6])
+            free[number] = max(free[number], now) + 0.5
+            return free[number] - now, Server().reply(send)
+
+        world = World(one_at_a_time, servers=2, deadline=6)
+        assert world.at_once(18) == [SCORES] * 18
+        assert len(world.sent) == 18
+
+    def test_a_request_that_later_ones_overtake_is_lost(self):
+        """Its server works, but has forgotten it."""
+        world = World(
+            at(Script((math.inf, BROKEN), server=Server(seconds=0.1)), Server(seconds=0.1)), servers=2, deadline=30
+        )
+
+        async def calls() -> list[list[float]]:
+            first = asyncio.create_task(world.call("q", ["a", "b"]))
+            for _ in range(90):
+                await asyncio.sleep(0.1)
+                assert await world.call("q", ["a", "b"]) == SCORES
+            return await first
+
+        assert world.run(calls()) == SCORES
+        assert 10 < world.elapsed < 21
 
     def test_all_hanging_servers_end_in_a_timeout_at_the_deadline(self):
-        """Three tries of ten seconds."""
+        """Each asked once, and both waited for."""
         world = World(always(*reversed(HANG)), servers=2, deadline=30)
         with pytest.raises(DeadlineExceeded):
             score(world)
         assert world.elapsed == 30
-        assert world.hosts == [0, 1, 0]
+        assert world.hosts == [0, 1]
 
     def test_several_servers_without_a_deadline_have_no_share(self):
         """Of nothing."""
         world = World(servers=2)
         score(world)
         assert world.sent[0].send.timeout is None
-
-    def test_a_share_is_at_least_a_millisecond(self):
-        """Two of 1.2 ms."""
-        world = World(always(*reversed(HANG)), servers=3, deadline=0.0012)
-        with pytest.raises(DeadlineExceeded):
-            score(world)
-        assert [sent.send.timeout for sent in world.sent] == [0.001]
 
     @pytest.mark.parametrize("servers", [1, 2])
     def test_a_given_one_holds_for_any_number_of_servers(self, servers: int):
@@ -531,9 +586,58 @@ class TestSeveralServers:
         assert score(world) == SCORES
         assert world.each_server[0].back_off.resting
 
-    @pytest.mark.parametrize("outcome", [refusal(500), refusal(429), refusal(408), EMPTY, UNREAD])
-    def test_one_that_answers_does_not_rest(self, outcome: Outcome):
-        """It is there; what it said concerns the request."""
+    @pytest.mark.parametrize("outcome", [refusal(500), refusal(599), EMPTY, UNREAD])
+    def test_one_that_fails_at_what_another_one_does_rests(self, outcome: Outcome):
+        """Then it was not the request's fault."""
+        world = World(at(always(outcome), Server()), servers=2)
+        for _ in range(40):
+            assert score(world) == SCORES
+        assert world.hosts.count(0) == 1
+
+    def test_none_rests_where_all_fail_at_a_request(self):
+        """It is the request that can't be answered."""
+        world = World(always(refusal(500)), servers=2)
+        with pytest.raises(BackendUnavailable):
+            score(world)
+        assert [server.back_off.resting for server in world.each_server] == [False, False]
+
+    def test_one_that_asks_to_be_left_alone_is_left_alone_by_all_calls(self):
+        """For as long as it asked, but not for longer than two minutes."""
+        for asked, rest in ((5.0, 5), (3600.0, 120)):
+            world = World(at(always(refusal(429, retry_after=str(asked))), Server()), servers=2)
+            for _ in range(9):
+                assert score(world) == SCORES
+            assert world.hosts.count(0) == 1
+            assert world.each_server[0].back_off.rest_ends == START + rest
+
+    def test_concurrent_failures_are_one(self):
+        """24 requests at once, all refused: the server rests for 1 s."""
+        world = World(at(always(BUSY, 0.5), Server()), servers=2)
+        assert world.at_once(24) == [SCORES] * 24
+        assert world.each_server[0].back_off.rest_ends == START + 1.5
+
+    def test_each_server_is_asked_however_few_retries_there_are(self):
+        """Another server is no retry."""
+        world = World(at(always(REFUSED), always(BUSY), always(refusal(500)), Server()), servers=4, max_retries=0)
+        assert score(world) == SCORES
+        assert world.hosts == [0, 1, 2, 3]
+
+    def test_a_short_outage_fails_no_call(self):
+        """24 calls, 10 ms apart, while a server says 503 for a quarter of a second."""
+        world = World(after(0.25, Server(), always(BUSY)))
+
+        async def calls() -> list[list[float]]:
+            tasks = []
+            for _ in range(24):
+                tasks.append(asyncio.create_task(world.call("q", ["a", "b"])))
+                await asyncio.sleep(0.01)
+            return await asyncio.gather(*tasks)
+
+        assert world.run(calls()) == [SCORES] * 24
+
+    @pytest.mark.parametrize("outcome", [refusal(429), refusal(408)])
+    def test_one_that_has_too_much_to_do_does_not_rest(self, outcome: Outcome):
+        """It is there; others' requests are answered."""
         world = World(at(Script(outcome), Server()), servers=2)
         assert score(world) == SCORES
         assert not world.each_server[0].back_off.resting
@@ -667,7 +771,7 @@ class TestSeveralServers:
         assert (len(servers), servers.facts, servers.down, servers.label) == (2, None, False, "a:1, b:1")
         first = servers.choose([])
         assert not first.echoes_ids
-        first.failed(gone=False)
+        first.failed(time.monotonic())
         assert 0.9 < first.back_off.rest_ends - time.monotonic() <= 1.0
         assert servers.others_answer([])
         assert not servers.others_answer([servers.choose([first])])
@@ -817,7 +921,7 @@ class TestLearning:
 
     def test_a_description_is_tried_for_as_a_score_is(self):
         """By the same rules."""
-        world = World(Script(BROKEN, refusal(500)), known=False)
+        world = World(Script(BROKEN, None, refusal(500)), known=False)
         assert learn(world).model == "m"
         assert world.slept == [0.5]
 
@@ -833,8 +937,39 @@ class TestLearning:
     def test_a_named_model_needs_no_list_of_models(self, models: Reply):
         """A gateway may have none, or name models differently."""
         world = World(Script(None, models), known=False, model="mine")
-        assert learn(world) == ServerFacts((0, 32), "mine")
+        assert learn(world) == ServerFacts(None, "mine")
         assert len(world.sent) == 2
+
+    @pytest.mark.parametrize("reply", [BUSY, refusal(500), UNREAD, Reply(200, b"nginx")])
+    def test_what_a_server_need_not_tell_stops_no_call(self, reply: Outcome):
+        """It is not known then, and asked again soon; nothing is held against the server."""
+
+        def answer(send: Send, now: float) -> tuple[float, Outcome]:
+            return (0.0, reply) if send.request.body is None else Server()(send, now)
+
+        world = World(answer, known=False, model="m")
+        assert score(world) == SCORES
+        assert score(world) == SCORES
+        assert world.paths == ["/version", "/v1/models", "/v1/score", "/v1/score"]
+        world.now += 6
+        assert score(world) == SCORES
+        assert world.paths[4:] == ["/version", "/v1/models", "/v1/score"]
+
+    def test_another_programs_version_is_not_vllms(self):
+        """A router's, whose list of models does not tell how long prompts may be; a source build's says nothing."""
+        world = World(Server(version="0.1.10", tells_window=False), known=False)
+        assert world.score("q", ["a"], instruction="i") == [oracle("q", "a")]
+        assert learn(World(Server(version="0.1.dev1+gabc"), known=False)).version is None
+
+    def test_what_is_known_is_asked_anew_after_a_minute(self):
+        """The server may have been started again with other options."""
+        world = World(known=False)
+        assert score(world) == SCORES
+        world.answer = Server(window=99)
+        world.now += 61
+        assert score(world) == SCORES
+        assert world.servers.facts.window == 99
+        assert world.paths == ["/version", "/v1/models", "/v1/score"] * 2
 
     def test_an_unnamed_model_is_the_one_that_is_served(self):
         """Aliases of one checkpoint count as one; the first is asked for."""

@@ -126,6 +126,7 @@ class Setting:
     named: bool = False
     jitter: float = 0.5
     met: list[Fault] = field(default_factory=list, init=False)
+    slow: int = field(default=0, init=False)  # requests after which another server may have been asked as well
 
     def __post_init__(self) -> None:
         self.documents = [f"{index} " + "text " * 4 * number for index, number in enumerate(self.texts)]
@@ -153,6 +154,13 @@ class Setting:
         )
 
     def answer(self, send: Send, now: float) -> tuple[float, Outcome]:
+        seconds, outcome = self.outcome(send)
+        if self.servers > 1 and self.deadline is not None and self.attempt_timeout is None:
+            # An attempt has up to four requests.
+            self.slow += 4 * seconds >= self.deadline / (1 + self.max_retries)
+        return seconds, outcome
+
+    def outcome(self, send: Send) -> tuple[float, Outcome]:
         if self.world.hosts[-1] in self.dead:
             return 0.0, REFUSED
         whether, which, when = self.code[3 * len(self.world.sent) - 3 :][:3].ljust(3, b"\0")
@@ -220,20 +228,22 @@ class Setting:
         if self.most < min(count, self.chunk_size) or self.may_be_accused:
             halvings = count - 1
         questions = min(chunks, self.max_concurrency) + (1 + queries if self.fit else 0)
+        chunks += count if self.fit else 0  # that turn out too long
         return chunks + 2 * min(halvings, count - 1) + questions
 
     def check_requests(self) -> None:
-        """None is tried too often, and none is sent for nothing."""
-        tries, sent = 1 + self.max_retries, self.world.score_requests
+        """None is tried too often, and none is sent for nothing; another server is asked without being a retry."""
+        tries, sent = self.max_retries + self.servers, self.world.score_requests
+        others = self.slow * (self.servers - 1)
         chunks = Counter(tuple(request.documents) for request in sent)
-        assert all(count <= tries for documents, count in chunks.items() if documents != ("a",))
+        assert all(count <= tries + others + self.fit for documents, count in chunks.items() if documents != ("a",))
         # What was not a fault was the answer; but not where it did not fit a former answer by another model.
         faults = len(self.met) + sum(host in self.dead for host in self.world.hosts)
-        assert OTHER_MODEL in self.met or len(sent) <= self.most_asked + faults
+        assert OTHER_MODEL in self.met or len(sent) <= self.most_asked + faults + others
         # A try is 4 requests at most: version and models of a server that is not known, scores, and models again where
         # the model is said to be missing; what a server is like, which fitting asks first, takes 2 a try.
-        assert len(self.world.sent) <= tries * (4 * self.most_asked + 2 * self.fit)
-        assert self.world.most_at_once <= self.max_concurrency
+        assert len(self.world.sent) <= tries * (4 * self.most_asked + 2 * self.fit) + 4 * others
+        assert self.world.most_at_once <= self.max_concurrency * (self.servers if self.slow else 1)
 
 
 numbers = st.integers(0, 9)

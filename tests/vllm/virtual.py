@@ -251,7 +251,7 @@ class World:
         deadline: float | None = None,
         model: str | None = None,
         known: bool = True,
-        jitter: float = 0.5,
+        jitter: float = 0.0,
         **rules: Any,
     ) -> None:
         self.answer = answer or Server()
@@ -266,6 +266,7 @@ class World:
         self._ids = itertools.count(1)
         for server in self.each_server:
             server.back_off = BackOff(self.clock)
+            server.asked_at = START
             server.facts = ServerFacts((0, 32), "m", "org/m", 1_000_000) if known else None
 
     @property
@@ -302,12 +303,24 @@ class World:
             new_id=lambda: f"{ID_PREFIX}{next(self._ids)}",
         )
 
-    def score(
+    async def call(
         self, queries: str | list[str], documents: list[str], *, api: str = "score", fit: bool = False, **options
-    ):
+    ) -> list[float]:
         """A call, from beginning to end."""
         queries = [queries] if isinstance(queries, str) else queries
-        return self.run(Call(self.exchange(api), queries, documents, Options(**options), fit).score())
+        return await Call(self.exchange(api), queries, documents, Options(**options), fit).score()
+
+    def score(self, *arguments: Any, **options: Any) -> list[float]:
+        """A call in an event loop."""
+        return self.run(self.call(*arguments, **options))
+
+    def at_once(self, count: int) -> list[list[float]]:
+        """So many calls."""
+
+        async def calls() -> list[list[float]]:
+            return await asyncio.gather(*(self.call("q", ["a", "b"]) for _ in range(count)))
+
+        return self.run(calls())
 
     @property
     def elapsed(self) -> float:

@@ -5,6 +5,7 @@ A reranker is a `BaseDocumentCompressor`, which retrievers accept, and a `Runnab
 
 # ruff: noqa: A002 - LangChain calls it input
 import functools
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypedDict, TypeVar, Unpack
 
@@ -301,6 +302,8 @@ def _merged(results: Sequence[Any], ranked: Sequence[Any], return_exceptions: bo
     following = iter(ranked)
     results = [next(following) if result is None else result for result in results]
     for position, result in enumerate(results):
+        if isinstance(result, ContentError):  # it names the position among those inputs that were ranked together
+            result.args = (re.sub(r"^(queries|documents(?=\[\d+\]\[))\[\d+\]", rf"\1[{position}]", str(result)),)
         if isinstance(result, BaseException) and not (return_exceptions and isinstance(result, Exception)):
             if any(getattr(other, "args", None) != result.args for other in results):
                 result.add_note(_ABOUT.format(position))

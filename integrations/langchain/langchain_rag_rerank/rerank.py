@@ -1,10 +1,11 @@
 """The rerankers: `ScorerReranker` is given a scorer, the others have the settings of one as their fields."""
 
-from typing import Any
+from collections.abc import Callable
+from typing import Annotated, Any
 
 from langchain_core.cross_encoders import BaseCrossEncoder
 from langchain_core.retrievers import RetrieverLike
-from pydantic import Field, PrivateAttr, SecretStr, field_validator
+from pydantic import Field, PrivateAttr, SecretStr, WithJsonSchema, field_validator
 
 import rag_rerank  # names are touched where they are needed: the package loads them, and what they import, lazily
 from langchain_rag_rerank.base import BaseReranker
@@ -116,7 +117,8 @@ class VLLMReranker(rag_rerank.VLLMSettings, _OwnScorer):
 
     Args:
         base_url, model, timeout, ...: As for `rag_rerank.VLLMScorer`, all of its arguments.
-        api_key: As there. Neither shown nor dumped nor pickled: an unpickled copy reads ``VLLM_API_KEY`` again.
+        api_key, http_client, default_headers, default_query: As there. Neither shown nor dumped nor pickled: an
+            unpickled copy reads ``VLLM_API_KEY`` again, and has to be given the others.
         top_n, score_threshold, score_key, document_formatter, on_error, name: As for `ScorerReranker`. Dumps leave
             `document_formatter` out.
 
@@ -125,11 +127,17 @@ class VLLMReranker(rag_rerank.VLLMSettings, _OwnScorer):
         rag_rerank.ConfigError: A setting that the scorer refuses.
     """
 
-    api_key: SecretStr | None = None
+    api_key: Annotated[
+        SecretStr | Callable[[], str] | dict[str, SecretStr] | None, WithJsonSchema({"type": "string"})
+    ] = None
+    http_client: Any = Field(default=None, exclude=True, repr=False)
+    default_headers: dict[str, str] | None = Field(default=None, exclude=True, repr=False)
+    default_query: dict[str, str] | None = Field(default=None, exclude=True, repr=False)
 
     def __getstate__(self) -> dict[Any, Any]:
         state = super().__getstate__()
-        return {**state, "__dict__": {**state["__dict__"], "api_key": None}}
+        hidden = dict.fromkeys(("api_key", "http_client", "default_headers", "default_query"))
+        return {**state, "__dict__": state["__dict__"] | hidden}
 
     @property
     def lc_secrets(self) -> dict[str, str]:

@@ -99,6 +99,7 @@ class Route:
     """What a text passes through."""
 
     folder: str = ""  # the transformer's, within the checkpoint
+    task: str | None = None  # what sentence-transformers loads it for
     prompt: str = ""  # before each text
     max_length: int | None = None  # longest input in tokens, where sentence-transformers' files limit it
     lower_case: bool = False  # whether texts are lowered first
@@ -129,7 +130,6 @@ class Declaration:
     skipped_in: tuple[str, ...] = ("document",)
     kept_ids: tuple[int, ...] = ()  # if any, the only tokens of documents that are compared
     markers: tuple[str, ...] = ()  # prompts that were tokens of their own in training
-    adapter: bool = False  # whether weights of an adapter (PEFT) lie here
 
     def as_vllm(self) -> "Declaration":
         """Give what vLLM makes of a declaration of late interaction: only the projection and its length."""
@@ -154,12 +154,10 @@ def read_declaration(name: str, read: Callable[[str], Any], kind: Kind | None = 
         reader = _Reader(read)
         kind = kind or reader.kind()
         if reader.modules is None:
-            declared = reader.stanford() if kind == "late-interaction" else reader.plain(kind)
-        elif kind == "cross-encoder":
-            declared = reader.cross_encoder()
-        else:
-            declared = reader.bi_encoder() if kind == "bi-encoder" else reader.multi_vector()
-        return replace(declared, adapter=read("adapter_config.json") is not None)
+            return reader.stanford() if kind == "late-interaction" else reader.plain(kind)
+        if kind == "cross-encoder":
+            return reader.cross_encoder()
+        return reader.bi_encoder() if kind == "bi-encoder" else reader.multi_vector()
     except _Refused as error:
         raise ConfigError(f"{name!r}: {error}") from error
 
@@ -369,6 +367,8 @@ class _Reader:
                 reads = reads or dense_input
                 makes = config.get("module_output_name", str) or reads
                 activation = config.get("activation_function", str) or "torch.nn.modules.activation.Tanh"
+                if makes == _SCORES and pooling is None:
+                    config.refuse("module_output_name", f"is {_SCORES}, but no Pooling makes one vector of a text")
                 layer = Layer("Dense", place, activation, bool(config.get("use_residual", bool)))
                 (layers if pooling else token_layers).append(layer)
             elif kind in ("LayerNorm", "Normalize"):
@@ -388,6 +388,7 @@ class _Reader:
             passed = makes
         route = Route(
             folder=folder,
+            task=task,
             prompt=prompt,
             max_length=self._max_length(texts, side),
             lower_case=bool(texts.get("do_lower_case", bool)),
@@ -425,8 +426,8 @@ class _Reader:
 
     def _similarity(self, kind: Kind) -> Similarity:
         named, allowed = self.model.get("similarity_fn_name", str), _SIMILARITIES[kind]
-        if kind == "late-interaction" and named in _SIMILARITIES["bi-encoder"]:
-            named = None  # what PyLate writes, without meaning it
+        if kind == "late-interaction" and named is not None:  # PyLate writes MaxSim, or without meaning it cosine
+            named = None if named in _SIMILARITIES["bi-encoder"] else named.lower()
         if named is not None and named not in allowed:
             self.model.refuse("similarity_fn_name", f"is {named!r}; supported are {', '.join(allowed)}")
         return named or allowed[0]

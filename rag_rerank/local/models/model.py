@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedTokenizerBase
 
+    from rag_rerank.local.checkpoint.declaration import Declaration
     from rag_rerank.local.transformer.batching import TokenSequence
     from rag_rerank.local.transformer.proof import Proof
     from rag_rerank.local.transformer.transformer import Transformer
@@ -70,6 +71,7 @@ class Model:
     score_type: ScoreType
     tokenizer: "PreTrainedTokenizerBase"
     facts: Mapping[str, str]  # what can change a score, for `Scorer.identity`
+    declaration: "Declaration"  # what its files say
     proof: "Proof"  # how it is run, and what shows that this is right
     text_only: str | None = None  # why it takes no images, to follow documents[3]
     no_instruction: str | None = None  # why a call can't bring an instruction

@@ -123,9 +123,11 @@ class TestFormatter:
             async with VLLMReranker(base_url=server.base_url, document_formatter=formatter) as reranker:
                 return await reranker.abatch(inputs, return_exceptions=True)
 
+        inputs.insert(0, {"query": "q", "documents": []})  # ranked by nobody, but counted in the position
         for results in (reranker.batch(inputs, return_exceptions=True), asyncio.run(ask())):
-            assert isinstance(results[1], ContentError)
-            assert [results[n][0].metadata["relevance_score"] for n in (0, 2)] == [exact("q", sent(RED))] * 2
+            assert isinstance(results[2], ContentError)
+            assert str(results[2]).startswith("documents[2][0] is ")
+            assert [results[n][0].metadata["relevance_score"] for n in (1, 3)] == [exact("q", sent(RED))] * 2
 
 
 class TestRerank:

@@ -10,6 +10,7 @@ from rag_rerank import (
 )
 from tests.faulty_server import (
     HANG,
+    Behaviour,
     Request,
     Steps,
     http,
@@ -80,6 +81,30 @@ class TestConcurrency:
             assert all(pool.map(call, range(800)))
         assert len(server.score_requests) == 1600
         assert server.connections <= 4 * 16
+
+    def test_work_that_waits_its_turn(self, serve: Serve, connect: Connect):
+        """No row: two servers that do one request at a time answer 18 calls at once, and get no request twice."""
+        servers = serve(), serve()
+
+        def one_at_a_time() -> Behaviour:
+            busy: list[int] = []
+
+            def slow(request: Request) -> Steps:
+                busy.append(id(request))
+                while busy[0] != id(request):
+                    yield 0.005
+                yield 0.15
+                busy.pop(0)
+                yield from right(request)
+
+            return on_scores(slow)
+
+        for server in servers:
+            server.behave = one_at_a_time()
+        scorer = connect(*servers, timeout=3.0)  # of which each try had a third; the last answers take 1.4 s
+        with ThreadPoolExecutor(18) as pool:
+            assert list(pool.map(lambda _: scorer.score(QUERY, FEW), range(18))) == [EXACT[:5]] * 18
+        assert sum(len(server.score_requests) for server in servers) == 18
 
 
 class TestBusyServers:

@@ -178,7 +178,7 @@ class TestReplies:
 
     @pytest.mark.parametrize("encoding", ["gzip", "x-gzip", "GZIP", "deflate", "br", "zstd", "identity, gzip"])
     def test_a_compressed_answer(self, serve: Serve, connect: Connect, score: Score, encoding: str):
-        """Row 28: a small one can unpack to a thousand times its size, so none is unpacked."""
+        """Row 28: a small one can unpack to a thousand times its size: within bounds, and only in two ways."""
         body = bomb(15 if encoding == "deflate" else 31)
         server = serve(on_scores(lambda request: [http(body, Content_Encoding=encoding)]))
         scorer = connect(server)

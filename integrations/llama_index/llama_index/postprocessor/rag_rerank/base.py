@@ -167,7 +167,8 @@ class Reranker(BaseNodePostprocessor, rag_rerank.Closeable):
     # LlamaIndex's own pickling deletes from the living object what can't be pickled (an engine's callbacks), and would
     # carry the key along. A pickle rebuilds the reranker from its fields but these.
     def __reduce__(self) -> tuple[Any, ...]:
-        fields = {name: value for name, value in vars(self).items() if name not in ("api_key", "callback_manager")}
+        hidden = ("api_key", "http_client", "default_headers", "default_query", "callback_manager")
+        fields = {name: value for name, value in vars(self).items() if name not in hidden}
         return functools.partial(type(self), **fields), ()
 
 

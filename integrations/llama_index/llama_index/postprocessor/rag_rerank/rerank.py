@@ -3,7 +3,8 @@
 Pydantic makes fields of the annotations of `rag_rerank.LocalSettings` and `rag_rerank.VLLMSettings`, plain classes.
 """
 
-from typing import Annotated
+from collections.abc import Callable
+from typing import Annotated, Any
 
 from llama_index.core.bridge.pydantic import Field, SecretStr, WithJsonSchema
 
@@ -75,8 +76,8 @@ class VLLMReranker(rag_rerank.VLLMSettings, Reranker):
     with equal settings share their connections, and threads and event loops may share a reranker.
 
     Args:
-        api_key: As for `rag_rerank.VLLMScorer`. It is in no repr, `to_dict` or pickle: pass it again,
-            ``VLLMReranker.from_dict(data, api_key=key)``.
+        api_key, http_client, default_headers, default_query: As for `rag_rerank.VLLMScorer`. They are in no repr,
+            `to_dict` or pickle: pass them again, ``VLLMReranker.from_dict(data, api_key=key)``.
         **settings: The other arguments of `rag_rerank.VLLMScorer`, such as `base_url` and `timeout`, with its defaults;
             and the fields of `ScorerReranker`, such as `top_n`, but no `scorer`.
 
@@ -86,4 +87,9 @@ class VLLMReranker(rag_rerank.VLLMSettings, Reranker):
             `rag_rerank.BackendUnavailable` where no server answers.
     """
 
-    api_key: SecretStr | None = Field(default=None, exclude=True, repr=False)
+    api_key: Annotated[
+        SecretStr | Callable[[], str] | dict[str, SecretStr] | None, WithJsonSchema({"type": "string"})
+    ] = Field(default=None, exclude=True, repr=False)
+    http_client: Any = Field(default=None, exclude=True, repr=False)
+    default_headers: dict[str, str] | None = Field(default=None, exclude=True, repr=False)
+    default_query: dict[str, str] | None = Field(default=None, exclude=True, repr=False)

@@ -1,0 +1,109 @@
+"""Calls that nobody waits for any more give everything back: descriptors, connections, places in the pool."""
+
+import asyncio
+import contextlib
+import random
+import ssl
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from rag_rerank import RerankError, VLLMScorer
+from tests.faulty_server import FaultyServer, Request, Steps, on_scores, refusal, right
+from tests.vllm.faults.common import EXACT, FEW, QUERY, TLS, Connect, Serve, soon
+
+AT_ONCE = 40
+
+
+def later(request: Request) -> Steps:
+    """The right answer within 10 ms."""
+    return [0.01 * random.random(), *right(request)]  # noqa: S311
+
+
+@pytest.fixture(params=["http", "https"])
+def server(request: pytest.FixtureRequest, serve: Serve, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultyServer]:
+    context = None
+    if request.param == "https":
+        monkeypatch.setenv("SSL_CERT_FILE", str(TLS / "authority.pem"))
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(TLS / "right.pem")
+    return serve(later, tls=context)
+
+
+def held(scorer: VLLMScorer) -> tuple[int, int]:
+    """Requests in its pools, and connections that are neither idle nor closed."""
+    pools = [client._transport._pool for client, _ in scorer.client.transport._clients.values()]
+    busy = sum(not (each.is_idle() or each.is_closed()) for pool in pools for each in pool.connections)
+    return sum(len(pool._requests) for pool in pools), busy
+
+
+def descriptors() -> int:
+    return len(list(Path("/proc/self/fd").iterdir()))
+
+
+async def give_up(scorer: VLLMScorer, count: int, *, cancelled: bool) -> None:
+    async def one() -> None:
+        seconds = 0.001 + 0.012 * random.random()  # noqa: S311
+        with contextlib.suppress(TimeoutError, RerankError):
+            if cancelled:
+                await asyncio.wait_for(scorer.ascore("q", ["d"]), seconds)
+            else:
+                await scorer.ascore("q", ["d"], deadline=seconds)
+
+    for _ in range(count // AT_ONCE):
+        await asyncio.gather(*(one() for _ in range(AT_ONCE)))
+
+
+@pytest.mark.parametrize("cancelled", [True, False], ids=["cancelled", "late"])
+def test_in_an_event_loop(server: FaultyServer, connect: Connect, cancelled: bool):
+    """400 calls, each given up while it connects, sends, waits, reads or closes."""
+    scorer = connect(server)
+
+    async def calls() -> None:
+        await scorer.ascore(QUERY, FEW)
+        before = descriptors() - 2 * server.open_connections
+        await give_up(scorer, 400, cancelled=cancelled)
+        assert await asyncio.to_thread(soon, lambda: held(scorer) == (0, 0))
+        assert await scorer.ascore(QUERY, FEW) == EXACT[:5]
+        # Both ends of a connection are in this process; idle ones are kept, 32 at most.
+        assert await asyncio.to_thread(soon, lambda: descriptors() - 2 * server.open_connections <= before)
+        assert await asyncio.to_thread(soon, lambda: server.open_connections <= 32)
+
+    asyncio.run(calls())
+
+
+def test_in_threads(server: FaultyServer, connect: Connect):
+    """As in an event loop."""
+    scorer = connect(server)
+    scorer.score(QUERY, FEW)
+    before = descriptors() - 2 * server.open_connections
+
+    def call(number: int) -> None:
+        with contextlib.suppress(RerankError):
+            scorer.score("q", ["d"], deadline=0.001 + 0.012 * number / 400)
+
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        list(pool.map(call, range(400)))
+    assert scorer.score(QUERY, FEW) == EXACT[:5]
+    assert soon(lambda: held(scorer) == (0, 0))
+    assert soon(lambda: descriptors() - 2 * server.open_connections <= before)
+    assert soon(lambda: server.open_connections <= 32)
+
+
+def test_requests_beside_one_that_fails(server: FaultyServer, connect: Connect):
+    """100 calls of four requests, one of which is refused while the others are under way."""
+    scorer = connect(server, chunk_size=1)
+
+    async def calls() -> None:
+        await scorer.ascore(QUERY, FEW)
+        before = descriptors() - 2 * server.open_connections
+        server.behave = on_scores(lambda request: refusal(401) if request.documents == ["d"] else later(request))
+        for _ in range(10):
+            tasks = (scorer.ascore("q", ["a", "b", "c", "d"]) for _ in range(10))
+            assert all(isinstance(error, RerankError) for error in await asyncio.gather(*tasks, return_exceptions=True))
+        assert await asyncio.to_thread(soon, lambda: held(scorer) == (0, 0))
+        assert await asyncio.to_thread(soon, lambda: descriptors() - 2 * server.open_connections <= before)
+
+    asyncio.run(calls())

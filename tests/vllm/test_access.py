@@ -1,0 +1,298 @@
+"""What lets requests in and how they go: the user's client, headers, keys and proxies."""
+
+import asyncio
+import logging
+import pickle
+import zlib
+from typing import Any
+
+import httpx
+import pytest
+
+from rag_rerank import AuthError, BackendUnavailable, ConfigError, VLLMScorer
+from tests.faulty_server import HANG, FaultyServer, Request, Steps, http, on_scores, oracle, refusal, right
+from tests.vllm.faults.common import soon
+
+EXACT = [oracle("q", "a")]
+
+
+def make_client() -> httpx.AsyncClient:
+    return httpx.AsyncClient(headers={"X-Mine": "1"}, timeout=0.001)
+
+
+def current_key() -> str:
+    return "current"
+
+
+class TestClient:
+    """A user's own, as it is."""
+
+    def test_it_is_made_once_for_each_event_loop(self):
+        """Its headers go along, its time limit does not; it is closed with the loop."""
+        made: list[httpx.AsyncClient] = []
+
+        def make() -> httpx.AsyncClient:
+            made.append(make_client())
+            return made[-1]
+
+        with FaultyServer() as server, VLLMScorer(server.base_url, http_client=make) as scorer:
+            for _ in range(2):
+                assert scorer.score("q", ["a"]) == EXACT
+                assert asyncio.run(scorer.ascore("q", ["a"])) == EXACT
+            assert [client.is_closed for client in made] == [False, True, True]
+            assert {request.headers["x-mine"] for request in server.requests} == {"1"}
+        assert soon(lambda: made[0].is_closed)
+
+    def test_its_transport_and_hooks_are_used(self):
+        """Ours checks what comes of it all the same, and follows no redirect."""
+        seen: list[str] = []
+
+        async def hook(request: httpx.Request) -> None:
+            seen.append(request.url.path)
+
+        def answer(request: httpx.Request) -> httpx.Response:
+            return httpx.Response(307, headers={"Location": "http://elsewhere"})
+
+        def make() -> httpx.AsyncClient:
+            transport = httpx.MockTransport(answer)
+            return httpx.AsyncClient(transport=transport, event_hooks={"request": [hook]}, follow_redirects=True)
+
+        with VLLMScorer(model="m", http_client=make) as scorer, pytest.raises(Exception, match="a redirect"):
+            scorer.score("q", ["a"])
+        assert seen == ["/version", "/v1/models", "/v1/score"]
+
+    @pytest.mark.parametrize("wrong", [httpx.AsyncClient(), 3, lambda: 3, httpx.Client])
+    def test_anything_else_is_refused(self, wrong: Any):
+        """As early as it shows."""
+        with pytest.raises(ConfigError, match="http_client must"):
+            VLLMScorer(http_client=wrong).score("q", ["a"])
+
+    def test_one_client_for_two_loops_is_refused(self):
+        """It would die with the first."""
+        client = httpx.AsyncClient()
+        with FaultyServer() as server, VLLMScorer(server.base_url, http_client=lambda: client) as scorer:
+            assert scorer.score("q", ["a"]) == EXACT
+            with pytest.raises(ConfigError, match="a new client each time"):
+                asyncio.run(scorer.ascore("q", ["a"]))
+
+    def test_copies_for_other_processes(self):
+        """A function goes by its name; one without is refused, and so is what is secret."""
+        with FaultyServer() as server:
+            scorer = VLLMScorer(server.base_url, http_client=make_client, api_key=current_key)
+            with pickle.loads(pickle.dumps(scorer)) as copy:  # noqa: S301
+                assert copy.score("q", ["a"]) == EXACT
+            assert server.requests[-1].headers["x-mine"] == "1"
+            assert server.requests[-1].headers["authorization"] == "Bearer current"
+        for settings in ({"http_client": lambda: None}, {"api_key": lambda: "k"}):
+            with pytest.raises(ConfigError, match=f"{next(iter(settings))} can't go to another process"):
+                pickle.dumps(VLLMScorer(**settings))
+        with pytest.raises(ConfigError, match="which no pickle carries"):
+            pickle.dumps(VLLMScorer(default_headers={"X-Api-Key": "canary"}))
+
+
+class TestHeadersAndKeys:
+    """Go with each request."""
+
+    def test_headers_query_and_our_name(self):
+        """Gateways want them."""
+
+        def behave(request: Any) -> Any:
+            assert request.path.endswith("?api-version=2")
+            return right(type(request)(**{**vars(request), "path": request.path.split("?")[0]}))
+
+        settings = {"default_headers": {"X-Tenant": "search"}, "default_query": {"api-version": "2"}}
+        with FaultyServer(behave) as server, VLLMScorer(server.base_url, **settings) as scorer:
+            assert scorer.score("q", ["a"]) == EXACT
+            headers = server.requests[-1].headers
+        assert headers["x-tenant"] == "search"
+        assert headers["user-agent"].startswith("rag-rerank/")
+
+    @pytest.mark.parametrize("headers", [{"Content-Type": "x"}, {"a b": "x"}, {"X": "a\r\nb"}, {"X": 1}])
+    def test_headers_that_can_not_be_sent_are_refused(self, headers: dict[str, Any]):
+        """At construction."""
+        with pytest.raises(ConfigError, match="default_headers"):
+            VLLMScorer(default_headers=headers)
+
+    def test_a_key_that_changes(self):
+        """Asked for before each request; where that fails, no request is sent."""
+        keys = iter(["one", "two", "three"])
+        with FaultyServer() as server, VLLMScorer(server.base_url, api_key=lambda: next(keys)) as scorer:
+            assert scorer.score("q", ["a"]) == EXACT
+            sent = [request.headers["authorization"] for request in server.requests]
+            assert sent == ["Bearer one", "Bearer two", "Bearer three"]
+            with pytest.raises(BackendUnavailable, match="api_key= is a function, which failed"):
+                scorer.score("q", ["a"])
+
+    def test_a_key_for_each_server(self):
+        """By address; one without gets none."""
+        with FaultyServer() as one, FaultyServer() as two:
+            with VLLMScorer([one.base_url, two.base_url], api_key={f"{one.base_url}/v1": "first"}) as scorer:
+                for _ in range(2):
+                    assert scorer.score("q", ["a"]) == EXACT
+            assert {request.headers.get("authorization") for request in one.requests} == {"Bearer first"}
+            assert {request.headers.get("authorization") for request in two.requests} == {None}
+        with pytest.raises(ConfigError, match="api_key names servers"):
+            VLLMScorer("http://localhost:1", api_key={"http://localhost:2": "x"})
+
+    def test_a_secret_header_is_guarded_as_the_key_is(self):
+        """Not sent unencrypted to another machine."""
+        with pytest.raises(ConfigError, match="unencrypted"):
+            VLLMScorer("http://reranker:8000", default_headers={"X-Api-Key": "canary"})
+
+    def test_short_keys_do_not_spoil_answers(self):
+        """Only what an error says is searched for the key, and only for one of a plausible length."""
+        with FaultyServer() as server:
+            for key in ("0", "x", "score"):
+                with VLLMScorer(server.base_url, api_key=key) as scorer:
+                    assert scorer.score("q", ["a"]) == EXACT
+
+    def test_errors_tell_status_id_and_body(self):
+        """Without the key."""
+        key = "canary-5ecret"
+        behave = on_scores(lambda request: refusal(401, f"bad key {key}", X_Request_Id="abc"))
+        with (
+            FaultyServer(behave) as server,
+            VLLMScorer(server.base_url, api_key=key) as scorer,
+            pytest.raises(AuthError) as caught,
+        ):
+            scorer.score("q", ["a"])
+        assert (caught.value.status, caught.value.request_id) == (401, "abc")
+        assert "bad key [key]" in str(caught.value.body)
+
+
+@pytest.mark.parametrize(("encoding", "bits"), [("gzip", 31), ("deflate", 15)])
+def test_a_gateway_that_compresses_everything(encoding: str, bits: int):
+    """Though it was asked for plain."""
+
+    def behave(request: Request) -> Steps:
+        packer = zlib.compressobj(wbits=bits)
+        body = packer.compress(b"".join(right(request)).split(b"\r\n\r\n", 1)[1]) + packer.flush()
+        return [http(body, Content_Encoding=encoding)]
+
+    with FaultyServer(behave) as server, VLLMScorer(server.base_url) as scorer:
+        assert scorer.score("q", ["a"]) == EXACT
+
+
+class TestTimeLimits:
+    """`timeout` is the call's; httpx's own are each try's."""
+
+    def test_none_is_no_bound(self):
+        """Only a deadline ends such a call."""
+        with FaultyServer() as server, VLLMScorer(server.base_url, timeout=None) as scorer:
+            assert scorer.score("q", ["a"]) == EXACT
+            assert scorer.score("q", ["a"], deadline=10) == EXACT
+
+    def test_httpx_limits_bound_each_try(self):
+        """So there are three."""
+        with FaultyServer(on_scores(lambda request: [HANG])) as server:
+            scorer = VLLMScorer(server.base_url, timeout=httpx.Timeout(0.1))
+            with scorer, pytest.raises(BackendUnavailable, match="no answer"):
+                scorer.score("q", ["a"])
+            assert len(server.score_requests) == 3
+
+    def test_more_than_a_thread_can_wait(self):
+        """300 years."""
+        with FaultyServer() as server, VLLMScorer(server.base_url, timeout=1e10) as scorer:
+            assert scorer.score("q", ["a"]) == EXACT
+
+
+class TestProxies:
+    """From the environment, for other machines only."""
+
+    @pytest.fixture(autouse=True)
+    def _no_other(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        for name in ("http_proxy", "https_proxy", "all_proxy", "no_proxy"):
+            monkeypatch.delenv(name, raising=False)
+            monkeypatch.delenv(name.upper(), raising=False)
+
+    @pytest.mark.parametrize("host", ["127.0.0.1", "localhost"])
+    def test_this_machine_is_asked_directly(self, host: str, monkeypatch: pytest.MonkeyPatch):
+        """The proxy would get the key."""
+        with FaultyServer() as proxy, FaultyServer() as server:
+            monkeypatch.setenv("HTTP_PROXY", proxy.base_url)
+            url = server.base_url.replace("127.0.0.1", host)
+            with VLLMScorer(url, api_key="canary-5ecret") as scorer:
+                assert scorer.score("q", ["a"]) == EXACT
+            assert proxy.requests == []
+
+    def test_another_machine_is_asked_through_it(self, monkeypatch: pytest.MonkeyPatch):
+        """Unless NO_PROXY names it: by name, domain, address, network."""
+        with FaultyServer() as proxy:
+            monkeypatch.setenv("HTTP_PROXY", proxy.label)  # without http://, as many write it
+            with VLLMScorer("http://10.1.2.3:8000", max_retries=0) as scorer, pytest.raises(Exception, match="404"):
+                scorer.score("q", ["a"])
+            assert proxy.requests[0].path == "http://10.1.2.3:8000/version"
+
+    @pytest.mark.parametrize("exception", ["*", "gpu.test", ".test", "*.test", "http://gpu.test", "gpu.test:8000, x"])
+    def test_exceptions(self, exception: str, monkeypatch: pytest.MonkeyPatch):
+        """A proxy that can't be used does no harm where it does not apply."""
+        monkeypatch.setenv("ALL_PROXY", "socks://proxy:1")
+        monkeypatch.setenv("NO_PROXY", exception)
+        VLLMScorer("http://gpu.test:8000")
+        with pytest.raises(ConfigError):
+            VLLMScorer("http://other:8000") if exception != "*" else VLLMScorer("ftp://x")
+
+    @pytest.mark.parametrize("exception", ["10.0.0.0/8", "10.1.2.3", "10.1.2.3:8000", "x,[fd00::1],10.1.0.0/16"])
+    def test_networks(self, exception: str, monkeypatch: pytest.MonkeyPatch):
+        """As curl and Go read them."""
+        monkeypatch.setenv("ALL_PROXY", "socks://proxy:1")
+        monkeypatch.setenv("NO_PROXY", exception)
+        VLLMScorer("http://10.1.2.3:8000")
+
+    @pytest.mark.parametrize(
+        "proxy", ["socks://proxy:1", "socks4://proxy:1", "http://proxy:x", "http://", "http://[::1"]
+    )
+    def test_one_that_can_not_be_used_names_its_variable(self, proxy: str, monkeypatch: pytest.MonkeyPatch):
+        """At construction, without what may be a password."""
+        monkeypatch.setenv("HTTPS_PROXY", proxy.replace("//", "//user:canary@"))
+        with pytest.raises(ConfigError, match="HTTPS_PROXY") as caught:
+            VLLMScorer("https://reranker.test")
+        assert "canary" not in str(caught.value)
+
+    def test_authorities_that_can_not_be_read(self, monkeypatch: pytest.MonkeyPatch):
+        """Told before anything is sent."""
+        monkeypatch.setenv("SSL_CERT_FILE", "/nowhere.pem")
+        with pytest.raises(ConfigError, match="SSL_CERT_FILE"):
+            VLLMScorer("https://127.0.0.1:1").score("q", ["a"])
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"model": "\ud800"},
+        {"instruction": "\ud800"},
+        {"query_prompt": "\ud800"},
+        {"extra_body": {"x": {1}}},
+        {"chat_template_kwargs": {"x": object()}},
+    ],
+    ids=str,
+)
+def test_what_no_request_can_hold_is_refused(settings: dict[str, Any]):
+    """At construction, by name."""
+    with pytest.raises(ConfigError, match="can't be sent as JSON"):
+        VLLMScorer(**settings)
+
+
+def test_the_usage_of_the_last_call():
+    """Of this thread: how many requests, how many tokens."""
+    with FaultyServer() as server, VLLMScorer(server.base_url) as scorer:
+        scorer.score("q", ["a", "b"])
+        assert scorer.usage is not None
+        assert (scorer.usage.requests, scorer.usage.prompt_tokens) == (3, 2)
+        scorer.score("q", ["a", "b"])
+        assert (scorer.usage.requests, scorer.usage.prompt_tokens) == (1, 2)
+
+
+def test_the_log_tells_of_retries_and_rests(caplog: pytest.LogCaptureFixture):
+    """At INFO, with no text of the user's."""
+    caplog.set_level(logging.INFO, "rag_rerank.vllm")
+    with (
+        FaultyServer(on_scores(lambda request: refusal(503), times=1)) as server,
+        VLLMScorer(server.base_url) as scorer,
+    ):
+        assert scorer.score("a secret question", ["a"]) == [oracle("a secret question", "a")]
+    told = " ".join(record.getMessage() for record in caplog.records if record.name == "rag_rerank.vllm")
+    assert "503" in told
+    assert "Attempt 2 follows" in told
+    assert "rests" in told
+    assert "secret" not in told
