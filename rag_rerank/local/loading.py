@@ -201,7 +201,8 @@ class _Loading:
         score = getattr(model, "score", None)
         self._choose_template(needed=isinstance(score, torch.nn.Linear))
         whole = Whole.of(model, self.checkpoint.tokenizer.pad_token_id, choose_batching(self.device))
-        reference = self._reference(_body(model), lambda sequence: relevance(whole.states([sequence]).tokens))
+        plain = replace(whole, equal=True)
+        reference = self._reference(_body(model), lambda sequence: relevance(plain.states([sequence]).tokens))
         make_head_precise(model, self.checkpoint.stored)
         transformer: Padded | Unpadded
         # A checkpoint's own code may read its score from elsewhere (nemotron: the mean): that runs as it is.
@@ -440,7 +441,7 @@ class _Loading:
     def _plain(self, model: PreTrainedModel, checkpoint: Checkpoint | None = None) -> Padded:
         """Run a model as transformers has it; one sequence at a time is not padded."""
         pad_id = (checkpoint or self.checkpoint).tokenizer.pad_token_id
-        return Padded(model, pad_id or 0, choose_batching(self.device))
+        return Padded(model, pad_id or 0, choose_batching(self.device), equal=True)
 
     def _may_unpad(self, body: PreTrainedModel) -> bool:
         """Tell whether to try it: where that is not to be proven here, tests must have done so."""

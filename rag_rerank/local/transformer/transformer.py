@@ -174,7 +174,7 @@ class Padded:
 
     def inputs(self, sequences: Sequence[TokenSequence]) -> dict[str, Tensor]:
         """Make what the model takes, int64 ``[len(sequences), longest]`` each."""
-        longest = max(len(each.ids) for each in sequences)
+        longest = self._width(max(len(each.ids) for each in sequences))
         attended = [len(each.ids) - each.unattended for each in sequences]
         rows = {
             "input_ids": [each.ids + [self.pad_id] * (longest - len(each.ids)) for each in sequences],
@@ -183,6 +183,14 @@ class Padded:
         if sequences[0].types is not None:
             rows["token_type_ids"] = [(each.types or []) + [0] * (longest - len(each.ids)) for each in sequences]
         return {name: to_device(numbers, self.model.device) for name, numbers in rows.items()}
+
+    def _width(self, longest: int) -> int:
+        """Round the length of rows up, by a sixteenth at most, to few different ones: see `padding_of`."""
+        if self.equal or self.model.device.type != "cpu":
+            return longest
+        step = 1 << max(4, longest.bit_length() - 5)
+        positions: int = getattr(self.model.config, "max_position_embeddings", None) or 10**9
+        return max(longest, min(longest + -longest % step, positions - 2))  # RoBERTa and its kin count from 2
 
     def states(self, sequences: Sequence[TokenSequence]) -> States:
         """Run one batch. In a decoder, padding on the right is never seen: tokens attend to those before them."""

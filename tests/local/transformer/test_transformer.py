@@ -271,6 +271,14 @@ def waiting(draw: st.DrawFn) -> list[TokenSequence]:
     return sequences
 
 
+def test_rows_are_of_few_different_lengths():
+    """On the CPU each new one costs memory that is never given back; none is longer than the model has positions."""
+    padded = Padded(make("bert", max_position_embeddings=230), 0, BUDGET)
+    widths = [padded.inputs([TokenSequence([1] * length)])["input_ids"].shape[1] for length in range(1, 231)]
+    assert all(length <= width <= 230 for length, width in enumerate(widths, 1))
+    assert len({*widths}) <= 18
+
+
 class TestBatches:
     """Every sequence in one batch, batches within the budget."""
 
