@@ -13,6 +13,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from rag_rerank.calibration import Calibrated as Calibrated
+    from rag_rerank.calibration import Calibration as Calibration
     from rag_rerank.closeable import Closeable as Closeable
     from rag_rerank.errors import AuthError as AuthError
     from rag_rerank.errors import BackendError as BackendError
@@ -58,6 +60,8 @@ _HOME = {
     "DeadlineExceeded": "errors",
     "DocumentRejected": "errors",
     "RerankError": "errors",
+    "Calibrated": "calibration",
+    "Calibration": "calibration",
     "FallbackScorer": "fallback",
     "LocalSettings": "integration",
     "VLLMSettings": "integration",

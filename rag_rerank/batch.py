@@ -42,15 +42,10 @@ class Batch:
             (query, list(each) if isinstance(each, Iterator) else each)
             for query, each in zip(queries, documents, strict=True)
         ]
-        self._ranking, self._alone = ranking, alone
+        self.ranking, self._alone = ranking, alone
         self._pairs: list[tuple[list[Prepared], list[Prepared]]] = []
         self._outcomes: list[list[Outcome]] = []
         self._positions: list[int] = []
-
-    @property
-    def top_n(self) -> int | None:
-        """How many documents of each query are kept."""
-        return self._ranking.top_n
 
     @property
     def is_slow(self) -> bool:
@@ -66,7 +61,7 @@ class Batch:
                 pairs = [prepare(query, names[0])], prepare_all(documents, names[1], until, known)
                 outcomes: list[Outcome] = []
             except (ContentError, BackendError) as error:
-                if not isinstance(error, self._ranking.kept):
+                if not isinstance(error, self.ranking.kept):
                     raise
                 pairs, outcomes = ([], []), [error] * len(documents)
             self._pairs.append(pairs)
@@ -110,13 +105,13 @@ class Batch:
             errors[position] = failure(outcomes[start:end])
             start = end
         for position, error in errors.items():
-            if error is not None and not isinstance(error, self._ranking.kept):
+            if error is not None and not isinstance(error, self.ranking.kept):
                 common = all(each is error for each in errors.values())
                 raise error if self._alone or common else naming_query(error, position)
 
     def results(self) -> list[Any]:
         """Rank each query's documents, or put its error there where that is wanted."""
-        results = [self._ranking.result(outcomes) for outcomes in self._outcomes]
-        if self._ranking.on_error == "passthrough":
+        results = [self.ranking.result(outcomes) for outcomes in self._outcomes]
+        if self.ranking.on_error == "passthrough":
             warn_of([outcome for outcomes in self._outcomes for outcome in outcomes])
         return results

@@ -80,6 +80,7 @@ class FallbackScorer(Scorer):
         # One that has no place for an instruction would score something else.
         self.accepts_instruction = all(scorer.accepts_instruction for scorer in scorers)
         self.remote = all(scorer.remote for scorer in scorers)
+        self.calibrated = all(scorer.calibrated for scorer in scorers)
 
     @property
     def model_name(self) -> str:

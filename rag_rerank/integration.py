@@ -18,8 +18,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Self, cast, dataclass_transform
 
+from rag_rerank.calibration import Calibrated
 from rag_rerank.closeable import Closeable
 from rag_rerank.errors import RerankError
+from rag_rerank.inputs import NEUTRAL
 from rag_rerank.local import LocalScorer
 from rag_rerank.local.scorer import DEFAULT_MODEL
 from rag_rerank.scorer import Scorer
@@ -61,6 +63,9 @@ class ScorerSettings(Closeable):
     The framework's class declares the private attribute ``_built`` with the value None, and leaves it out of pickles.
     """
 
+    calibration: str | None = None
+    """The file that ``rag-rerank calibrate`` has written for the model: scores are then probabilities of relevance."""
+
     _built: _Shared | Literal["closed"] | None
 
     @abstractmethod
@@ -82,13 +87,18 @@ class ScorerSettings(Closeable):
         # Compared rather than reset by assignments, because pydantic's model_copy(update=...) changes fields without
         # telling. A scorer that is left is not closed: a call may be using it, and the last one to drop it closes it.
         build = self._scorer_class()
-        settings = {name: _comparable(getattr(self, name)) for name in _parameters(build)}
+        names = _parameters(build)
+        settings = {name: _comparable(getattr(self, name)) for name in (*names, "calibration")}
         used = self._built
         if isinstance(used, _Shared) and used.made_of[1] == settings and id(self) in used.users:
             return used.scorer
-        made_of = build, settings, self._surroundings()
+        made_of = build, settings, (self._surroundings(), _last_written(self.calibration))
         scorer: Scorer | None = self._share(made_of)
-        return scorer or self._share(made_of, build(**{name: _plain(getattr(self, name)) for name in settings}))
+        if scorer is None:
+            scorer = build(**{name: _plain(getattr(self, name)) for name in names})
+            scorer = scorer if self.calibration is None else Calibrated(scorer, self.calibration)
+            scorer = self._share(made_of, scorer)
+        return cast("Scorer", scorer)
 
     def _share(self, made_of: tuple[Build, dict[str, Any], Any], made: Scorer | None = None) -> Any:
         """Use the scorer that equal components use; where there is none, the one that was made, if any."""
@@ -168,7 +178,7 @@ class LocalSettings(ScorerSettings):
         Raises:
             ConfigError: It can't be loaded as asked.
         """
-        cast("LocalScorer", self.scorer).warmup()
+        self.scorer.score(NEUTRAL, NEUTRAL)
 
     def _scorer_class(self) -> Build:
         return LocalScorer

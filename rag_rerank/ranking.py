@@ -5,6 +5,8 @@ import math
 import numbers
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate, count
+from operator import truediv
 from typing import Literal
 
 from rag_rerank.errors import BackendError, ContentError, RerankError
@@ -40,6 +42,8 @@ class Ranking:
     top_n: int | None
     score_threshold: float | None
     on_error: str
+    min_precision: float | None = None
+    min_n: int = 0
     may_return: bool = False
 
     def __post_init__(self) -> None:
@@ -52,6 +56,15 @@ class Ranking:
             raise TypeError(f"score_threshold must be a number or None, got {type(threshold).__name__}")
         if threshold is not None and not math.isfinite(threshold):
             raise ValueError(f"score_threshold must be finite, got {threshold}; None keeps all documents")
+        precision, least = self.min_precision, self.min_n
+        if precision is not None and (isinstance(precision, bool) or not isinstance(precision, int | float)):
+            raise TypeError(f"min_precision must be a number or None, got {type(precision).__name__}")
+        if precision is not None and not 0 < precision <= 1:
+            raise ValueError(f"min_precision must be above 0 and at most 1, got {precision}; None keeps all documents")
+        if isinstance(least, bool) or not isinstance(least, int):
+            raise TypeError(f"min_n must be an int, got {type(least).__name__}")
+        if least < 0 or (top_n is not None and least > top_n):
+            raise ValueError(f"min_n must be from 0 to top_n ({top_n}), got {least}")
         allowed = ("raise", "passthrough", "return") if self.may_return else ("raise", "passthrough")
         if self.on_error not in allowed:
             raise ValueError(f"on_error must be {' or '.join(map(repr, allowed))}, got {self.on_error!r}")
@@ -62,13 +75,18 @@ class Ranking:
         return {"raise": (), "passthrough": (BackendError,)}.get(self.on_error, (BackendError, ContentError))
 
     def rank(self, scores: Sequence[float | None]) -> list[Ranked]:
-        """Threshold, sort, cut. Documents without a score follow the scored ones, in retrieval order."""
+        """Sort, threshold, cut. Documents without a score follow the scored ones, in retrieval order."""
         threshold = -math.inf if self.score_threshold is None else self.score_threshold
-        scored = [index for index, score in enumerate(scores) if score is not None and score >= threshold]
+        scored = [index for index, score in enumerate(scores) if score is not None]
         # Sorted on the negative, not reversed: reversing would turn ties around.
         scored.sort(key=lambda index: -(scores[index] or 0.0))
+        best = [scores[index] or 0.0 for index in scored]
+        kept = sum(score >= threshold for score in best)
+        if self.min_precision is not None:  # best first, so that the mean never rises
+            kept = min(kept, sum(mean >= self.min_precision for mean in map(truediv, accumulate(best), count(1))))
         unscored = [index for index, score in enumerate(scores) if score is None]
-        return [Ranked(index, scores[index]) for index in (scored + unscored)[: self.top_n]]
+        ranked = scored[: max(kept, self.min_n)] + unscored
+        return [Ranked(index, scores[index]) for index in ranked[: self.top_n]]
 
     def result(self, outcomes: Sequence[Outcome]) -> list[Ranked] | RerankError:
         """Rank one query's documents; those without a score follow under ``"passthrough"``, else its error is given."""

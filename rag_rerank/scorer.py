@@ -45,12 +45,14 @@ class Scorer(Closeable, ABC):
         listwise: Whether the documents of a query are scored together, so that they are never split over calls; also
             True where that is not known before the first call.
         remote: Whether another machine does the work, so that waiting for it needs no processor here.
+        calibrated: Whether scores are probabilities of relevance, as `Calibrated` gives them.
     """
 
     accepts_images: bool = False
     accepts_instruction: bool = False
     listwise: bool = False
     remote: bool = False
+    calibrated: bool = False
 
     _closed = False
     _queues = False  # whether calls wait here for others' work, and note when their own begins
@@ -207,6 +209,8 @@ class Scorer(Closeable, ABC):
         *,
         top_n: int | None = None,
         score_threshold: float | None = None,
+        min_precision: float | None = None,
+        min_n: int = 0,
         instruction: str | None = None,
         on_error: OnError = "raise",
         deadline: float | None = None,
@@ -218,6 +222,9 @@ class Scorer(Closeable, ABC):
             documents: The documents, in retrieval order.
             top_n: How many to keep, at least 1. None keeps all.
             score_threshold: Keep only scores at or above it; applied before `top_n`, so the result may be empty.
+            min_precision: Keep as many as together have a mean score of at least this. Where scores are probabilities
+                (`Calibrated`), that is the share of relevant documents to be expected among what is kept.
+            min_n: Keep at least so many, whatever `score_threshold` and `min_precision` say.
             instruction: As in `score`.
             on_error: ``"raise"``; or ``"passthrough"``, which turns a `BackendError` into one logged warning and the
                 first `top_n` documents in retrieval order with score None. Where only some documents have no score,
@@ -230,7 +237,8 @@ class Scorer(Closeable, ABC):
         Raises:
             TypeError, ValueError, ConfigError, BackendError: As `score`; a wrong argument is never passed through.
         """
-        batch = Batch([query], [documents], Ranking(top_n, score_threshold, on_error), alone=True)
+        ranking = Ranking(top_n, score_threshold, on_error, min_precision, min_n)
+        batch = Batch([query], [documents], ranking, alone=True)
         ranked: list[Ranked] = self._run(batch, deadline, instruction)[0]
         return ranked
 
@@ -241,12 +249,15 @@ class Scorer(Closeable, ABC):
         *,
         top_n: int | None = None,
         score_threshold: float | None = None,
+        min_precision: float | None = None,
+        min_n: int = 0,
         instruction: str | None = None,
         on_error: OnError = "raise",
         deadline: float | None = None,
     ) -> list[Ranked]:
         """Rerank without blocking the event loop; see `rerank`."""
-        batch = Batch([query], [documents], Ranking(top_n, score_threshold, on_error), alone=True)
+        ranking = Ranking(top_n, score_threshold, on_error, min_precision, min_n)
+        batch = Batch([query], [documents], ranking, alone=True)
         ranked: list[Ranked] = (await self._arun(batch, deadline, instruction))[0]
         return ranked
 
@@ -258,6 +269,8 @@ class Scorer(Closeable, ABC):
         *,
         top_n: int | None = None,
         score_threshold: float | None = None,
+        min_precision: float | None = None,
+        min_n: int = 0,
         instruction: str | None = None,
         on_error: OnError = "raise",
         deadline: float | None = None,
@@ -271,6 +284,8 @@ class Scorer(Closeable, ABC):
         *,
         top_n: int | None = None,
         score_threshold: float | None = None,
+        min_precision: float | None = None,
+        min_n: int = 0,
         instruction: str | None = None,
         on_error: OnBatchError,
         deadline: float | None = None,
@@ -283,6 +298,8 @@ class Scorer(Closeable, ABC):
         *,
         top_n: int | None = None,
         score_threshold: float | None = None,
+        min_precision: float | None = None,
+        min_n: int = 0,
         instruction: str | None = None,
         on_error: OnBatchError = "raise",
         deadline: float | None = None,
@@ -296,6 +313,8 @@ class Scorer(Closeable, ABC):
             documents: For each query its own documents, in retrieval order.
             top_n: How many to keep for each query.
             score_threshold: Keep only scores at or above it.
+            min_precision: As in `rerank`, for each query.
+            min_n: As in `rerank`, for each query.
             instruction: As in `score`, for all queries.
             on_error: ``"raise"`` raises the first failure, and names its query. ``"passthrough"``, as in `rerank`,
                 ranks what has scores and logs one warning. ``"return"`` puts the error of a query, a `BackendError` or
@@ -310,7 +329,8 @@ class Scorer(Closeable, ABC):
             TypeError, ValueError, ConfigError, BackendError: As `rerank`. A wrong argument is never passed through nor
                 returned.
         """
-        batch = Batch(queries, documents, Ranking(top_n, score_threshold, on_error, may_return=True))
+        ranking = Ranking(top_n, score_threshold, on_error, min_precision, min_n, may_return=True)
+        batch = Batch(queries, documents, ranking)
         return self._run(batch, deadline, instruction)
 
     @overload
@@ -321,6 +341,8 @@ class Scorer(Closeable, ABC):
         *,
         top_n: int | None = None,
         score_threshold: float | None = None,
+        min_precision: float | None = None,
+        min_n: int = 0,
         instruction: str | None = None,
         on_error: OnError = "raise",
         deadline: float | None = None,
@@ -334,6 +356,8 @@ class Scorer(Closeable, ABC):
         *,
         top_n: int | None = None,
         score_threshold: float | None = None,
+        min_precision: float | None = None,
+        min_n: int = 0,
         instruction: str | None = None,
         on_error: OnBatchError,
         deadline: float | None = None,
@@ -346,29 +370,40 @@ class Scorer(Closeable, ABC):
         *,
         top_n: int | None = None,
         score_threshold: float | None = None,
+        min_precision: float | None = None,
+        min_n: int = 0,
         instruction: str | None = None,
         on_error: OnBatchError = "raise",
         deadline: float | None = None,
     ) -> Any:
         """Rerank several queries without blocking the event loop; see `rerank_batch`."""
-        ranking = Ranking(top_n, score_threshold, on_error, may_return=True)
+        ranking = Ranking(top_n, score_threshold, on_error, min_precision, min_n, may_return=True)
         batch = await off_loop(is_slow(queries), Batch, queries, documents, ranking)
         return await self._arun(batch, deadline, instruction)
 
+    def _check_limits(self, batch: Batch) -> None:
+        if batch.ranking.min_precision is not None and not self.calibrated:
+            raise ConfigError(
+                f"min_precision needs probabilities, and the scores of {type(self).__name__} are none: run rag-rerank "
+                "calibrate, and use Calibrated(scorer, file)"
+            )
+
     def _run(self, batch: Batch, deadline: float | None, instruction: str | None) -> list[Any]:
         until = self._begin(deadline, instruction)
+        self._check_limits(batch)
         batch.prepare(until)
         for pairs in batch.calls(lambda: self.listwise):
             until = self._begin(None, instruction) if deadline is None else until
-            batch.take(self._outcomes(pairs, until, instruction, batch.top_n))
+            batch.take(self._outcomes(pairs, until, instruction, batch.ranking.top_n))
         return batch.results()
 
     async def _arun(self, batch: Batch, deadline: float | None, instruction: str | None) -> list[Any]:
         until = self._begin(deadline, instruction)
+        self._check_limits(batch)
         await off_loop(batch.is_slow, batch.prepare, until)
         for pairs in batch.calls(lambda: self.listwise):
             until = self._begin(None, instruction) if deadline is None else until
-            outcomes = await self._aoutcomes(pairs, until, instruction, batch.top_n)
+            outcomes = await self._aoutcomes(pairs, until, instruction, batch.ranking.top_n)
             await off_loop(len(outcomes) > MANY, batch.take, outcomes)
         return await off_loop(batch.is_slow, batch.results)
 

@@ -7,7 +7,7 @@ from typer import Option
 
 from rag_rerank import __version__
 from rag_rerank.cli.demo import demo
-from rag_rerank.cli.evaluating import evaluate
+from rag_rerank.cli.evaluating import calibrate, evaluate
 from rag_rerank.cli.examining import check
 from rag_rerank.cli.models import convert, template_app
 from rag_rerank.cli.scoring import rerank, score
@@ -15,7 +15,7 @@ from rag_rerank.cli.scoring import rerank, score
 app = typer.Typer(
     no_args_is_help=True, pretty_exceptions_enable=False, context_settings={"help_option_names": ["-h", "--help"]}
 )
-for command in (score, rerank, check, demo, convert):
+for command in (score, rerank, check, demo, convert, calibrate):
     app.command()(command)
 app.command("eval")(evaluate)
 app.add_typer(template_app, name="template")

@@ -12,7 +12,7 @@ from rag_rerank.cli.options import ScorerOptions, takes_scorer
 from rag_rerank.errors import ConfigError
 
 
-@takes_scorer("logits", "send_key_over_http", "endpoint")
+@takes_scorer("logits", "send_key_over_http", "endpoint", "calibration")
 def demo(
     chosen: ScorerOptions,
     queries: Annotated[int, typer.Option(min=1, help="How many of the 170 questions, from all over the FAQ.")] = 25,

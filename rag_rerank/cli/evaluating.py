@@ -1,4 +1,4 @@
-"""``rag-rerank eval``."""
+"""``rag-rerank eval`` and ``rag-rerank calibrate``."""
 
 import json
 import os
@@ -24,6 +24,7 @@ from rag_rerank.cli.options import (
     ScorerOptions,
     console,
     said_what_is_kept,
+    takes_scorer,
 )
 from rag_rerank.errors import ConfigError
 from rag_rerank.inputs import NEUTRAL
@@ -31,6 +32,8 @@ from rag_rerank.scorer import Scorer
 
 if TYPE_CHECKING:
     from rag_rerank.evaluation import Collection, Evaluation, Run
+
+_KEPT, _NOT_KEPT = "What was scored is kept: the same command goes on from there.\n", "Nothing was kept.\n"
 
 File = Path | None
 Names = list[str] | None
@@ -72,7 +75,7 @@ def evaluate(
 
     A run with its qrels, but without a folder and a model, is measured as it is.
     """
-    _check_files(as_json, trec_run, html)
+    _check_files(as_json, trec_run, html=html)
     try:
         from rag_rerank import evaluation as package
         from rag_rerank.cli.evaluation_tables import show
@@ -83,8 +86,7 @@ def evaluate(
     collection, candidates = _collection(folder, run, qrels, max(depths), bare=not (model or base_url))
     where: Path | bool = not no_cache if cache is None or no_cache else cache
     with ExitStack() as stack:
-        kept = "What was scored is kept: the same command goes on from there.\n" if where else "Nothing was kept.\n"
-        stack.enter_context(said_what_is_kept(lambda: kept))
+        stack.enter_context(said_what_is_kept(lambda: _KEPT if where else _NOT_KEPT))
         scorers: dict[str, Scorer] = {}
         if collection.documents:
             options = ScorerOptions(device=device, dtype=dtype, send_key_over_http=send_key_over_http)
@@ -104,6 +106,61 @@ def evaluate(
         )
     show(evaluation, console())
     _write(evaluation, as_json, trec_run, html)
+
+
+@takes_scorer("calibration")
+def calibrate(
+    data: Annotated[
+        Path, Argument(help="A collection in BEIR's layout, or a .jsonl file of pairs: query, document, relevant.")
+    ],
+    chosen: ScorerOptions,
+    out: Annotated[Path, Option(help="The file to write.")] = Path("relevance.json"),
+    run: Annotated[File, Option(help="A TREC run with candidates, instead of what BM25 finds.")] = None,
+    qrels: Annotated[File, Option(help="Judgments (BEIR or TREC), instead of the collection's.")] = None,
+    depth: Annotated[int, Option(min=1, help="Candidates a query. What has no judgment counts as irrelevant.")] = 50,
+    queries: Annotated[int | None, Option(min=1, help="Only the first so many.")] = None,
+    as_json: Annotated[File, Option("--json", help="Write all figures to this file.")] = None,
+    cache: Annotated[File, Option(help="The folder that keeps scores; ~/.cache/rag_rerank if none.")] = None,
+    no_cache: Annotated[bool, Option("--no-cache", help="Score everything anew and keep nothing.")] = False,
+) -> None:
+    """Fit what turns a model's scores into probabilities of relevance, and say which threshold does what.
+
+    Use the file with Calibrated(scorer, FILE), calibration=FILE in both integrations, or --calibration FILE. Scores are
+    kept as by eval: what was interrupted goes on where it was.
+    """
+    _check_files(out, as_json)
+    try:
+        from rag_rerank import evaluation as package
+        from rag_rerank.cli.evaluation_tables import show_calibration
+        from rag_rerank.evaluation import calibrating
+    except ModuleNotFoundError as error:
+        raise ConfigError(f"calibrate needs {error.name}: pip install 'rag-rerank[eval]'") from error
+    candidates: Run | None
+    if data.is_file():
+        collection, candidates = calibrating.read_labelled(data)
+        depth = max(map(len, collection.judgments.values()), default=1)
+    else:
+        collection, candidates = _collection(data, run, qrels, depth, bare=False)
+    where: Path | bool = not no_cache if cache is None or no_cache else cache
+    kept = said_what_is_kept(lambda: _KEPT if where else _NOT_KEPT)
+    with kept, _bar() as progress, chosen.make() as scorer:
+        evaluation = package.evaluate(
+            collection,
+            scorer,
+            run=candidates,
+            first_stage=None if run is None else run.name,
+            depths=[depth],
+            limit=queries,
+            cache=where,
+            progress=progress,
+        )
+        found = calibrating.calibrate(evaluation, scorer)
+    found.calibration.save(out)
+    show_calibration(found, str(out), console())
+    typer.echo(f"wrote {out}", err=True)
+    if as_json is not None:
+        text = json.dumps(found.as_json(), ensure_ascii=False, allow_nan=False, indent=1)
+        as_json.write_text(f"{text}\n", encoding="utf-8")
 
 
 def _collection(folder: File, run: File, qrels: File, deepest: int, *, bare: bool) -> "tuple[Collection, Run | None]":
@@ -161,9 +218,9 @@ def _bar() -> "Iterator[Callable[[str, int, int], None]]":
         yield report
 
 
-def _check_files(as_json: File, trec_run: File, html: File) -> None:
+def _check_files(*files: File, html: File = None) -> None:
     """Refuse, before hours of scoring, a file that could not be written after them, with a ConfigError."""
-    for path in (as_json, trec_run, html):
+    for path in (*files, html):
         if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
             raise ConfigError(f"{path} can't be written: {'it is a' if path.is_dir() else 'there is no such'} folder")
     if html is not None and find_spec("matplotlib") is None:

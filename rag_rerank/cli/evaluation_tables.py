@@ -1,4 +1,4 @@
-"""The tables of ``rag-rerank eval`` in a terminal."""
+"""The tables of ``rag-rerank eval`` and ``rag-rerank calibrate`` in a terminal."""
 
 from rich import box
 from rich.console import Console
@@ -6,6 +6,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from rag_rerank.evaluation import Comparison, Evaluation, System
+from rag_rerank.evaluation.calibrating import Calibrating, Interval, Quality, pooler_options
 from rag_rerank.evaluation.measures import mean
 from rag_rerank.evaluation.significance import CONFIDENCE
 
@@ -115,3 +116,58 @@ def _between(evaluation: Evaluation) -> Table:
     for first, second, gains in evaluation.between:
         table.add_row(f"{escape(first)} … {escape(second)}", *_change(gains[evaluation.measure]))
     return table
+
+
+def show_calibration(found: Calibrating, file: str, console: Console) -> None:
+    """Print what was fitted on what, how good it is, what thresholds do, and how to use it."""
+    calibration, data = found.calibration, found.calibration.fitted_on
+    about = (
+        f"[bold]{escape(data['collection'])}[/]: {data['queries']:,} queries, {data['pairs']:,} candidates "
+        f"({escape(data['candidates'])}), {data['relevant']:,} relevant ({found.base_rate:.1%}). "
+        f"{data['unjudged']:,} have no judgment and count as irrelevant: where those may be relevant, true "
+        f"probabilities are higher; judge more, or lower --depth.\n\n"
+        f"[bold]{escape(calibration.model)}[/]: {calibration.curve.method} over the {calibration.scale}, chosen by "
+        f"queries left out. Log loss of the base rate alone: {found.base_log_loss:.4f}"
+    )
+    console.print(about, highlight=False)
+    table = _table("", "before", _INTERVAL, "calibrated", _INTERVAL)
+    for name in ("log_loss", "brier_skill", "calibration_error"):
+        both: list[Interval] = [getattr(quality, name) for quality in (found.before, found.after)]
+        table.add_row(name.replace("_", " "), *(text for each in both for text in (f"{each.value:.4f}", _range(each))))
+    console.print(table, "")
+    console.print(_reliability(found.after), "")
+    table = _table("threshold", "precision", "recall", "documents a query", "queries with none")
+    for each in found.cuts:
+        precision = "" if each.precision is None else f"{each.precision:.2f}"
+        values = f"{each.recall:.2f}", f"{each.kept:.1f}", f"{each.queries_without:,}"
+        table.add_row(f"{each.threshold:.2f}", precision, *values)
+    console.print(table, "")
+    for target in found.targets:
+        goal = f"{target.wanted:.0%} {target.kind}"
+        if target.why_not or target.threshold is None or target.elsewhere is None:
+            console.print(f"[bold]{goal}[/]: the data can't tell: {target.why_not}.", highlight=False)
+        else:
+            at = f"threshold {target.threshold.value:.3f} ({_range(target.threshold)})"
+            console.print(
+                f"[bold]{goal}[/]: {at}; other queries: {_range(target.elsewhere)} {target.kind}", highlight=False
+            )
+    ties = " Documents on one of its steps have equal scores." if calibration.curve.method == "isotonic" else ""
+    console.print(f"\nUse it: [bold]Calibrated(scorer, {file!r})[/].{ties}", highlight=False)
+    if (options := pooler_options(calibration)) is not None:
+        told = "A vLLM server of a cross-encoder gives these probabilities itself with:"
+        console.print(f"{told}\n{escape(options)}", highlight=False, soft_wrap=True)
+
+
+def _reliability(quality: Quality) -> Table:
+    """Show predicted against observed shares, each with a bar."""
+    table = _table("predicted", "pairs", "relevant", "expected", "")
+    for each in quality.bins:
+        mark = "" if each.low <= each.observed <= each.high else " ✗"
+        bar = "█" * round(20 * each.observed)
+        shares = f"{each.observed:.3f}{mark}", f"{each.low:.3f} … {each.high:.3f}"
+        table.add_row(f"{each.predicted:.3f}", f"{each.pairs:,}", *shares, f"{bar:<20}")
+    return table
+
+
+def _range(interval: Interval) -> str:
+    return f"{interval.low:.3f} … {interval.high:.3f}"

@@ -8,12 +8,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import wraps
 from itertools import chain
+from pathlib import Path
 from typing import Annotated, Any
 
 from rich.console import Console
 from typer import Option
 
-from rag_rerank import BackendError, ConfigError, LocalScorer, LocalSettings, Scorer, VLLMScorer
+from rag_rerank import BackendError, Calibrated, ConfigError, LocalScorer, LocalSettings, Scorer, VLLMScorer
 
 DeviceOption = Annotated[str | None, Option(help="Local only: cuda, cuda:1, mps, cpu.")]
 DtypeOption = Annotated[str, Option(help="Local only: auto, float32, bfloat16, float16.")]
@@ -42,9 +43,14 @@ class ScorerOptions:
     logits: Annotated[bool, Option("--logits", help="Raw logits instead of the model's own scale.")] = False
     send_key_over_http: KeyOverHTTPOption = False
     header: Annotated[list[str] | None, Option(help=_HEADER_HELP)] = None
+    calibration: Annotated[Path | None, Option(help="A file of rag-rerank calibrate, for probabilities.")] = None
 
     def make(self) -> Scorer:
         """Make the scorer that they ask for: remote as soon as one of them says where."""
+        scorer = self._make()
+        return scorer if self.calibration is None else Calibrated(scorer, self.calibration)
+
+    def _make(self) -> Scorer:
         use_activation = False if self.logits else None
         urls, names_host = self.base_url, self.host is not None or self.port is not None
         if urls and names_host:

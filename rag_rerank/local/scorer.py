@@ -81,9 +81,9 @@ class LocalScorer(Scorer):
             the prefixes, the filling up with ``[MASK]``, the lengths and the punctuation left out that the checkpoint
             declares. ``"vllm"`` goes by none of that, as vLLM does. Without effect on other models.
         verify: Whether the way that the model is run is compared with plain transformers when it is loaded, on a short
-            and a long text, in a tenth of the time that loading takes; see `proof`. A model that scores a pair beside
-            others otherwise than alone is run in batches of equal length, or is a `ConfigError`. False takes the way
-            that this package's tests cover for the architecture; others are run in batches of equal length, unproven.
+            and a long text; see `proof`. A model that scores a pair beside others otherwise than alone is run in
+            batches of equal length, or is a `ConfigError`. False takes the way that this package's tests cover for the
+            architecture; others are run in batches of equal length, unproven.
         max_waiting_calls: How many calls may be unfinished at a time; one more is refused at once.
         revision: Branch, tag or commit on the hub.
         trust_remote_code: Whether code from the checkpoint may run. Only ever on by this argument.

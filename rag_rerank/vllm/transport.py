@@ -374,7 +374,9 @@ async def _read(response: httpx.Response, limit: int) -> Reply | Failure:
                     fault = f"the answer is {packed}longer than {limit} bytes"
                     break
         except zlib.error as error:
-            fault = f"the answer can't be unpacked: {error}"
+            fault = f"the answer is compressed ({encoding}) and can't be unpacked: {error}"
+        if unpack is not None and not (unpack.eof or fault):
+            fault = f"the answer is compressed ({encoding}) and incomplete"
     if fault and good:  # else the status tells enough
         return Failure("unread", fault)
     return Reply(response.status_code, bytes(body), headers)

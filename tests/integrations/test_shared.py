@@ -16,9 +16,10 @@ from llama_index.core.schema import NodeWithScore, TextNode
 import langchain_rag_rerank as langchain
 import llama_index.postprocessor.rag_rerank as llama_index
 import rag_rerank.local.scorer
-from rag_rerank import LocalScorer
+from rag_rerank import Calibrated, ConfigError, LocalScorer
 from tests.faulty_server import FaultyServer
 from tests.models import CORPUS
+from tests.test_calibration import calibration
 
 QUERY = "why are python strings immutable"
 
@@ -148,3 +149,35 @@ def test_one_connection_pool_for_equal_settings():
         assert {request.connection for request in server.requests} == {1}
         assert len(server.score_requests) == 28
         assert len(server.requests) - 28 <= 3, "what is asked about the server is asked once"
+
+
+def test_one_calibration_file_serves_both_frameworks(scorer: LocalScorer, texts: list[str], tmp_path: Path):
+    """The same probabilities, threshold and cut-off, from a file that is named in the settings."""
+    file = tmp_path / "relevance.json"
+    calibration(scorer, scale="logit").save(file)
+    settings = {"model": scorer.model_name, "dtype": "float32", "calibration": file, "top_n": None}
+    with Calibrated(LocalScorer(scorer.model_name, dtype="float32"), file) as calibrated:
+        scores = calibrated.score(QUERY, texts)
+    middle = sorted(scores)[len(scores) // 2]
+    for limits in ({}, {"score_threshold": middle}, {"min_precision": middle, "min_n": 2}):
+        with Calibrated(LocalScorer(scorer.model_name, dtype="float32"), file) as calibrated:
+            right = [(each.index, each.score) for each in calibrated.rerank(QUERY, texts, **limits)]
+        with (
+            langchain.LocalReranker(**settings, **limits) as of_langchain,
+            llama_index.LocalReranker(**settings, **limits) as of_llama_index,
+        ):
+            assert of_langchain.scorer is of_llama_index.scorer
+            documents = [Document(text, metadata={"n": n}) for n, text in enumerate(texts)]
+            found = of_langchain.compress_documents(documents, QUERY)
+            ranked = [(each.metadata["n"], each.metadata["relevance_score"]) for each in found]
+            nodes = [NodeWithScore(node=TextNode(text=text, id_=str(n))) for n, text in enumerate(texts)]
+            results = of_llama_index.postprocess_nodes(nodes, query_str=QUERY)
+        assert ranked == [(int(each.node.node_id), each.score) for each in results]
+        assert [index for index, _ in ranked] == [index for index, _ in right]
+        assert [score for _, score in ranked] == pytest.approx([score for _, score in right], abs=1e-6)
+
+
+@pytest.mark.parametrize("framework", [langchain, llama_index])
+def test_a_calibration_that_is_none_is_told_at_construction(framework: Any, scorer: LocalScorer):
+    with pytest.raises(ConfigError, match=r"nowhere\.json can't be read"):
+        framework.LocalReranker(model=scorer.model_name, calibration="nowhere.json")

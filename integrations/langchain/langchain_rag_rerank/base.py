@@ -29,6 +29,8 @@ class CallOptions(TypedDict, total=False):
 
     top_n: int | None  # in place of the fields of these names
     score_threshold: float | None
+    min_precision: float | None
+    min_n: int
     instruction: str | None  # in place of the scorer's own; ConfigError where its model has no place for one
 
 
@@ -73,6 +75,8 @@ class BaseReranker(NoOtherFields, BaseDocumentCompressor, RunnableSerializable[R
 
     top_n: int | None = Field(default=3, ge=1)
     score_threshold: float | None = Field(default=None, allow_inf_nan=False)
+    min_precision: float | None = Field(default=None, gt=0, le=1)
+    min_n: int = Field(default=0, ge=0)
     score_key: str | None = Field(default="relevance_score", min_length=1)
     document_formatter: Callable[[Document], Any] | None = Field(default=None, exclude=True)
     on_error: Literal["raise", "passthrough"] = "raise"
@@ -191,7 +195,8 @@ class BaseReranker(NoOtherFields, BaseDocumentCompressor, RunnableSerializable[R
         for name in sorted(options.keys() - known.keys()):
             hint = did_you_mean(name, known) or f"a call takes {', '.join(known)}"
             raise TypeError(f"unexpected keyword argument {name!r}: {hint}")
-        arguments = {"top_n": self.top_n, "score_threshold": self.score_threshold, "on_error": self.on_error, **options}
+        names = ("top_n", "score_threshold", "min_precision", "min_n", "on_error")
+        arguments = {**{name: getattr(self, name) for name in names}, **options}
         scorer, config = self.scorer, ensure_config(config)
         model = {"ls_provider": "rag_rerank", "ls_model_name": scorer.model_name}  # LangSmith's names
         numbers = {"rerank_top_n": arguments["top_n"], "rerank_num_documents": len(given["documents"])}

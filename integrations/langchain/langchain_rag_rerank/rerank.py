@@ -48,6 +48,9 @@ class ScorerReranker(_Reranker):
         top_n: How many documents to keep, at least 1; None keeps all.
         score_threshold: Keep only documents with this score or a higher one. Applied before `top_n`, so the result may
             be empty.
+        min_precision: Keep as many as together have a mean score of at least this, the share of relevant documents to
+            be expected among them. Needs probabilities: `calibration`, or a `rag_rerank.Calibrated`.
+        min_n: Keep at least so many, whatever `score_threshold` and `min_precision` say.
         score_key: The key of a document's metadata that the score is put under. What was there is replaced. None leaves
             metadata as it is, for what compares documents by it, such as ``MultiQueryRetriever``.
         document_formatter: Makes what is scored from a document: a text; or, for models that see, an image: a
@@ -101,8 +104,8 @@ class LocalReranker(rag_rerank.LocalSettings, _OwnScorer):
 
     Args:
         model, device, dtype, ...: As for `rag_rerank.LocalScorer`, all of its arguments.
-        top_n, score_threshold, score_key, document_formatter, on_error, name: As for `ScorerReranker`. Dumps leave
-            `document_formatter` out.
+        calibration: The file that ``rag-rerank calibrate`` has written: scores are then probabilities of relevance.
+        top_n, score_threshold, ..., name: As for `ScorerReranker`. Dumps leave `document_formatter` out.
 
     Raises:
         pydantic.ValidationError: An unknown argument, or one of the wrong type or out of range.
@@ -119,8 +122,8 @@ class VLLMReranker(rag_rerank.VLLMSettings, _OwnScorer):
         base_url, model, timeout, ...: As for `rag_rerank.VLLMScorer`, all of its arguments.
         api_key, http_client, default_headers, default_query: As there. Neither shown nor dumped nor pickled: an
             unpickled copy reads ``VLLM_API_KEY`` again, and has to be given the others.
-        top_n, score_threshold, score_key, document_formatter, on_error, name: As for `ScorerReranker`. Dumps leave
-            `document_formatter` out.
+        calibration: As for `LocalReranker`.
+        top_n, score_threshold, ..., name: As for `ScorerReranker`. Dumps leave `document_formatter` out.
 
     Raises:
         pydantic.ValidationError: An unknown argument, or one of the wrong type or out of range.

@@ -50,6 +50,8 @@ class Reranker(BaseNodePostprocessor, rag_rerank.Closeable):
 
     top_n: int | None = Field(default=5, ge=1)
     score_threshold: float | None = Field(default=None, allow_inf_nan=False)
+    min_precision: float | None = Field(default=None, gt=0, le=1)
+    min_n: int = Field(default=0, ge=0)
     metadata_mode: MetadataMode = MetadataMode.EMBED
     keep_retrieval_score: bool = False
     read_images: bool = False
@@ -113,7 +115,7 @@ class Reranker(BaseNodePostprocessor, rag_rerank.Closeable):
         if query is None or not query.query_str.strip():
             blank = "" if query is None else " The query that came is blank."
             raise ValueError(f"Missing query bundle in extra info. Pass query_bundle= or query_str=.{blank}")
-        limits = {"top_n": self.top_n, "score_threshold": self.score_threshold}
+        limits = {name: getattr(self, name) for name in ("top_n", "score_threshold", "min_precision", "min_n")}
         instruction = query.instruction if isinstance(query, QueryWithInstruction) else None
         options = {**limits, "on_error": self.on_error, "instruction": instruction}
         call = _Call(self.scorer, query.query_str, list(contents.values()), options)
@@ -145,7 +147,7 @@ class Reranker(BaseNodePostprocessor, rag_rerank.Closeable):
         sources = ImageSources(self.image_folder, self.send_image_urls) if with_images else None
         contents = contents_of(nodes, self.metadata_mode, sources)
         empty = [position for position in range(len(nodes)) if position not in contents]
-        dropped = self.on_empty_text == "drop" or self.score_threshold is not None
+        dropped = self.on_empty_text == "drop" or self.score_threshold is not None or self.min_precision is not None
         if empty:
             what = "no text and no image" if with_images else "no text"
             fate = "are dropped" if dropped else "are ranked last"

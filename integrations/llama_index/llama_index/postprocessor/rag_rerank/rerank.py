@@ -21,6 +21,9 @@ class ScorerReranker(Reranker):
         top_n: How many nodes to return at most, at least 1. None returns all.
         score_threshold: Return only nodes with this score or a higher one; applied before `top_n`, so the result may be
             empty. On the scale of the scorer's scores.
+        min_precision: Return as many as together have a mean score of at least this, the share of relevant nodes to be
+            expected among them. Needs probabilities: `calibration`, or a `rag_rerank.Calibrated`.
+        min_n: Return at least so many of the scored ones, whatever `score_threshold` and `min_precision` say.
         metadata_mode: Which metadata is scored together with a node's text: ``"embed"`` (what embeddings see),
             ``"llm"``, ``"all"`` or ``"none"``.
         keep_retrieval_score: Keep the score that a node came with, in ``metadata["retrieval_score"]`` of a copy of the
@@ -35,7 +38,7 @@ class ScorerReranker(Reranker):
             ``--allowed-media-domains``.
         on_empty_text: Nodes without text, such as blank pages and images that are not read, are not scored, whatever
             metadata they have: ``"last"`` puts them after the scored ones, in retrieval order, with score None;
-            ``"drop"`` leaves them out, as `score_threshold` always does.
+            ``"drop"`` leaves them out, as `score_threshold` and `min_precision` always do.
         on_error: ``"raise"``; or ``"passthrough"``, which turns a `rag_rerank.BackendError` into one logged warning and
             the first `top_n` nodes in retrieval order with their retrieval scores. Where only some nodes were rejected,
             the others are ranked and the rejected follow with score None.
@@ -59,8 +62,9 @@ class LocalReranker(rag_rerank.LocalSettings, Reranker):
     Rerankers with equal settings share one loaded model, and threads and event loops may share a reranker.
 
     Args:
-        **settings: The arguments of `rag_rerank.LocalScorer`, such as `model` and `dtype`, with its defaults; and the
-            fields of `ScorerReranker`, such as `top_n`, but no `scorer`.
+        **settings: The arguments of `rag_rerank.LocalScorer`, such as `model` and `dtype`, with its defaults; the
+            fields of `ScorerReranker`, such as `top_n`, but no `scorer`; and `calibration`, the file that
+            ``rag-rerank calibrate`` has written: scores are then probabilities of relevance.
 
     Raises:
         rag_rerank.ConfigError: At construction, a setting that the scorer refuses, or torch or transformers not
@@ -79,7 +83,7 @@ class VLLMReranker(rag_rerank.VLLMSettings, Reranker):
         api_key, http_client, default_headers, default_query: As for `rag_rerank.VLLMScorer`. They are in no repr,
             `to_dict` or pickle: pass them again, ``VLLMReranker.from_dict(data, api_key=key)``.
         **settings: The other arguments of `rag_rerank.VLLMScorer`, such as `base_url` and `timeout`, with its defaults;
-            and the fields of `ScorerReranker`, such as `top_n`, but no `scorer`.
+            the fields of `ScorerReranker`, such as `top_n`, but no `scorer`; and `calibration`, see `LocalReranker`.
 
     Raises:
         rag_rerank.ConfigError: At construction, a setting that the scorer refuses.

@@ -1,0 +1,355 @@
+"""Fit a calibration on what an evaluation has scored, and say how far it can be trusted.
+
+Candidates without a judgment count as irrelevant. All intervals are 95 % and over queries, for the documents of one
+query stand or fall together.
+"""
+
+import json
+import math
+import shlex
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.stats import betabinom
+from sklearn.isotonic import IsotonicRegression
+from sklearn.linear_model import LogisticRegression
+from sklearn.model_selection import GroupKFold
+
+from rag_rerank.calibration import Calibration, Curve, known_facts, on_scale
+from rag_rerank.errors import ConfigError
+from rag_rerank.evaluation.collection import Collection
+from rag_rerank.evaluation.files import rows
+from rag_rerank.evaluation.measures import Run
+from rag_rerank.evaluation.results import Evaluation
+from rag_rerank.evaluation.significance import CONFIDENCE, SEED
+from rag_rerank.identity import PROBES
+from rag_rerank.scorer import Scorer
+
+FOLDS = 5
+DRAWS = 500
+FEWEST_KEPT = 20  # documents, below which a threshold's precision is an accident
+WIDEST = 0.5  # interval of precision or recall among other queries; beyond it the data can't tell
+Kind = Literal["precision", "recall"]
+TARGETS: Sequence[tuple[Kind, float]] = (("precision", 0.8), ("precision", 0.9), ("recall", 0.95), ("recall", 0.8))
+
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True)
+class Interval:
+    """A figure and its interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True, slots=True)
+class Bin:
+    """Pairs of like probability: predicted and observed share of relevant ones, and where the latter was expected."""
+
+    pairs: int
+    predicted: float
+    observed: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """What a threshold does to the candidates; `kept` is documents a query."""
+
+    threshold: float
+    precision: float | None
+    recall: float
+    kept: float
+    queries_without: int
+
+
+@dataclass(frozen=True, slots=True)
+class Quality:
+    """How good probabilities are: nats a pair; 1 for perfect and 0 for the base rate; expected error in ten bins."""
+
+    log_loss: Interval
+    brier_skill: Interval
+    calibration_error: Interval
+    bins: Sequence[Bin]
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """The threshold for a wanted precision or recall.
+
+    Attributes:
+        kind, wanted: What for.
+        cut: What it does to these candidates; None where none does it.
+        threshold: Where it lies in bootstrap draws of the queries.
+        elsewhere: The precision or recall that queries left out of a draw got at the draw's threshold.
+        why_not: Why the data can't tell; empty where it can.
+    """
+
+    kind: Kind
+    wanted: float
+    cut: Cut | None
+    threshold: Interval | None
+    elsewhere: Interval | None
+    why_not: str
+
+
+@dataclass(frozen=True, slots=True)
+class Calibrating:
+    """A calibration, and how far it can be trusted.
+
+    `before` is of the scores, through a sigmoid unless they are between 0 and 1; `after` of the probabilities of
+    queries that the curve was not fitted on.
+    """
+
+    calibration: Calibration
+    base_rate: float
+    base_log_loss: float
+    before: Quality
+    after: Quality
+    cuts: Sequence[Cut]
+    targets: Sequence[Target]
+
+    def as_json(self) -> dict[str, Any]:
+        """Make JSON values of it."""
+        return asdict(self) | {"pooler_options": pooler_options(self.calibration)}
+
+
+class Pairs:
+    """Scored pairs: values that a curve goes over, 1 for relevant and 0 for irrelevant, and the number of the query."""
+
+    def __init__(self, values: Any, relevant: Any, queries: Any) -> None:
+        self.values: Floats = np.asarray(values, float)
+        self.relevant: NDArray[np.int64] = np.asarray(relevant, np.int64)
+        self.queries: NDArray[np.int64] = np.unique(queries, return_inverse=True)[1]
+        having = len(np.unique(self.queries[self.relevant == 1]))
+        if having < FOLDS:
+            raise ConfigError(
+                f"of {len(np.unique(self.queries))} queries, {having} have a relevant document among the scored "
+                f"candidates; at least {FOLDS} are needed, and a hundred are good. Judge more, or raise the depth."
+            )
+        if self.relevant.all():
+            raise ConfigError("every scored document is relevant, irrelevant ones are needed, too: raise the depth")
+        if np.ptp(self.values) == 0:
+            raise ConfigError("all scores are equal: they tell nothing about relevance")
+        rng = np.random.default_rng(SEED)
+        count = int(self.queries.max()) + 1
+        self.draws = rng.multinomial(count, np.full(count, 1 / count), size=DRAWS)  # how often each query is drawn
+
+    def sums(self, each: Any, bins: Any = 0, number: int = 1) -> Floats:
+        """Add up a value of each pair, over all queries and then over each draw: ``[1 + draws, bins]``."""
+        count = self.draws.shape[1]
+        weights = np.broadcast_to(each, self.values.shape)
+        table = np.bincount(self.queries * number + bins, weights=weights, minlength=count * number)
+        table = table.reshape(count, number)
+        return np.concatenate([table.sum(axis=0, keepdims=True), self.draws @ table])
+
+
+def calibrate(found: Evaluation, scorer: Scorer) -> Calibrating:
+    """Fit a calibration on what `evaluate` has found for a scorer, at its deepest depth.
+
+    Raises:
+        ConfigError: No relevant or no irrelevant candidates, too few queries, scores that are equal or no higher for
+            what is relevant, or a scorer of several.
+        BackendError: As `Scorer.score`.
+    """
+    identity, system, depth = scorer.identity(), found.systems[0], found.depths[-1]
+    if not identity.steady:
+        raise ConfigError("several scorers answer here: calibrate each of them, then join them in a FallbackScorer")
+    triples = [
+        (score, found.collection.judgments[query].get(name), number)
+        for number, (query, names) in enumerate(found.candidates.items())
+        for name, score in zip(names[:depth], system.scores[query], strict=True)
+        if score is not None
+    ]
+    if not triples:
+        raise ConfigError("no candidate has a score")
+    scores, grades, queries = zip(*triples, strict=True)
+    scale: Literal["score", "logit"] = "logit" if min(scores) >= 0 and max(scores) <= 1 else "score"
+    values = [on_scale(score, scale) for score in scores]
+    pairs = Pairs(values, [(grade or 0) > 0 for grade in grades], queries)
+    curve, left_out = fit(pairs)
+    asked, answers = zip(*PROBES, strict=True)
+    known = [on_scale(score, scale) for score in scorer.score(asked, answers)]
+    data = {
+        "collection": found.collection.name,
+        "candidates": f"first {depth} by {found.first_stage}",
+        "queries": len(found.candidates),
+        "pairs": len(scores),
+        "relevant": int(pairs.relevant.sum()),
+        "unjudged": grades.count(None),
+    }
+    references = list(zip(asked, answers, known, strict=True))
+    calibration = Calibration(known_facts(scorer, identity), references, scale, curve, data)
+    base, predicted = float(pairs.relevant.mean()), over(curve, pairs.values)
+    raw = over(Curve("platt", [(0.0, 0.0), (1.0, 1.0)]), pairs.values)
+    return Calibrating(
+        calibration,
+        base,
+        -base * math.log(base) - (1 - base) * math.log1p(-base),
+        quality(pairs, raw),
+        quality(pairs, left_out),
+        [cut(pairs, predicted, threshold) for threshold in (0.05, *(tenths / 10 for tenths in range(1, 10)))],
+        [target(pairs, predicted, kind, wanted) for kind, wanted in TARGETS],
+    )
+
+
+def fit(pairs: Pairs) -> tuple[Curve, Floats]:
+    """Fit Platt's curve and an isotonic one, and choose by the log loss of queries that had no part in the fit.
+
+    Returns:
+        The curve over all pairs, and the probability of each pair by a curve that its query had no part in.
+    """
+    folds = list(GroupKFold(FOLDS).split(pairs.values, pairs.relevant, pairs.queries))
+    tried = []
+    try:
+        for method in (_platt, _isotonic):
+            left_out = np.empty(len(pairs.values))
+            for train, test in folds:
+                left_out[test] = over(method(pairs.values[train], pairs.relevant[train]), pairs.values[test])
+            loss = log_losses(left_out, pairs.relevant).mean()
+            tried.append((loss, method(pairs.values, pairs.relevant), left_out))
+    except ValueError as error:  # a curve that does not rise
+        raise ConfigError("relevant documents don't have higher scores than others, so no curve fits") from error
+    _, curve, left_out = min(tried, key=lambda each: float(each[0]))
+    return curve, left_out
+
+
+def _platt(values: Floats, relevant: NDArray[np.int64]) -> Curve:
+    """Fit a logistic regression with Platt's targets, a little off 0 and 1 so that the slope stays finite."""
+    right, count, middle, spread = int(relevant.sum()), len(values), float(values.mean()), float(values.std()) or 1.0
+    share = np.where(relevant == 1, (right + 1) / (right + 2), 1 / (count - right + 2))
+    scaled, labels = np.tile((values - middle) / spread, 2)[:, None], np.repeat([1, 0], count)
+    model = LogisticRegression(C=1e9, max_iter=1000).fit(scaled, labels, np.concatenate([share, 1 - share]))
+    slope = float(model.coef_[0, 0]) / spread
+    if slope <= 0:
+        raise ValueError("it falls")
+    start = float(model.intercept_[0]) - slope * middle
+    return Curve("platt", [(0.0, start), (1.0, start + slope)])
+
+
+def _isotonic(values: Floats, relevant: NDArray[np.int64]) -> Curve:
+    """Fit steps that never fall, kept off 0 and 1 by what one more pair could change."""
+    model = IsotonicRegression(y_min=1 / (len(values) + 2), y_max=1 - 1 / (relevant.sum() + 2)).fit(values, relevant)
+    shares = model.y_thresholds_
+    odds = np.log(shares / (1 - shares)).tolist()
+    return Curve("isotonic", list(zip(model.X_thresholds_.tolist(), odds, strict=True)))
+
+
+def over(curve: Curve, values: Floats) -> Floats:
+    """Give the probability at each value."""
+    return np.array(list(map(curve.probability, values.tolist())))
+
+
+def log_losses(predicted: Floats, relevant: Any) -> Floats:
+    """Give each pair's loss in nats."""
+    losses: Floats = -np.log(np.clip(np.where(relevant == 1, predicted, 1 - predicted), 1e-15, 1))
+    return losses
+
+
+def quality(pairs: Pairs, predicted: Floats) -> Quality:
+    """Measure probabilities against judgments.
+
+    A bin's interval is that of as many pairs by luck alone, by a curve that was fitted on as many: beta-binomial.
+    """
+    places = np.minimum((predicted * 10).astype(int), 9)
+    bins = []
+    for place in np.unique(places):
+        inside = places == place
+        size, mean = int(inside.sum()), float(np.clip(predicted[inside].mean(), 1e-9, 1 - 1e-9))
+        low, high = betabinom.interval(CONFIDENCE, size, mean * size, (1 - mean) * size)
+        bins.append(Bin(size, mean, float(pairs.relevant[inside].mean()), float(low) / size, float(high) / size))
+    count = pairs.sums(1)
+    base = pairs.sums(pairs.relevant) / count
+    losses = pairs.sums(log_losses(predicted, pairs.relevant)) / count
+    skills = 1 - pairs.sums((predicted - pairs.relevant) ** 2) / count / np.maximum(base * (1 - base), 1e-9)
+    gaps = np.abs(pairs.sums(predicted - pairs.relevant, places, 10)).sum(axis=1) / count[:, 0]
+    return Quality(_interval(losses[:, 0]), _interval(skills[:, 0]), _interval(gaps), bins)
+
+
+def cut(pairs: Pairs, predicted: Floats, threshold: float) -> Cut:
+    """Say what a threshold does."""
+    kept, queries = predicted >= threshold, pairs.draws.shape[1]
+    right, size = int(pairs.relevant[kept].sum()), int(kept.sum())
+    without = queries - len(np.unique(pairs.queries[kept]))
+    return Cut(threshold, right / size if size else None, right / int(pairs.relevant.sum()), size / queries, without)
+
+
+def target(pairs: Pairs, predicted: Floats, kind: Kind, wanted: float) -> Target:
+    """Find the lowest threshold with a precision, or the highest with a recall, and what it does to other queries."""
+    order = np.argsort(-predicted, kind="stable")
+    probabilities, relevant, queries = predicted[order], pairs.relevant[order], pairs.queries[order]
+    ends = np.append(np.flatnonzero(np.diff(probabilities)), len(order) - 1)  # no cut between equal ones
+
+    def shares(weights: Any) -> tuple[Floats, Floats]:
+        kept, right = np.cumsum(weights)[ends], np.cumsum(weights * relevant)[ends]
+        return kept, right / np.maximum(kept if kind == "precision" else right[-1], 1)
+
+    def choose(weights: Any) -> int | None:
+        enough = np.flatnonzero(np.less_equal(wanted, shares(weights)[1]))
+        return None if not len(enough) else int(enough[-1 if kind == "precision" else 0])
+
+    all_once = np.ones(len(order))
+    place = choose(all_once)
+    if place is None or ends[place] + 1 < FEWEST_KEPT:
+        best = shares(all_once)[1][ends + 1 >= FEWEST_KEPT].max(initial=0)
+        why = f"no threshold that keeps {FEWEST_KEPT} documents has more than {best:.2f}"
+        return Target(kind, wanted, None, None, None, why)
+    here = cut(pairs, predicted, float(probabilities[ends[place]]))
+    thresholds, elsewhere = [here.threshold], [here.precision if kind == "precision" else here.recall]
+    for drawn in pairs.draws:
+        weights = drawn[queries]
+        if (chosen := choose(weights)) is not None:
+            thresholds.append(float(probabilities[ends[chosen]]))
+            kept, reached = shares(weights == 0)
+            elsewhere += [float(reached[chosen])] if kept[chosen] else []
+    found, others = _interval(np.array(thresholds)), _interval(np.array(elsewhere))
+    why = ""
+    if len(elsewhere) < 0.9 * DRAWS:
+        why = "a few queries more or less decide whether any threshold has it"
+    elif others.high - others.low > WIDEST:
+        why = f"among other queries it may be from {others.low:.2f} to {others.high:.2f}"
+    return Target(kind, wanted, here, found, others, why)
+
+
+def pooler_options(calibration: Calibration) -> str | None:
+    """Write the options by which a vLLM server gives these probabilities itself; None where it can't.
+
+    It can where it serves a cross-encoder, the curve is Platt's, and the model's family needs no such option itself.
+    """
+    kind, activation = (calibration.facts.get(name, "") for name in ("score type", "activation"))
+    if calibration.curve.method != "platt" or kind in ("bi-encoder", "late-interaction") or " of logits" in activation:
+        return None
+    (_, start), (_, end) = calibration.curve.points
+    pooler = {"logit_mean": start / (start - end), "logit_sigma": 1 / (end - start)}
+    sigmoid = {"sentence_transformers": {"activation_fn": "torch.nn.modules.activation.Sigmoid"}}
+    return f"--pooler-config {shlex.quote(json.dumps(pooler))} --hf-overrides {shlex.quote(json.dumps(sigmoid))}"
+
+
+def read_labelled(path: Path) -> tuple[Collection, Run]:
+    """Read labelled pairs, JSON Lines or Parquet with ``query``, ``document`` and ``relevant`` (a grade, or true).
+
+    Raises:
+        ConfigError: The file can't be read or a line is not so; the message has its number.
+    """
+    judgments: dict[str, dict[str, int]] = {}
+    for place, row in rows(path, ("query", "document", "relevant")):
+        query, document, grade = (row.get(name) for name in ("query", "document", "relevant"))
+        if not (isinstance(query, str) and isinstance(document, str) and isinstance(grade, int)):
+            raise ConfigError(f"{place}: not query and document as text and relevant as a whole number, true or false")
+        judgments.setdefault(query, {})[document] = int(grade)
+    documents = {document: document for grades in judgments.values() for document in grades}
+    run = {query: dict.fromkeys(grades, 0.0) for query, grades in judgments.items()}
+    return Collection(documents, {query: query for query in judgments}, judgments, path.stem), run
+
+
+def _interval(figures: Floats) -> Interval:
+    """Make an interval of a figure and what it was in each draw."""
+    low, high = np.quantile(figures[1:] if len(figures) > 1 else figures, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
+    return Interval(float(figures[0]), float(low), float(high))

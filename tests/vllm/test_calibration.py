@@ -1,0 +1,50 @@
+"""One calibration file on a real vLLM server, and the options by which the server gives its probabilities itself."""
+
+import shlex
+from pathlib import Path
+
+import pytest
+
+from rag_rerank import Calibrated, LocalScorer, VLLMScorer
+from rag_rerank.calibration import Calibration
+from rag_rerank.evaluation.calibrating import pooler_options
+from tests.pairs import pairs
+from tests.test_calibration import calibration
+from tests.vllm_server import VLLMServer, serving
+
+TOLERANCE = 1e-4
+
+
+@pytest.fixture(scope="module")
+def fitted(cross_encoder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file for the tiny cross-encoder."""
+    path = tmp_path_factory.mktemp("fitted") / "relevance.json"
+    with LocalScorer(cross_encoder, dtype="float32") as scorer:
+        calibration(scorer, scale="logit").save(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def right(cross_encoder: Path, fitted: Path) -> list[float]:
+    """Probabilities in this process."""
+    with Calibrated(LocalScorer(cross_encoder, dtype="float32"), fitted) as scorer:
+        found = scorer.score(*pairs())
+    assert max(found) - min(found) > 0.2  # or equality would say little
+    return found
+
+
+def test_a_servers_probabilities_are_those_of_this_process(
+    vllm_cross_encoder: VLLMServer, fitted: Path, right: list[float]
+):
+    """Of its scores and of its logits."""
+    server = vllm_cross_encoder
+    for use_activation in (None, False):
+        remote = VLLMScorer(server.base_url, api_key=server.api_key, use_activation=use_activation)
+        with Calibrated(remote, fitted) as scorer:
+            assert scorer.score(*pairs()) == pytest.approx(right, abs=TOLERANCE)
+
+
+def test_a_server_with_the_printed_options_gives_them_itself(cross_encoder: Path, fitted: Path, right: list[float]):
+    options = pooler_options(Calibration.load(fitted))
+    with serving(cross_encoder, *shlex.split(options)) as server, VLLMScorer(server.base_url) as scorer:
+        assert scorer.score(*pairs()) == pytest.approx(right, abs=TOLERANCE)
