@@ -46,12 +46,12 @@ class TestFields:
 
     @pytest.mark.parametrize(("kind", "backend"), [(LocalReranker, LocalScorer), (VLLMReranker, VLLMScorer)])
     def test_fields_are_the_scorers_arguments(self, kind: type, backend: type[Scorer]) -> None:
-        """Each argument of the scorer is a field with the same default, and there are no others."""
+        """Each argument of the scorer is a field with the same default. One more says what a score means."""
         arguments = {name: argument.default for name, argument in inspect.signature(backend).parameters.items()}
         fields = kind.model_fields.keys() - ScorerReranker.model_fields.keys()
-        assert fields == arguments.keys()
-        for name in fields:
-            assert kind.model_fields[name].get_default(call_default_factory=True) == arguments[name]
+        assert fields == arguments.keys() | {"calibration"}
+        for name, default in arguments.items():
+            assert kind.model_fields[name].get_default(call_default_factory=True) == default
 
     @pytest.mark.parametrize(
         ("kind", "backend"), [(ScorerReranker, None), (LocalReranker, LocalScorer), (VLLMReranker, VLLMScorer)]

@@ -62,9 +62,9 @@ class LocalReranker(rag_rerank.LocalSettings, Reranker):
     Rerankers with equal settings share one loaded model, and threads and event loops may share a reranker.
 
     Args:
-        **settings: The arguments of `rag_rerank.LocalScorer`, such as `model` and `dtype`, with its defaults; the
-            fields of `ScorerReranker`, such as `top_n`, but no `scorer`; and `calibration`, the file that
-            ``rag-rerank calibrate`` has written: scores are then probabilities of relevance.
+        calibration: The file that ``rag-rerank calibrate`` has written: scores are then probabilities of relevance.
+        **settings: The arguments of `rag_rerank.LocalScorer`, such as `model` and `dtype`, with its defaults; and the
+            fields of `ScorerReranker`, such as `top_n`, but no `scorer`.
 
     Raises:
         rag_rerank.ConfigError: At construction, a setting that the scorer refuses, or torch or transformers not
@@ -82,8 +82,9 @@ class VLLMReranker(rag_rerank.VLLMSettings, Reranker):
     Args:
         api_key, http_client, default_headers, default_query: As for `rag_rerank.VLLMScorer`. They are in no repr,
             `to_dict` or pickle: pass them again, ``VLLMReranker.from_dict(data, api_key=key)``.
+        calibration: As for `LocalReranker`.
         **settings: The other arguments of `rag_rerank.VLLMScorer`, such as `base_url` and `timeout`, with its defaults;
-            the fields of `ScorerReranker`, such as `top_n`, but no `scorer`; and `calibration`, see `LocalReranker`.
+            and the fields of `ScorerReranker`, such as `top_n`, but no `scorer`.
 
     Raises:
         rag_rerank.ConfigError: At construction, a setting that the scorer refuses.
