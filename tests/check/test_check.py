@@ -663,7 +663,7 @@ class TestLength:
         found = examine(Fake(overrides=refuse), truncate_prompt_tokens=None)["Long documents"]
         assert found.verdict == "problem"
         assert "maximum context length" in found.says
-        assert "truncate_prompt_tokens=-1" in str(found.remedy)
+        assert "max_tokens_per_doc=" in str(found.remedy)
 
     @pytest.mark.parametrize(("tokens", "remedy"), [(5, "passages"), (80, "max_tokens_per_doc")])
     def test_the_cut_takes_what_counts(self, tokens: int, remedy: str):

@@ -8,6 +8,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
+from huggingface_hub import try_to_load_from_cache
 from safetensors import SafetensorError, safe_open
 from transformers.utils.hub import cached_file
 
@@ -46,10 +47,21 @@ class Files:
         """How transformers is told the same."""
         return {name: getattr(self, name) for name in ("revision", "cache_dir", "local_files_only")}
 
+    @property
+    def _where(self) -> str:
+        """The name; with `local_files_only` the folder in the cache, for the hub's client asks for things even then."""
+        if not self.local_files_only or Path(self.name).is_dir():
+            return self.name
+        for file in ("config.json", "modules.json", "adapter_config.json"):
+            found = try_to_load_from_cache(self.name, file, self.cache_dir, self.revision)
+            if isinstance(found, str):
+                return str(Path(found).parent)
+        raise ConfigError(f"{self.name!r} can't be loaded: it is not in the hub's cache, and local_files_only is True")
+
     def read(self, reader: Any, *args: Any, **options: Any) -> Any:
         """Call a reader of transformers; ConfigError where it fails."""
         try:
-            return reader(self.name, *args, **self.source, **options)
+            return reader(self._where, *args, **self.source, **options)
         except (OSError, ValueError, ImportError, KeyError) as error:
             reason = " ".join(str(error).split())
             raise ConfigError(f"{self.name!r} can't be loaded: {reason}") from error
