@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from rag_rerank import Calibrated, LocalScorer, VLLMScorer
-from rag_rerank.calibration import Calibration
+from rag_rerank.calibration import Calibration, Curve
 from rag_rerank.evaluation.calibrating import pooler_options
 from tests.pairs import pairs
 from tests.test_calibration import calibration
@@ -20,7 +20,8 @@ def fitted(cross_encoder: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     """A file for the tiny cross-encoder."""
     path = tmp_path_factory.mktemp("fitted") / "relevance.json"
     with LocalScorer(cross_encoder, dtype="float32") as scorer:
-        calibration(scorer, scale="logit").save(path)
+        curve = Curve("platt", [(0.0, 2.0), (1.0, 5.0)])  # this model's logits are about -1 to -0.4
+        calibration(scorer, curve, scale="logit").save(path)
     return path
 
 
