@@ -98,9 +98,8 @@ class Template:
             ConfigError: The template fails, or is refused by the sandbox.
         """
         given = {name: value for name, value in (variables or {}).items() if value is not None}
-        messages = [{"role": "query", "content": query}, {"role": "document", "content": document}]
         try:
-            return _compiled(self.source).render({**given, "messages": messages, "tools": None})
+            return _compiled(self.source).render({**self._given(query, document, given), "tools": None})
         except jinja2.exceptions.SecurityError as error:
             raise ConfigError(f"the template {self.name!r} is refused: {error}") from error
         except jinja2.TemplateSyntaxError as error:
@@ -109,6 +108,11 @@ class Template:
             ) from error
         except (jinja2.TemplateError, TypeError, ValueError, ArithmeticError, LookupError) as error:
             raise ConfigError(f"the template {self.name!r} fails: {error}") from error
+
+    def _given(self, query: str, document: str, variables: dict[str, Any]) -> dict[str, Any]:
+        """Make what the template reads: the two messages beside the variables. A checkpoint's own has others."""
+        messages = [{"role": "query", "content": query}, {"role": "document", "content": document}]
+        return {**variables, "messages": messages}
 
     def takes(self, variable: str) -> bool:
         """Tell whether the prompt changes with a variable, such as ``"instruction"``."""
