@@ -134,6 +134,7 @@ class Call:
         except (BackendRejected, BackendUnavailable) as error:
             for link in _links([*queries, *documents]):  # vLLM quotes an address that it can't fetch
                 error.message = hidden(error.message, link.url)
+                error.body = error.body and hidden(error.body, link.url)
             if self._is_multimodal(chunk[0]):
                 self._explain(error)
             if self._whole:

@@ -342,6 +342,7 @@ class Exchange:
         faults: list[BadReply] = []
 
         def judge(reply: Reply) -> bool:
+            faults.clear()
             try:
                 if 200 <= reply.status < 300:
                     results.append(read(reply.body))  # where the status is 204, say, this is no answer either

@@ -159,7 +159,7 @@ class Transport:
         return task.result()
 
     async def _send(self, client: httpx.AsyncClient, ending: "_Ending", send: Send) -> Reply | Failure:
-        request, key = send.request, self._keys.key(send.endpoint)
+        request, key = send.request, _Bearer(self._keys.key(send.endpoint))
         url = send.endpoint.root + request.path
         headers = {**_HEADERS, **self._keys.headers}
         if request.id is not None:
@@ -174,7 +174,7 @@ class Transport:
                     content=request.body,
                     headers=headers,
                     timeout=limits,
-                    auth=httpx.USE_CLIENT_DEFAULT if key is None else _Bearer(key),
+                    auth=key if key.value else httpx.USE_CLIENT_DEFAULT,
                     extensions={"trace": ending.trace},
                     follow_redirects=False,  # a 307 would send every document, and the headers, to another host
                 ) as response:
@@ -182,11 +182,14 @@ class Transport:
                     if isinstance(reply, Failure):
                         return reply
                     if reply.status != _OK:
-                        reply = replace(reply, body=self._keys.scrub(reply.body, key))
+                        reply = replace(reply, body=self._keys.scrub(reply.body, key.value))
                     stream = response.extensions.get("network_stream")
                     reply = reply if stream is None else replace(reply, connection=_Connection(stream))
-                    if not send.judge(reply) and stream is not None and response.http_version != "HTTP/2":
-                        await stream.aclose()  # in HTTP/2, answers have numbers
+                    if not send.judge(reply):
+                        reply = replace(reply, body=self._keys.scrub(reply.body, key.value))
+                        send.judge(reply)  # again: an error has words of it
+                        if stream is not None and response.http_version != "HTTP/2":
+                            await stream.aclose()  # in HTTP/2, answers have numbers
                     return reply
             return Failure("timeout", "timed out")
         except Exception as error:
@@ -344,13 +347,13 @@ async def _forget_location(response: httpx.Response) -> None:
 
 
 class _Bearer(httpx.Auth):
-    """Sends the key. Among the headers it would be a local variable of many frames, which some tracebacks show."""
+    """Sends the key. As text it would be a local variable of many frames, which some tracebacks show."""
 
-    def __init__(self, key: str) -> None:
-        self._key = key
+    def __init__(self, key: str | None) -> None:
+        self.value = key
 
     def auth_flow(self, request: httpx.Request) -> Generator[httpx.Request, httpx.Response, None]:
-        request.headers["Authorization"] = f"Bearer {self._key}"
+        request.headers["Authorization"] = f"Bearer {self.value}"
         yield request
 
 
