@@ -1,6 +1,7 @@
 """One calibration file on a real vLLM server, and the options by which the server gives its probabilities itself."""
 
 import shlex
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ import pytest
 from rag_rerank import Calibrated, LocalScorer, VLLMScorer
 from rag_rerank.calibration import Calibration, Curve
 from rag_rerank.evaluation.calibrating import pooler_options
+from tests.conftest import require_server
 from tests.pairs import pairs
 from tests.test_calibration import calibration
 from tests.vllm_server import VLLMServer, serving
@@ -45,7 +47,14 @@ def test_a_servers_probabilities_are_those_of_this_process(
             assert scorer.score(*pairs()) == pytest.approx(right, abs=TOLERANCE)
 
 
-def test_a_server_with_the_printed_options_gives_them_itself(cross_encoder: Path, fitted: Path, right: list[float]):
-    options = pooler_options(Calibration.load(fitted))
-    with serving(cross_encoder, *shlex.split(options)) as server, VLLMScorer(server.base_url) as scorer:
+@pytest.fixture
+def vllm_calibrated(cross_encoder: Path, fitted: Path) -> Iterator[VLLMServer]:
+    """A server that was started with the options that `rag-rerank calibrate` prints."""
+    require_server()
+    with serving(cross_encoder, *shlex.split(pooler_options(Calibration.load(fitted)))) as server:
+        yield server
+
+
+def test_a_server_with_the_printed_options_gives_them_itself(vllm_calibrated: VLLMServer, right: list[float]):
+    with VLLMScorer(vllm_calibrated.base_url) as scorer:
         assert scorer.score(*pairs()) == pytest.approx(right, abs=TOLERANCE)

@@ -102,7 +102,7 @@ class TestCrossEncoder:
         """vLLM then refuses the whole request."""
         server = vllm_cross_encoder
         scorer = VLLMScorer(server.base_url, api_key=server.api_key, truncate_prompt_tokens=None)
-        with pytest.raises(BackendRejected, match="maximum context length.*truncate_prompt_tokens=-1"):
+        with pytest.raises(BackendRejected, match="maximum context length.*max_tokens_per_doc="):
             scorer.score("q", ["word " * 3000])
 
 
