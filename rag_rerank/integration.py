@@ -190,9 +190,9 @@ class LocalSettings(ScorerSettings):
 class VLLMSettings(ScorerSettings):
     """The settings of `VLLMScorer`, which describes them; checked by it, too.
 
-    The framework's class declares ``api_key`` in its own way of hiding secrets: anything with ``get_secret_value``. It
-    leaves `http_client`, `default_headers` and `default_query` out of what it shows or writes, too. Components share a
-    scorer only if these are equal (functions: the same).
+    The framework's class declares ``api_key``, ``http_client``, ``default_headers`` and ``default_query``, and leaves
+    them out of what it shows or writes: the key in its own way of hiding secrets, anything with ``get_secret_value``.
+    Components share a scorer only if these are equal (functions: the same).
     """
 
     base_url: str | list[str] | None = None
@@ -209,9 +209,6 @@ class VLLMSettings(ScorerSettings):
     priority: int | None = None
     extra_body: dict[str, Any] | None = None
     endpoint: str = "score"
-    http_client: Any = None
-    default_headers: dict[str, str] | None = None
-    default_query: dict[str, str] | None = None
     timeout: Any = 30.0
     max_retries: int = 2
     chunk_size: int = 128

@@ -34,7 +34,7 @@ class Secret:
 
 class Remote(VLLMSettings):
     _built = None
-    api_key = None
+    api_key = http_client = default_headers = default_query = None
 
 
 class TestSettings:
@@ -42,9 +42,10 @@ class TestSettings:
 
     @pytest.mark.parametrize(("settings", "scorer"), [(LocalSettings, LocalScorer), (VLLMSettings, VLLMScorer)])
     def test_names_and_defaults_are_the_scorers(self, settings: type, scorer: type):
-        """All but the key, which each framework hides in its own way."""
+        """All but the key and what may hold one, which each framework hides in its own way."""
         theirs = {name: parameter.default for name, parameter in inspect.signature(scorer).parameters.items()}
-        theirs.pop("api_key", None)
+        for hidden in ("api_key", "http_client", "default_headers", "default_query"):
+            theirs.pop(hidden, None)
         assert {name: getattr(settings, name) for name in settings.__annotations__} == theirs
 
     def test_the_scorer_is_built_once(self):
