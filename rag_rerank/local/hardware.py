@@ -40,8 +40,8 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     """Find the torch dtype called `name`; for ``"auto"`` the fastest that the device computes natively.
 
     Hence the look at the processor: with AMX, bfloat16 runs a MiniLM cross-encoder about twice as fast as float32, at
-    Kendall tau 0.99 to its ranking. With AVX512_BF16 alone (a Xeon whose AMX is hidden from its virtual machine) it took
-    1.3 to 1.8 times as long.
+    Kendall tau 0.99 to its ranking. With AVX512_BF16 alone (a Xeon's virtual machine without AMX) it took 1.3 to 1.8
+    times as long.
     """
     if name != "auto":
         return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[name]
