@@ -73,14 +73,16 @@ class Call:
             raise self._rejected()
         return [self._scores[position] for position in range(len(self.documents))]
 
-    async def _side_by_side(self, work: deque[list[int]], do: Callable[[list[int]], Awaitable[None]]) -> None:
-        """Do all work, also what is added to it meanwhile, as much at once as is allowed."""
+    async def _side_by_side(
+        self, work: deque[list[int]], do: Callable[[list[int]], Awaitable[None]], at_once: int | None = None
+    ) -> None:
+        """Do all work, also what is added to it meanwhile, so much at once, or as much as is allowed."""
 
         async def branch() -> None:
             while work:
                 await do(work.popleft())
 
-        count = min(len(work), self.exchange.rules.max_concurrency)
+        count = min(len(work), at_once or self.exchange.rules.max_concurrency)
         if count == 1:
             return await branch()
         try:
@@ -126,6 +128,9 @@ class Call:
         queries = [self._query(position) for position in (chunk[:1] if one else chunk)]
         documents = [self.documents[position] for position in chunk]
         limit = self._limits[chunk[0]]
+        if any(self._limits[position] != limit for position in chunk):  # found out since it was planned
+            chunks.extendleft(self._chunks(chunk))
+            return
         options = self.options if limit is None else replace(self.options, max_tokens_per_doc=limit)
         if self._is_multimodal(chunk[0]):
             options = self._untruncated(queries[0], documents[0])
@@ -140,7 +145,7 @@ class Call:
             if self._whole:
                 error.remedy = "The model scores all documents of a query together: pass fewer, or shorter ones."
                 raise
-            if await self._fits_after_all(error, chunk):
+            if await self._fits_after_all(error, chunk, options):
                 chunks.extendleft(self._chunks(chunk))
                 return
             blamed = await self._blames_documents(error, queries, documents)
@@ -163,13 +168,17 @@ class Call:
             self._scores[position] = score
             self._encoded.pop(id(self.documents[position]), None)
 
-    async def _fits_after_all(self, error: BackendError, chunk: list[int]) -> bool:
+    async def _fits_after_all(self, error: BackendError, chunk: list[int], sent: Options) -> bool:
         """Cut a chunk that is too long although it did not seem so: its template is long; False where that is known."""
-        uncut = self.options.truncate_prompt_tokens is None and self._limits[chunk[0]] is None
+        uncut = sent.truncate_prompt_tokens is None and sent.max_tokens_per_doc == self.options.max_tokens_per_doc
         if not (self.fit and uncut and "maximum context length" in error.message) or self._is_multimodal(chunk[0]):
             return False
-        await self._cut(chunk)
-        return self.options.truncate_prompt_tokens is not None or self._limits[chunk[0]] is not None
+        if not self._is_cut(chunk[0]):  # by another branch meanwhile
+            await self._cut(chunk, at_once=1)
+        return self._is_cut(chunk[0])
+
+    def _is_cut(self, position: int) -> bool:
+        return self.options.truncate_prompt_tokens is not None or self._limits[position] is not None
 
     def _explain(self, error: BackendRejected | BackendUnavailable) -> None:
         """Give an error that concerns an image the remedy that fits; ContentError for a model that reads text only."""
@@ -249,7 +258,7 @@ class Call:
 
         return long() if len(self.documents) <= MANY else await asyncio.to_thread(long)
 
-    async def _cut(self, long: Sequence[int]) -> None:
+    async def _cut(self, long: Sequence[int], at_once: int | None = None) -> None:
         """Find at how many tokens to cut the documents of some pairs; as they are where the server can't tell."""
         facts = await self.exchange.describe()
         has_template = await self._has_template(facts)
@@ -271,7 +280,7 @@ class Call:
                     raise
                 left[query] = None  # the server will say so of this query's pairs, and score the others
 
-        await self._side_by_side(queries, measure)
+        await self._side_by_side(queries, measure, at_once)
         for position in range(len(self.documents)):
             limit = None if self._is_multimodal(position) else left.get(self._query(position))
             if limit is not None:
