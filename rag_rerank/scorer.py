@@ -381,7 +381,7 @@ class Scorer(Closeable, ABC):
         batch = await off_loop(is_slow(queries), Batch, queries, documents, ranking)
         return await self._arun(batch, deadline, instruction)
 
-    def _check_limits(self, batch: Batch) -> None:
+    def _check_precision(self, batch: Batch) -> None:
         if batch.ranking.min_precision is not None and not self.calibrated:
             raise ConfigError(
                 f"min_precision needs probabilities, and the scores of {type(self).__name__} are none: run rag-rerank "
@@ -390,7 +390,7 @@ class Scorer(Closeable, ABC):
 
     def _run(self, batch: Batch, deadline: float | None, instruction: str | None) -> list[Any]:
         until = self._begin(deadline, instruction)
-        self._check_limits(batch)
+        self._check_precision(batch)
         batch.prepare(until)
         for pairs in batch.calls(lambda: self.listwise):
             until = self._begin(None, instruction) if deadline is None else until
@@ -399,7 +399,7 @@ class Scorer(Closeable, ABC):
 
     async def _arun(self, batch: Batch, deadline: float | None, instruction: str | None) -> list[Any]:
         until = self._begin(deadline, instruction)
-        self._check_limits(batch)
+        self._check_precision(batch)
         await off_loop(batch.is_slow, batch.prepare, until)
         for pairs in batch.calls(lambda: self.listwise):
             until = self._begin(None, instruction) if deadline is None else until

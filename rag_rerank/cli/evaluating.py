@@ -32,6 +32,7 @@ from rag_rerank.scorer import Scorer
 
 if TYPE_CHECKING:
     from rag_rerank.evaluation import Collection, Evaluation, Run
+    from rag_rerank.evaluation.calibrating import Calibrating
 
 _KEPT, _NOT_KEPT = "What was scored is kept: the same command goes on from there.\n", "Nothing was kept.\n"
 
@@ -158,9 +159,7 @@ def calibrate(
     found.calibration.save(out)
     show_calibration(found, str(out), console())
     typer.echo(f"wrote {out}", err=True)
-    if as_json is not None:
-        text = json.dumps(found.as_json(), ensure_ascii=False, allow_nan=False, indent=1)
-        as_json.write_text(f"{text}\n", encoding="utf-8")
+    _write_json(as_json, found)
 
 
 def _collection(folder: File, run: File, qrels: File, deepest: int, *, bare: bool) -> "tuple[Collection, Run | None]":
@@ -227,13 +226,18 @@ def _check_files(*files: File, html: File = None) -> None:
         raise ConfigError("the report's plots need matplotlib: pip install 'rag-rerank[eval]'")
 
 
+def _write_json(path: File, figures: "Evaluation | Calibrating") -> None:
+    """Write all figures, if there is a file for them."""
+    if path is not None:
+        text = json.dumps(figures.as_json(), ensure_ascii=False, allow_nan=False, indent=1)
+        path.write_text(f"{text}\n", encoding="utf-8")
+
+
 def _write(evaluation: "Evaluation", as_json: File, trec_run: File, html: File) -> None:
     """Write the files; a run for each of several rerankers, with its name in the file's."""
     from rag_rerank.evaluation import write_run
 
-    if as_json is not None:
-        text = json.dumps(evaluation.as_json(), ensure_ascii=False, allow_nan=False, indent=1)
-        as_json.write_text(f"{text}\n", encoding="utf-8")
+    _write_json(as_json, evaluation)
     runs = []
     if trec_run is not None:
         for system in evaluation.systems:

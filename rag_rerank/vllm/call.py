@@ -16,13 +16,12 @@ from rag_rerank.errors import BackendError, BackendRejected, BackendUnavailable,
 from rag_rerank.inputs import NEUTRAL
 from rag_rerank.inputs.images import BLANK
 from rag_rerank.inputs.multimodal import Link, Multimodal, Prepared, hidden
-from rag_rerank.inputs.preparing import text_only
+from rag_rerank.inputs.preparing import MANY, off_loop, text_only
 from rag_rerank.vllm.exchange import Exchange
 from rag_rerank.vllm.wire import API, SINCE, Answer, Encoded, Options, ServerFacts, read_answer, scoring_request
 
 # Of one request, where it has more than one document: about 10 ms of encoding, in which an event loop stands still.
 MAX_BYTES = 8 << 20
-MANY = 1000  # documents; more are planned in a thread: for 100,000 an event loop would stand still for 0.5 s
 _LEAST_BYTES = 64 << 10  # no proxy's limit is lower; what refuses less counts something else
 # The most tokens of an image or video in the prompt: Qwen-VL 3, Phi-3-vision 5. It stands before the text.
 IMAGE_TOKENS = 16
@@ -66,8 +65,7 @@ class Call:
         if self.fit and not self._whole:
             await self._fit(facts)
         positions = range(len(self.documents))
-        plan = self._chunks(positions) if len(positions) <= MANY else await asyncio.to_thread(self._chunks, positions)
-        chunks = deque(plan)
+        chunks = deque(await off_loop(len(positions) > MANY, self._chunks, positions))
         await self._side_by_side(chunks, lambda chunk: self._score_chunk(chunk, chunks))
         if self._refusals:
             raise self._rejected()
@@ -256,7 +254,7 @@ class Call:
         def long() -> list[int]:
             return [position for position in range(len(self.documents)) if self._may_be_long(position, window)]
 
-        return long() if len(self.documents) <= MANY else await asyncio.to_thread(long)
+        return await off_loop(len(self.documents) > MANY, long)
 
     async def _cut(self, long: Sequence[int], at_once: int | None = None) -> None:
         """Find at how many tokens to cut the documents of some pairs; as they are where the server can't tell."""
