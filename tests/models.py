@@ -7,6 +7,7 @@ made of the bundled collection.
 import json
 from collections import Counter
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from types import MappingProxyType
 
@@ -54,11 +55,7 @@ def word_piece_tokenizer(
     """
     unknown, cls, sep = specials["unk_token"], specials["cls_token"], specials["sep_token"]
     normalizer, splitter = normalizers.BertNormalizer(lowercase=True), pre_tokenizers.BertPreTokenizer()
-    texts = [json.loads(line)["text"] for line in CORPUS.read_text(encoding="utf-8").splitlines()[:200]]
-    words = Counter(word for text in texts for word, _ in splitter.pre_tokenize_str(normalizer.normalize_str(text)))
-    letters = sorted({letter for word in words for letter in word})
-    frequent = sorted(words, key=lambda word: (-words[word], word))
-    pieces = dict.fromkeys([*specials.values(), *letters, *(f"##{letter}" for letter in letters), *frequent])
+    pieces = dict.fromkeys([*specials.values(), *_pieces()])
     ids = {piece: number for number, piece in enumerate(list(pieces)[:vocabulary])}
     tokenizer = Tokenizer(models.WordPiece(ids, unk_token=unknown))
     tokenizer.normalizer, tokenizer.pre_tokenizer = normalizer, splitter
@@ -72,6 +69,16 @@ def word_piece_tokenizer(
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, model_max_length=MAX_LENGTH, model_input_names=inputs, **specials
     )
+
+
+@cache
+def _pieces() -> list[str]:
+    normalizer, splitter = normalizers.BertNormalizer(lowercase=True), pre_tokenizers.BertPreTokenizer()
+    texts = [json.loads(line)["text"] for line in CORPUS.read_text(encoding="utf-8").splitlines()[:200]]
+    words = Counter(word for text in texts for word, _ in splitter.pre_tokenize_str(normalizer.normalize_str(text)))
+    letters = sorted({letter for word in words for letter in word})
+    frequent = sorted(words, key=lambda word: (-words[word], word))
+    return [*letters, *(f"##{letter}" for letter in letters), *frequent]
 
 
 def make_bert_cross_encoder(

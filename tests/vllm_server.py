@@ -4,23 +4,27 @@
     .venv/bin/python -m tests.vllm_server FOLDER --port 8000      # serve a model folder until Ctrl-C; --sees for images
 
 vLLM runs in its own virtual environment and as a process group of its own: killing only the API server leaves its
-engine and worker processes running, so the whole group is ended.
+engine and worker processes running, so the whole group is ended. For tests, which start many, see `tests.vllm_starter`.
 """
 
 import argparse
+import atexit
 import contextlib
+import json
 import os
 import signal
 import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 PYTHON = ROOT / ".venv-vllm" / "bin" / "python"
@@ -63,6 +67,7 @@ def serving(
     api_key: str | None = None,
     port: int | None = None,
     sees: bool = False,
+    alone: bool = False,
 ) -> Iterator[VLLMServer]:
     """Start a server in float32, wait until it answers, and end it with everything that it started.
 
@@ -73,6 +78,8 @@ def serving(
         api_key: ``--api-key``.
         port: A free one if None.
         sees: Whether the model reads images.
+        alone: Whether it is started as users start it, on as many cores as it likes, for the sake of measurements. Else
+            it is forked by a process that has imported vLLM, and computes on one core: 2 s of a core instead of 25.
 
     Raises:
         RuntimeError: It ended or did not answer in time; the end of its log is in the message.
@@ -81,26 +88,22 @@ def serving(
     port = port or free_port()
     handle, log_name = tempfile.mkstemp(prefix=f"vllm-{name}-", suffix=".log")
     server = VLLMServer(f"http://127.0.0.1:{port}", folder, name, api_key, Path(log_name))
-    command = [str(PYTHON), "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder)]
-    command += ["--host", "127.0.0.1", "--port", str(port), "--served-model-name", name]
-    command += ["--runner", "pooling", "--dtype", "float32", "--enforce-eager", *options]
+    arguments = ["--model", str(folder), "--host", "127.0.0.1", "--port", str(port), "--served-model-name", name]
+    arguments += ["--runner", "pooling", "--dtype", "float32", "--enforce-eager", *options]
     if sees:
-        command += ["--mm-hasher-algorithm", "sha256"]  # its own choice, blake3, is not among what is installed
-    environment = {
-        **os.environ,
-        "HF_HUB_OFFLINE": "1",
-        "VLLM_CPU_KVCACHE_SPACE": "1",
-        "VLLM_NO_USAGE_STATS": "1",
-        "DO_NOT_TRACK": "1",
-    }
-    if sees:
-        environment["PYTHONPATH"] = os.pathsep.join((str(ROOT / "tests" / "vision_server"), str(VISION)))
+        arguments += ["--mm-hasher-algorithm", "sha256"]  # its own choice, blake3, is not among what is installed
+    environment = _environment(sees=sees, alone=alone)
     if api_key is not None:
         environment["VLLM_API_KEY"] = api_key  # not --api-key: command lines are visible to everyone
+    process: subprocess.Popen[bytes] | _Forked
     with open(handle, "wb") as log:  # noqa: PTH123 - a file descriptor, not a path
-        process = subprocess.Popen(
-            command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True, env=environment, cwd=folder.parent
-        )
+        if alone:
+            command = [str(PYTHON), "-m", "vllm.entrypoints.openai.api_server", *arguments]
+            process = subprocess.Popen(
+                command, stdout=log, stderr=log, start_new_session=True, env=environment, cwd=folder.parent
+            )
+        else:
+            process = _STARTERS[sees].start(arguments, environment, folder.parent, server.log)
     kept = True
     try:
         _wait(process, server)
@@ -114,7 +117,76 @@ def serving(
             server.log.unlink()
 
 
-def _wait(process: subprocess.Popen[bytes], server: VLLMServer) -> None:
+def _environment(*, sees: bool, alone: bool = False) -> dict[str, str]:
+    environment = {
+        **os.environ,
+        "HF_HUB_OFFLINE": "1",
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_NO_USAGE_STATS": "1",
+        "DO_NOT_TRACK": "1",
+    }
+    environment.pop("PYTHONPATH", None)
+    if sees:
+        environment["PYTHONPATH"] = os.pathsep.join((str(ROOT / "tests" / "vision_server"), str(VISION)))
+    if not alone:  # threads of OpenMP don't survive a fork
+        environment |= {"OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+    return environment
+
+
+class _Starter:
+    """A process that forks servers; it ends when this one does, and ends them with it."""
+
+    def __init__(self, *, sees: bool) -> None:
+        self._sees = sees
+        self._process: subprocess.Popen[bytes] | None = None  # once it is needed
+        self._asking = threading.Lock()
+
+    def start(self, arguments: list[str], environment: dict[str, str], folder: Path, log: Path) -> "_Forked":
+        return _Forked(self, self.ask(start=arguments, environment=environment, folder=str(folder), log=str(log)))
+
+    def ask(self, **request: Any) -> Any:
+        with self._asking:
+            if self._process is None:
+                self._process = subprocess.Popen(
+                    [str(PYTHON), "-m", "tests.vllm_starter"],
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    start_new_session=True,
+                    env=_environment(sees=self._sees),
+                    cwd=ROOT,
+                )
+                atexit.register(self._process.communicate)
+            self._process.stdin.write(f"{json.dumps(request)}\n".encode())
+            self._process.stdin.flush()
+            answer = self._process.stdout.readline()
+        if not answer:
+            raise RuntimeError(f"the process that forks vLLM servers ended with {self._process.wait()}; see above")
+        return json.loads(answer)
+
+
+_STARTERS = {sees: _Starter(sees=sees) for sees in (False, True)}
+
+
+@dataclass(frozen=True, slots=True)
+class _Forked:
+    """The first process of a server that was forked, with what `subprocess.Popen` has."""
+
+    starter: _Starter
+    pid: int
+
+    @property
+    def returncode(self) -> int | None:
+        return self.poll()
+
+    def poll(self) -> int | None:
+        code: int | None = self.starter.ask(poll=self.pid)
+        return code
+
+    def wait(self) -> None:
+        self.starter.ask(wait=self.pid)
+
+
+def _wait(process: "subprocess.Popen[bytes] | _Forked", server: VLLMServer) -> None:
     until = time.monotonic() + START_TIMEOUT
     while time.monotonic() < until:
         if process.poll() is not None:
@@ -129,7 +201,7 @@ def _wait(process: subprocess.Popen[bytes], server: VLLMServer) -> None:
     raise RuntimeError(f"vLLM did not answer within {START_TIMEOUT:.0f} s:\n{_tail(server.log)}")
 
 
-def _end(process: subprocess.Popen[bytes]) -> None:
+def _end(process: "subprocess.Popen[bytes] | _Forked") -> None:
     """End the group at once: a server asked politely waits for open connections, minutes long."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
@@ -153,7 +225,7 @@ def main() -> None:
     parser.add_argument("--port", type=int, default=8000)
     parser.add_argument("--sees", action="store_true", help="the model reads images")
     arguments = parser.parse_args()
-    options = {"port": arguments.port, "sees": arguments.sees}
+    options = {"port": arguments.port, "sees": arguments.sees, "alone": True}
     with serving(arguments.folder.resolve(), **options) as server, contextlib.suppress(KeyboardInterrupt):
         sys.stdout.write(f"{server.name} on {server.base_url}; log in {server.log}\n")
         sys.stdout.flush()

@@ -95,7 +95,7 @@ def started(folder: Path, options: Sequence[Sequence[str]], progress: Progress) 
 
     def start(number: int) -> None:
         with on_core(number):
-            serving = vllm_server.serving(folder, *options[number], name="load")
+            serving = vllm_server.serving(folder, *options[number], name="load", alone=True)
             addresses[number] = stacks[number].enter_context(serving).base_url
 
     threads = [threading.Thread(target=start, args=(number,)) for number in range(len(options))]
