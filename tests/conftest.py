@@ -3,9 +3,7 @@
 import gc
 import os
 import signal
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -87,43 +85,6 @@ def _server(folder: Path, name: str | None = None, api_key: str | None = None) -
     require_server()
     with vllm_server.serving(folder, name=name, api_key=api_key) as server:
         yield server
-
-
-_ahead: dict[str, tuple[AbstractContextManager[VLLMServer], Future[VLLMServer]]] = {}
-_starting = ThreadPoolExecutor(2, "next servers")
-
-
-def in_turn(
-    request: pytest.FixtureRequest, start: Callable[[str], AbstractContextManager[VLLMServer]]
-) -> Iterator[VLLMServer]:
-    """Yield a server for the fixture's parameter, while those of the next two start (half a minute of one core each).
-
-    Args:
-        request: Of a fixture whose parameters are names.
-        start: Makes the model of that name and returns what serves it.
-    """
-    require_server()
-    fixture = request.fixturename
-    parameters = [
-        getattr(item, "callspec", None) and item.callspec.params.get(fixture) for item in request.session.items
-    ]
-    names = [name for name in dict.fromkeys(parameters) if name is not None]
-    for name in names[(now := names.index(request.param)) : now + 3]:
-        if f"{fixture} {name}" not in _ahead:
-            serving = start(name)
-            _ahead[f"{fixture} {name}"] = serving, _starting.submit(serving.__enter__)
-    serving, server = _ahead.pop(f"{fixture} {request.param}")
-    try:
-        yield server.result()
-    finally:
-        serving.__exit__(None, None, None)
-
-
-def pytest_unconfigure() -> None:
-    """End a server that was started ahead and not needed any more."""
-    for serving, server in _ahead.values():
-        if not server.cancel() and server.exception() is None:
-            serving.__exit__(None, None, None)
 
 
 def require_server(*, sees: bool = False) -> None:

@@ -17,29 +17,12 @@ from rag_rerank import LocalScorer
 from rag_rerank.families import FAMILIES
 from rag_rerank.template import SHIPPED
 from tests.causal_models import make_causal_lm
+from tests.commands import run
 from tests.faulty_server import FaultyServer, Request, Steps, http, oracle
 from tests.vllm.test_forms import TEI
 from tests.vllm_server import VLLMServer
 
 QUERY, DOCUMENTS = "capital of France", ["Bananas are yellow.", "Paris is the capital [of] France."]
-
-
-def run(*arguments: str, stdin: str = "", **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "rag_rerank", *arguments],
-        input=stdin,
-        capture_output=True,
-        text=True,
-        check=False,
-        env={**os.environ, "COLUMNS": "120", **environment},
-    )
-
-
-def run_bytes(*arguments: str, stdin: bytes) -> subprocess.CompletedProcess[bytes]:
-    command = [sys.executable, "-m", "rag_rerank", *arguments]
-    return subprocess.run(
-        command, input=stdin, capture_output=True, check=False, env={**os.environ, "VLLM_API_KEY": ""}
-    )
 
 
 def local_options(folder: Path) -> list[str]:
@@ -77,18 +60,18 @@ class TestLocal:
         encoded = [json.dumps(row, ensure_ascii=False).encode() for row in rows]
         with FaultyServer() as server:
             where = ["--base-url", server.base_url]
-            done = run_bytes("score", *where, stdin=b"\xef\xbb\xbf\r\n" + b"\r\n\r\n".join(encoded))
+            done = run("score", *where, VLLM_API_KEY="", stdin=b"\xef\xbb\xbf\r\n" + b"\r\n\r\n".join(encoded))
             assert list(map(json.loads, done.stdout.splitlines())) == [
                 {"scores": [oracle("q", "a"), oracle("q", "b")]},
                 {"score": oracle("q", "a")},
                 {"scores": [oracle("ü", "ß")]},
             ]
-            done = run_bytes("rerank", *where, stdin=encoded[1])
+            done = run("rerank", *where, VLLM_API_KEY="", stdin=encoded[1])
             assert json.loads(done.stdout) == {"score": oracle("q", "a")}
-            done = run_bytes("rerank", *where, "--top-n", "1", stdin=encoded[1])
-            assert (done.returncode, b"stdin, line 1 is a pair" in done.stderr) == (2, True)
-            done = run_bytes("rerank", *where, stdin=encoded[0] + b"\n\n" + "ü".encode("latin-1"))
-            assert (done.returncode, b"stdin, line 3: 'utf-8' codec can't decode" in done.stderr) == (2, True)
+            done = run("rerank", *where, "--top-n", "1", VLLM_API_KEY="", stdin=encoded[1])
+            assert (done.returncode, "stdin, line 1 is a pair" in done.stderr) == (2, True)
+            done = run("rerank", *where, VLLM_API_KEY="", stdin=encoded[0] + b"\n\n" + "ü".encode("latin-1"))
+            assert (done.returncode, "stdin, line 3: 'utf-8' codec can't decode" in done.stderr) == (2, True)
             assert len(done.stdout.splitlines()) == 1
 
     @pytest.mark.parametrize("command", ["score", "rerank"])
@@ -333,8 +316,11 @@ class TestCommon:
     """What is the same for all commands."""
 
     def test_version_and_help(self):
-        """As other tools do it."""
-        assert run("--version").stdout == f"rag-rerank {rag_rerank.__version__}\n"
+        """As other tools do it, and by each of its modules."""
+        for module in ("rag_rerank", "rag_rerank.cli"):
+            command = [sys.executable, "-m", module, "--version"]
+            printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+            assert printed == f"rag-rerank {rag_rerank.__version__}\n"
         assert run("score", "-h").stdout == run("score", "--help").stdout
 
     def test_an_error_is_one_line_and_with_traceback_all_of_them(self):

@@ -2,10 +2,8 @@
 
 import base64
 import json
-import os
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,7 +12,7 @@ from rag_rerank import Content, Image, Ranked, VLLMScorer
 from rag_rerank.cli.scoring import _read
 from rag_rerank.display import Reranked
 from rag_rerank.files import rejects_of, rerank_file
-from tests import drawn
+from tests import commands, drawn
 from tests.faulty_server import FaultyServer, oracle, spelled
 from tests.test_display import cells, page
 
@@ -34,15 +32,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def run(folder: Path, *arguments: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "rag_rerank", *arguments],
-        input=stdin,
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=folder,
-        env={**os.environ, "COLUMNS": "100"},
-    )
+    return commands.run(*arguments, stdin=stdin, folder=folder, COLUMNS="100")
 
 
 class TestCommandLine:

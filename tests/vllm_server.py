@@ -4,29 +4,26 @@
     .venv/bin/python -m tests.vllm_server FOLDER --port 8000      # serve a model folder until Ctrl-C; --sees for images
 
 vLLM runs in its own virtual environment and as a process group of its own: killing only the API server leaves its
-engine and worker processes running, so the whole group is ended. For tests, which start many, see `tests.vllm_starter`.
+engine and worker processes running, so the whole group is ended. For tests, which start many, see `tests.starter`.
 """
 
 import argparse
-import atexit
 import contextlib
-import json
 import os
 import signal
 import socket
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
+from tests.starter import ROOT, Started, Starter
+
 PYTHON = ROOT / ".venv-vllm" / "bin" / "python"
 VISION = ROOT / ".venv-vllm" / "vision"
 """torchvision, which vLLM needs for models that see. No other server finds it."""
@@ -95,7 +92,7 @@ def serving(
     environment = _environment(sees=sees, alone=alone)
     if api_key is not None:
         environment["VLLM_API_KEY"] = api_key  # not --api-key: command lines are visible to everyone
-    process: subprocess.Popen[bytes] | _Forked
+    process: subprocess.Popen[bytes] | Started
     with open(handle, "wb") as log:  # noqa: PTH123 - a file descriptor, not a path
         if alone:
             command = [str(PYTHON), "-m", "vllm.entrypoints.openai.api_server", *arguments]
@@ -103,7 +100,7 @@ def serving(
                 command, stdout=log, stderr=log, start_new_session=True, env=environment, cwd=folder.parent
             )
         else:
-            process = _STARTERS[sees].start(arguments, environment, folder.parent, server.log)
+            process = _STARTERS[sees].start(arguments, output=server.log, environment=environment, folder=folder.parent)
     kept = True
     try:
         _wait(process, server)
@@ -128,69 +125,27 @@ def _environment(*, sees: bool, alone: bool = False) -> dict[str, str]:
     environment.pop("PYTHONPATH", None)
     if sees:
         environment["PYTHONPATH"] = os.pathsep.join((str(ROOT / "tests" / "vision_server"), str(VISION)))
-    if not alone:  # threads of OpenMP don't survive a fork
-        environment |= {"OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+    if not alone:
+        environment["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
     return environment
 
 
-class _Starter:
-    """A process that forks servers; it ends when this one does, and ends them with it."""
-
-    def __init__(self, *, sees: bool) -> None:
-        self._sees = sees
-        self._process: subprocess.Popen[bytes] | None = None  # once it is needed
-        self._asking = threading.Lock()
-
-    def start(self, arguments: list[str], environment: dict[str, str], folder: Path, log: Path) -> "_Forked":
-        return _Forked(self, self.ask(start=arguments, environment=environment, folder=str(folder), log=str(log)))
-
-    def ask(self, **request: Any) -> Any:
-        with self._asking:
-            if self._process is None:
-                self._process = subprocess.Popen(
-                    [str(PYTHON), "-m", "tests.vllm_starter"],
-                    stdin=subprocess.PIPE,
-                    stdout=subprocess.PIPE,
-                    start_new_session=True,
-                    env=_environment(sees=self._sees),
-                    cwd=ROOT,
-                )
-                atexit.register(self._process.communicate)
-            self._process.stdin.write(f"{json.dumps(request)}\n".encode())
-            self._process.stdin.flush()
-            answer = self._process.stdout.readline()
-        if not answer:
-            raise RuntimeError(f"the process that forks vLLM servers ended with {self._process.wait()}; see above")
-        return json.loads(answer)
+_STARTERS = {
+    sees: Starter(
+        "vllm.entrypoints.openai.api_server",
+        "tests.vllm_forking",
+        python=PYTHON,
+        environment=_environment(sees=sees),
+    )
+    for sees in (False, True)
+}
 
 
-_STARTERS = {sees: _Starter(sees=sees) for sees in (False, True)}
-
-
-@dataclass(frozen=True, slots=True)
-class _Forked:
-    """The first process of a server that was forked, with what `subprocess.Popen` has."""
-
-    starter: _Starter
-    pid: int
-
-    @property
-    def returncode(self) -> int | None:
-        return self.poll()
-
-    def poll(self) -> int | None:
-        code: int | None = self.starter.ask(poll=self.pid)
-        return code
-
-    def wait(self) -> None:
-        self.starter.ask(wait=self.pid)
-
-
-def _wait(process: "subprocess.Popen[bytes] | _Forked", server: VLLMServer) -> None:
+def _wait(process: "subprocess.Popen[bytes] | Started", server: VLLMServer) -> None:
     until = time.monotonic() + START_TIMEOUT
     while time.monotonic() < until:
         if process.poll() is not None:
-            raise RuntimeError(f"vLLM ended with {process.returncode}:\n{_tail(server.log)}")
+            raise RuntimeError(f"vLLM ended with {process.poll()}:\n{_tail(server.log)}")
         try:
             with urllib.request.urlopen(f"{server.base_url}/health", timeout=5) as answer:
                 if answer.status == 200:
@@ -201,7 +156,7 @@ def _wait(process: "subprocess.Popen[bytes] | _Forked", server: VLLMServer) -> N
     raise RuntimeError(f"vLLM did not answer within {START_TIMEOUT:.0f} s:\n{_tail(server.log)}")
 
 
-def _end(process: "subprocess.Popen[bytes] | _Forked") -> None:
+def _end(process: "subprocess.Popen[bytes] | Started") -> None:
     """End the group at once: a server asked politely waits for open connections, minutes long."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)

@@ -15,8 +15,8 @@ from rag_rerank import LocalScorer
 from rag_rerank.check import Finding
 from rag_rerank.check.local import check_local
 from tests.causal_models import make_causal_lm
+from tests.commands import run
 from tests.encoder_models import make_bi_encoder, make_encoder_cross_encoder, make_pylate_colbert, modular_modules
-from tests.test_cli import run
 
 
 def examine(folder: Path, **options: object) -> dict[str, Finding]:

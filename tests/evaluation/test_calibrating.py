@@ -2,9 +2,6 @@
 
 import json
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +22,7 @@ from rag_rerank.evaluation.calibrating import (
     read_labelled,
     target,
 )
+from tests.commands import run
 from tests.scorers import Answers, WordOverlap
 
 RELEVANT = {
@@ -170,12 +168,8 @@ class TestCommand:
             for other, document in RELEVANT.items()
         ]
         (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
-        command = [sys.executable, "-m", "rag_rerank.cli", "calibrate", "pairs.jsonl", "--json", "figures.json"]
-        command += ["--model", str(minilm_folder()), "--dtype", "float32"]
-        environment = {**os.environ, "COLUMNS": "100", "XDG_CACHE_HOME": str(tmp_path)}
-        done = subprocess.run(
-            command, capture_output=True, text=True, check=False, env=environment, cwd=tmp_path, timeout=300
-        )
+        arguments = ["calibrate", "pairs.jsonl", "--json", "figures.json", "--model", minilm_folder()]
+        done = run(*arguments, "--dtype", "float32", folder=tmp_path, COLUMNS="100", XDG_CACHE_HOME=str(tmp_path))
         assert done.returncode == 0, done.stderr
         for said in ("6 queries, 36 candidates", "6 relevant", "log loss", "the data can't tell", "0.50"):
             assert said in done.stdout

@@ -20,6 +20,7 @@ from rag_rerank.cli import evaluating
 from rag_rerank.evaluation import DEFAULT_MEASURES, Collection, evaluate, read_run
 from rag_rerank.identity import PROBES
 from rag_rerank.inputs import NEUTRAL
+from tests import commands
 from tests.evaluation.collections import JUDGMENTS, QUERIES, write_small
 from tests.faulty_server import FaultyServer, Request, Steps, http, on_scores, right, scores
 from tests.vllm_server import VLLMServer
@@ -34,9 +35,7 @@ def environment(home: Path) -> dict[str, str]:
 
 
 def run(home: Path, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        command(*arguments), capture_output=True, text=True, check=False, env=environment(home), timeout=300
-    )
+    return commands.run("eval", *arguments, XDG_CACHE_HOME=str(home), VLLM_API_KEY="")
 
 
 @pytest.fixture

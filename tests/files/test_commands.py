@@ -5,7 +5,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -13,36 +12,31 @@ from typing import Any
 import pytest
 
 from rag_rerank.files import partial_of
+from tests import commands
 from tests.faulty_server import FaultyServer, Request, Steps, http, scores
 from tests.models import make_bert_cross_encoder
 
 LINES = 800
 
 
-def command(*arguments: str | Path) -> list[str]:
-    return [sys.executable, "-m", "rag_rerank", "rerank", *map(str, arguments)]
-
-
-def run(*arguments: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        command(*arguments), capture_output=True, text=True, check=False, env={**ENVIRONMENT, **environment}
-    )
-
-
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "VLLM_API_KEY": ""}
+def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    return commands.run("rerank", *arguments, VLLM_API_KEY="")
 
 
 def killed(target: Path, *arguments: str | Path) -> int:
     """Run the command until some lines are finished, then kill it; how many they are."""
     state = partial_of(target).with_name(f"{target.name}.partial.json")
-    process = subprocess.Popen(command(*arguments), stderr=subprocess.PIPE, env=ENVIRONMENT)
+    log = target.with_name("log")
+    log.touch()
+    process = commands.start("rerank", *arguments, output=log, environment={"VLLM_API_KEY": ""})
     until = time.monotonic() + 300
     while not state.exists():
-        assert process.poll() is None, process.communicate()
+        assert process.poll() is None, log.read_text()
         assert time.monotonic() < until
         time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
+    os.kill(process.pid, signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    log.unlink()
     assert not target.exists()
     return json.loads(state.read_bytes())["tally"]["lines"]
 

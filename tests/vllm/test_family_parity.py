@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -10,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from rag_rerank import LocalScorer, VLLMScorer
-from tests.conftest import in_turn
+from tests.conftest import require_server
 from tests.encoder_models import (
     make_bi_encoder,
     make_colbert,
@@ -56,11 +55,10 @@ FAMILIES = {
 @pytest.fixture(scope="module", params=FAMILIES)
 def vllm_family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[VLLMServer]:
     """A server for one model after the other."""
-
-    def start(name: str) -> AbstractContextManager[VLLMServer]:
-        return serving(FAMILIES[name].make(tmp_path_factory.mktemp("models") / name), *FAMILIES[name].options)
-
-    yield from in_turn(request, start)
+    require_server()
+    folder = FAMILIES[request.param].make(tmp_path_factory.mktemp("models") / request.param)
+    with serving(folder, *FAMILIES[request.param].options) as server:
+        yield server
 
 
 @pytest.fixture(scope="module")

@@ -53,10 +53,8 @@ class TestTwoServers:
 @pytest.fixture(scope="module")
 def vllm_data_parallel(cross_encoder: Path) -> Iterator[VLLMServer]:
     require_server()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("VLLM_CPU_SIM_MULTI_NUMA", "1")  # the engines share the cores of one memory node
-        with serving(cross_encoder, "--data-parallel-size", "2") as server:
-            yield server
+    with serving(cross_encoder, "--data-parallel-size", "2") as server:
+        yield server
 
 
 class TestDataParallel:

@@ -19,7 +19,7 @@ from rag_rerank.local.loading import load
 from rag_rerank.template import SHIPPED, Template
 from tests import vllm_server
 from tests.causal_models import MAX_POSITIONS, make_causal_lm, make_decoder_classifier
-from tests.conftest import in_turn, require_server
+from tests.conftest import require_server
 from tests.pairs import largest_difference, pairs
 from tests.vllm_server import VLLMServer
 
@@ -82,13 +82,12 @@ CASES = {
 @pytest.fixture(scope="module", params=CASES)
 def vllm_decoder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[VLLMServer]:
     """A case's model on a real server, prompted with the shipped file."""
-
-    def start(name: str) -> contextlib.AbstractContextManager[VLLMServer]:
-        folder = CASES[name].make(tmp_path_factory.mktemp("models") / CASES[name].kind)
-        template = ("--chat-template", str(SHIPPED / f"{CASES[name].template}.jinja"))
-        return vllm_server.serving(folder, *template, "--max-model-len", str(MAX_POSITIONS), *CASES[name].options())
-
-    yield from in_turn(request, start)
+    require_server()
+    case = CASES[request.param]
+    folder = case.make(tmp_path_factory.mktemp("models") / case.kind)
+    options = ["--chat-template", str(SHIPPED / f"{case.template}.jinja"), "--max-model-len", str(MAX_POSITIONS)]
+    with vllm_server.serving(folder, *options, *case.options()) as server:
+        yield server
 
 
 @pytest.fixture
