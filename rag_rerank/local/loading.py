@@ -1,12 +1,11 @@
 """From settings to a model that is ready to score: finds out what a checkpoint is, and puts the parts together."""
 
 import hashlib
-import inspect
 import json
 import logging
 import os
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, cast, get_args
 
@@ -30,14 +29,13 @@ from rag_rerank.local.hardware import choose_batching, choose_device, choose_dty
 from rag_rerank.local.models.bi_encoder import BiEncoder, Embedder
 from rag_rerank.local.models.cross_encoder import (
     Activation,
-    Head,
     PairModel,
-    Whole,
-    classification_head,
+    classifier_parts,
+    last_token_head,
     make_head_precise,
     relevance,
 )
-from rag_rerank.local.models.decoder import answer_head, last_token_head, score_row, token_ids
+from rag_rerank.local.models.decoder import answer_head, causal_parts, keep_answers, score_row, token_ids
 from rag_rerank.local.models.encoding import Truncation, samples
 from rag_rerank.local.models.late_interaction import LateInteraction, TokenEmbedder
 from rag_rerank.local.models.layers import activation, config_activation, pool, read_layers
@@ -47,17 +45,15 @@ from rag_rerank.local.models.vision.processor import ImageProcessor
 from rag_rerank.local.models.vision.prompts import ImagePrompts
 from rag_rerank.local.models.vision.transformer import MODEL_TYPES, VisionTransformer
 from rag_rerank.local.settings import Settings
-from rag_rerank.local.transformer.batching import TokenSequence
-from rag_rerank.local.transformer.proof import Proof, Reference, Unproven
+from rag_rerank.local.transformer.proof import FAILURES, Parts, Proof, Unproven, prove
 from rag_rerank.local.transformer.transformer import (
+    Head,
     Padded,
     Path,
     States,
     Transformer,
     TwoSided,
-    Unpadded,
     from_transformers,
-    make_transformer,
     prepare,
     rope_limit,
     tested,
@@ -99,8 +95,8 @@ def load(settings: Settings) -> Model:
         flags = family.vllm_flags.replace("{template}", f"{family.template}")
         raise ConfigError(f"{checkpoint.name!r} runs on vLLM only: vllm serve {checkpoint.name} {flags}")
     kind = _kind(checkpoint)
-    differences: dict[Path, float] = {}
-    loading, score_type = _load(_Loading(checkpoint, settings, family, device, differences), kind)
+    loading = _Loading(checkpoint, settings, family, device)
+    score_type: ScoreType = getattr(loading, kind.replace("-", "_"))()
     template = loading.template
     asked = f"{checkpoint.name!r}, without a template," if template is None else f"the template {template.name!r}"
     takes = template is not None and template.takes("instruction")
@@ -124,19 +120,8 @@ def load(settings: Settings) -> Model:
         passages=settings.long_documents == "max-passage",
         document_prompt=settings.document_prompt or "",
         declaration=checkpoint.declaration,
-        proof=Proof(max(loading.paths, key=list(get_args(Path)).index), differences),
+        proof=loading.proof,
     )
-
-
-def _load(loading: "_Loading", kind: str) -> "tuple[_Loading, ScoreType]":
-    """Load the weights for the fastest path; where it is not proven, once more for the others: layers were replaced."""
-    try:
-        return loading, getattr(loading, kind.replace("-", "_"))()
-    except Unproven:
-        if not loading.unpadded or "unpadded" not in loading.differences:
-            raise
-    again = _Loading(loading.checkpoint, loading.settings, loading.family, loading.device, loading.differences, False)
-    return again, getattr(again, kind.replace("-", "_"))()
 
 
 def _facts(settings: Settings) -> dict[str, str]:
@@ -188,80 +173,63 @@ class _Loading:
     settings: Settings
     family: Family | None
     device: torch.device
-    differences: dict[Path, float]  # from plain transformers, seen on the paths that were tried
-    unpadded: bool = True  # whether to try that
-    paths: list[Path] = field(default_factory=list)  # that were taken, of each transformer
+    proofs: list[Proof] = field(default_factory=list)  # of each transformer
     facts: dict[str, str] = field(default_factory=dict)  # what was found out on the way that can change a score
     template: Template | None = None  # to prompt with; set on the way
     encoders: dict[str, tuple[PreTrainedModel, Transformer]] = field(default_factory=dict)  # by their folders
 
+    @property
+    def proof(self) -> Proof:
+        """What was seen of all transformers: the slowest way, and the largest differences."""
+        differences: dict[Path, float] = {}
+        for proof in self.proofs:
+            differences |= {path: max(seen, differences.get(path, 0.0)) for path, seen in proof.differences.items()}
+        return Proof(max((proof.path for proof in self.proofs), key=get_args(Path).index), differences)
+
     def classifier(self) -> ScoreType:
         """Load a model with a head: that of an encoder is called "classifier", that of a decoder "score"."""
         model = self._model(AutoModelForSequenceClassification)
-        score = getattr(model, "score", None)
-        self._choose_template(needed=isinstance(score, torch.nn.Linear))
-        whole = Whole.of(model, self.checkpoint.tokenizer.pad_token_id, choose_batching(self.device))
-        plain = replace(whole, equal=True)
-        reference = self._reference(_body(model), lambda sequence: relevance(plain.states([sequence]).tokens))
+        self._choose_template(needed=isinstance(getattr(model, "score", None), torch.nn.Linear))
         make_head_precise(model, self.checkpoint.stored)
-        transformer: Padded | Unpadded
-        # A checkpoint's own code may read its score from elsewhere (nemotron: the mean): that runs as it is.
-        if isinstance(score, torch.nn.Linear) and from_transformers(model):
-            weight = score.weight.detach().float()
-            head = last_token_head(weight[-1] - weight[0] if len(weight) > 1 else weight[0])
-            transformer = self._transformer(_body(model))
-        else:
-            head, transformer = (lambda states: states.tokens), whole
-            if self._may_unpad(_body(model)) and (by_parts := classification_head(model)):
-                made = self._transformer(_body(model))
-                head, transformer = (by_parts, made) if isinstance(made, Unpadded) else (head, transformer)
-        return self._pair_model(model, reference, transformer, head)
+        pad_id, batching = self.checkpoint.tokenizer.pad_token_id, choose_batching(self.device)
+        return self._pair_model(model, lambda model: classifier_parts(model, pad_id, batching))
 
     def causal(self) -> ScoreType:
         """Load a model that answers with a word."""
         ids = self._answers()
         model = self._model(AutoModelForCausalLM)
-        options = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
-        plain = self._plain(model)
-
-        def logit(sequence: TokenSequence) -> torch.Tensor:
-            return relevance(model(**plain.inputs([sequence]), **options).logits[:, -1, ids].float())
-
-        reference = self._reference(_body(model), logit)
-        return self._pair_model(model, reference, self._transformer(_body(model)), answer_head(model, ids))
+        keep_answers(model, ids)
+        return self._pair_model(model, lambda model: causal_parts(model, self._plain(model.base_model)))
 
     def modular(self) -> ScoreType:
         """Load a transformer with a head of modules."""
         route = self.checkpoint.declaration.document
-        head = self._head(route, self.settings.query_prompt)
         model = self._model(AutoModel)
         self._choose_template(needed=False)
-        plain = self._plain(model)
-        reference = self._reference(model, lambda sequence: relevance(head(plain.states([sequence]))))
-        transformer = self._transformer(model)
-        if isinstance(transformer, Unpadded) and cast("Pooling", route.pooling).modes != ("lasttoken",):
-            transformer = replace(transformer, share=False)  # of a shared prefix there is but one state a token
-        return self._pair_model(model, reference, transformer, head)
+        share = cast("Pooling", route.pooling).modes == ("lasttoken",)  # there is but one state of each shared token
+
+        def take_apart(model: PreTrainedModel) -> Parts:
+            head = self._head(route, self.settings.query_prompt, model.device)
+            return self._parts(model, lambda states: relevance(head(states)), share=share)
+
+        return self._pair_model(model, take_apart)
 
     def vision(self) -> ScoreType:
         """Load a model that reads images, and answers with a word or has a head that transformers has no class for."""
         processor = ImageProcessor.of(self.checkpoint)
         if self.checkpoint.architectures[0].endswith("ForSequenceClassification"):
             self._choose_template(needed=True)
-            head = last_token_head(score_row(self.checkpoint).to(self.device))
+            head = last_token_head(score_row(self.checkpoint))
             model = self._model(AutoModel)
         else:
             ids = self._answers()
             model = self._model(AutoModelForImageTextToText)
-            head = answer_head(model, ids)
-        body: Any = _body(model)
-        plain = self._plain(body.language_model)
-        reference = self._reference(body.language_model, lambda sequence: relevance(head(plain.states([sequence]))))
-        decoder = self._transformer(body.language_model)
-        text = self._proven(reference, decoder, lambda states: relevance(head(states)))
+            keep_answers(model, ids)
+            head = answer_head(model)
+        body: Any = model.base_model
+        text, _ = self._run(body.language_model, lambda decoder: self._parts(decoder, head))
         transformer = VisionTransformer.of(body, processor, text)
-        prompts = ImagePrompts(self._prompts(model), transformer.tower)
-        return PairModel(prompts, self._activation(), transformer, head)
+        return PairModel(ImagePrompts(self._prompts(model), transformer.tower), self._activation(), transformer, head)
 
     def _model(self, auto: Any, checkpoint: Checkpoint | None = None) -> PreTrainedModel:
         options = {"dtype": choose_dtype(self.settings.dtype, self.device), **self.settings.model_kwargs}
@@ -269,62 +237,54 @@ class _Loading:
         self.facts |= {"dtype": str(model.dtype).removeprefix("torch."), "device": model.device.type}
         return model
 
-    def _pair_model(
-        self, model: PreTrainedModel, reference: Reference | None, transformer: Padded | Unpadded, head: Head
-    ) -> PairModel:
-        proven = self._proven(reference, transformer, lambda states: relevance(head(states)))
-        return PairModel(self._prompts(model), self._activation(), proven, head)
+    def _pair_model(self, model: PreTrainedModel, take_apart: Callable[[Any], Parts]) -> PairModel:
+        transformer, head = self._run(model, take_apart)
+        return PairModel(self._prompts(model), self._activation(), transformer, head)
 
-    def _reference(
+    def _plain(self, model: PreTrainedModel, checkpoint: Checkpoint | None = None) -> Padded:
+        pad_id = (checkpoint or self.checkpoint).tokenizer.pad_token_id
+        return Padded(model, pad_id or 0, choose_batching(self.device))
+
+    def _parts(
+        self, model: PreTrainedModel, head: Head, checkpoint: Checkpoint | None = None, *, share: bool = True
+    ) -> Parts:
+        plain = self._plain(model, checkpoint)
+        return Parts(model, head, plain, head, share=share)
+
+    def _run(
         self,
-        body: PreTrainedModel,
-        run: Callable[[TokenSequence], torch.Tensor],
+        model: PreTrainedModel,
+        take_apart: Callable[[Any], Parts],
         checkpoint: Checkpoint | None = None,
-    ) -> Reference | None:
-        """Take from plain transformers what is to come out; None if that is not to be verified."""
+        *,
+        unpadded: bool = True,
+    ) -> tuple[Transformer, Head]:
+        """Choose the fastest way to run a model that gives what plain transformers give, and take it; see `prove`."""
+        checkpoint, asked, verify = checkpoint or self.checkpoint, self.settings.max_length, self.settings.verify
+        body = take_apart(model).body
         prepare(body)
-        if not self.settings.verify:
-            return None
-        checkpoint = checkpoint or self.checkpoint
-        try:
-            return Reference(body, samples(checkpoint.tokenizer, max_length(checkpoint, body, None, None)), run)
-        except torch.OutOfMemoryError:
-            raise
-        except (IndexError, KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
-            architecture = (*self.checkpoint.architectures, type(body).__name__)[0]
-            why = (
-                f"{error}" if isinstance(error, ConfigError) else f"transformers raises {type(error).__name__}: {error}"
-            )
-            raise ConfigError(f"{self.checkpoint.name!r} is a {architecture} that can't be scored: {why}") from error
-
-    def _proven(
-        self,
-        reference: Reference | None,
-        transformer: Padded | Unpadded,
-        head: Head,
-        checkpoint: Checkpoint | None = None,
-    ) -> Transformer:
-        """Take the transformer, or what it falls back to, if it gives what the reference gave; see `Proof`."""
-        checkpoint, asked = checkpoint or self.checkpoint, self.settings.max_length
-        limit = rope_limit(transformer.model, asked or max_length(checkpoint, transformer.model, None, None))
-        falls_back = [replace(transformer, equal=True)] if isinstance(transformer, Padded) else []
-        ways = [each if limit is None else TwoSided(each, limit) for each in (transformer, *falls_back)]
-        if reference is None:  # what tests have proven, or what needs no proof
-            self.paths.append(ways[-1].path)
-            return ways[-1]
-        for way in ways:
-            seen = reference.difference(way, head)
-            self.differences[way.path] = max(seen, self.differences.get(way.path, 0.0))
-            if seen <= reference.tolerance:
-                self.paths.append(way.path)
-                return way
-        architecture = (*self.checkpoint.architectures, "model")[0]
-        tried = ", ".join(f"{path}: {seen:.2g}" for path, seen in self.differences.items())
-        raise Unproven(
-            f"{self.checkpoint.name!r} is a {architecture} that can't be scored reliably: what it gives for a pair "
-            f"alone and in a batch differs by more than rounding ({reference.tolerance:g} of its size; {tried}). "
-            "Use another model; verify=False scores it nevertheless."
-        )
+        longest = max_length(checkpoint, body, None, None)
+        limit = rope_limit(body, asked or longest)
+        # What is not to be proven, tests must have proven.
+        if not tested(body) and not (verify and from_transformers(body)):
+            unpadded = False
+        ways: dict[Path, bool] = {"unpadded": unpadded, "padded": verify, "equal lengths": True}
+        paths = [path for path, possible in ways.items() if possible]
+        differences: Mapping[Path, float] = {}
+        if verify:
+            try:
+                proof = prove(model, take_apart, samples(checkpoint.tokenizer, longest), paths, limit)
+            except torch.OutOfMemoryError:
+                raise
+            except FAILURES as error:
+                kind = Unproven if isinstance(error, Unproven) else ConfigError
+                why = f"{error}" if isinstance(error, ConfigError) else f"transformers: {type(error).__name__}: {error}"
+                architecture = (*checkpoint.architectures, type(body).__name__)[0]
+                raise kind(f"{checkpoint.name!r} is a {architecture} that can't be scored: {why}") from error
+            paths, differences = [proof.path], proof.differences
+        transformer, head = next(way for path in paths if (way := take_apart(model).way(path)))
+        self.proofs.append(Proof(transformer.path, differences))
+        return transformer if limit is None else TwoSided(transformer, limit), head
 
     def _answers(self) -> list[int]:
         """Find the tokens of the words, and the template: what is wrong with them is told before gigabytes are read."""
@@ -371,7 +331,7 @@ class _Loading:
         return LateInteraction(query, document, declared.similarity == "meanmaxsim")
 
     def _embedder(self, route: Route, own_prompt: str | None) -> Embedder:
-        head = self._head(route, own_prompt, self.checkpoint.declaration.dimensions)
+        head = self._head(route, own_prompt, self.device, self.checkpoint.declaration.dimensions)
         return Embedder(**self._encoder(route, own_prompt), head=head)
 
     def _token_embedder(self, declared: Declaration, side: Side, own_prompt: str | None) -> TokenEmbedder:
@@ -398,10 +358,10 @@ class _Loading:
             attend=expansion is None or expansion.attend,
         )
 
-    def _head(self, route: Route, own_prompt: str | None, dimensions: int | None = None) -> Head:
+    def _head(self, route: Route, own_prompt: str | None, device: torch.device, dimensions: int | None = None) -> Head:
         """Make a vector of a text's states; of a cross-encoder's, logits."""
-        layers = read_layers(self.checkpoint.file, route.layers).to(self.device)
-        token_layers = read_layers(self.checkpoint.file, route.token_layers).to(self.device)
+        layers = read_layers(self.checkpoint.file, route.layers).to(device)
+        token_layers = read_layers(self.checkpoint.file, route.token_layers).to(device)
         pooling, tokenizer = cast("Pooling", route.pooling), self.checkpoint.at(route).tokenizer
         prompt = route.prompt if own_prompt is None else own_prompt
         skip = 0
@@ -423,10 +383,8 @@ class _Loading:
         checkpoint = self.checkpoint.at(route)
         if route.folder not in self.encoders:
             model = self._model(AutoModel, checkpoint)
-            plain = self._plain(model, checkpoint)
-            reference = self._reference(model, lambda sequence: _all(plain.states([sequence])), checkpoint)
-            made = self._transformer(model, checkpoint, unpadded=unpadded)
-            self.encoders[route.folder] = model, self._proven(reference, made, _all, checkpoint)
+            made, _ = self._run(model, lambda each: self._parts(each, _all, checkpoint), checkpoint, unpadded=unpadded)
+            self.encoders[route.folder] = model, made
         model, transformer = self.encoders[route.folder]
         marker, prompt = _marker(checkpoint.tokenizer, route.prompt, markers) if own_prompt is None else (None, "")
         return {
@@ -437,23 +395,6 @@ class _Loading:
             "marker": marker,
             "lower_case": route.lower_case,
         }
-
-    def _plain(self, model: PreTrainedModel, checkpoint: Checkpoint | None = None) -> Padded:
-        """Run a model as transformers has it; one sequence at a time is not padded."""
-        pad_id = (checkpoint or self.checkpoint).tokenizer.pad_token_id
-        return Padded(model, pad_id or 0, choose_batching(self.device), equal=True)
-
-    def _may_unpad(self, body: PreTrainedModel) -> bool:
-        """Tell whether to try it: where that is not to be proven here, tests must have done so."""
-        return self.unpadded and (tested(body) or (self.settings.verify and from_transformers(body)))
-
-    def _transformer(
-        self, model: PreTrainedModel, checkpoint: Checkpoint | None = None, *, unpadded: bool = True
-    ) -> Padded | Unpadded:
-        pad_id = (checkpoint or self.checkpoint).tokenizer.pad_token_id
-        return make_transformer(
-            model, pad_id, choose_batching(self.device), unpadded=unpadded and self._may_unpad(model)
-        )
 
     def _max_length(self, model: PreTrainedModel, route: Route) -> int:
         asked = self.settings.max_length
@@ -531,10 +472,6 @@ class _Loading:
 def _all(states: States) -> torch.Tensor:
     """Give something of all states, ``[sequences, 3 * size]``."""
     return torch.cat([states.first().float(), states.last().float(), states.mean()], dim=1)
-
-
-def _body(model: PreTrainedModel) -> PreTrainedModel:
-    return cast("PreTrainedModel", model.base_model)
 
 
 def _known_ids(tokenizer: PreTrainedTokenizerBase, words: Sequence[str]) -> frozenset[int]:

@@ -1,7 +1,7 @@
 """Cross-encoders: query and document read together, one logit a pair."""
 
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
@@ -10,13 +10,13 @@ from torch import Tensor
 from rag_rerank.local.models.model import Inputs
 from rag_rerank.local.models.prompts import Prompts
 from rag_rerank.local.transformer.batching import Batching, TokenSequence
-from rag_rerank.local.transformer.transformer import Padded, States, Transformer
+from rag_rerank.local.transformer.proof import Parts
+from rag_rerank.local.transformer.transformer import Head, Padded, States, Transformer, from_transformers
 
 if TYPE_CHECKING:
     from rag_rerank.local.models.vision.prompts import ImagePrompts
 
 Activation = Callable[[Tensor], Tensor]
-Head = Callable[[States], Tensor]  # from the states of a batch to logits [sequences, labels], of one label or two
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +26,7 @@ class PairModel:
     prompts: "Prompts | ImagePrompts"
     activation: Activation  # from logits to scores, elementwise
     transformer: Transformer  # without its head
-    head: Head
+    head: Head  # gives one logit
 
     def inputs(self, queries: list[Any], documents: list[Any], instruction: str | None = None) -> Inputs:
         """Make one sequence per pair."""
@@ -40,7 +40,7 @@ class PairModel:
     @torch.inference_mode()
     def run(self, sequences: Sequence[TokenSequence]) -> Tensor:
         """Compute logits ``[len(sequences), 1]``."""
-        return relevance(self.head(self.transformer.states(sequences)).float())
+        return self.head(self.transformer.states(sequences))
 
 
 def relevance(logits: Tensor) -> Tensor:
@@ -95,6 +95,30 @@ def _in_float32(_: object, arguments: tuple[Any, ...], options: dict[str, Any]) 
         return value.float() if isinstance(value, Tensor) and value.is_floating_point() else value
 
     return tuple(map(cast, arguments)), {name: cast(value) for name, value in options.items()}
+
+
+def classifier_parts(model: Any, pad_id: int | None, batching: Batching) -> Parts:
+    """Take a ``*ForSequenceClassification`` apart; where its head is not known, all of it is its body."""
+    body, score = model.base_model, getattr(model, "score", None)
+    whole, logits = Whole.of(model, pad_id, batching), _relevance_of(lambda states: states.tokens)
+    # A checkpoint's own code may read its score from elsewhere (nemotron: the mean): that runs as it is.
+    if isinstance(score, torch.nn.Linear) and from_transformers(model):
+        # Padded, too, its last token is where we know it to be; transformers looks for a token that is no padding.
+        plain, last = Padded(body, pad_id or 0, batching), last_token_head(score.weight)
+        alone = replace(whole, equal=True)
+        return Parts(body, last, plain, last, lambda sequence: logits(alone.states([sequence])))
+    head = classification_head(model)
+    return Parts(body, None if head is None else _relevance_of(head), whole, logits)
+
+
+def _relevance_of(head: Head) -> Head:
+    return lambda states: relevance(head(states).float())
+
+
+def last_token_head(rows: Tensor) -> Head:
+    """Make a head of the rows that score, one or two; it computes in float32, as vLLM has it."""
+    precise = rows.detach().float()
+    return lambda states: relevance(states.last().float() @ precise.to(states.tokens.device).T)
 
 
 def classification_head(model: Any) -> Head | None:

@@ -70,6 +70,9 @@ class States:
         return States(self.tokens, self.firsts[list(positions)], self.lasts[list(positions)], lengths)
 
 
+Head = Callable[[States], Tensor]  # from the states of a batch to outputs, float32 [sequences, size]
+
+
 def largest_of_each(values: Tensor, owners: Tensor, count: int) -> Tensor:
     """Find the largest values ``[count, size]`` of each owner, of ``[rows, size]``; each owns a row at least."""
     largest = values.new_full((count, values.shape[1]), -torch.inf)
