@@ -63,9 +63,7 @@ class Whole(Padded):
 
     def states(self, sequences: Sequence[TokenSequence]) -> States:
         """Run one batch, head included."""
-        logits: Tensor = self.model(**self.inputs(sequences)).logits
-        rows = torch.arange(len(sequences), device=logits.device)
-        return States(logits, rows, rows, [1] * len(sequences))
+        return States.of_rows(self.model(**self.inputs(sequences)).logits.unsqueeze(1), [1] * len(sequences))
 
 
 def make_head_precise(model: Any, stored: Callable[[Collection[str]], dict[str, Tensor]]) -> None:

@@ -42,6 +42,13 @@ class States:
     lasts: Tensor  # where each has its last token
     lengths: Sequence[int]  # how many tokens each has
 
+    @classmethod
+    def of_rows(cls, states: Tensor, lengths: Sequence[int]) -> "States":
+        """Find them in rows that are filled up on the right, ``[sequences, longest, size]``."""
+        firsts = torch.arange(len(lengths)) * states.shape[1]
+        lasts = firsts + torch.tensor(lengths) - 1
+        return cls(states.flatten(0, 1), firsts.to(states.device), lasts.to(states.device), lengths)
+
     def first(self) -> Tensor:
         """Give the state of each first token, ``[sequences, size]``."""
         return self.tokens[self.firsts]
@@ -198,10 +205,7 @@ class Padded:
     def states(self, sequences: Sequence[TokenSequence]) -> States:
         """Run one batch. In a decoder, padding on the right is never seen: tokens attend to those before them."""
         states: Tensor = self.model(**self.inputs(sequences)).last_hidden_state
-        lengths = [len(sequence.ids) for sequence in sequences]
-        firsts = torch.arange(len(sequences)) * states.shape[1]
-        lasts = firsts + torch.tensor(lengths) - 1
-        return States(states.flatten(0, 1), firsts.to(self.model.device), lasts.to(self.model.device), lengths)
+        return States.of_rows(states, [len(sequence.ids) for sequence in sequences])
 
 
 @dataclass(frozen=True, slots=True)
