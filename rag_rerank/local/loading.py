@@ -23,7 +23,7 @@ from rag_rerank.errors import ConfigError
 from rag_rerank.families import Family, find_family
 from rag_rerank.local.checkpoint.chat import ChatTemplate
 from rag_rerank.local.checkpoint.checkpoint import Checkpoint, max_length
-from rag_rerank.local.checkpoint.declaration import IDENTITY, SIGMOID, Declaration, Pooling, Route, Side
+from rag_rerank.local.checkpoint.declaration import IDENTITY, SCORE_TEMPLATE, SIGMOID, Declaration, Pooling, Route, Side
 from rag_rerank.local.checkpoint.files import Files
 from rag_rerank.local.hardware import choose_batching, choose_device, choose_dtype
 from rag_rerank.local.models.bi_encoder import BiEncoder, Embedder
@@ -434,7 +434,7 @@ class _Loading:
         marks = "\"'" if isinstance(saved, str) else ""
         if any(f"{mark}query{mark}" in saved and f"{mark}document{mark}" in saved for mark in marks):
             return Template("chat_template", saved)
-        if needed:
+        if needed and getattr(self.checkpoint.config, SCORE_TEMPLATE, None) != "none":
             architecture, shipped = self.checkpoint.architectures[0], ", ".join(Template.shipped())
             raise ConfigError(
                 f"the score template of {self.checkpoint.name!r} is not known; a {architecture} scores near random "
