@@ -56,10 +56,10 @@ class Whole(Padded):
     def of(cls, model: Any, pad_id: int | None, batching: Batching) -> Self:
         """Pad with the config's token, which the model may look for; the tokenizer's if it names none."""
         config = model.config.get_text_config()
-        if getattr(config, "pad_token_id", None) is not None:
-            return cls(model, config.pad_token_id, batching)
-        config.pad_token_id = -1  # no token: decoders refuse batches without one
-        return cls(model, pad_id or 0, batching)
+        named = getattr(config, "pad_token_id", None)
+        if named is None or named < 0:
+            config.pad_token_id, named = -1, pad_id or 0  # no token: decoders refuse batches without one
+        return cls(model, named, batching)
 
     def states(self, sequences: Sequence[TokenSequence]) -> States:
         """Run one batch, head included."""

@@ -22,7 +22,6 @@ from rag_rerank.local.transformer.transformer import (
     Head,
     Padded,
     Path,
-    TwoSided,
     Unpadded,
     make_transformer,
 )
@@ -155,7 +154,7 @@ def _difference(
         way = parts.way(path)
         if way is None:
             return None
-        transformer = way[0] if limit is None else TwoSided(way[0], limit)
+        transformer = replace(way[0], limit=limit)
         for batch in transformer.batches(sequences, 1 << 20):
             got[batch] = way[1](transformer.states([sequences[each] for each in batch])).float()
     except torch.OutOfMemoryError:

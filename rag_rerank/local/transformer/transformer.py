@@ -5,8 +5,10 @@ query have in common is in it once: a decoder's states of a prefix do not depend
 """
 
 import itertools
+import sys
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 import torch
@@ -160,12 +162,37 @@ def _soft_capped(model: "PreTrainedModel") -> bool:
 
 
 @dataclass(frozen=True, slots=True)
-class Padded:
-    """Sequences of like length side by side, padded on the right, or of equal length and so not padded."""
-
+class _Runner(ABC):
     model: "PreTrainedModel"
     pad_id: int
     device_batching: Batching
+    limit: int | None = field(default=None, kw_only=True)  # see `rope_limit`
+
+    @property
+    def batching(self) -> Batching:
+        """How large its batches are best; one at a time where the rope of the last is kept in the model."""
+        return self.device_batching if self.limit is None else replace(self.device_batching, parallel=1)
+
+    def batches(self, sequences: Sequence[TokenSequence], token_budget: int) -> list[list[int]]:
+        """Group sequences, those on each side of the limit apart."""
+        found = []
+        for beyond in (False, True):
+            side = [
+                place for place, each in enumerate(sequences) if (len(each.ids) > (self.limit or sys.maxsize)) is beyond
+            ]
+            batches = self._batches([sequences[place] for place in side], token_budget)
+            found += [[side[item] for item in batch] for batch in batches]
+        return found
+
+    @abstractmethod
+    def _batches(self, sequences: Sequence[TokenSequence], token_budget: int) -> list[list[int]]:
+        """Group those of one side."""
+
+
+@dataclass(frozen=True, slots=True)
+class Padded(_Runner):
+    """Sequences of like length side by side, padded on the right, or of equal length and so not padded."""
+
     equal: bool = False
 
     @property
@@ -176,10 +203,9 @@ class Padded:
     @property
     def batching(self) -> Batching:
         """Several batches at a time, so that lengths are alike in each."""
-        return replace(self.device_batching, batches_ahead=8)
+        return replace(super(Padded, self).batching, batches_ahead=8)
 
-    def batches(self, sequences: Sequence[TokenSequence], token_budget: int) -> list[list[int]]:
-        """Group sequences of like length."""
+    def _batches(self, sequences: Sequence[TokenSequence], token_budget: int) -> list[list[int]]:
         return by_length([len(sequence.ids) for sequence in sequences], token_budget, equal=self.equal)
 
     def inputs(self, sequences: Sequence[TokenSequence]) -> dict[str, Tensor]:
@@ -209,12 +235,9 @@ class Padded:
 
 
 @dataclass(frozen=True, slots=True)
-class Unpadded:
+class Unpadded(_Runner):
     """Sequences end to end in one row."""
 
-    model: "PreTrainedModel"
-    pad_id: int
-    device_batching: Batching
     share: bool  # whether a prefix that sequences of one group have in common is run once; only right for decoders
     first_position: int  # the number of a sequence's first position
     path: ClassVar[Path] = "unpadded"
@@ -222,9 +245,9 @@ class Unpadded:
     @property
     def batching(self) -> Batching:
         """A batch at a time; with prefixes to share, as much as may become one."""
-        return replace(self.device_batching, batches_ahead=2 if self.share else 1)
+        return replace(super(Unpadded, self).batching, batches_ahead=2 if self.share else 1)
 
-    def batches(self, sequences: Sequence[TokenSequence], token_budget: int) -> list[list[int]]:
+    def _batches(self, sequences: Sequence[TokenSequence], token_budget: int) -> list[list[int]]:
         """Keep sequences that begin alike together, and in order."""
         order: list[int] = []
         costs: list[int] = []
@@ -250,37 +273,6 @@ class Unpadded:
             layout=Layout.of(row.segments, self.model.device),
         ).last_hidden_state
         return row.states_of(states[0])
-
-
-@dataclass(frozen=True, slots=True)
-class TwoSided:
-    """Runs sequences up to some length, and those beyond it, apart: see `rope_limit`."""
-
-    transformer: Transformer
-    limit: int
-
-    @property
-    def path(self) -> Path:
-        """The transformer's."""
-        return self.transformer.path
-
-    @property
-    def batching(self) -> Batching:
-        """One batch at a time: its rope is kept in the model."""
-        return replace(self.transformer.batching, parallel=1)
-
-    def batches(self, sequences: Sequence[TokenSequence], token_budget: int) -> list[list[int]]:
-        """Group those of each side."""
-        found = []
-        for beyond in (False, True):
-            side = [place for place, each in enumerate(sequences) if (len(each.ids) > self.limit) is beyond]
-            batches = self.transformer.batches([sequences[place] for place in side], token_budget)
-            found += [[side[item] for item in batch] for batch in batches]
-        return found
-
-    def states(self, sequences: Sequence[TokenSequence]) -> States:
-        """Run one batch."""
-        return self.transformer.states(sequences)
 
 
 @torch.inference_mode()
