@@ -3,7 +3,8 @@
 Whether an architecture can be run end to end in a row, or padded, is seen on the model itself: a short sequence beside
 a long one comes out as it does alone, or it doesn't. A small copy of the model is tried, in float32 on the CPU, where
 rounding hides nothing: of equal layers it has two, for those of one kind compute alike, and of a vocabulary the words
-that occur. Loading Qwen3-Reranker-0.6B takes a tenth longer so, with the whole model in bfloat16 it took four times.
+that occur. Of loading Qwen3-0.6B's shape that is 7 % more in float32 and 21 % in bfloat16 (CPU seconds, no AMX); in
+bfloat16 itself it was four times the loading.
 """
 
 import copy
@@ -64,23 +65,14 @@ class Unproven(ConfigError):
 
 @dataclass(frozen=True, slots=True)
 class Parts:
-    """A model taken apart: what makes its outputs, ``[sequences, size]``.
-
-    Attributes:
-        body: What makes states.
-        head: What makes outputs of these; None where that is not known, so that only `plain` can.
-        plain: Runs the model as transformers wrote it.
-        plain_head: What makes outputs of the states that this gives.
-        alone: Outputs of plain transformers for one sequence; None: those of `plain`.
-        share: Whether sequences may share a prefix: whether `head` reads only their last states.
-    """
+    """A model taken apart: what makes its outputs, ``[sequences, size]``."""
 
     body: "PreTrainedModel"
-    head: Head | None
-    plain: Padded
-    plain_head: Head
-    alone: Callable[[TokenSequence], Tensor] | None = None
-    share: bool = True
+    head: Head | None  # makes outputs of the body's states; None where it is not known, so that only `plain` can
+    plain: Padded  # runs the model as transformers wrote it
+    plain_head: Head  # makes outputs of the states that this gives
+    alone: Callable[[TokenSequence], Tensor] | None = None  # outputs of plain transformers; None: those of `plain`
+    share: bool = True  # whether sequences may share a prefix: whether `head` reads only their last states
 
     def way(self, path: Path) -> tuple[Padded | Unpadded, Head] | None:
         """Make what runs it this way, which may replace layers; None if there is none."""
@@ -125,7 +117,7 @@ def prove(
     except torch.OutOfMemoryError:
         raise
     except FAILURES:  # not every model can be shortened, or computes in another format than its own
-        small, precise, tolerance = model, own, _FORMATS[own[1]]
+        small, precise, tolerance = model, own, _FORMATS.get(own[1], TOLERANCE)
         expected = take_apart(small).outputs(sequences)
     differences: dict[Path, float] = {}
     for path in paths:
