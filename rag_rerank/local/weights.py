@@ -96,9 +96,9 @@ class Loading:
                 raise
             except FAILURES as error:
                 kind = Unproven if isinstance(error, Unproven) else ConfigError
-                why = f"{error}" if isinstance(error, ConfigError) else f"transformers: {type(error).__name__}: {error}"
+                raised = "" if isinstance(error, ConfigError) else f"transformers raises {type(error).__name__}: "
                 architecture = (*checkpoint.architectures, type(body).__name__)[0]
-                raise kind(f"{checkpoint.name!r} is a {architecture} that can't be scored: {why}") from error
+                raise kind(f"{checkpoint.name!r} is a {architecture} that can't be scored: {raised}{error}") from error
             paths, differences = [proof.path], proof.differences
         transformer, head = next(way for path in paths if (way := take_apart(model).way(path)))
         self.proofs.append(Proof(transformer.path, differences))
