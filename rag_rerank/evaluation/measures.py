@@ -37,23 +37,24 @@ def mean(values: Mapping[str, float]) -> float:
 
 
 class Measurer:
-    """Measures rankings against judgments; arguments and errors as of `measure`."""
+    """Measures rankings against judgments; arguments and errors as of `measure`.
+
+    Attributes:
+        measures: The names.
+        deepest: The largest cutoff among the measures: what is behind it in a ranking only one without a cutoff sees.
+    """
 
     def __init__(self, judgments: Mapping[str, Mapping[str, int]], measures: Sequence[str]) -> None:
         if not (judgments and measures):
             raise ConfigError("there is nothing to measure: no judgments or no measures")
         self._wanted = {name: _parsed(name) for name in measures}
-        self.measures = tuple(self._wanted)
         self._queries = list(judgments)
+        self.measures = tuple(self._wanted)
+        self.deepest: int = max(measure.params.get("cutoff") or 0 for measure in self._wanted.values())
         try:
             self._evaluator = ir_measures.evaluator(list(self._wanted.values()), judgments)
         except (ValueError, RuntimeError) as error:
             raise ConfigError(f"{', '.join(self.measures)} can't all be calculated here: {error}") from error
-
-    @property
-    def deepest(self) -> int:
-        """The largest cutoff among the measures: what lies behind it in a ranking only a measure without one sees."""
-        return max(measure.params.get("cutoff") or 0 for measure in self._wanted.values())
 
     def measure_rankings(self, rankings: Rankings) -> dict[str, dict[str, float]]:
         """Map each measure to query id to value, for every judged query; only the order counts, so nothing ties."""

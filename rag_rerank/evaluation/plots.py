@@ -12,7 +12,7 @@ from typing import Any
 
 from rag_rerank.errors import ConfigError
 from rag_rerank.evaluation.measures import mean
-from rag_rerank.evaluation.results import Evaluation, System
+from rag_rerank.evaluation.results import Evaluation
 
 try:
     import matplotlib as mpl
@@ -109,7 +109,7 @@ def quality_by_latency(evaluation: Evaluation) -> str | None:
 def gains(evaluation: Evaluation, number: int) -> str:
     """Plot what each query gained, from the one that gained most to the one that lost most."""
     measure = evaluation.measure
-    values = sorted(query_gains(evaluation, evaluation.systems[number]).values(), reverse=True)
+    values = sorted(evaluation.query_gains(evaluation.systems[number]).values(), reverse=True)
 
     def draw(axes: Axes) -> None:
         x, y = range(len(values) + 1), [*values, values[-1]]
@@ -119,12 +119,6 @@ def gains(evaluation: Evaluation, number: int) -> str:
         axes.set(xlim=(0, len(values)), xlabel="queries, by what they gained", ylabel=f"change of {measure}")
 
     return _svg(f"gains{number}", f"change of {measure} of every query", draw)
-
-
-def query_gains(evaluation: Evaluation, system: System) -> dict[str, float]:
-    """Map each query id to its gain at the deepest depth, by the first measure."""
-    before, after = evaluation.before[evaluation.measure], system.deepest.values[evaluation.measure]
-    return {query: after[query] - before[query] for query in before}
 
 
 def mark(number: int) -> str:

@@ -47,40 +47,39 @@ class Case(NamedTuple):
 
 def render(evaluation: Evaluation) -> str:
     """Render the report as HTML; importing this module raises a ConfigError if matplotlib is not installed."""
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters |= {"value": _value, "signed": _signed, "milliseconds": _milliseconds, "count": _count}
     systems = evaluation.systems
-    return environment.get_template("report.html.jinja").render(
+    return _page(
+        "report",
         evaluation=evaluation,
-        measure=evaluation.measure,
-        deepest=evaluation.depths[-1],
-        several=len(systems) > 1,
         mean=mean,
         by_depth=plots.quality_by_depth(evaluation) if systems else None,
         by_latency=plots.quality_by_latency(evaluation),
         gains=[plots.gains(evaluation, number) for number in range(len(systems))],
         marks=[plots.mark(number) for number in range(len(systems))],
         cases=[worst_and_best(evaluation, system) for system in systems],
-        queries=_queries(evaluation),
         kept=max(map(len, evaluation.candidates.values())),
         timed=any(level.latency for system in systems for level in system.levels),
         ndcg=any("ndcg" in name.lower() for name in evaluation.measures),
         ndcg_gain=GAIN,
         timed_queries=TIMED_QUERIES,
-        few=len(evaluation.candidates) < 30,  # queries, below which an interval means little
-        confidence=round(100 * CONFIDENCE),
         resamples=RESAMPLES,
-        version=__version__,
-        date=datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"),
     )
+
+
+def _page(name: str, **values: Any) -> str:
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters |= {"value": _value, "signed": _signed, "milliseconds": _milliseconds, "count": _count}
+    date = datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z")
+    values |= {"confidence": round(100 * CONFIDENCE), "version": __version__, "date": date}
+    return environment.get_template(f"{name}.html.jinja").render(values)
 
 
 def worst_and_best(evaluation: Evaluation, system: System, most: int = 20) -> tuple[list[Case], list[Case]]:
     """Choose up to `most` queries that lost most, and that gained most, at the deepest depth by the first measure."""
-    gains = plots.query_gains(evaluation, system)
-    ordered = sorted(gains, key=lambda query: gains[query])
+    gains = evaluation.query_gains(system)
+    ordered = sorted(gains, key=gains.__getitem__)
     worst = [_case(evaluation, system, query) for query in ordered[:most] if gains[query] < 0]
     best = [_case(evaluation, system, query) for query in ordered[::-1][:most] if gains[query] > 0]
     return worst, best
@@ -103,16 +102,6 @@ def _case(evaluation: Evaluation, system: System, query: str) -> Case:
     right, old, new = ([document(name) for name in names[:_TOP]] for names in (relevant, candidates, ranking))
     values = evaluation.before[measure][query], system.deepest.values[measure][query]
     return Case(query, collection.queries[query], *values, right, old, new, max(0, len(relevant) - _TOP))
-
-
-def _queries(evaluation: Evaluation) -> list[dict[str, Any]]:
-    """List a row for each query: the first measure before and after."""
-    before = evaluation.before[evaluation.measure]
-    after = [system.deepest.values[evaluation.measure] for system in evaluation.systems]
-    return [
-        {"name": name, "text": text, "before": before[name], "after": [values[name] for values in after]}
-        for name, text in evaluation.collection.queries.items()
-    ]
 
 
 def _value(value: float | None) -> str:

@@ -61,7 +61,6 @@ class System:
         levels: One for each depth, ascending.
         scores: Query id to the scores of its candidates, as deep as the deepest depth.
         pairs_scored, pairs_cached: How many pairs of query and document were scored now; how many were known.
-        rejected: How many documents could not be scored; they are ranked behind the others.
     """
 
     name: str
@@ -69,7 +68,11 @@ class System:
     scores: Mapping[str, Scores]
     pairs_scored: int
     pairs_cached: int
-    rejected: int
+
+    @property
+    def rejected(self) -> int:
+        """How many documents could not be scored; they are ranked behind the others."""
+        return sum(list(scores).count(None) for scores in self.scores.values())
 
     @property
     def deepest(self) -> Level:
@@ -116,12 +119,17 @@ class Evaluation:
 
     @property
     def without_candidates(self) -> list[str]:
-        """The ids of the queries for which the first stage found nothing: no order helps them, and each counts as 0."""
+        """The queries for which the first stage found nothing: no order helps them, and each counts as 0."""
         return [query for query, ranking in self.candidates.items() if not ranking]
 
-    def ranking(self, system: System, query: str, depth: int | None = None) -> list[str]:
-        """List document ids as a system orders them, at the deepest depth unless told."""
-        return reranked(self.candidates[query], system.scores[query], depth or self.depths[-1])
+    def ranking(self, system: System, query: str) -> list[str]:
+        """List document ids as a system orders them, at the deepest depth."""
+        return reranked(self.candidates[query], system.scores[query], self.depths[-1])
+
+    def query_gains(self, system: System) -> dict[str, float]:
+        """Map each query id to its gain at the deepest depth, by the first measure."""
+        before, after = self.before[self.measure], system.deepest.values[self.measure]
+        return {query: after[query] - before[query] for query in before}
 
     def run(self, system: System) -> dict[str, list[tuple[str, float | None]]]:
         """List (document id, score) as a system orders them, for `write_run`; None behind the deepest depth."""

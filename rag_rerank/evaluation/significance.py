@@ -41,43 +41,31 @@ class Comparison:
         return "helps" if self.low > _ROUNDING else "hurts" if self.high < -_ROUNDING else "no clear difference"
 
 
-def compare(
-    differences: Sequence[Sequence[float]],
-    *,
-    resamples: int = RESAMPLES,
-    confidence: float = CONFIDENCE,
-    seed: int = SEED,
-) -> list[Comparison]:
+def compare(differences: Sequence[Sequence[float]], *, resamples: int = RESAMPLES) -> list[Comparison]:
     """Judge several comparisons on the same queries at once, all by the same draws.
 
     Args:
         differences: For each comparison the differences, one a query, the queries in the same order; a
             ValueError without any, or without the same number everywhere.
         resamples: How many times to draw.
-        confidence: Share of the means within the interval.
-        seed: Of the draws: the same input gives the same output.
     """
     if not differences:
         return []
     table = np.array(differences, dtype=np.float64).T  # [queries, comparisons]
-    if table.ndim != 2 or not len(table):
+    if table.ndim != 2 or not (queries := len(table)):
         raise ValueError("every comparison needs one difference for each of the same queries, at least one")
     table[np.abs(table) < _ROUNDING] = 0.0
-    means = _means(table, resamples, np.random.default_rng(seed))
-    low, high = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2], axis=0)
+    rng, step = np.random.default_rng(SEED), max(1, _NUMBERS_DRAWN // queries)
+    sizes = [min(step, resamples - start) for start in range(0, resamples, step)]
+    means = np.concatenate([_means(table, size, rng) for size in sizes])
+    low, high = np.quantile(means, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2], axis=0)
     counts = [each.sum(axis=0) for each in (table > 0, table < 0, table == 0)]
-    columns = [values.tolist() for values in (table.mean(axis=0), low, high, *counts)]
-    return list(map(Comparison, *columns))
+    return list(map(Comparison, *(values.tolist() for values in (table.mean(axis=0), low, high, *counts))))
 
 
-def _means(table: NDArray[np.float64], resamples: int, rng: np.random.Generator) -> NDArray[np.float64]:
-    """Average the columns over `resamples` drawings of as many rows as there are: ``[resamples, columns]``."""
-    queries, step = len(table), max(1, _NUMBERS_DRAWN // len(table))
-    means = []
-    for start in range(0, resamples, step):
-        size = min(step, resamples - start)
-        drawn = rng.integers(0, queries, size=(size, queries))
-        drawn += np.arange(size)[:, None] * queries
-        counts = np.bincount(drawn.ravel(), minlength=size * queries).reshape(size, queries)
-        means.append(counts @ table / queries)
-    return np.concatenate(means)
+def _means(table: NDArray[np.float64], size: int, rng: np.random.Generator) -> NDArray[np.float64]:
+    """Average the columns over `size` drawings of as many rows as there are: ``[size, columns]``."""
+    queries = len(table)
+    drawn = rng.integers(queries, size=(size, queries)) + np.arange(size)[:, None] * queries
+    counts = np.bincount(drawn.ravel(), minlength=size * queries).reshape(size, queries)
+    return counts @ table / queries

@@ -10,7 +10,6 @@ import numpy as np
 
 from rag_rerank.errors import ConfigError
 from rag_rerank.evaluation.files import lines, rows
-from rag_rerank.evaluation.measures import Rankings
 
 _HUGE = 1e38  # single precision ends at 3.4e38
 _COLUMNS = ("query-id", "corpus-id", "score")
@@ -130,11 +129,3 @@ def _falling(scores: Iterable[float | None]) -> Iterator[str]:
         wanted = below if score is None else np.float32(min(max(score, -_HUGE), _HUGE))
         last = min(wanted, np.nextafter(last, np.float32(-np.inf)))
         yield str(last)
-
-
-def check_known(rankings: Rankings, documents: Mapping[str, str]) -> None:
-    """Refuse a run with documents that the collection does not have, with a ConfigError."""
-    for query, ranking in rankings.items():
-        if unknown := [document for document in ranking if document not in documents]:
-            has = f"the run has the document {unknown[0]!r} (for the query {query!r}), the collection has not"
-            raise ConfigError(f"{has}: was the run made from another one?")
