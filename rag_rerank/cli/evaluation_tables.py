@@ -1,11 +1,13 @@
 """The tables of ``rag-rerank eval`` and ``rag-rerank calibrate`` in a terminal."""
 
+from collections.abc import Sequence
+
 from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from rag_rerank.evaluation import Comparison, Evaluation, System
+from rag_rerank.evaluation import Comparison, Evaluation, Kept, System
 from rag_rerank.evaluation.calibrating import Calibrating, Interval, Quality, pooler_options
 from rag_rerank.evaluation.measures import mean
 from rag_rerank.evaluation.significance import CONFIDENCE
@@ -33,6 +35,7 @@ def show(evaluation: Evaluation, console: Console) -> None:
         console.print(f"[bold]{escape(system.name)}[/] {_verdict(evaluation, system)}", highlight=False)
         console.print(_measures(evaluation, system), "")
         console.print(_depths(evaluation, system), "")
+        console.print(_kept(system.kept), "")
         console.print(_remarks(evaluation, system), highlight=False)
     if evaluation.between:
         console.print(_between(evaluation))
@@ -98,6 +101,16 @@ def _depths(evaluation: Evaluation, system: System) -> Table:
     return table
 
 
+def _kept(policies: Sequence[Kept]) -> Table:
+    """Show what policies keep for a prompt."""
+    table = _table("keep, of each query", "precision", "recall", "documents", "tokens", "without any")
+    for each in policies:
+        precision = "" if each.precision is None else f"{each.precision:.2f}"
+        sizes = f"{each.documents:.1f}", f"{each.tokens:,.0f}", f"{each.queries_without:,}"
+        table.add_row(each.policy, precision, f"{each.recall:.2f}", *sizes)
+    return table
+
+
 def _remarks(evaluation: Evaluation, system: System) -> str:
     """Say what follows from the figures, and where the scores are from."""
     remarks = [f"{system.pairs_scored:,} pairs scored, {system.pairs_cached:,} from the cache."]
@@ -136,12 +149,7 @@ def show_calibration(found: Calibrating, file: str, console: Console) -> None:
         table.add_row(name.replace("_", " "), *(text for each in both for text in (f"{each.value:.4f}", _range(each))))
     console.print(table, "")
     console.print(_reliability(found.after), "")
-    table = _table("threshold", "precision", "recall", "documents a query", "queries with none")
-    for each in found.cuts:
-        precision = "" if each.precision is None else f"{each.precision:.2f}"
-        values = f"{each.recall:.2f}", f"{each.kept:.1f}", f"{each.queries_without:,}"
-        table.add_row(f"{each.threshold:.2f}", precision, *values)
-    console.print(table, "")
+    console.print(_kept(found.kept), "")
     for target in found.targets:
         goal = f"{target.wanted:.0%} {target.kind}"
         if target.why_not or target.threshold is None or target.elsewhere is None:

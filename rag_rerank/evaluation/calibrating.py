@@ -9,7 +9,6 @@ import math
 import shlex
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -21,10 +20,7 @@ from sklearn.model_selection import GroupKFold
 
 from rag_rerank.calibration import Calibration, Curve, known_facts, on_scale
 from rag_rerank.errors import ConfigError
-from rag_rerank.evaluation.collection import Collection
-from rag_rerank.evaluation.files import rows
-from rag_rerank.evaluation.measures import Run
-from rag_rerank.evaluation.results import Evaluation
+from rag_rerank.evaluation.results import Evaluation, Kept, keep
 from rag_rerank.evaluation.significance import CONFIDENCE, SEED
 from rag_rerank.identity import PROBES
 from rag_rerank.scorer import Scorer
@@ -35,7 +31,7 @@ FEWEST_KEPT = 20  # documents, below which a threshold's precision is an acciden
 WIDEST = 0.5  # interval of precision or recall among other queries; beyond it the data can't tell
 Kind = Literal["precision", "recall"]
 TARGETS: Sequence[tuple[Kind, float]] = (("precision", 0.8), ("precision", 0.9), ("recall", 0.95), ("recall", 0.8))
-
+THRESHOLDS = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 Floats = NDArray[np.float64]
 
 
@@ -60,17 +56,6 @@ class Bin:
 
 
 @dataclass(frozen=True, slots=True)
-class Cut:
-    """What a threshold does to the candidates; `kept` is documents a query."""
-
-    threshold: float
-    precision: float | None
-    recall: float
-    kept: float
-    queries_without: int
-
-
-@dataclass(frozen=True, slots=True)
 class Quality:
     """How good probabilities are: nats a pair; 1 for perfect and 0 for the base rate; expected error in ten bins."""
 
@@ -86,15 +71,14 @@ class Target:
 
     Attributes:
         kind, wanted: What for.
-        cut: What it does to these candidates; None where none does it.
-        threshold: Where it lies in bootstrap draws of the queries.
-        elsewhere: The precision or recall that queries left out of a draw got at the draw's threshold.
+        threshold: It, and where it lies in bootstrap draws of the queries; None where there is none.
+        elsewhere: The precision or recall of these candidates, and what queries left out of a draw got at the draw's
+            threshold.
         why_not: Why the data can't tell; empty where it can.
     """
 
     kind: Kind
     wanted: float
-    cut: Cut | None
     threshold: Interval | None
     elsewhere: Interval | None
     why_not: str
@@ -105,7 +89,7 @@ class Calibrating:
     """A calibration, and how far it can be trusted.
 
     `before` is of the scores, through a sigmoid unless they are between 0 and 1; `after` of the probabilities of
-    queries that the curve was not fitted on.
+    queries that the curve was not fitted on; `kept` is what thresholds keep.
     """
 
     calibration: Calibration
@@ -113,7 +97,7 @@ class Calibrating:
     base_log_loss: float
     before: Quality
     after: Quality
-    cuts: Sequence[Cut]
+    kept: Sequence[Kept]
     targets: Sequence[Target]
 
     def as_json(self) -> dict[str, Any]:
@@ -187,7 +171,11 @@ def calibrate(found: Evaluation, scorer: Scorer) -> Calibrating:
     }
     references = list(zip(asked, answers, known, strict=True))
     calibration = Calibration(known_facts(scorer, identity), references, scale, curve, data)
-    base, predicted = float(pairs.relevant.mean()), over(curve, pairs.values)
+    probabilities = {
+        query: [None if score is None else curve.probability(on_scale(score, scale)) for score in row]
+        for query, row in system.scores.items()
+    }
+    base = float(pairs.relevant.mean())
     raw = over(Curve("platt", [(0.0, 0.0), (1.0, 1.0)]), pairs.values)
     return Calibrating(
         calibration,
@@ -195,8 +183,8 @@ def calibrate(found: Evaluation, scorer: Scorer) -> Calibrating:
         -base * math.log(base) - (1 - base) * math.log1p(-base),
         quality(pairs, raw),
         quality(pairs, left_out),
-        [cut(pairs, predicted, threshold) for threshold in (0.05, *(tenths / 10 for tenths in range(1, 10)))],
-        [target(pairs, predicted, kind, wanted) for kind, wanted in TARGETS],
+        [keep(f"score_threshold={each}", found.collection, found.candidates, probabilities) for each in THRESHOLDS],
+        [target(pairs, over(curve, pairs.values), kind, wanted) for kind, wanted in TARGETS],
     )
 
 
@@ -273,14 +261,6 @@ def quality(pairs: Pairs, predicted: Floats) -> Quality:
     return Quality(_interval(losses[:, 0]), _interval(skills[:, 0]), _interval(gaps), bins)
 
 
-def cut(pairs: Pairs, predicted: Floats, threshold: float) -> Cut:
-    """Say what a threshold does."""
-    kept, queries = predicted >= threshold, pairs.draws.shape[1]
-    right, size = int(pairs.relevant[kept].sum()), int(kept.sum())
-    without = queries - len(np.unique(pairs.queries[kept]))
-    return Cut(threshold, right / size if size else None, right / int(pairs.relevant.sum()), size / queries, without)
-
-
 def target(pairs: Pairs, predicted: Floats, kind: Kind, wanted: float) -> Target:
     """Find the lowest threshold with a precision, or the highest with a recall, and what it does to other queries."""
     order = np.argsort(-predicted, kind="stable")
@@ -300,9 +280,8 @@ def target(pairs: Pairs, predicted: Floats, kind: Kind, wanted: float) -> Target
     if place is None or ends[place] + 1 < FEWEST_KEPT:
         best = shares(all_once)[1][ends + 1 >= FEWEST_KEPT].max(initial=0)
         why = f"no threshold that keeps {FEWEST_KEPT} documents has more than {best:.2f}"
-        return Target(kind, wanted, None, None, None, why)
-    here = cut(pairs, predicted, float(probabilities[ends[place]]))
-    thresholds, elsewhere = [here.threshold], [here.precision if kind == "precision" else here.recall]
+        return Target(kind, wanted, None, None, why)
+    thresholds, elsewhere = [float(probabilities[ends[place]])], [float(shares(all_once)[1][place])]
     for drawn in pairs.draws:
         weights = drawn[queries]
         if (chosen := choose(weights)) is not None:
@@ -315,7 +294,7 @@ def target(pairs: Pairs, predicted: Floats, kind: Kind, wanted: float) -> Target
         why = "a few queries more or less decide whether any threshold has it"
     elif others.high - others.low > WIDEST:
         why = f"among other queries it may be from {others.low:.2f} to {others.high:.2f}"
-    return Target(kind, wanted, here, found, others, why)
+    return Target(kind, wanted, found, others, why)
 
 
 def pooler_options(calibration: Calibration) -> str | None:
@@ -330,23 +309,6 @@ def pooler_options(calibration: Calibration) -> str | None:
     pooler = {"logit_mean": start / (start - end), "logit_sigma": 1 / (end - start)}
     sigmoid = {"sentence_transformers": {"activation_fn": "torch.nn.modules.activation.Sigmoid"}}
     return f"--pooler-config {shlex.quote(json.dumps(pooler))} --hf-overrides {shlex.quote(json.dumps(sigmoid))}"
-
-
-def read_labelled(path: Path) -> tuple[Collection, Run]:
-    """Read labelled pairs, JSON Lines or Parquet with ``query``, ``document`` and ``relevant`` (a grade, or true).
-
-    Raises:
-        ConfigError: The file can't be read or a line is not so; the message has its number.
-    """
-    judgments: dict[str, dict[str, int]] = {}
-    for place, row in rows(path, ("query", "document", "relevant")):
-        query, document, grade = (row.get(name) for name in ("query", "document", "relevant"))
-        if not (isinstance(query, str) and isinstance(document, str) and isinstance(grade, int)):
-            raise ConfigError(f"{place}: not query and document as text and relevant as a whole number, true or false")
-        judgments.setdefault(query, {})[document] = int(grade)
-    documents = {document: document for grades in judgments.values() for document in grades}
-    run = {query: dict.fromkeys(grades, 0.0) for query, grades in judgments.items()}
-    return Collection(documents, {query: query for query in judgments}, judgments, path.stem), run
 
 
 def _interval(figures: Floats) -> Interval:

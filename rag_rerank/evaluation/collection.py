@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rag_rerank.errors import ConfigError
-from rag_rerank.evaluation.files import find, rows
-from rag_rerank.evaluation.trec import read_judgments
+from rag_rerank.evaluation.measures import Run
+from rag_rerank.evaluation.trec import read_judgments, rows
 
 _CORPUS = ("corpus.jsonl", "corpus.jsonl.gz", "corpus.parquet", "corpus-*.parquet", "corpus/*.parquet")
 _QUERIES = ("queries.jsonl", "queries.jsonl.gz", "queries.parquet", "queries-*.parquet", "queries/*.parquet")
@@ -53,11 +53,11 @@ class Collection:
                 a query is judged that has no text, or there are no documents or no queries.
         """
         folder = Path(folder)
-        corpus = find(folder, _CORPUS)
-        judgments = read_judgments(*([qrels] if qrels is not None else find(folder, _QRELS)))
+        corpus = _find(folder, _CORPUS)
+        judgments = read_judgments(*([qrels] if qrels is not None else _find(folder, _QRELS)))
         relevant = {document for grades in judgments.values() for document, grade in grades.items() if grade > 0}
         texts = {key: text for key, text in _texts(corpus) if documents is None or key in documents or key in relevant}
-        queries = {name: text for name, text in _texts(find(folder, _QUERIES)) if name in judgments}
+        queries = {name: text for name, text in _texts(_find(folder, _QUERIES)) if name in judgments}
         if not texts:
             raise ConfigError(f"{folder} has no documents, or none of those that the run needs")
         if not queries:
@@ -65,6 +65,14 @@ class Collection:
         if missing := [query for query in judgments if query not in queries]:
             raise ConfigError(f"{folder}: {len(missing)} judged queries have no text, such as {missing[0]!r}")
         return cls(texts, queries, judgments, folder.resolve().name)
+
+
+def _find(folder: Path, patterns: Sequence[str]) -> list[Path]:
+    """Find the files that match the first of `patterns` which any file matches."""
+    for pattern in patterns:
+        if paths := sorted(folder.glob(pattern)):
+            return paths
+    raise ConfigError(f"{folder / patterns[0]} can't be read: no such file (nor any of {', '.join(patterns[1:])})")
 
 
 def _texts(paths: Sequence[Path]) -> Iterator[tuple[str, str]]:
@@ -82,3 +90,20 @@ def _texts(paths: Sequence[Path]) -> Iterator[tuple[str, str]]:
                 raise ConfigError(f"{place}: the id {name!r} is there twice")
             names.add(name)
             yield name, f"{title} {text}" if title else text
+
+
+def read_labelled(path: Path) -> tuple[Collection, Run]:
+    """Read labelled pairs, JSON Lines or Parquet with ``query``, ``document`` and ``relevant`` (a grade, or true).
+
+    Raises:
+        ConfigError: The file can't be read or a line is not so; the message has its number.
+    """
+    judgments: dict[str, dict[str, int]] = {}
+    for place, row in rows(path, ("query", "document", "relevant")):
+        query, document, grade = (row.get(name) for name in ("query", "document", "relevant"))
+        if not (isinstance(query, str) and isinstance(document, str) and isinstance(grade, int)):
+            raise ConfigError(f"{place}: not query and document as text and relevant as a whole number, true or false")
+        judgments.setdefault(query, {})[document] = int(grade)
+    documents = {document: document for grades in judgments.values() for document in grades}
+    run = {query: dict.fromkeys(grades, 0.0) for query, grades in judgments.items()}
+    return Collection(documents, {query: query for query in judgments}, judgments, path.stem), run

@@ -8,11 +8,14 @@ import html
 import io
 import re
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rag_rerank.errors import ConfigError
 from rag_rerank.evaluation.measures import mean
 from rag_rerank.evaluation.results import Evaluation
+
+if TYPE_CHECKING:
+    from rag_rerank.evaluation.calibrating import Calibrating
 
 try:
     import matplotlib as mpl
@@ -119,6 +122,21 @@ def gains(evaluation: Evaluation, number: int) -> str:
         axes.set(xlim=(0, len(values)), xlabel="queries, by what they gained", ylabel=f"change of {measure}")
 
     return _svg(f"gains{number}", f"change of {measure} of every query", draw)
+
+
+def reliability(found: "Calibrating") -> str:
+    """Plot the share of relevant pairs against the predicted one, before and after, with the latter's intervals."""
+
+    def draw(axes: Axes) -> None:
+        axes.plot([0, 1], [0, 1], color=_ROLES["muted"], linestyle="--", linewidth=1.4)
+        for (colour, marker), quality in zip(_LINES, (found.before, found.after), strict=False):
+            x = [each.predicted for each in quality.bins]
+            axes.plot(x, [each.observed for each in quality.bins], color=colour, marker=marker)
+        low, high = [each.low for each in found.after.bins], [each.high for each in found.after.bins]
+        axes.vlines(x, low, high, color=_SERIES[1], alpha=0.5)
+        axes.set(xlabel="predicted probability", ylabel="share that is relevant")
+
+    return _svg("reliability", "predicted against relevant shares", draw)
 
 
 def mark(number: int) -> str:

@@ -6,7 +6,7 @@
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jinja2
 
@@ -16,6 +16,9 @@ from rag_rerank.evaluation.measures import mean
 from rag_rerank.evaluation.results import GAIN, Evaluation, System
 from rag_rerank.evaluation.scoring import TIMED_QUERIES
 from rag_rerank.evaluation.significance import CONFIDENCE, RESAMPLES
+
+if TYPE_CHECKING:
+    from rag_rerank.evaluation.calibrating import Calibrating
 
 _TOP = 3
 _LONGEST = 1500  # letters of a document
@@ -45,8 +48,14 @@ class Case(NamedTuple):
     more: int
 
 
-def render(evaluation: Evaluation) -> str:
+def render(found: "Evaluation | Calibrating") -> str:
     """Render the report as HTML; importing this module raises a ConfigError if matplotlib is not installed."""
+    if isinstance(found, Evaluation):
+        return _report(found)
+    return _page("calibration", found=found, reliability=plots.reliability(found), marks=[plots.mark(0), plots.mark(1)])
+
+
+def _report(evaluation: Evaluation) -> str:
     systems = evaluation.systems
     return _page(
         "report",

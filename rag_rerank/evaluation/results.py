@@ -1,10 +1,12 @@
 """The results of an evaluation: for people by the command line and `report`, for programs by `as_json`."""
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from rag_rerank import __version__
+from rag_rerank.errors import ConfigError
 from rag_rerank.evaluation.collection import Collection
 from rag_rerank.evaluation.measures import mean
 from rag_rerank.evaluation.scoring import Latency, Scores
@@ -20,13 +22,56 @@ GAIN = "linear"
 
 def reranked(candidates: Sequence[str], scores: Scores, depth: int) -> list[str]:
     """Order the first `depth` candidates as `Scorer.rerank` does; those behind stay where they were."""
-    ranked = Ranking(None, None, "raise").rank(scores[:depth])
+    ranked = Ranking().rank(scores[:depth])
     return [candidates[item.index] for item in ranked] + list(candidates[depth:])
 
 
 def ideal(candidates: Sequence[str], grades: Mapping[str, int], depth: int) -> list[str]:
     """Order as a scorer that knows the judgments: no other order of the first `depth` measures better."""
     return sorted(candidates[:depth], key=lambda document: -grades.get(document, 0)) + list(candidates[depth:])
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """What a policy keeps of the candidates, for a prompt to hold.
+
+    Attributes:
+        policy: Arguments of `Scorer.rerank`, such as ``"min_precision=0.8 top_n=10"``.
+        precision: The share of what is kept that is relevant; None where nothing is kept.
+        recall: The share of the relevant candidates that is kept.
+        documents: How many are kept, a query.
+        tokens: What these take of a prompt, a query: one for four bytes of UTF-8, by rule of thumb.
+        queries_without: For how many queries nothing is kept.
+    """
+
+    policy: str
+    precision: float | None
+    recall: float
+    documents: float
+    tokens: float
+    queries_without: int
+
+
+def ranking(policy: str) -> Ranking:
+    """Read a policy; a ConfigError for one that can't be."""
+    try:
+        return Ranking(**{name: json.loads(value) for name, value in (each.split("=") for each in policy.split())})
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{policy!r} is no policy such as 'min_precision=0.8 top_n=10': {error}") from error
+
+
+def keep(
+    policy: str, collection: Collection, candidates: Mapping[str, Sequence[str]], scores: Mapping[str, Scores]
+) -> Kept:
+    """Say what a policy keeps of the candidates that have been scored, all queries together."""
+    ranked = {query: ranking(policy).rank(row) for query, row in scores.items()}
+    kept = [(query, candidates[query][each.index]) for query, best in ranked.items() for each in best]
+    scored = [(query, name) for query, row in scores.items() for name in candidates[query][: len(row)]]
+    grades = collection.judgments
+    right, relevant = (sum(grades[query].get(name, 0) > 0 for query, name in pairs) for pairs in (kept, scored))
+    size = sum(len(collection.documents[name].encode(errors="surrogatepass")) for _, name in kept)
+    means = right / max(relevant, 1), len(kept) / len(scores), size / 4 / len(scores)
+    return Kept(policy, right / len(kept) if kept else None, *means, sum(not best for best in ranked.values()))
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +106,7 @@ class System:
         levels: One for each depth, ascending.
         scores: Query id to the scores of its candidates, as deep as the deepest depth.
         pairs_scored, pairs_cached: How many pairs of query and document were scored now; how many were known.
+        kept: What each policy keeps, at the deepest depth.
     """
 
     name: str
@@ -68,6 +114,7 @@ class System:
     scores: Mapping[str, Scores]
     pairs_scored: int
     pairs_cached: int
+    kept: tuple[Kept, ...] = ()
 
     @property
     def rejected(self) -> int:
@@ -168,6 +215,7 @@ class Evaluation:
             "pairs_scored": system.pairs_scored,
             "pairs_cached": system.pairs_cached,
             "rejected": system.rejected,
+            "kept": [asdict(each) for each in system.kept],
             "depths": [
                 {
                     "depth": level.depth,

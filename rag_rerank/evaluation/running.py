@@ -11,7 +11,7 @@ from rag_rerank.errors import ConfigError
 from rag_rerank.evaluation.cache import default_folder
 from rag_rerank.evaluation.collection import Collection
 from rag_rerank.evaluation.measures import DEFAULT_MEASURES, Measurer, Run
-from rag_rerank.evaluation.results import Evaluation, Level, System, Values, ideal, reranked
+from rag_rerank.evaluation.results import Evaluation, Level, System, Values, ideal, keep, ranking, reranked
 from rag_rerank.evaluation.retrieval import BM25
 from rag_rerank.evaluation.scoring import Latency, ScoringRun
 from rag_rerank.evaluation.significance import Comparison, compare
@@ -19,6 +19,8 @@ from rag_rerank.evaluation.trec import best_first
 from rag_rerank.scorer import Scorer
 
 DEFAULT_DEPTHS = (10, 20, 50, 100)
+POLICIES = ("top_n=3", "top_n=5", "top_n=10")
+CALIBRATED_POLICIES = (*POLICIES, "score_threshold=0.5", "min_precision=0.5", "min_precision=0.8")
 MIN_CANDIDATES = 100  # by BM25, however few of them are reranked: recall and MAP need some
 
 Progress = Callable[[str, int, int], None]
@@ -33,6 +35,7 @@ def evaluate(
     first_stage: str | None = None,
     depths: Sequence[int] = DEFAULT_DEPTHS,
     measures: Sequence[str] = DEFAULT_MEASURES,
+    policies: Sequence[str] | None = None,
     limit: int | None = None,
     language: str = "english",
     cache: str | Path | bool = True,
@@ -53,6 +56,8 @@ def evaluate(
         first_stage: What to call that.
         depths: How many candidates to rerank.
         measures: Names as in ir-measures. nDCG has linear gain. The first one is what verdicts and plots are about.
+        policies: What to keep for a prompt, by arguments of `Scorer.rerank`: ``"min_precision=0.8 top_n=10"``. None
+            compares ``top_n`` 3, 5, 10, and with a `Calibrated` scorer ``score_threshold`` and ``min_precision``, too.
         limit: Only the first so many queries.
         language: Of the texts, for BM25: see `BM25`.
         cache: The folder in which scores are kept; True for ``~/.cache/rag_rerank``, False for none.
@@ -64,8 +69,8 @@ def evaluate(
 
     Raises:
         ConfigError: A depth, measure or language that can't be, no candidates for any query, documents in the run that
-            the collection does not have, a cache that can't be used, a server that another model answers on than at the
-            start, or as `Scorer.score`.
+            the collection does not have, a policy that needs probabilities, a cache that can't be used, a server that
+            another model answers on than at the start, or as `Scorer.score`.
         BackendError: As `Scorer.score`. What was scored before is in the cache.
     """
     for depth in depths:
@@ -83,6 +88,9 @@ def evaluate(
     deepest = max(*depths, measurer.deepest, MIN_CANDIDATES)
     candidates, retrieval = _candidates(collection, run, deepest, language, report)
     named = {scorers.model_name: scorers} if isinstance(scorers, Scorer) else dict(scorers)
+    precisions = [ranking(policy).min_precision for policy in policies or ()]
+    if any(precisions) and not all(scorer.calibrated for scorer in named.values()):
+        raise ConfigError("min_precision needs probabilities: Calibrated(scorer, file), see rag-rerank calibrate")
     texts = {query: _texts(collection, query, names[: depths[-1]]) for query, names in candidates.items() if named}
     folder = None if cache is False else default_folder() if cache is True else Path(cache).expanduser()
     scored = {}
@@ -97,7 +105,7 @@ def evaluate(
     before = measurer.measure_rankings(candidates)
     ceilings, after = {}, {name: dict[int, Values]() for name in scored}
     for depth in depths:
-        best = {query: ideal(ranking, collection.judgments[query], depth) for query, ranking in candidates.items()}
+        best = {query: ideal(names, collection.judgments[query], depth) for query, names in candidates.items()}
         ceilings[depth] = measurer.measure_rankings(best)
         for name, made in scored.items():
             ranked = {query: reranked(candidates[query], scores, depth) for query, scores in made.scores.items()}
@@ -114,7 +122,9 @@ def evaluate(
             Level(depth, level, next(gains), next(gains), Latency.of(made.calls[depth]))
             for depth, level in after[name].items()
         )
-        systems.append(System(name, levels, made.scores, made.pairs_scored, made.pairs_cached))
+        chosen = policies or (CALIBRATED_POLICIES if named[name].calibrated else POLICIES)
+        kept = tuple(keep(policy, collection, candidates, made.scores) for policy in chosen)
+        systems.append(System(name, levels, made.scores, made.pairs_scored, made.pairs_cached, kept))
     between = tuple((*pair, next(gains)) for pair in pairs)
     stage = first_stage or ("BM25" if run is None else "the run")
     figures = candidates, before, ceilings, tuple(systems), between, retrieval

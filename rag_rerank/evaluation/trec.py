@@ -1,7 +1,9 @@
-"""Judgments and runs, in the layouts of BEIR and TREC."""
+"""Judgments and runs, in the layouts of BEIR and TREC; and the place of every line for errors."""
 
 import gzip
+import json
 import math
+from codecs import BOM_UTF8
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,10 +11,39 @@ from typing import Any
 import numpy as np
 
 from rag_rerank.errors import ConfigError
-from rag_rerank.evaluation.files import lines, rows
+from rag_rerank.files.formats import Reader
 
 _HUGE = 1e38  # single precision ends at 3.4e38
 _COLUMNS = ("query-id", "corpus-id", "score")
+
+
+def lines(path: Path, columns: Sequence[str] | None = None) -> Iterator[tuple[str, str]]:
+    """Yield (place, line) of every line that is not blank; a ConfigError where `path` can't be read.
+
+    Of Parquet, each row is the line of JSON that it would be, of `columns` only: embeddings, say, may be beside them.
+    """
+    kind = "row" if path.suffix == ".parquet" else "line"
+    try:
+        for number, line in enumerate(Reader(path, columns=columns), 1):
+            text = (line.removeprefix(BOM_UTF8) if number == 1 else line).decode().rstrip("\r\n")
+            if text.strip():
+                yield f"{path}, {kind} {number}", text
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path} can't be read: it is not UTF-8 ({error})") from error
+    except OSError as error:
+        raise ConfigError(f"{path} can't be read: {error.strerror or error}") from error
+
+
+def rows(path: Path, columns: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield (place, row) of every row of a JSON Lines or Parquet file; see `lines`."""
+    for place, line in lines(path, columns):
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise ConfigError(f"{place}: not JSON ({error})") from error
+        if not isinstance(row, dict):
+            raise ConfigError(f"{place}: not an object with {' and '.join(columns)}")
+        yield place, row
 
 
 def read_judgments(*paths: str | Path) -> dict[str, dict[str, int]]:
