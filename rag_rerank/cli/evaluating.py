@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from functools import partial
 from importlib.util import find_spec
 from itertools import islice, zip_longest
 from pathlib import Path
@@ -87,30 +88,21 @@ def evaluate(
 
     A run with its qrels, but without a folder and a model, is measured as it is.
     """
-    with _prepared("eval", as_json, trec_run, html=html):
-        from rag_rerank import evaluation as package
-        from rag_rerank.cli.evaluation_tables import show
+    _check("eval", as_json, trec_run, html=html)
+    from rag_rerank import evaluation as package
+    from rag_rerank.cli.evaluation_tables import show
+
     depths = tuple(depth or package.DEFAULT_DEPTHS)
     collection, candidates = _collection(folder, run, qrels, max(depths), bare=not (model or base_url))
-    with _scoring(cache, no_cache) as (stack, where, progress):
+    with _scoring(cache, no_cache, run, queries) as (stack, measured):
         scorers: dict[str, Scorer] = {}
         if collection.documents:
-            options = ScorerOptions(device=device, dtype=dtype, send_key_over_http=send_key_over_http)
-            for name, scorer in _scorers(model, base_url, calibration or [], options):
+            chosen = ScorerOptions(device=device, dtype=dtype, send_key_over_http=send_key_over_http)
+            for name, scorer in _scorers(model, base_url, calibration or [], chosen):
                 scorers[_distinct(name, scorers)] = stack.enter_context(scorer)
-        evaluation = package.evaluate(
-            collection,
-            scorers,
-            run=candidates,
-            first_stage=None if run is None else run.name,
-            depths=depths,
-            measures=measures.replace(",", " ").split(),
-            policies=policy,
-            limit=queries,
-            language=language,
-            cache=where,
-            progress=progress,
-        )
+        names = measures.replace(",", " ").split()
+        options = {"run": candidates, "depths": depths, "measures": names, "policies": policy, "language": language}
+        evaluation = measured(collection, scorers, **options)
     show(evaluation, console())
     _write(evaluation, as_json, html)
     if trec_run is not None:
@@ -143,53 +135,44 @@ def calibrate(
     Use the file with Calibrated(scorer, FILE), calibration=FILE in both integrations, or --calibration FILE. Scores are
     kept as by eval: what was interrupted goes on where it was.
     """
-    with _prepared("calibrate", out, as_json, html=html):
-        from rag_rerank import evaluation as package
-        from rag_rerank.cli.evaluation_tables import show_calibration
-        from rag_rerank.evaluation.calibrating import calibrate as fit
+    _check("calibrate", out, as_json, html=html)
+    from rag_rerank.cli.evaluation_tables import show_calibration
+    from rag_rerank.evaluation import read_labelled
+    from rag_rerank.evaluation.calibrating import calibrate as fit
+
     candidates: Run | None
     if data.is_file():
-        collection, candidates = package.read_labelled(data)
+        collection, candidates = read_labelled(data)
         depth = max(map(len, collection.judgments.values()), default=1)
     else:
         collection, candidates = _collection(data, run, qrels, depth, bare=False)
-    with _scoring(cache, no_cache) as (stack, where, progress):
+    with _scoring(cache, no_cache, run, queries) as (stack, measured):
         scorer = stack.enter_context(chosen.make())
-        evaluation = package.evaluate(
-            collection,
-            scorer,
-            run=candidates,
-            first_stage=None if run is None else run.name,
-            depths=[depth],
-            limit=queries,
-            cache=where,
-            progress=progress,
-        )
-        found = fit(evaluation, scorer)
+        found = fit(measured(collection, scorer, run=candidates, depths=[depth]), scorer)
     found.calibration.save(out)
     show_calibration(found, str(out), console())
     typer.echo(f"wrote {out}", err=True)
     _write(found, as_json, html)
 
 
-@contextmanager
-def _prepared(command: str, *files: File, html: File) -> Iterator[None]:
-    """Refuse, before hours of scoring, files that could not be written after them, and what can't be imported."""
+def _check(command: str, *files: File, html: File) -> None:
+    """Refuse, before hours of scoring, files that could not be written after them, and what is not installed."""
     for path in (*files, html):
         if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
             raise ConfigError(f"{path} can't be written: {'it is a' if path.is_dir() else 'there is no such'} folder")
-    if html is not None and find_spec("matplotlib") is None:
-        raise ConfigError("the report's plots need matplotlib: pip install 'rag-rerank[eval]'")
+    for name in ("bm25s", "Stemmer", "ir_measures", "sklearn", *(["matplotlib"] if html else [])):
+        if find_spec(name) is None:
+            raise ConfigError(f"{command} needs {name}: pip install 'rag-rerank[eval]'")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    try:
-        yield
-    except ModuleNotFoundError as error:
-        raise ConfigError(f"{command} needs {error.name}: pip install 'rag-rerank[eval]'") from error
 
 
 @contextmanager
-def _scoring(cache: File, no_cache: bool) -> Iterator[tuple[ExitStack, Path | bool, Callable[[str, int, int], None]]]:
-    """Yield what closes scorers, where scores are kept, and what moves a progress bar on stderr."""
+def _scoring(
+    cache: File, no_cache: bool, run: File, queries: int | None
+) -> Iterator[tuple[ExitStack, "Callable[..., Evaluation]"]]:
+    """Yield what closes scorers, and what evaluates with a progress bar on stderr; say what is kept where it ends."""
+    from rag_rerank.evaluation import evaluate
+
     where: Path | bool = not no_cache if cache is None or no_cache else cache
     told = "What was scored is kept: the same command goes on from there.\n" if where else "Nothing was kept.\n"
     columns = TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
@@ -202,8 +185,9 @@ def _scoring(cache: File, no_cache: bool) -> Iterator[tuple[ExitStack, Path | bo
             tasks[task] = bar.add_task(task, total=total)
         bar.update(tasks[task], completed=done)
 
+    first_stage = None if run is None else run.name
     with said_what_is_kept(lambda: told), ExitStack() as stack, bar:
-        yield stack, where, report
+        yield stack, partial(evaluate, first_stage=first_stage, limit=queries, cache=where, progress=report)
 
 
 def _collection(folder: File, run: File, qrels: File, deepest: int, *, bare: bool) -> "tuple[Collection, Run | None]":

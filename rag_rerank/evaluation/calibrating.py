@@ -122,17 +122,15 @@ class Pairs:
             raise ConfigError("every scored document is relevant, irrelevant ones are needed, too: raise the depth")
         if np.ptp(self.values) == 0:
             raise ConfigError("all scores are equal: they tell nothing about relevance")
-        rng = np.random.default_rng(SEED)
         count = int(self.queries.max()) + 1
-        self.draws = rng.multinomial(count, np.full(count, 1 / count), size=DRAWS)  # how often each query is drawn
+        drawn = np.random.default_rng(SEED).multinomial(count, np.full(count, 1 / count), size=DRAWS)
+        self.draws = np.vstack([np.ones(count), drawn])  # how often each query counts: once, then as it is drawn
 
     def sums(self, each: Any, bins: Any = 0, number: int = 1) -> Floats:
-        """Add up a value of each pair, over all queries and then over each draw: ``[1 + draws, bins]``."""
-        count = self.draws.shape[1]
-        weights = np.broadcast_to(each, self.values.shape)
-        table = np.bincount(self.queries * number + bins, weights=weights, minlength=count * number)
-        table = table.reshape(count, number)
-        return np.concatenate([table.sum(axis=0, keepdims=True), self.draws @ table])
+        """Add up a value of each pair, in each draw and bin: ``[draws, bins]``."""
+        count, weights = self.draws.shape[1] * number, np.broadcast_to(each, self.values.shape)
+        table = np.bincount(self.queries * number + bins, weights, count).reshape(-1, number)
+        return np.asarray(self.draws @ table)
 
 
 def calibrate(found: Evaluation, scorer: Scorer) -> Calibrating:
@@ -271,30 +269,29 @@ def target(pairs: Pairs, predicted: Floats, kind: Kind, wanted: float) -> Target
         kept, right = np.cumsum(weights)[ends], np.cumsum(weights * relevant)[ends]
         return kept, right / np.maximum(kept if kind == "precision" else right[-1], 1)
 
-    def choose(weights: Any) -> int | None:
-        enough = np.flatnonzero(np.less_equal(wanted, shares(weights)[1]))
-        return None if not len(enough) else int(enough[-1 if kind == "precision" else 0])
-
-    all_once = np.ones(len(order))
-    place = choose(all_once)
-    if place is None or ends[place] + 1 < FEWEST_KEPT:
-        best = shares(all_once)[1][ends + 1 >= FEWEST_KEPT].max(initial=0)
-        why = f"no threshold that keeps {FEWEST_KEPT} documents has more than {best:.2f}"
-        return Target(kind, wanted, None, None, why)
-    thresholds, elsewhere = [float(probabilities[ends[place]])], [float(shares(all_once)[1][place])]
-    for drawn in pairs.draws:
-        weights = drawn[queries]
-        if (chosen := choose(weights)) is not None:
+    thresholds, elsewhere = [], []
+    for number, drawn in enumerate(pairs.draws[:, queries]):
+        kept, reached = shares(drawn)
+        enough = np.flatnonzero(reached >= wanted)
+        chosen = int(enough[-1 if kind == "precision" else 0]) if len(enough) else None
+        if number == 0:  # all queries
+            if chosen is None or kept[chosen] < FEWEST_KEPT:
+                best = reached[kept >= FEWEST_KEPT].max(initial=0)
+                why = f"no threshold that keeps {FEWEST_KEPT} documents has more than {best:.2f}"
+                return Target(kind, wanted, None, None, why)
+            others = kept, reached
+        else:
+            others = shares(drawn == 0)
+        if chosen is not None:
             thresholds.append(float(probabilities[ends[chosen]]))
-            kept, reached = shares(weights == 0)
-            elsewhere += [float(reached[chosen])] if kept[chosen] else []
-    found, others = _interval(np.array(thresholds)), _interval(np.array(elsewhere))
+            elsewhere += [float(others[1][chosen])] if others[0][chosen] else []
+    threshold, others_get = _interval(np.array(thresholds)), _interval(np.array(elsewhere))
     why = ""
     if len(elsewhere) < 0.9 * DRAWS:
         why = "a few queries more or less decide whether any threshold has it"
-    elif others.high - others.low > WIDEST:
-        why = f"among other queries it may be from {others.low:.2f} to {others.high:.2f}"
-    return Target(kind, wanted, found, others, why)
+    elif others_get.high - others_get.low > WIDEST:
+        why = f"among other queries it may be from {others_get.low:.2f} to {others_get.high:.2f}"
+    return Target(kind, wanted, threshold, others_get, why)
 
 
 def pooler_options(calibration: Calibration) -> str | None:
