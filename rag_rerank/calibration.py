@@ -12,7 +12,7 @@ import math
 import os
 import time
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from itertools import pairwise
@@ -134,11 +134,11 @@ class Calibration:
         # A scorer that gives logits fits a curve over the logits of its other scale, and the other way round.
         scales = [scale for scale in ("score", "logit") if scale == "score" or 0 <= min(scores) <= max(scores) <= 1]
         for scale in scales:
-            if self._fits(scores, scale, lambda _: _TOLERANCE):
+            if self._fits(scores, scale):
                 return scale
         differences = self._differences(scorer, deadline)
         for scale in scales:
-            if not differences and self._fits(scores, scale, lambda value: _HALF_PRECISION * max(1.0, abs(value))):
+            if not differences and self._fits(scores, scale, half=True):
                 logger.warning("%s was fitted with another dtype: probabilities differ a little", self.model)
                 return scale
         now, then = (", ".join(f"{each:.4g}" for each in row) for row in (scores, [row[2] for row in self.references]))
@@ -148,10 +148,11 @@ class Calibration:
             f"or instruction ({changes}). Run rag-rerank calibrate with this scorer."
         )
 
-    def _fits(self, scores: Sequence[float], scale: str, most: Callable[[float], float]) -> bool:
+    def _fits(self, scores: Sequence[float], scale: str, *, half: bool = False) -> bool:
         for score, (_, _, value) in zip(scores, self.references, strict=True):
-            rounding = _FLOAT32 / max(score * (1 - score), _FLOAT32) if scale == "logit" else 0.0
-            if abs(on_scale(score, scale) - value) > most(value) + rounding:
+            most = _HALF_PRECISION * max(1.0, abs(value)) if half else _TOLERANCE
+            most += _FLOAT32 / max(score * (1 - score), _FLOAT32) if scale == "logit" else 0.0
+            if abs(on_scale(score, scale) - value) > most:
                 return False
         return True
 
@@ -189,7 +190,7 @@ class Calibrated(Scorer):
         ConfigError: At construction, the file can't be read, or the scorer is a `FallbackScorer`: calibrate each of
             its scorers. With the first call, the file was fitted for another model, template or instruction: the
             scores of its reference pairs differ by more than 1e-3. By no more than half precision explains, and with
-            nothing else known to differ: one logged warning. Later, an instruction that a call brings.
+            nothing else known to differ: one logged warning.
 
     Platt's curve leaves the order of the documents as it is. An isotonic one has steps: documents on one step have
     equal scores and stay in retrieval order.
@@ -208,7 +209,7 @@ class Calibrated(Scorer):
         queries, documents, _ = zip(*self._calibration.references, strict=True)
         self._references = queries, documents
         self._scale: str | None = None  # of the scorer's scores; None before they were compared
-        self.accepts_instruction, self.remote = scorer.accepts_instruction, scorer.remote
+        self.remote = scorer.remote
 
     @property
     def model_name(self) -> str:
@@ -232,31 +233,20 @@ class Calibrated(Scorer):
         probes = self.score(*zip(*PROBES, strict=True), deadline=deadline) if identity.probes else ()
         return replace(identity, facts={**identity.facts, "calibration": curve}, probes=probes)
 
-    # Any: a scorer takes from another what was prepared for it.
-    def _score(self, queries: Any, documents: Any, until: float | None, instruction: str | None = None) -> list[float]:
-        self._refuse(instruction)
+    # Any: a scorer takes from another what was prepared for it. No instruction: `accepts_instruction` says so.
+    def _score(self, queries: Any, documents: Any, until: float | None) -> list[float]:  # type: ignore[override]
         if self._scale is None:
             scores = self._scorer.score(*self._references, deadline=_left(until))
             self._scale = self._calibration.scale_of(scores, self._scorer, _left(until))
         with self._converted():
             return self._probabilities(self._scorer.score(queries, documents, deadline=_left(until)))
 
-    async def _ascore(
-        self, queries: Any, documents: Any, until: float | None, instruction: str | None = None
-    ) -> list[float]:
-        self._refuse(instruction)
+    async def _ascore(self, queries: Any, documents: Any, until: float | None) -> list[float]:  # type: ignore[override]
         if self._scale is None:
             scores = await self._scorer.ascore(*self._references, deadline=_left(until))
             self._scale = await asyncio.to_thread(self._calibration.scale_of, scores, self._scorer, _left(until))
         with self._converted():
             return self._probabilities(await self._scorer.ascore(queries, documents, deadline=_left(until)))
-
-    def _refuse(self, instruction: str | None) -> None:
-        if instruction is not None:
-            raise ConfigError(
-                "the calibration holds for the instruction that it was fitted with, not for one of a call. Calibrate a "
-                "scorer with this one: LocalScorer(..., instruction=...)"
-            )
 
     def _probabilities(self, scores: Sequence[float]) -> list[float]:
         scale = self._scale or self._calibration.scale

@@ -1,7 +1,6 @@
 """The score cache: one sqlite file, keyed by the scorer and the texts of query and document.
 
-Several processes may use it at once, and a process that is killed leaves it whole, with all in it that it had
-scored.
+Several processes may use it at once, and one that is killed leaves it whole, with all in it that it had scored.
 """
 
 import hashlib
@@ -10,7 +9,7 @@ import logging
 import os
 import sqlite3
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 
 from rag_rerank.errors import ConfigError
@@ -32,7 +31,7 @@ def default_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rag_rerank"
 
 
-class ScoreCache(AbstractContextManager["ScoreCache"]):
+class ScoreCache:
     """The scores of one scorer, and how long its calls took; a ConfigError where its file can't be used.
 
     Without a folder they are kept in memory, as long as this object is open.
@@ -79,10 +78,8 @@ class ScoreCache(AbstractContextManager["ScoreCache"]):
 
     def scores(self, query: str, documents: Sequence[str]) -> list[float | None]:
         """Look up the score of each document, None where it is not known."""
-        return [
-            self._look_up("SELECT score FROM scores WHERE pair = ?", self._key(query, document))
-            for document in documents
-        ]
+        statement = "SELECT score FROM scores WHERE pair = ?"
+        return [self._look_up(statement, self._key(query, document)) for document in documents]
 
     def seconds(self, query: str, documents: Sequence[str]) -> float | None:
         """Look up how long a call with these very documents took in this place, None if there was none."""
@@ -112,9 +109,6 @@ class ScoreCache(AbstractContextManager["ScoreCache"]):
         """Close the file."""
         self._database.close()
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
     @contextmanager
     def _transaction(self) -> Iterator[None]:
         with self._database:  # commits, or rolls back
@@ -134,6 +128,5 @@ class ScoreCache(AbstractContextManager["ScoreCache"]):
     def _key(self, *texts: str) -> bytes:
         """16 bytes that no other scorer or sequence of texts has."""
         encoded = [text.encode("utf-8", "surrogatepass") for text in texts]
-        return hashlib.blake2b(
-            b"".join(b"%d " % len(data) + data for data in encoded), digest_size=16, key=self._salt
-        ).digest()
+        joined = b"".join(b"%d " % len(data) + data for data in encoded)
+        return hashlib.blake2b(joined, digest_size=16, key=self._salt).digest()

@@ -5,7 +5,6 @@ query stand or fall together.
 """
 
 import json
-import math
 import shlex
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -20,8 +19,8 @@ from sklearn.model_selection import GroupKFold
 
 from rag_rerank.calibration import Calibration, Curve, known_facts, on_scale
 from rag_rerank.errors import ConfigError
+from rag_rerank.evaluation.measures import CONFIDENCE, SEED
 from rag_rerank.evaluation.results import Evaluation, Kept, keep
-from rag_rerank.evaluation.significance import CONFIDENCE, SEED
 from rag_rerank.identity import PROBES
 from rag_rerank.scorer import Scorer
 
@@ -69,12 +68,9 @@ class Quality:
 class Target:
     """The threshold for a wanted precision or recall.
 
-    Attributes:
-        kind, wanted: What for.
-        threshold: It, and where it lies in bootstrap draws of the queries; None where there is none.
-        elsewhere: The precision or recall of these candidates, and what queries left out of a draw got at the draw's
-            threshold.
-        why_not: Why the data can't tell; empty where it can.
+    `threshold` has its interval over bootstrap draws of the queries. `elsewhere` is the precision or recall of these
+    candidates, and the interval of what queries left out of a draw got at the draw's threshold. `why_not` says why the
+    data can't tell, and is empty where it can.
     """
 
     kind: Kind
@@ -141,13 +137,13 @@ def calibrate(found: Evaluation, scorer: Scorer) -> Calibrating:
             what is relevant, or a scorer of several.
         BackendError: As `Scorer.score`.
     """
-    identity, system, depth = scorer.identity(), found.systems[0], found.depths[-1]
+    identity, rows = scorer.identity(), found.systems[0].scores
     if not identity.steady:
         raise ConfigError("several scorers answer here: calibrate each of them, then join them in a FallbackScorer")
     triples = [
-        (score, found.collection.judgments[query].get(name), number)
-        for number, (query, names) in enumerate(found.candidates.items())
-        for name, score in zip(names[:depth], system.scores[query], strict=True)
+        (score, found.collection.judgments[query].get(name), query)
+        for query, row in rows.items()
+        for name, score in zip(found.candidates[query], row, strict=False)
         if score is not None
     ]
     if not triples:
@@ -161,28 +157,24 @@ def calibrate(found: Evaluation, scorer: Scorer) -> Calibrating:
     known = [on_scale(score, scale) for score in scorer.score(asked, answers)]
     data = {
         "collection": found.collection.name,
-        "candidates": f"first {depth} by {found.first_stage}",
-        "queries": len(found.candidates),
+        "candidates": f"first {found.depths[-1]} by {found.first_stage}",
+        "queries": len(rows),
         "pairs": len(scores),
         "relevant": int(pairs.relevant.sum()),
         "unjudged": grades.count(None),
     }
     references = list(zip(asked, answers, known, strict=True))
-    calibration = Calibration(known_facts(scorer, identity), references, scale, curve, data)
-    probabilities = {
-        query: [None if score is None else curve.probability(on_scale(score, scale)) for score in row]
-        for query, row in system.scores.items()
-    }
-    base = float(pairs.relevant.mean())
-    raw = over(Curve("platt", [(0.0, 0.0), (1.0, 1.0)]), pairs.values)
+    predicted, base = over(curve, pairs.values), float(pairs.relevant.mean())
+    each = iter(predicted.tolist())
+    probabilities = {query: [None if score is None else next(each) for score in row] for query, row in rows.items()}
     return Calibrating(
-        calibration,
+        Calibration(known_facts(scorer, identity), references, scale, curve, data),
         base,
-        -base * math.log(base) - (1 - base) * math.log1p(-base),
-        quality(pairs, raw),
+        float(log_losses(np.full(len(scores), base), pairs.relevant).mean()),
+        quality(pairs, over(Curve("platt", [(0.0, 0.0), (1.0, 1.0)]), pairs.values)),
         quality(pairs, left_out),
-        [keep(f"score_threshold={each}", found.collection, found.candidates, probabilities) for each in THRESHOLDS],
-        [target(pairs, over(curve, pairs.values), kind, wanted) for kind, wanted in TARGETS],
+        [keep(f"score_threshold={at}", found.collection, found.candidates, probabilities) for at in THRESHOLDS],
+        [target(pairs, predicted, kind, wanted) for kind, wanted in TARGETS],
     )
 
 
@@ -235,8 +227,7 @@ def over(curve: Curve, values: Floats) -> Floats:
 
 def log_losses(predicted: Floats, relevant: Any) -> Floats:
     """Give each pair's loss in nats."""
-    losses: Floats = -np.log(np.clip(np.where(relevant == 1, predicted, 1 - predicted), 1e-15, 1))
-    return losses
+    return np.asarray(-np.log(np.clip(np.where(relevant == 1, predicted, 1 - predicted), 1e-15, 1)))
 
 
 def quality(pairs: Pairs, predicted: Floats) -> Quality:
@@ -246,8 +237,7 @@ def quality(pairs: Pairs, predicted: Floats) -> Quality:
     """
     places = np.minimum((predicted * 10).astype(int), 9)
     bins = []
-    for place in np.unique(places):
-        inside = places == place
+    for inside in (places == place for place in np.unique(places)):
         size, mean = int(inside.sum()), float(np.clip(predicted[inside].mean(), 1e-9, 1 - 1e-9))
         low, high = betabinom.interval(CONFIDENCE, size, mean * size, (1 - mean) * size)
         bins.append(Bin(size, mean, float(pairs.relevant[inside].mean()), float(low) / size, float(high) / size))
@@ -270,7 +260,8 @@ def target(pairs: Pairs, predicted: Floats, kind: Kind, wanted: float) -> Target
         return kept, right / np.maximum(kept if kind == "precision" else right[-1], 1)
 
     thresholds, elsewhere = [], []
-    for number, drawn in enumerate(pairs.draws[:, queries]):
+    for number, each in enumerate(pairs.draws):
+        drawn = each[queries]
         kept, reached = shares(drawn)
         enough = np.flatnonzero(reached >= wanted)
         chosen = int(enough[-1 if kind == "precision" else 0]) if len(enough) else None

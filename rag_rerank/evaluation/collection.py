@@ -79,13 +79,7 @@ def _texts(paths: Sequence[Path]) -> Iterator[tuple[str, str]]:
     """Yield (id, title and text) of every row."""
     names = set()
     for path in paths:
-        for place, row in rows(path, ("_id", "title", "text")):
-            try:
-                name, text, title = row["_id"], row["text"], row.get("title") or ""
-                if not (isinstance(name, str) and isinstance(text, str) and isinstance(title, str)):
-                    raise TypeError("_id and text must be strings")  # noqa: TRY301 - joins the other ways
-            except (KeyError, TypeError) as error:
-                raise ConfigError(f"{place}: not an object with _id and text ({error})") from error
+        for place, name, title, text in rows(path, {"_id": str, "title": str | None, "text": str}):
             if name in names:
                 raise ConfigError(f"{place}: the id {name!r} is there twice")
             names.add(name)
@@ -99,10 +93,7 @@ def read_labelled(path: Path) -> tuple[Collection, Run]:
         ConfigError: The file can't be read or a line is not so; the message has its number.
     """
     judgments: dict[str, dict[str, int]] = {}
-    for place, row in rows(path, ("query", "document", "relevant")):
-        query, document, grade = (row.get(name) for name in ("query", "document", "relevant"))
-        if not (isinstance(query, str) and isinstance(document, str) and isinstance(grade, int)):
-            raise ConfigError(f"{place}: not query and document as text and relevant as a whole number, true or false")
+    for _, query, document, grade in rows(path, {"query": str, "document": str, "relevant": int}):
         judgments.setdefault(query, {})[document] = int(grade)
     documents = {document: document for grades in judgments.values() for document in grades}
     run = {query: dict.fromkeys(grades, 0.0) for query, grades in judgments.items()}

@@ -12,10 +12,9 @@ import jinja2
 
 from rag_rerank import __version__
 from rag_rerank.evaluation import plots
-from rag_rerank.evaluation.measures import mean
+from rag_rerank.evaluation.measures import CONFIDENCE, RESAMPLES, mean
 from rag_rerank.evaluation.results import GAIN, Evaluation, System
 from rag_rerank.evaluation.scoring import TIMED_QUERIES
-from rag_rerank.evaluation.significance import CONFIDENCE, RESAMPLES
 
 if TYPE_CHECKING:
     from rag_rerank.evaluation.calibrating import Calibrating
@@ -50,39 +49,24 @@ class Case(NamedTuple):
 
 def render(found: "Evaluation | Calibrating") -> str:
     """Render the report as HTML; importing this module raises a ConfigError if matplotlib is not installed."""
-    if isinstance(found, Evaluation):
-        return _report(found)
-    return _page("calibration", found=found, reliability=plots.reliability(found), marks=[plots.mark(0), plots.mark(1)])
-
-
-def _report(evaluation: Evaluation) -> str:
-    systems = evaluation.systems
-    return _page(
-        "report",
-        evaluation=evaluation,
-        mean=mean,
-        by_depth=plots.quality_by_depth(evaluation) if systems else None,
-        by_latency=plots.quality_by_latency(evaluation),
-        gains=[plots.gains(evaluation, number) for number in range(len(systems))],
-        marks=[plots.mark(number) for number in range(len(systems))],
-        cases=[worst_and_best(evaluation, system) for system in systems],
-        kept=max(map(len, evaluation.candidates.values())),
-        timed=any(level.latency for system in systems for level in system.levels),
-        ndcg=any("ndcg" in name.lower() for name in evaluation.measures),
-        ndcg_gain=GAIN,
-        timed_queries=TIMED_QUERIES,
-        resamples=RESAMPLES,
-    )
-
-
-def _page(name: str, **values: Any) -> str:
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters |= {"value": _value, "signed": _signed, "milliseconds": _milliseconds, "count": _count}
-    date = datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z")
-    values |= {"confidence": round(100 * CONFIDENCE), "version": __version__, "date": date}
-    return environment.get_template(f"{name}.html.jinja").render(values)
+    return environment.get_template(
+        "report.html.jinja" if isinstance(found, Evaluation) else "calibration.html.jinja"
+    ).render(
+        found=found,
+        plots=plots,
+        worst_and_best=worst_and_best,
+        mean=mean,
+        gain_of_ndcg=GAIN,
+        timed_queries=TIMED_QUERIES,
+        resamples=RESAMPLES,
+        confidence=round(100 * CONFIDENCE),
+        version=__version__,
+        date=datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"),
+    )
 
 
 def worst_and_best(evaluation: Evaluation, system: System, most: int = 20) -> tuple[list[Case], list[Case]]:

@@ -8,9 +8,8 @@ from typing import Any
 from rag_rerank import __version__
 from rag_rerank.errors import ConfigError
 from rag_rerank.evaluation.collection import Collection
-from rag_rerank.evaluation.measures import mean
+from rag_rerank.evaluation.measures import CONFIDENCE, RESAMPLES, SEED, Comparison, mean
 from rag_rerank.evaluation.scoring import Latency, Scores
-from rag_rerank.evaluation.significance import CONFIDENCE, RESAMPLES, SEED, Comparison
 from rag_rerank.ranking import Ranking
 
 Values = Mapping[str, Mapping[str, float]]
@@ -180,11 +179,11 @@ class Evaluation:
 
     def run(self, system: System) -> dict[str, list[tuple[str, float | None]]]:
         """List (document id, score) as a system orders them, for `write_run`; None behind the deepest depth."""
-        rankings = {}
-        for query, candidates in self.candidates.items():
-            scores = dict(zip(candidates, system.scores[query], strict=False))
-            rankings[query] = [(document, scores.get(document)) for document in self.ranking(system, query)]
-        return rankings
+        scores = {query: dict(zip(self.candidates[query], row, strict=False)) for query, row in system.scores.items()}
+        return {
+            query: [(document, known.get(document)) for document in self.ranking(system, query)]
+            for query, known in scores.items()
+        }
 
     def as_json(self) -> dict[str, Any]:
         """Collect everything but the texts, for `json.dump`; seconds, not milliseconds."""
@@ -203,31 +202,29 @@ class Evaluation:
             "before": {"means": _means(self.before), "per_query": self.before},
             "ceilings": {str(depth): _means(values) for depth, values in self.ceilings.items()},
             "retrieval_seconds": self.retrieval and asdict(self.retrieval),
-            "systems": [self._system(system) for system in self.systems],
+            "systems": [
+                {
+                    **{name: getattr(system, name) for name in ("name", "pairs_scored", "pairs_cached", "rejected")},
+                    "verdict": system.deepest.gains[self.measure].verdict,
+                    "enough_depth": system.enough(self.measure).depth,
+                    "kept": [asdict(each) for each in system.kept],
+                    "depths": [_level(each) for each in system.levels],
+                }
+                for system in self.systems
+            ],
             "between": [{"first": one, "second": two, "gains": _gains(gains)} for one, two, gains in self.between],
         }
 
-    def _system(self, system: System) -> dict[str, Any]:
-        return {
-            "name": system.name,
-            "verdict": system.deepest.gains[self.measure].verdict,
-            "enough_depth": system.enough(self.measure).depth,
-            "pairs_scored": system.pairs_scored,
-            "pairs_cached": system.pairs_cached,
-            "rejected": system.rejected,
-            "kept": [asdict(each) for each in system.kept],
-            "depths": [
-                {
-                    "depth": level.depth,
-                    "means": _means(level.values),
-                    "gains": _gains(level.gains),
-                    "against_deepest": _gains(level.against_deepest),
-                    "seconds_per_query": level.latency and asdict(level.latency),
-                    "per_query": level.values,
-                }
-                for level in system.levels
-            ],
-        }
+
+def _level(level: Level) -> dict[str, Any]:
+    return {
+        "depth": level.depth,
+        "means": _means(level.values),
+        "gains": _gains(level.gains),
+        "against_deepest": _gains(level.against_deepest),
+        "seconds_per_query": level.latency and asdict(level.latency),
+        "per_query": level.values,
+    }
 
 
 def _means(values: Values) -> dict[str, float]:

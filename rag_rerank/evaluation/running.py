@@ -10,11 +10,10 @@ from pathlib import Path
 from rag_rerank.errors import ConfigError
 from rag_rerank.evaluation.cache import default_folder
 from rag_rerank.evaluation.collection import Collection
-from rag_rerank.evaluation.measures import DEFAULT_MEASURES, Measurer, Run
+from rag_rerank.evaluation.measures import DEFAULT_MEASURES, Comparison, Measurer, Run, compare
 from rag_rerank.evaluation.results import Evaluation, Level, System, Values, ideal, keep, ranking, reranked
 from rag_rerank.evaluation.retrieval import BM25
 from rag_rerank.evaluation.scoring import Latency, ScoringRun
-from rag_rerank.evaluation.significance import Comparison, compare
 from rag_rerank.evaluation.trec import best_first
 from rag_rerank.scorer import Scorer
 

@@ -50,11 +50,8 @@ class Latency:
 class ScoringRun:
     """Scores the candidates of one query after the other, and of many at once when enough calls were timed.
 
-    Args:
-        scorer: It stays open.
-        depths: Ascending.
-        folder: Where scores are kept; None keeps none, and so does a scorer of several, any of which may answer.
-        deadline: Seconds that a call may take.
+    Depths ascend; a call may take `deadline` seconds. The scorer stays open. Scores are not kept without a `folder`,
+    or if another scorer may answer from call to call.
 
     Attributes:
         scores: Query id to the scores of its candidates.

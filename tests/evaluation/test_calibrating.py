@@ -176,7 +176,13 @@ class TestCommand:
             command, capture_output=True, text=True, check=False, env=environment, cwd=tmp_path, timeout=300
         )
         assert done.returncode == 0, done.stderr
-        for said in ("6 queries, 36 candidates", "6 relevant", "log loss", "the data can't tell", "score_threshold=0.5"):
+        for said in (
+            "6 queries, 36 candidates",
+            "6 relevant",
+            "log loss",
+            "the data can't tell",
+            "score_threshold=0.5",
+        ):
             assert said in done.stdout
         assert "pooler-config" not in done.stdout  # MiniLM is no cross-encoder
         with LocalScorer(minilm_folder(), dtype="float32") as scorer:
@@ -193,7 +199,10 @@ class TestCommand:
     def test_a_line_that_is_no_labelled_pair_is_named(self, tmp_path: Path, row: dict[str, Any]):
         path = tmp_path / "pairs.jsonl"
         path.write_text(json.dumps({"query": "q", "document": "d", "relevant": 1}) + "\n" + json.dumps(row))
-        with pytest.raises(ConfigError, match=r"pairs\.jsonl, line 2: not query and document"):
+        with pytest.raises(
+            ConfigError,
+            match=r"pairs\.jsonl, line 2: not an object with query \(str\), document \(str\), relevant \(int\)",
+        ):
             read_labelled(path)
 
 

@@ -52,7 +52,7 @@ class TestInterval:
         """To bound the memory; the interval is as good."""
         differences = [0.1, -0.2, 0.3, 0.0] * 25
         (whole,) = compare([differences])
-        monkeypatch.setattr("rag_rerank.evaluation.significance._NUMBERS_DRAWN", 1)
+        monkeypatch.setattr("rag_rerank.evaluation.measures._NUMBERS_DRAWN", 1)
         (parts,) = compare([differences], resamples=2000)
         assert (parts.low, parts.high) == pytest.approx((whole.low, whole.high), abs=0.01)
 
