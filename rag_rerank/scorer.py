@@ -143,7 +143,7 @@ class Scorer(Closeable, ABC):
         if not self._facts_suffice:
             queries, documents = zip(*PROBES, strict=True)
             probes = self.score(queries, documents, deadline=math.inf if until is None else until - time.monotonic())
-        return Identity(self._common_facts() | self._facts(until), probes)
+        return Identity(self._common_facts() | self._facts(until), probes, name=short_name(self.model_name))
 
     def _common_facts(self) -> dict[str, str]:
         kind = type(self)

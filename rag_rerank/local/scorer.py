@@ -242,9 +242,9 @@ class LocalScorer(Scorer):
         return model
 
     def _facts(self, until: float | None) -> dict[str, str]:
-        folder = Path(self.model_name)  # where it lies is no fact: a run may go on on another machine
-        name = short_name(str(folder.resolve())) if folder.is_dir() else self.model_name
-        return {"model": name, **self._loaded(until).facts}
+        model = self._loaded(until)
+        name = "a folder" if Path(self.model_name).is_dir() else self.model_name  # wherever it lies
+        return {"model": name, **model.facts}
 
     def _close(self) -> None:
         if self._process == os.getpid():
