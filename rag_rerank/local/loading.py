@@ -235,7 +235,7 @@ class _Loading:
         route = self.checkpoint.declaration.document
         head = self._head(route, self.settings.query_prompt)
         model = self._model(AutoModel)
-        self._choose_template(needed=False)
+        self._choose_template(needed=not self.checkpoint.declaration.modular)
         plain = self._plain(model)
         reference = self._reference(model, lambda sequence: relevance(head(plain.states([sequence]))))
         transformer = self._transformer(model)
