@@ -7,7 +7,7 @@ transformers has for them. What such a config asks for and transformers' archite
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any, cast
+from typing import Any
 
 from torch import Tensor
 from transformers import (
@@ -35,7 +35,10 @@ _FLASH_NAMES = {
     "mlp.fc2": "output.dense",
     "norm2": "output.LayerNorm",
 }
-_FLASH_CLASSES = {AutoModel: XLMRobertaModel, AutoModelForSequenceClassification: XLMRobertaForSequenceClassification}
+_FLASH_CLASSES: Mapping[Any, Any] = {
+    AutoModel: XLMRobertaModel,
+    AutoModelForSequenceClassification: XLMRobertaForSequenceClassification,
+}
 _POOLINGS = {"avg": "mean", "cls": "cls", "last": "lasttoken"}
 
 
@@ -56,7 +59,7 @@ def _config(content: Mapping[str, Any], model_type: str, changed: Mapping[str, A
     if model_type not in CONFIG_MAPPING:
         raise ValueError(f"this version of transformers has no {model_type}; upgrade it")
     fields = {key: value for key, value in content.items() if key not in ("auto_map", "model_type")}
-    return cast("type[PreTrainedConfig]", CONFIG_MAPPING[model_type]).from_dict({**fields, **changed})
+    return CONFIG_MAPPING[model_type].from_dict({**fields, **changed})
 
 
 def _only(content: Mapping[str, Any], **supported: object) -> None:
