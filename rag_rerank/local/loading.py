@@ -107,6 +107,8 @@ def _kind(checkpoint: Checkpoint) -> str:
         return "causal"
     if architecture.endswith("ForConditionalGeneration") and reads_images:
         return "vision"
+    if architecture.endswith("T5ForConditionalGeneration"):
+        return "sequence-to-sequence"
     if not architecture.endswith("ForSequenceClassification"):
         raise ConfigError(
             f"{checkpoint.name!r} is a {architecture}: neither a *ForSequenceClassification nor a *ForCausalLM nor a "

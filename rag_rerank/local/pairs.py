@@ -11,6 +11,7 @@ from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
+    AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
     PreTrainedModel,
 )
@@ -26,12 +27,14 @@ from rag_rerank.local.models.cross_encoder import (
     last_token_head,
     make_head_precise,
     relevance,
+    whole_parts,
 )
 from rag_rerank.local.models.decoder import answer_head, causal_parts, keep_answers, score_row, token_ids
 from rag_rerank.local.models.encoding import Truncation
 from rag_rerank.local.models.layers import activation, config_activation
 from rag_rerank.local.models.model import ScoreType
 from rag_rerank.local.models.prompts import ChatPrompts, Prompts
+from rag_rerank.local.models.sequence_to_sequence import FirstStep
 from rag_rerank.local.models.vision.processor import ImageProcessor
 from rag_rerank.local.models.vision.prompts import ImagePrompts
 from rag_rerank.local.models.vision.transformer import VisionTransformer
@@ -60,11 +63,19 @@ class PairLoading(Loading):
         keep_answers(model, ids)
         return self._pair_model(model, lambda model: causal_parts(model, self.plain(model.base_model)))
 
+    def sequence_to_sequence(self) -> ScoreType:
+        """Load an encoder with a decoder that answers with a word."""
+        ids = self._answers()
+        model = self.load(AutoModelForSeq2SeqLM)
+        pad_id, batching = self.checkpoint.tokenizer.pad_token_id, choose_batching(self.device)
+        FirstStep.of(model, pad_id, batching, ids)  # has it compute no more than these
+        return self._pair_model(model, lambda model: whole_parts(model, FirstStep.of(model, pad_id, batching)))
+
     def modular(self) -> ScoreType:
         """Load a transformer with a head of modules."""
         route = self.checkpoint.declaration.document
         model = self.load(AutoModel)
-        self._choose_template(needed=False)
+        self._choose_template(needed=not self.checkpoint.declaration.modular)
         share = cast("Pooling", route.pooling).modes == ("lasttoken",)  # there is but one state of each shared token
 
         def take_apart(model: PreTrainedModel) -> Parts:

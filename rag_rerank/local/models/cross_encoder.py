@@ -97,20 +97,19 @@ def _in_float32(_: object, arguments: tuple[Any, ...], options: dict[str, Any]) 
 
 def classifier_parts(model: Any, pad_id: int | None, batching: Batching) -> Parts:
     """Take a ``*ForSequenceClassification`` apart; where its head is not known, all of it is its body."""
-    body, score = model.base_model, getattr(model, "score", None)
-    whole, logits = Whole.of(model, pad_id, batching), _relevance_of(lambda states: states.tokens)
+    score, whole = getattr(model, "score", None), whole_parts(model.base_model, Whole.of(model, pad_id, batching))
     # A checkpoint's own code may read its score from elsewhere (nemotron: the mean): that runs as it is.
     if isinstance(score, torch.nn.Linear) and from_transformers(model):
         # Padded, too, its last token is where we know it to be; transformers looks for a token that is no padding.
-        plain, last = Padded(body, pad_id or 0, batching), last_token_head(score.weight)
-        alone = replace(whole, equal=True)
-        return Parts(body, last, plain, last, lambda sequence: logits(alone.states([sequence])))
-    head = classification_head(model)
-    return Parts(body, None if head is None else _relevance_of(head), whole, logits)
+        plain, head = Padded(whole.body, pad_id or 0, batching), last_token_head(score.weight)
+        return Parts(whole.body, head, plain, head, whole.outputs)
+    known = classification_head(model)
+    return whole if known is None else replace(whole, head=lambda states: relevance(known(states).float()))
 
 
-def _relevance_of(head: Head) -> Head:
-    return lambda states: relevance(head(states).float())
+def whole_parts(body: Any, plain: Padded) -> Parts:
+    """Take a model for what gives its logits as states."""
+    return Parts(body, None, plain, lambda states: relevance(states.tokens.float()))
 
 
 def last_token_head(rows: Tensor) -> Head:

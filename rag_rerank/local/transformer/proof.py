@@ -85,13 +85,11 @@ class Parts:
             return None
         return replace(made, share=made.share and self.share), self.head
 
-    def outputs(self, sequences: Sequence[TokenSequence]) -> Tensor:
-        """Run sequences alone, one that occurs twice once."""
-        plain = replace(self.plain, equal=True)
-        alone = self.alone or (lambda sequence: self.plain_head(plain.states([sequence])))
-        with _NothingRandom():  # type: ignore[no-untyped-call]
-            made = {id(each.ids): alone(each).float() for each in {id(each.ids): each for each in sequences}.values()}
-        return torch.cat([made[id(each.ids)] for each in sequences])
+    def outputs(self, sequence: TokenSequence) -> Tensor:
+        """Run a sequence alone, by plain transformers."""
+        if self.alone is not None:
+            return self.alone(sequence)
+        return self.plain_head(replace(self.plain, equal=True).states([sequence]))
 
 
 @torch.inference_mode()
@@ -113,12 +111,12 @@ def prove(
     stacks, tolerance = _stacks(model), TOLERANCE
     try:
         small = _copy(model, stacks, sorted(words))
-        expected = take_apart(small).outputs(sequences)
+        expected = _alone(take_apart(small), sequences)
     except torch.OutOfMemoryError:
         raise
     except FAILURES:  # not every model can be shortened, or computes in another format than its own
         small, precise, tolerance = model, own, _FORMATS.get(own[1], TOLERANCE)
-        expected = take_apart(small).outputs(sequences)
+        expected = _alone(take_apart(small), sequences)
     differences: dict[Path, float] = {}
     for path in paths:
         seen = _difference(take_apart(_copy(small)), path, sequences, expected, limit)
@@ -135,6 +133,13 @@ def prove(
         "what it gives for a pair alone and in a batch differs by more than rounding "
         f"({tolerance:g} of its size; {tried}). Use another model; verify=False scores it nevertheless"
     )
+
+
+def _alone(parts: Parts, sequences: Sequence[TokenSequence]) -> Tensor:
+    different = {id(each.ids): each for each in sequences}
+    with _NothingRandom():  # type: ignore[no-untyped-call]
+        made = {key: parts.outputs(each).float() for key, each in different.items()}
+    return torch.cat([made[id(each.ids)] for each in sequences])
 
 
 def _difference(
