@@ -127,12 +127,16 @@ def convert(
         )
     modular = checkpoint.declaration.document.pooling is not None
     made = _modular(checkpoint, weights) if modular else _causal(checkpoint, weights, tokens)
-    declared = checkpoint.declaration
-    said = {**(declared.document.chat.variables if declared.document.chat else {}), "instruction": declared.instruction}
+    declared, route = checkpoint.declaration, checkpoint.declaration.document
+    said: dict[str, Any] = {"instruction": declared.instruction, "prompt": route.prompt or None}
+    said |= route.chat.variables if route.chat else {}
     said = {name: value for name, value in said.items() if value is not None}
     if said and template is None:
-        why = f"it declares {said} for its chat template, and a classifier has no place for that"
-        _refuse(checkpoint, f"{why}; pass template= with it written in")
+        _refuse(
+            checkpoint, f"it declares {said}, which a classifier has no place for; pass template= with it written in"
+        )
+    if route.lower_case:
+        _refuse(checkpoint, "it declares do_lower_case, which a classifier has no place for")
     staging = target.with_name(f".{target.name}-{secrets.token_hex(4)}")
     try:
         staging.mkdir(parents=True)
@@ -195,7 +199,7 @@ def _modular(checkpoint: Checkpoint, weights: Weights) -> _Classifier:
         layout = _DECODER
     if layout is None or declared.kind != "cross-encoder":
         _refuse(checkpoint, f"no classifier is known for a {declared.kind} of the type {config.model_type}")
-    extras = {"a prompt": route.prompt, "a chat template": route.chat, "do_lower_case": route.lower_case}
+    extras = {"a prompt": route.prompt, "a chat template": route.chat}
     for what, declares in {**extras, "layers before the pooling": route.token_layers}.items():
         if declares:
             _refuse(checkpoint, f"it declares {what}, which a classifier has no place for")
