@@ -67,9 +67,9 @@ class PairLoading(Loading):
         """Load an encoder with a decoder that answers with a word."""
         ids = self._answers()
         model = self.load(AutoModelForSeq2SeqLM)
+        keep_answers(model, ids)
         pad_id, batching = self.checkpoint.tokenizer.pad_token_id, choose_batching(self.device)
-        FirstStep.of(model, pad_id, batching, ids)  # has it compute no more than these
-        return self._pair_model(model, lambda model: whole_parts(model, FirstStep.of(model, pad_id, batching)))
+        return self._pair_model(model, lambda model: whole_parts(model, FirstStep(model, pad_id or 0, batching)))
 
     def modular(self) -> ScoreType:
         """Load a transformer with a head of modules."""

@@ -53,11 +53,14 @@ def token_ids(tokenizer: "PreTrainedTokenizerBase", tokens: Sequence[str], name:
 
 
 def keep_answers(model: "PreTrainedModel", ids: Sequence[int]) -> None:
-    """Leave of a causal model's output layer the rows of the tokens `ids`."""
+    """Leave of a model's output layer the rows of the tokens `ids`, computed in float32."""
     output: Any = model.get_output_embeddings()  # type: ignore[no-untyped-call]
+    kept = torch.nn.Linear(1, 1, bias=False, device="meta")  # draws no random numbers
     for name in ("weight", "bias"):
-        if (weight := getattr(output, name, None)) is not None:
-            setattr(output, name, torch.nn.Parameter(weight[list(ids)].detach(), requires_grad=False))
+        if (rows := getattr(output, name, None)) is not None:
+            setattr(kept, name, torch.nn.Parameter(rows[list(ids)].detach().float(), requires_grad=False))
+    kept.register_forward_pre_hook(lambda _, states: (states[0].float(),))
+    model.set_output_embeddings(kept)  # type: ignore[no-untyped-call]
 
 
 def causal_parts(model: Any, plain: Padded) -> Parts:
@@ -74,13 +77,14 @@ def causal_parts(model: Any, plain: Padded) -> Parts:
 def answer_head(model: "PreTrainedModel") -> Head:
     """Make of a causal model's last state its logit, or the difference of two; see `keep_answers`."""
     output: Any = model.get_output_embeddings()  # type: ignore[no-untyped-call]
-    rows, bias = output.weight.detach().float(), getattr(output, "bias", None)
     options = {name: getattr(model.config.get_text_config(), name, None) for name in LOGIT_OPTIONS}
     scale = (options["logit_scale"] or 1) * (options["lm_head_multiplier"] or 1) / (options["logits_scaling"] or 1)
     cap = options["final_logit_softcapping"] or options["logits_soft_cap"] or options["output_logit_soft_cap"]
 
     def head(states: States) -> Tensor:
-        logits = (states.last().float() @ rows.to(states.tokens.device).T + (0 if bias is None else bias)) * scale
+        device = states.tokens.device
+        bias = None if output.bias is None else output.bias.to(device)
+        logits = torch.nn.functional.linear(states.last().float(), output.weight.to(device), bias) * scale
         return relevance(logits if cap is None else cap * torch.tanh(logits / cap))
 
     return head
