@@ -5,7 +5,6 @@ query have in common is in it once: a decoder's states of a prefix do not depend
 """
 
 import itertools
-import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -174,14 +173,14 @@ class _Runner(ABC):
 
     def batches(self, sequences: Sequence[TokenSequence], token_budget: int) -> list[list[int]]:
         """Group sequences, those on each side of the limit apart."""
-        found = []
-        for beyond in (False, True):
-            side = [
-                place for place, each in enumerate(sequences) if (len(each.ids) > (self.limit or sys.maxsize)) is beyond
-            ]
-            batches = self._batches([sequences[place] for place in side], token_budget)
-            found += [[side[item] for item in batch] for batch in batches]
-        return found
+        sides: dict[bool, list[int]] = {}
+        for place, each in enumerate(sequences):
+            sides.setdefault(self.limit is not None and len(each.ids) > self.limit, []).append(place)
+        return [
+            [side[item] for item in batch]
+            for side in sides.values()
+            for batch in self._batches([sequences[place] for place in side], token_budget)
+        ]
 
     @abstractmethod
     def _batches(self, sequences: Sequence[TokenSequence], token_budget: int) -> list[list[int]]:
