@@ -20,7 +20,7 @@ GAIN = "linear"
 
 def reranked(candidates: Sequence[str], scores: Scores, depth: int) -> list[str]:
     """Order the first `depth` candidates as `Scorer.rerank` does; those behind stay where they were."""
-    ranked = Ranking(None, None, "raise").rank(scores[:depth])
+    ranked = Ranking().rank(scores[:depth])
     return [candidates[item.index] for item in ranked] + list(candidates[depth:])
 
 
