@@ -1,7 +1,6 @@
 """Whether a server gives scores at all; each function looks at one thing and notes it in `CheckedServer.facts`."""
 
 import contextlib
-import shlex
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -185,14 +184,9 @@ def serve(server: CheckedServer) -> str:
     """Say how the model that a server serves is to be served; it must be of a known family."""
     family = server.family
     assert family is not None  # noqa: S101 - said above
-    checkpoint = shlex.quote(server.facts.checkpoint or server.facts.model)  # the server's words, to be pasted
-    command = f"vllm serve {checkpoint} {family.vllm_flags}".strip()
-    if family.template is None or "{template}" not in family.vllm_flags:
-        return f"Serve it so: {command}"
-    command = command.replace("{template}", family.template)
-    if "classifier_from_token" in command:
-        command += " (without --hf-overrides where `rag-rerank convert` wrote the model)"
-    return f"Serve it so: rag-rerank template show {family.name} > {family.template}; {command}"
+    commands = "; ".join(family.serve(server.facts.checkpoint or server.facts.model))
+    converted = " (without --hf-overrides where `rag-rerank convert` wrote the model)"
+    return f"Serve it so: {commands}{converted if 'classifier_from_token' in commands else ''}"
 
 
 def _refused(server: CheckedServer, why: str) -> Finding:

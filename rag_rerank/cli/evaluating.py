@@ -1,6 +1,5 @@
 """``rag-rerank eval`` and ``rag-rerank calibrate``."""
 
-import json
 import os
 import re
 from collections.abc import Callable, Iterator
@@ -20,11 +19,13 @@ from typer import Argument, Option
 from rag_rerank.cli.options import (
     DeviceOption,
     DtypeOption,
+    JSONFileOption,
     KeyOverHTTPOption,
     ScorerOptions,
     console,
     said_what_is_kept,
     takes_scorer,
+    write_json,
 )
 from rag_rerank.errors import ConfigError
 from rag_rerank.inputs import NEUTRAL
@@ -32,7 +33,6 @@ from rag_rerank.scorer import Scorer
 
 if TYPE_CHECKING:
     from rag_rerank.evaluation import Collection, Evaluation, Run
-    from rag_rerank.evaluation.calibrating import Calibrating
 
 _KEPT, _NOT_KEPT = "What was scored is kept: the same command goes on from there.\n", "Nothing was kept.\n"
 
@@ -60,7 +60,7 @@ def evaluate(
     measures: Annotated[
         str, Option(help="As ir-measures calls them. Verdicts are by the first.")
     ] = "nDCG@10,MRR@10,Recall@10,MAP",
-    as_json: Annotated[File, Option("--json", help="Write all figures to this file.")] = None,
+    as_json: JSONFileOption = None,
     trec_run: Annotated[File, Option(help="Write the reranked order to this file, as a TREC run.")] = None,
     html: Annotated[File, Option(help="Write a report with plots to this file.")] = None,
     cache: Annotated[File, Option(help="The folder that keeps scores; ~/.cache/rag_rerank if none.")] = None,
@@ -120,7 +120,7 @@ def calibrate(
     qrels: Annotated[File, Option(help="Judgments (BEIR or TREC), instead of the collection's.")] = None,
     depth: Annotated[int, Option(min=1, help="Candidates a query. What has no judgment counts as irrelevant.")] = 50,
     queries: Annotated[int | None, Option(min=1, help="Only the first so many.")] = None,
-    as_json: Annotated[File, Option("--json", help="Write all figures to this file.")] = None,
+    as_json: JSONFileOption = None,
     cache: Annotated[File, Option(help="The folder that keeps scores; ~/.cache/rag_rerank if none.")] = None,
     no_cache: Annotated[bool, Option("--no-cache", help="Score everything anew and keep nothing.")] = False,
 ) -> None:
@@ -159,7 +159,7 @@ def calibrate(
     found.calibration.save(out)
     show_calibration(found, str(out), console())
     typer.echo(f"wrote {out}", err=True)
-    _write_json(as_json, found)
+    write_json(as_json, found)
 
 
 def _collection(folder: File, run: File, qrels: File, deepest: int, *, bare: bool) -> "tuple[Collection, Run | None]":
@@ -226,18 +226,11 @@ def _check_files(*files: File, html: File = None) -> None:
         raise ConfigError("the report's plots need matplotlib: pip install 'rag-rerank[eval]'")
 
 
-def _write_json(path: File, figures: "Evaluation | Calibrating") -> None:
-    """Write all figures, if there is a file for them."""
-    if path is not None:
-        text = json.dumps(figures.as_json(), ensure_ascii=False, allow_nan=False, indent=1)
-        path.write_text(f"{text}\n", encoding="utf-8")
-
-
 def _write(evaluation: "Evaluation", as_json: File, trec_run: File, html: File) -> None:
     """Write the files; a run for each of several rerankers, with its name in the file's."""
     from rag_rerank.evaluation import write_run
 
-    _write_json(as_json, evaluation)
+    write_json(as_json, evaluation)
     runs = []
     if trec_run is not None:
         for system in evaluation.systems:

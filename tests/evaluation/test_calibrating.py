@@ -170,7 +170,7 @@ class TestCommand:
             for other, document in RELEVANT.items()
         ]
         (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
-        command = [sys.executable, "-m", "rag_rerank.cli", "calibrate", "pairs.jsonl", "--json", "figures.json"]
+        command = [sys.executable, "-m", "rag_rerank", "calibrate", "pairs.jsonl", "--json", "figures.json"]
         command += ["--model", str(minilm_folder()), "--dtype", "float32"]
         environment = {**os.environ, "COLUMNS": "100", "XDG_CACHE_HOME": str(tmp_path)}
         done = subprocess.run(
