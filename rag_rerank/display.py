@@ -15,13 +15,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rag_rerank.errors import ConfigError
-from rag_rerank.inputs.content import Content, Image, Input, Video, decode_base64, from_parts, parts_of
+from rag_rerank.inputs.content import Content, Image, Input, Video, from_mapping
 from rag_rerank.inputs.images import size_of, thumbnail
 from rag_rerank.inputs.multimodal import is_data, shown
 from rag_rerank.ranking import Ranked
 
 if TYPE_CHECKING:
-    import PIL.Image
     from rich.table import Table
 
 _COLUMNS = ("rank", "index", "moved", "score")  # and the document
@@ -159,7 +158,7 @@ def described(value: Input) -> str:
 
 def _parts(value: Input) -> Sequence[str | Image | Video]:
     if isinstance(value, Mapping):
-        value = from_parts(parts_of(value))
+        value = from_mapping(value)
     return value.parts if isinstance(value, Content) else (value,)
 
 
@@ -168,25 +167,18 @@ def _described(part: Image | Video) -> str:
     if isinstance(part, Image):
         kind, name = "image", f" {part.source.name}" if isinstance(part.source, Path) else ""
         with suppress(ConfigError):  # it is gone, or Pillow is: the rest is shown all the same
-            if (source := _source(part)) is not None:
+            if (source := part.held()) is not None:
                 kind += " {}x{}".format(*size_of(source))
     if part.url is not None and not is_data(part.url):
         name = f" {shown(part.url)}"
     return f"[{kind}]{name}"
 
 
-def _source(image: Image) -> "Path | bytes | PIL.Image.Image | None":
-    """Find what an image can be read from here; None where it is elsewhere: nothing is fetched."""
-    if image.source is None and image.url is not None and is_data(image.url):
-        return decode_base64(image.url.partition(",")[2])
-    return image.source
-
-
 def _thumbnail(document: Input) -> str:
     """Make a small copy of a document's first image that can be read here, if it has one."""
     with suppress(ConfigError):  # as above
         for part in _parts(document):
-            if isinstance(part, Image) and (source := _source(part)) is not None:
+            if isinstance(part, Image) and (source := part.held()) is not None:
                 return f'<img src="{thumbnail(source)}" alt="" style="max-height:64px;vertical-align:middle" /> '
     return ""
 

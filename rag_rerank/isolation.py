@@ -37,16 +37,9 @@ Pairs = tuple[Sequence[Prepared], Sequence[Prepared]]
 class Asking:
     """A call that asks a back end until each of its pairs has an outcome: the loop around it decides how to wait.
 
-    Args:
-        queries: One for all documents, or one each.
-        documents: The documents.
-        scorer: The `Scorer`. Where it is `listwise`, which may not be known before the first answer, documents of one
-            query are never asked about apart. Errors get its `model_name`.
-        located: Errors say for themselves what they concern; nothing is asked again.
-
-    Attributes:
-        pairs: What to ask next; None when there is nothing left to ask.
-        outcomes: One for each document, when there is nothing left to ask.
+    `pairs` is what to ask next, None when all is done; then `outcomes` has one for each document. Where a `Scorer` is
+    `listwise`, which may not be known before the first answer, documents of one query are never asked about apart.
+    Errors that are `located` say for themselves what they concern, and nothing is asked again.
     """
 
     def __init__(

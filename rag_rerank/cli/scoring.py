@@ -102,10 +102,13 @@ def rerank(
     if (num_actors, cpus_per_actor, gpus_per_actor, shard_lines) != (None, None, None, SHARD_LINES) and engine != "ray":
         raise ConfigError("--num-actors, --cpus-per-actor, --gpus-per-actor and --shard-lines go with --engine ray")
     if source is None and target is None and not (reorder or restart or strict or engine == "ray"):
-        limits = {"top_n": top_n, "score_threshold": score_threshold, "min_precision": min_precision}
         with chosen.make() as scorer:
             ask = partial(_answer, scorer, query, _read(documents, as_text=text), options, as_json=as_json)
-            ask(partial(scorer.rerank, **limits), lambda ranked: {"ranked": list(map(asdict, ranked))}, _ranked_table)
+            ask(
+                partial(scorer.rerank, **options.limits()),
+                lambda ranked: {"ranked": list(map(asdict, ranked))},
+                _ranked_table,
+            )
         return
     if source is None or target is None:
         raise ConfigError("pass both --in and --out; --reorder, --restart, --strict and --engine ray go with them only")

@@ -44,7 +44,9 @@ class Options:
 
     def check(self, scorer: Scorer) -> None:
         """Refuse wrong options before any work, as `Scorer.rerank` does."""
-        scorer.rerank("", [], instruction=self.instruction, **self.limits())
+        options = self.limits()
+        options["instruction"] = self.instruction
+        scorer.rerank("", [], **options)
 
     def deadline_of(self, scorer: Scorer) -> float | None:
         """Find how long a call to this scorer may take."""

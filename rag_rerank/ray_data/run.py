@@ -44,11 +44,11 @@ def rerank_folder(
 ) -> Tally:
     """Rerank every line of a folder's files over a pool of Ray actors, or continue where an interrupted run stopped.
 
-    The input is cut into shards of so many lines. An actor streams a shard through `rag_rerank.files.rerank_file` into
-    a file of its own, which appears when it is complete. An actor that dies is started again, and continues its shard
-    behind the last group that was finished; three that die at one shard end the run. Shards and groups depend on the
-    input alone: with one CPU for each actor, scores are the same to the last bit, however many actors there are and
-    whichever of them die.
+    The input is cut into shards. An actor streams a shard through `rag_rerank.files.rerank_file` into a file of its
+    own, which appears when it is complete. An actor that dies is started again, and continues its shard behind the last
+    group that was finished; three that die at one shard end the run. Shards and groups depend on the input alone: with
+    one CPU for each actor, scores are the same to the last bit, however many actors there are and whichever of them
+    die.
 
     Before each shard, an actor compares its scorer, as `Scorer.identity` tells, with the one that the run began with: a
     machine with other weights in its folder is refused, as is a later run with another model.
@@ -63,18 +63,14 @@ def rerank_folder(
         restart: Discard what an earlier run has left or made.
         shard_lines: Lines of a shard.
         progress: Called at the start and after each shard, with the fraction of the shards that are finished.
-        **options: Of `rerank_file`: `top_n`, `score_threshold`, `instruction`, `reorder`, `deadline`, `group`.
+        **options: Of `rerank_file`: what limits its results, `instruction`, `reorder`, `deadline`, `group`.
 
     Returns:
-        The count of everything: ``lines == ranked + rejected + blank``; `resumed` are lines of shards that earlier runs
-        have finished.
+        The count of everything, as of `rerank_file`; `resumed` are lines of shards that earlier runs have finished.
 
     Raises:
-        TypeError, ValueError: As `Scorer.rerank`, for wrong options.
-        ConfigError: Ray is not installed, the machines don't have what is asked for, a file can't be used as asked, or
-            another run or scorer began what is there.
-        BackendError: No scores, and not through the fault of single lines; what was finished stays for the next run.
-        OSError: A file can't be read or written.
+        ConfigError: Ray is not installed, the machines don't have what is asked for, or as `rerank_file`.
+        TypeError, ValueError, BackendError, OSError: As `rerank_file`.
     """
     ranking = Options(**options)
     ranking.check(scorer)
@@ -130,7 +126,7 @@ class ShardScorer:
             tally = rerank_file(self._scorer, shard.source, work, **options)
             if tally.rejected:
                 rejects_of(work).replace(rejects)
-            write_whole(work.with_name(f"{work.name}{_TALLY}"), asdict(tally))
+            write_whole(_tally_of(work), asdict(tally))
             work.replace(output)
         return _tally(self._target, shard)
 
@@ -214,10 +210,13 @@ def _work(target: Path, shard: Shard) -> Path:
     return target / _OWN / "shards" / shard.name
 
 
+def _tally_of(work: Path) -> Path:
+    return work.with_name(f"{work.name}{_TALLY}")
+
+
 def _tally(target: Path, shard: Shard) -> Tally:
     """Read the tally of a finished shard."""
-    work = _work(target, shard)
-    return read_whole(work.with_name(f"{work.name}{_TALLY}"), lambda found: Tally(**found))
+    return read_whole(_tally_of(_work(target, shard)), lambda found: Tally(**found))
 
 
 def _facts(files: Mapping[str, Path]) -> dict[str, str]:

@@ -1,27 +1,20 @@
 """The input, one file or a folder of them, cut into shards."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import NamedTuple
 
 from rag_rerank.errors import ConfigError
 from rag_rerank.files.formats import ENDINGS, Part, check_name, count_rows
 
 
-@dataclass(frozen=True, slots=True)
-class Shard:
-    """Lines of one file, which one actor scores into a file of their own.
-
-    Attributes:
-        source: The file.
-        part: Its lines.
-        name: The path of their output below the folder of the output: the file's, with the first line's number.
-    """
+class Shard(NamedTuple):
+    """Lines of one file, which one actor scores into a file of their own."""
 
     source: Path
     part: Part
-    name: str
+    name: str  # the path of their output below the folder of the output: the file's, with the first line's number
 
 
 def files_in(source: Path) -> dict[str, Path]:
@@ -29,19 +22,17 @@ def files_in(source: Path) -> dict[str, Path]:
 
     Names that begin with ``_`` or ``.`` are skipped, as by Spark and Arrow.
     """
-    if source.is_file():
-        check_name(source)
-        return {source.name: source.absolute()}
-    if not source.is_dir():
+    if not source.exists():
         raise ConfigError(f"there is no file or folder {source}")
-    found = {}
+    found = {source.name: source.absolute()} if source.is_file() else {}
     for path in sorted(source.rglob("*")):
         inside = path.relative_to(source)
         if path.name.endswith(ENDINGS) and path.is_file() and not any(part[0] in "_." for part in inside.parts):
-            check_name(path)
             found[inside.as_posix()] = path.absolute()
     if not found:
         raise ConfigError(f"{source} has no files that end in {', '.join(ENDINGS)}")
+    for path in found.values():
+        check_name(path)
     return found
 
 
