@@ -242,12 +242,7 @@ class Scorer(Closeable, ABC):
         return ranked
 
     async def arerank(
-        self,
-        query: Input,
-        documents: Sequence[Input],
-        *,
-        on_error: OnError = "raise",
-        **options: Unpack[RankOptions],
+        self, query: Input, documents: Sequence[Input], *, on_error: OnError = "raise", **options: Unpack[RankOptions]
     ) -> list[Ranked]:
         """Rerank without blocking the event loop; see `rerank`."""
         batch = Batch([query], [documents], Ranking(on_error=on_error, **options), alone=True)
@@ -269,14 +264,7 @@ class Scorer(Closeable, ABC):
         **options: Unpack[RankOptions],
     ) -> list[list[Ranked] | RerankError]: ...
 
-    def rerank_batch(
-        self,
-        queries: Sequence[Input],
-        documents: Sequence[Sequence[Input]],
-        *,
-        on_error: OnBatchError = "raise",
-        **options: Unpack[RankOptions],
-    ) -> Any:
+    def rerank_batch(self, queries: Any, documents: Any, *, on_error: OnBatchError = "raise", **options: Any) -> Any:
         """Order the documents of several queries, in as few calls to the back end as are good for it.
 
         A failure concerns the query whose fault it is: the others are ranked as if that one were not there.
@@ -316,12 +304,7 @@ class Scorer(Closeable, ABC):
     ) -> list[list[Ranked] | RerankError]: ...
 
     async def arerank_batch(
-        self,
-        queries: Sequence[Input],
-        documents: Sequence[Sequence[Input]],
-        *,
-        on_error: OnBatchError = "raise",
-        **options: Unpack[RankOptions],
+        self, queries: Any, documents: Any, *, on_error: OnBatchError = "raise", **options: Any
     ) -> Any:
         """Rerank several queries without blocking the event loop; see `rerank_batch`."""
         ranking = Ranking(on_error=on_error, may_return=True, **options)
@@ -388,12 +371,14 @@ class Scorer(Closeable, ABC):
         call, most = telemetry.Call(), self._max_waiting_calls
         if not self._queues:
             call.start()
+        refusal: RerankError | None = None
         if until is not None and time.monotonic() >= until:
             # Callers pass on what is left of their own budget: nothing left is a time-out, not a wrong argument.
-            asking.give_up(DeadlineExceeded("the deadline had passed before the call began", elapsed=0.0))
+            refusal = DeadlineExceeded("the deadline had passed before the call began", elapsed=0.0)
         elif most is not None and len(self._unfinished) >= most:
-            asking.give_up(self._overloaded(most))
-        refused = asking.pairs is None
+            refusal = self._overloaded(most)
+        if refusal is not None and pairs[1]:
+            asking.take(refusal)
         self._unfinished.add(call)
         telemetry.current.set(call)
         facts = {"queries": len(pairs[0]), "documents": len(pairs[1]), "top_n": top_n}
@@ -402,7 +387,7 @@ class Scorer(Closeable, ABC):
                 yield asking
         finally:
             self._unfinished.discard(call)
-        if not refused:
+        if refusal is None and pairs[1]:
             took = sum(call.times())
             self._call_time = took if self._call_time is None else 0.8 * self._call_time + 0.2 * took
 

@@ -203,7 +203,8 @@ def key(server: CheckedServer) -> Finding:
 def alike(first: CheckedServer, others: Sequence[CheckedServer]) -> Iterator[Finding]:
     """See whether several servers may stand in for each other."""
     queries, documents = known_pairs()
-    expected, found = first.score(queries, documents), []
+    expected = first.score(queries, documents)
+    found: list[Finding] = []
     for other in others:
         try:
             found += _differences(first, other, largest_difference(expected, other.score(queries, documents)))

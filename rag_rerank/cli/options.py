@@ -15,8 +15,8 @@ from typing import Annotated, Any
 from rich.console import Console
 from typer import Option
 
+from rag_rerank import LocalSettings
 from rag_rerank.errors import BackendError, ConfigError
-from rag_rerank.local.scorer import DEFAULT_MODEL
 from rag_rerank.scorer import Scorer
 
 DeviceOption = Annotated[str | None, Option(help="Local only: cuda, cuda:1, mps, cpu.")]
@@ -37,7 +37,7 @@ class ScorerOptions:
     """The options that say what scores, in the order of ``--help``."""
 
     model: Annotated[
-        str | None, Option(help=f"Hub id or folder ({DEFAULT_MODEL} if none), or the name on the server.")
+        str | None, Option(help=f"Hub id or folder ({LocalSettings.model} if none), or the name on the server.")
     ] = None
     base_url: Annotated[list[str] | None, Option(help=_URL_HELP)] = None
     host: Annotated[str | None, Option(help="The vLLM server's host, instead of --base-url.")] = None

@@ -90,10 +90,8 @@ def rerank(
 ) -> None:
     """Order documents by relevance to a query, best first.
 
-    Documents that name text or image files are read from them. Without arguments, each line of stdin is
-    {"query": ..., "documents": [...]} and becomes one line with "ranked", or {"query": ..., "document": ...} and gets
-    a "score". There, images are {"content": [{"type": "image_url", "image_url": {"url": "data:..."}}]}, and no file
-    is read.
+    Arguments, and lines of stdin, are read as by score; a line becomes one with "ranked", or with the "score" of its
+    one "document".
 
     With --in and --out, each line of a file is itself with its "ranked" or "score". A run that was interrupted
     continues where it stopped, if model, options and input are the same.

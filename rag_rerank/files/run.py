@@ -36,8 +36,8 @@ def rerank_file(
     """Rerank every line of a file, or continue where an interrupted run of the same stopped.
 
     A run is continued only by the same scorer, as `Scorer.identity` tells, with the same options and the same input.
-    While a server scores, a known query with two documents is part of each call; if their scores change, the server is
-    asked anew who it is, and another model ends the run before the group is kept.
+    While a server scores, a known query is part of each call; if its scores change, the server is asked anew who it is,
+    and another model ends the run before the group is kept.
 
     Args:
         scorer: Does the reranking.

@@ -3,7 +3,6 @@
 import base64
 import io
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,11 +35,6 @@ class ImageFile:
     media_type: str  # such as image/png
     width: int  # in pixels
     height: int
-
-    @cached_property
-    def data_url(self) -> str:
-        """The file in base64, made once."""
-        return f"data:{self.media_type};base64,{base64.b64encode(self.data).decode()}"
 
     def decoded(self) -> "PIL.Image.Image":
         """Decode it as vLLM does: turned as its EXIF data says, in RGB, transparent parts white."""
@@ -108,8 +102,7 @@ def thumbnail(source: "Path | bytes | PIL.Image.Image", max_pixels: int = 96 * 9
     image = read_image(source, max_pixels)
     file = io.BytesIO()
     image.decoded().save(file, "JPEG", quality=75)
-    small = ImageFile(file.getvalue(), "image/jpeg", image.width, image.height)
-    return small.data_url
+    return f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}"
 
 
 def _pillow() -> Any:
