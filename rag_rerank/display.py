@@ -12,7 +12,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from rag_rerank.errors import ConfigError
 from rag_rerank.inputs.content import Content, Image, Input, Video, from_mapping
@@ -32,8 +32,7 @@ _BIDI_CONTROLS = frozenset({"LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FS
 _GREEN, _RED, _BLUE, _GREY = "#2e9e5b", "#d5504e", "rgba(66,133,244,.55)", "rgba(128,128,128,.35)"
 
 
-@dataclass(frozen=True, slots=True)
-class _Row:
+class _Row(NamedTuple):
     """One document: `rank` from 1, `index` from 0, `bar` from 0 to 1 (None if not scored), `gold` if a right answer."""
 
     rank: int
@@ -68,11 +67,10 @@ class Reranked:
     rows: int | None = 10
 
     def __post_init__(self) -> None:
-        count = len(self.documents)
-        for name, positions in (("ranked", [item.index for item in self.ranked]), ("gold", self.gold)):
-            for position in positions:
-                if not 0 <= position < count:
-                    raise ValueError(f"{name} has the position {position}, but there are {count} documents")
+        given = [("ranked", item.index) for item in self.ranked] + [("gold", position) for position in self.gold]
+        for name, position in given:
+            if not 0 <= position < len(self.documents):
+                raise ValueError(f"{name} has the position {position}, but there are {len(self.documents)} documents")
 
     def __repr__(self) -> str:
         """One line: the query, and position, score and movement of the first few documents."""
@@ -131,15 +129,15 @@ class Reranked:
         low, high = min(scores, default=0.0), max(scores, default=0.0)
         # Four digits, as long as they tell anything.
         form = ".4f" if not scores or max(abs(low), abs(high)) >= 0.001 or low == high == 0 else ".2e"
-        for rank, item in enumerate(self.ranked, 1):
-            moved, arrow, score, bar = 0, "", "not scored", None
-            if item.score is not None:
-                moved = item.index + 1 - rank
-                arrow = f"▲ {moved}" if moved > 0 else f"▼ {-moved}" if moved < 0 else "="
-                score = format(item.score, form)
-                bar = (item.score - low) / (high - low) if high > low else 1.0
-            text = described(self.documents[item.index])
-            yield _Row(rank, item.index, moved, arrow, score, bar, text, item.index in self.gold)
+        for rank, (index, score) in enumerate(((item.index, item.score) for item in self.ranked), 1):
+            text, gold = described(self.documents[index]), index in self.gold
+            if score is None:
+                yield _Row(rank, index, 0, "", "not scored", None, text, gold)
+                continue
+            moved = index + 1 - rank
+            arrow = f"▲ {moved}" if moved > 0 else f"▼ {-moved}" if moved < 0 else "="
+            bar = (score - low) / (high - low) if high > low else 1.0
+            yield _Row(rank, index, moved, arrow, format(score, form), bar, text, gold)
 
     def _shown(self) -> list[_Row]:
         return [row for row in self._rows() if self.rows is None or row.rank <= self.rows or row.gold]
