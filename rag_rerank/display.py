@@ -12,7 +12,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from rag_rerank.errors import ConfigError
 from rag_rerank.inputs.content import Content, Image, Input, Video, from_mapping
@@ -32,7 +32,8 @@ _BIDI_CONTROLS = frozenset({"LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FS
 _GREEN, _RED, _BLUE, _GREY = "#2e9e5b", "#d5504e", "rgba(66,133,244,.55)", "rgba(128,128,128,.35)"
 
 
-class _Row(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class _Row:
     """One document: `rank` from 1, `index` from 0, `bar` from 0 to 1 (None if not scored), `gold` if a right answer."""
 
     rank: int

@@ -17,10 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from typer import Argument, Option
 
 from rag_rerank.cli.options import (
-    DeviceOption,
-    DtypeOption,
     JSONFileOption,
-    KeyOverHTTPOption,
     ScorerOptions,
     console,
     said_what_is_kept,
@@ -40,6 +37,7 @@ File = Path | None
 Names = list[str] | None
 
 
+@takes_scorer("model", "base_url", "host", "port", "calibration")
 def evaluate(
     folder: Annotated[File, Argument(help="A collection in BEIR's layout; the embedded one if none.")] = None,
     run: Annotated[File, Option(help="A TREC run to rerank, instead of what BM25 finds.")] = None,
@@ -65,9 +63,8 @@ def evaluate(
     html: Annotated[File, Option(help="Write a report with plots to this file.")] = None,
     cache: Annotated[File, Option(help="The folder that keeps scores; ~/.cache/rag_rerank if none.")] = None,
     no_cache: Annotated[bool, Option("--no-cache", help="Score everything anew and keep nothing.")] = False,
-    device: DeviceOption = None,
-    dtype: DtypeOption = "auto",
-    send_key_over_http: KeyOverHTTPOption = False,
+    *,
+    chosen: ScorerOptions,
 ) -> None:
     """Measure whether reranking helps, how much, how sure that is, and what depth pays.
 
@@ -90,8 +87,7 @@ def evaluate(
         stack.enter_context(said_what_is_kept(lambda: _KEPT if where else _NOT_KEPT))
         scorers: dict[str, Scorer] = {}
         if collection.documents:
-            options = ScorerOptions(device=device, dtype=dtype, send_key_over_http=send_key_over_http)
-            for name, scorer in _scorers(model, base_url, options):
+            for name, scorer in _scorers(model, base_url, chosen):
                 scorers[_distinct(name, scorers)] = stack.enter_context(scorer)
         evaluation = package.evaluate(
             collection,
@@ -181,16 +177,15 @@ def _collection(folder: File, run: File, qrels: File, deepest: int, *, bare: boo
 
 def _scorers(models: Names, urls: Names, options: ScorerOptions) -> Iterator[tuple[str, Scorer]]:
     """Yield (name, scorer) of each model and each server; a server that does not answer fails now."""
+    local, remote = options.split() if models and urls else (options, options)
     if not (models or urls):
         from rag_rerank.embedded import minilm_folder
 
-        yield "all-MiniLM-L6-v2", replace(options, model=str(minilm_folder())).make()
+        yield "all-MiniLM-L6-v2", replace(local, model=str(minilm_folder())).make()
     for model in models or ():
-        yield Path(model).resolve().name if Path(model).is_dir() else model, replace(options, model=model).make()
-    if models:  # for which --device and --dtype are
-        options = replace(options, device=None, dtype="auto")
+        yield Path(model).resolve().name if Path(model).is_dir() else model, replace(local, model=model).make()
     for url in urls or ():
-        server = replace(options, base_url=[url]).make()
+        server = replace(remote, base_url=[url]).make()
         server.score(NEUTRAL, NEUTRAL)
         yield f"{server.model_name} on {urlsplit(url).netloc.rpartition('@')[2]}", server
 

@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import wraps
 from itertools import chain
 from pathlib import Path
@@ -19,15 +19,11 @@ from rag_rerank import LocalSettings
 from rag_rerank.errors import BackendError, ConfigError
 from rag_rerank.scorer import Scorer
 
-DeviceOption = Annotated[str | None, Option(help="Local only: cuda, cuda:1, mps, cpu.")]
-DtypeOption = Annotated[str, Option(help="Local only: auto, float32, bfloat16, float16.")]
-KeyOverHTTPOption = Annotated[
-    bool, Option("--send-key-over-http", help="Allow the key to be sent unencrypted to another machine.")
-]
 JSONFileOption = Annotated[Path | None, Option("--json", help="Write all figures to this file.")]
 _ENDPOINT_HELP = "How the server is asked: score (vLLM), rerank (most others), tei, or auto, which finds out."
 _URL_HELP = "A vLLM server; may be repeated for several. The key is read from VLLM_API_KEY."
 _HEADER_HELP = 'A header for a server, such as "X-Tenant: search"; may be repeated.'
+_KEY_HELP = "Allow the key to be sent unencrypted to another machine."
 _TEMPLATE_HELP = "Score template, rendered here: a file, or a name of rag-rerank template list."
 _LOCAL, _REMOTE = ("device", "dtype", "max_length", "long_documents"), ("endpoint", "timeout", "header")
 
@@ -45,9 +41,9 @@ class ScorerOptions:
     endpoint: Annotated[str, Option(help=_ENDPOINT_HELP)] = "score"
     timeout: Annotated[float | None, Option(help="Seconds that a call to a server may take; 30 if none.")] = None
     header: Annotated[list[str] | None, Option(help=_HEADER_HELP)] = None
-    send_key_over_http: KeyOverHTTPOption = False
-    device: DeviceOption = None
-    dtype: DtypeOption = "auto"
+    send_key_over_http: Annotated[bool, Option("--send-key-over-http", help=_KEY_HELP)] = False
+    device: Annotated[str | None, Option(help="Local only: cuda, cuda:1, mps, cpu.")] = None
+    dtype: Annotated[str, Option(help="Local only: auto, float32, bfloat16, float16.")] = "auto"
     max_length: Annotated[int | None, Option(help="Local only: tokens of query and document; the rest is cut.")] = None
     long_documents: Annotated[str, Option(help="Local only: truncate, or max-passage, the best part.")] = "truncate"
     template: Annotated[str | None, Option(help=_TEMPLATE_HELP)] = None
@@ -78,6 +74,12 @@ class ScorerOptions:
             given["default_headers"] = dict(map(_header, given.pop("header")))
         scorer = VLLMScorer(urls, **given) if urls else LocalScorer(**given)
         return scorer if self.calibration is None else Calibrated(scorer, self.calibration)
+
+    def split(self) -> tuple["ScorerOptions", "ScorerOptions"]:
+        """Give those for a local model and those for a server, where both are asked for."""
+        plain: dict[str, Any] = {each.name: each.default for each in fields(self)}
+        local, remote = ({name: plain[name] for name in names} for names in (_REMOTE, _LOCAL))
+        return replace(self, **local), replace(self, **remote)
 
 
 def _header(text: str) -> tuple[str, str]:

@@ -80,14 +80,16 @@ class Line:
         """Whether it has one document, which gets a score and no rank."""
         return "documents" not in self.row
 
+    def added(self) -> dict[str, Any]:
+        """Give the field that its result adds to a line."""
+        ranked = [{"index": item.index, "score": item.score} for item in self.ranked or ()]
+        return {"score": ranked[0]["score"]} if self.is_pair else {"ranked": ranked}
+
     def result(self, *, reorder: bool) -> bytes:
         """Write the line of the output."""
-        ranked = self.ranked or []
-        if self.is_pair:
-            return encode(self.row | {"score": ranked[0].score})
-        added: dict[str, Any] = {"ranked": [{"index": item.index, "score": item.score} for item in ranked]}
+        added = self.added()
         if reorder:
-            added["documents"] = [self.row["documents"][item.index] for item in ranked]
+            added["documents"] = [self.row["documents"][item["index"]] for item in added["ranked"]]
         return encode(self.row | added)
 
     def reject(self) -> bytes:
