@@ -27,6 +27,7 @@ from rag_rerank.inputs.preparing import MANY, is_slow, off_loop, pair_up, text_o
 from rag_rerank.isolation import Asking, Outcome, Pairs, failure
 from rag_rerank.ranking import OnBatchError, OnError, Ranked, Ranking, RankOptions
 
+Inputs = Sequence[Input]
 _forking = threading.Lock()
 if hasattr(os, "register_at_fork"):  # so that a child finds the lock open
     os.register_at_fork(before=_forking.acquire, after_in_parent=_forking.release, after_in_child=_forking.release)
@@ -143,20 +144,14 @@ class Scorer(Closeable, ABC):
         if not self._facts_suffice:
             queries, documents = zip(*PROBES, strict=True)
             probes = self.score(queries, documents, deadline=math.inf if until is None else until - time.monotonic())
-        return Identity(self._common_facts() | self._facts(until), probes)
-
-    def _common_facts(self) -> dict[str, str]:
-        kind = type(self)
-        return {
-            "scorer": f"{kind.__module__}.{kind.__qualname__}",
-            "model": self.model_name,
-            "scoring": SCORING_VERSION,
-        }
+        name = f"{type(self).__module__}.{type(self).__qualname__}"
+        common = {"scorer": name, "model": self.model_name, "scoring": SCORING_VERSION}
+        return Identity(common | self._facts(until), probes)
 
     def score(
         self,
-        queries: Input | Sequence[Input],
-        documents: Input | Sequence[Input],
+        queries: Input | Inputs,
+        documents: Input | Inputs,
         *,
         instruction: str | None = None,
         deadline: float | None = None,
@@ -190,8 +185,8 @@ class Scorer(Closeable, ABC):
 
     async def ascore(
         self,
-        queries: Input | Sequence[Input],
-        documents: Input | Sequence[Input],
+        queries: Input | Inputs,
+        documents: Input | Inputs,
         *,
         instruction: str | None = None,
         deadline: float | None = None,
@@ -205,7 +200,7 @@ class Scorer(Closeable, ABC):
     def rerank(
         self,
         query: Input,
-        documents: Sequence[Input],
+        documents: Inputs,
         *,
         top_n: int | None = None,
         score_threshold: float | None = None,
@@ -242,7 +237,7 @@ class Scorer(Closeable, ABC):
         return ranked
 
     async def arerank(
-        self, query: Input, documents: Sequence[Input], *, on_error: OnError = "raise", **options: Unpack[RankOptions]
+        self, query: Input, documents: Inputs, *, on_error: OnError = "raise", **options: Unpack[RankOptions]
     ) -> list[Ranked]:
         """Rerank without blocking the event loop; see `rerank`."""
         batch = Batch([query], [documents], Ranking(on_error=on_error, **options), alone=True)
@@ -251,17 +246,12 @@ class Scorer(Closeable, ABC):
 
     @overload
     def rerank_batch(
-        self, queries: Sequence[Input], documents: Sequence[Sequence[Input]], **options: Unpack[RankOptions]
+        self, queries: Inputs, documents: Sequence[Inputs], **options: Unpack[RankOptions]
     ) -> list[list[Ranked]]: ...
 
     @overload
     def rerank_batch(
-        self,
-        queries: Sequence[Input],
-        documents: Sequence[Sequence[Input]],
-        *,
-        on_error: OnBatchError,
-        **options: Unpack[RankOptions],
+        self, queries: Inputs, documents: Sequence[Inputs], *, on_error: OnBatchError, **options: Unpack[RankOptions]
     ) -> list[list[Ranked] | RerankError]: ...
 
     def rerank_batch(self, queries: Any, documents: Any, *, on_error: OnBatchError = "raise", **options: Any) -> Any:
@@ -290,17 +280,12 @@ class Scorer(Closeable, ABC):
 
     @overload
     async def arerank_batch(
-        self, queries: Sequence[Input], documents: Sequence[Sequence[Input]], **options: Unpack[RankOptions]
+        self, queries: Inputs, documents: Sequence[Inputs], **options: Unpack[RankOptions]
     ) -> list[list[Ranked]]: ...
 
     @overload
     async def arerank_batch(
-        self,
-        queries: Sequence[Input],
-        documents: Sequence[Sequence[Input]],
-        *,
-        on_error: OnBatchError,
-        **options: Unpack[RankOptions],
+        self, queries: Inputs, documents: Sequence[Inputs], *, on_error: OnBatchError, **options: Unpack[RankOptions]
     ) -> list[list[Ranked] | RerankError]: ...
 
     async def arerank_batch(

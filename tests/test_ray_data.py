@@ -22,7 +22,7 @@ from rag_rerank.files import Tally
 from rag_rerank.files.formats import Reader
 from rag_rerank.ray_data import Pool, ScoreBatch, rejects_in, rerank_folder, score_dataset
 from rag_rerank.ray_data.pool import equal_share
-from rag_rerank.ray_data.shards import cut, files_in
+from rag_rerank.ray_data.run import cut, files_in
 from tests.faulty_server import FaultyServer, Request, Steps, http, oracle, scores
 from tests.models import CORPUS
 from tests.scorers import Journal, WordOverlap

@@ -74,9 +74,9 @@ def score_dataset(
         ConfigError: Ray is not installed, or the machines don't have what is asked for.
         TypeError, ValueError: As `Scorer.rerank`, for wrong options.
     """
-    ray = import_ray()
+    data = import_ray("ray.data")
     ScoreBatch(scorer, **options)  # refuses wrong options before any work
-    actors, resources = pool.fit(ray, scorer)
+    actors, resources = pool.fit(import_ray(), scorer)
     return dataset.map_batches(
         ScoreBatch,
         fn_constructor_args=(scorer,),
@@ -84,6 +84,6 @@ def score_dataset(
         batch_size=batch_size,
         batch_format="pyarrow",
         # One batch at a time: what waits at one actor, an idle one can't take.
-        compute=ray.data.ActorPoolStrategy(size=actors, max_tasks_in_flight_per_actor=1),
+        compute=data.ActorPoolStrategy(size=actors, max_tasks_in_flight_per_actor=1),
         **resources,
     )
