@@ -62,8 +62,8 @@ def score(
         if example:
             _show_example(scorer)
         else:
-            ask = partial(_answer, scorer, query, _read(documents, as_text=text), Options(), as_json=as_json)
-            ask(scorer.score, lambda scores: {"scores": scores}, _score_table)
+            answer = partial(_answer, scorer, query, _read(documents, as_text=text), Options(), as_json=as_json)
+            answer(lambda query, documents: {"scores": scorer.score(query, documents)}, _score_table)
 
 
 @takes_scorer()
@@ -101,12 +101,9 @@ def rerank(
         raise ConfigError("--num-actors, --cpus-per-actor, --gpus-per-actor and --shard-lines go with --engine ray")
     if source is None and target is None and not (reorder or restart or strict or engine == "ray"):
         with chosen.make() as scorer:
-            ask = partial(_answer, scorer, query, _read(documents, as_text=text), options, as_json=as_json)
-            ask(
-                partial(scorer.rerank, **options.limits()),
-                lambda ranked: {"ranked": list(map(asdict, ranked))},
-                _ranked_table,
-            )
+            rank = partial(scorer.rerank, **options.limits())
+            answer = partial(_answer, scorer, query, _read(documents, as_text=text), options, as_json=as_json)
+            answer(lambda query, documents: {"ranked": list(map(asdict, rank(query, documents)))}, _ranked_table)
         return
     if source is None or target is None:
         raise ConfigError("pass both --in and --out; --reorder, --restart, --strict and --engine ray go with them only")
@@ -124,7 +121,9 @@ def _read(documents: list[str] | None, *, as_text: bool) -> list[Input] | None:
     """Read those documents of the command line that name files."""
     if documents is None:
         return None
-    return [_content_of(document) if not as_text and _is_file(document) else document for document in documents]
+    return [
+        _content_of(document) if not as_text and _is_file(document) else document for document in documents
+    ]
 
 
 def _is_file(document: str) -> bool:
@@ -153,26 +152,25 @@ def _answer(
     query: str | None,
     documents: list[Input] | None,
     options: Options,
-    ask: Callable[[Input, list[Input]], Any],
-    values: Callable[[Any], dict[str, Any]],
-    table: Callable[[Input, list[Input], Any], Table],
+    ask: Callable[[Input, list[Input]], dict[str, Any]],
+    table: Callable[..., Table],
     *,
     as_json: bool,
 ) -> None:
-    """Print what `ask` gives for the arguments, as a table or as JSON `values`; or these for every line of stdin."""
+    """Print what `ask` gives for the arguments, as a table or as JSON; or as JSON for every line of stdin."""
     if query is None:
         for line in _lines():
             if line.is_pair:
                 options.refuse_pair(f"stdin, line {line.number} is a pair")
                 _print_json({"score": scorer.score(line.query, line.documents)[0]})
             else:
-                _print_json(values(ask(line.query, line.documents)))
+                _print_json(ask(line.query, line.documents))
     elif not documents:
         raise ConfigError("pass at least one document after the query, or nothing at all to read stdin")
     elif as_json:
-        _print_json(values(ask(query, documents)))
+        _print_json(ask(query, documents))
     else:
-        console().print(table(query, documents, ask(query, documents)))
+        console().print(table(query, documents, **ask(query, documents)))
 
 
 def _print_json(answer: dict[str, Any]) -> None:
@@ -203,8 +201,8 @@ def _score_table(query: Input, documents: list[Input], scores: list[float]) -> T
     return table
 
 
-def _ranked_table(query: Input, documents: list[Input], ranked: list[Ranked]) -> Table:
-    return Reranked(query, documents, ranked, rows=None).__rich__()
+def _ranked_table(query: Input, documents: list[Input], ranked: list[dict[str, Any]]) -> Table:
+    return Reranked(query, documents, [Ranked(**item) for item in ranked], rows=None).__rich__()
 
 
 def _show_example(scorer: Scorer) -> None:
