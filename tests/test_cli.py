@@ -173,6 +173,11 @@ class TestScorerOptions:
             done = run("score", "q", "a", "--json", "--template", "qwen3-reranker", *where, VLLM_API_KEY="")
             assert "<Query>: q" in str(server.score_requests[-1].content), done.stderr
 
+    def test_the_embedded_model_has_a_name(self, local: LocalScorer):
+        """So that a first try needs no network."""
+        done = run("score", QUERY, *DOCUMENTS, "--json", *local_options(Path("embedded")))
+        assert json.loads(done.stdout)["scores"] == pytest.approx(local.score(QUERY, DOCUMENTS), abs=1e-5), done.stderr
+
     def test_they_reach_a_local_model(self, minilm: Path):
         """Its long documents are read in parts, or cut."""
         arguments = ("score", "honey", "bread " * 40 + "honey", "--json", *local_options(minilm), "--max-length", "16")
@@ -211,6 +216,7 @@ class TestTemplates:
         shown = run("template", "show", "qwen3-reranker-seq-cls").stdout
         assert shown == (SHIPPED / "qwen3-reranker.jinja").read_text(encoding="utf-8")
         assert run("template", "show", "qwen3-reranker").stdout == shown
+        assert run("template", "show", "Qwen/Qwen3-Reranker-0.6B").stdout == shown
 
     def test_the_list_names_every_family(self):
         """With its template and answers."""

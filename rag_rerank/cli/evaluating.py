@@ -179,9 +179,7 @@ def _scorers(models: Names, urls: Names, options: ScorerOptions) -> Iterator[tup
     """Yield (name, scorer) of each model and each server; a server that does not answer fails now."""
     local, remote = options.split() if models and urls else (options, options)
     if not (models or urls):
-        from rag_rerank.embedded import minilm_folder
-
-        yield "all-MiniLM-L6-v2", replace(local, model=str(minilm_folder())).make()
+        yield "all-MiniLM-L6-v2", replace(local, model="embedded").make()
     for model in models or ():
         yield Path(model).resolve().name if Path(model).is_dir() else model, replace(local, model=model).make()
     for url in urls or ():

@@ -83,10 +83,10 @@ def serve_model(
 
 
 @template_app.command("show")
-def show_template(name: Annotated[str, typer.Argument(help="A family's or template's name.")]) -> None:
+def show_template(name: Annotated[str, typer.Argument(help="A family's, a model's or a template's name.")]) -> None:
     """Print a template file, as ``vllm serve --chat-template`` takes it."""
     if name not in Template.shipped():
-        found = family_called(name).template
+        found = (find_family(name) or family_called(name)).template
         if found is None:
             raise ConfigError(f"the family {name!r} has no template: query and document are encoded as a pair")
         name = found

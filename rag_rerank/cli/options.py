@@ -16,11 +16,13 @@ from rich.console import Console
 from typer import Option
 
 from rag_rerank import LocalSettings
+from rag_rerank.embedded import minilm_folder
 from rag_rerank.errors import BackendError, ConfigError
 from rag_rerank.scorer import Scorer
 
 JSONFileOption = Annotated[Path | None, Option("--json", help="Write all figures to this file.")]
 _ENDPOINT_HELP = "How the server is asked: score (vLLM), rerank (most others), tei, or auto, which finds out."
+_MODEL_HELP = f'Hub id or folder ({LocalSettings.model} if none), "embedded", or the name on the server.'
 _URL_HELP = "A vLLM server; may be repeated for several. The key is read from VLLM_API_KEY."
 _HEADER_HELP = 'A header for a server, such as "X-Tenant: search"; may be repeated.'
 _KEY_HELP = "Allow the key to be sent unencrypted to another machine."
@@ -32,9 +34,7 @@ _LOCAL, _REMOTE = ("device", "dtype", "max_length", "long_documents"), ("endpoin
 class ScorerOptions:
     """The options that say what scores, in the order of ``--help``."""
 
-    model: Annotated[
-        str | None, Option(help=f"Hub id or folder ({LocalSettings.model} if none), or the name on the server.")
-    ] = None
+    model: Annotated[str | None, Option(help=_MODEL_HELP)] = None
     base_url: Annotated[list[str] | None, Option(help=_URL_HELP)] = None
     host: Annotated[str | None, Option(help="The vLLM server's host, instead of --base-url.")] = None
     port: Annotated[int | None, Option(min=1, max=65535, help="The vLLM server's port, instead of --base-url.")] = None
@@ -70,6 +70,8 @@ class ScorerOptions:
             given.pop(name, None)
         if given.pop("logits", False):
             given["use_activation"] = False
+        if given.get("model") == "embedded" and not urls:
+            given["model"] = minilm_folder()
         if "header" in given:
             given["default_headers"] = dict(map(_header, given.pop("header")))
         scorer = VLLMScorer(urls, **given) if urls else LocalScorer(**given)

@@ -121,9 +121,7 @@ def _read(documents: list[str] | None, *, as_text: bool) -> list[Input] | None:
     """Read those documents of the command line that name files."""
     if documents is None:
         return None
-    return [
-        _content_of(document) if not as_text and _is_file(document) else document for document in documents
-    ]
+    return [_content_of(document) if not as_text and _is_file(document) else document for document in documents]
 
 
 def _is_file(document: str) -> bool:
