@@ -14,6 +14,7 @@ import pytest
 
 import rag_rerank
 from rag_rerank import LocalScorer
+from rag_rerank.cli.options import ScorerOptions
 from rag_rerank.families import FAMILIES
 from rag_rerank.template import SHIPPED
 from tests.causal_models import make_causal_lm
@@ -173,19 +174,21 @@ class TestScorerOptions:
             done = run("score", "q", "a", "--json", "--template", "qwen3-reranker", *where, VLLM_API_KEY="")
             assert "<Query>: q" in str(server.score_requests[-1].content), done.stderr
 
-    def test_the_embedded_model_has_a_name(self, local: LocalScorer):
+    def test_the_embedded_model_has_a_name(self, minilm: Path):
         """So that a first try needs no network."""
-        done = run("score", QUERY, *DOCUMENTS, "--json", *local_options(Path("embedded")))
-        assert json.loads(done.stdout)["scores"] == pytest.approx(local.score(QUERY, DOCUMENTS), abs=1e-5), done.stderr
+        with ScorerOptions(model="embedded").make() as scorer:
+            assert scorer.model_name == str(minilm)
 
-    def test_they_reach_a_local_model(self, minilm: Path):
+    def test_they_reach_a_local_model(self, cross_encoder: Path):
         """Its long documents are read in parts, or cut."""
-        arguments = ("score", "honey", "bread " * 40 + "honey", "--json", *local_options(minilm), "--max-length", "16")
-        cut, parts = (
-            json.loads(run(*arguments, "--long-documents", how).stdout)["scores"][0]
-            for how in ("truncate", "max-passage")
-        )
-        assert parts > cut + 0.1
+        long, options = "bread " * 40 + "honey", {"max_length": 16, "dtype": "float32"}
+        scores = {}
+        for how in ("truncate", "max-passage"):
+            with LocalScorer(cross_encoder, long_documents=how, **options) as expected:
+                scores[how] = expected.score("honey", long)
+            with ScorerOptions(model=str(cross_encoder), long_documents=how, **options).make() as scorer:
+                assert scorer.score("honey", long) == scores[how]
+        assert scores["truncate"] != scores["max-passage"]
 
     @pytest.mark.parametrize(
         ("arguments", "words"),
