@@ -192,7 +192,7 @@ class TestCommand:
         assert 0 <= wrong < 0.2
         assert 0.5 < right <= 1
         assert json.loads((tmp_path / "figures.json").read_text())["calibration"]["fitted_on"]["pairs"] == 36
-        command = [*command[:3], "rerank", *command[-4:], "--calibration", "relevance.json", "--min-precision", "0.4"]
+        command = [*command[:3], "rerank", *command[-4:], "--calibration", "relevance.json", "--min-precision", "0.6"]
         command += ["--in", "in.jsonl", "--out", "out.jsonl"]
         row = {"query": "where does honey come from", "documents": ["Hamlet is a play.", "Bees make honey."]}
         (tmp_path / "in.jsonl").write_text(json.dumps(row))
