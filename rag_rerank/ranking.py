@@ -50,11 +50,7 @@ class RankOptions(TypedDict, total=False):
 
 @dataclass(frozen=True, slots=True)
 class Ranking:
-    """The arguments of `Scorer.rerank` and `Scorer.rerank_batch`; those that say how to rank are checked.
-
-    Raises:
-        TypeError, ValueError: An argument is of the wrong type or out of range; the message names it.
-    """
+    """The arguments of `Scorer.rerank` and `Scorer.rerank_batch`; those that say how to rank are checked."""
 
     top_n: int | None = None
     score_threshold: float | None = None

@@ -52,9 +52,6 @@ class Pool:
             `remote` scorer, which only waits.
         gpus: GPUs of each; a part of one, such as 0.5, lets several share it. None: one where there are any, but none
             for a `remote` scorer.
-
-    Raises:
-        ConfigError: A number is out of range.
     """
 
     actors: int | None = None
