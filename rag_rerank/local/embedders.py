@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
-from transformers import AutoModel, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModel, AutoModelForTextEncoding, PreTrainedModel, PreTrainedTokenizerBase
 
 from rag_rerank.errors import ConfigError
 from rag_rerank.local.checkpoint.declaration import Declaration, Route, Side
@@ -81,7 +81,9 @@ class EmbedderLoading(Loading):
         """Load a transformer without a head, its tokenizer, and what it reads."""
         checkpoint = self.checkpoint.at(route)
         if route.folder not in self.encoders:
-            model = self.load(AutoModel, checkpoint)
+            # Of a T5, which reads and writes, sentence-transformers saves the reading half alone.
+            reads = checkpoint.config.model_type in {"t5", "mt5", "umt5"}
+            model = self.load(AutoModelForTextEncoding if reads else AutoModel, checkpoint)
             made, _ = self.run(model, lambda each: self.parts(each, _all, checkpoint), checkpoint, unpadded=unpadded)
             self.encoders[route.folder] = model, made
         model, transformer = self.encoders[route.folder]

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import threading
 from typing import Any
 
@@ -22,6 +23,9 @@ _NO_FACTS = (
     *("offload_buffers", "offload_folder", "offload_state_dict", "proxies", "resume_download"),
 )
 
+
+# Names of labels that say "not relevant".
+_NEGATIVE = re.compile(r"(?i)(no|not|non|false|negative|0)(?![a-z])|(ir|un|dis|non|not)(relev|relat|simil|match)")
 
 # Held while a model is loaded: transformers changes torch's default dtype for the whole process meanwhile, and of two
 # at a time one would put back the other's. A fork waits, so that a child has neither lock nor dtype left half-way.
@@ -118,5 +122,11 @@ def _kind(checkpoint: Checkpoint) -> str:
         raise ConfigError(
             f"{checkpoint.name!r} has {checkpoint.config.num_labels} labels; a reranker has one, or two of which the "
             "second says relevant. It classifies, it does not score relevance."
+        )
+    labels = list((checkpoint.config.id2label or {}).values())
+    if len(labels) == 2 and _NEGATIVE.match(f"{labels[1]}") and not _NEGATIVE.match(f"{labels[0]}"):
+        raise ConfigError(
+            f"{checkpoint.name!r}: config.json: id2label calls the second of two labels {labels[1]!r}, but the second "
+            "is taken for relevance, as rerankers are trained. Swap the rows of the head and the labels."
         )
     return "vision" if reads_images else "classifier"
