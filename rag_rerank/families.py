@@ -7,6 +7,7 @@ not in it is never guessed at.
 
 import difflib
 import re
+import shlex
 import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -40,6 +41,7 @@ class Family:
         max_length: How many tokens of prompt the card's code keeps, else how many the model takes; None where models
             of the family differ.
         local: Whether `LocalScorer` runs it; if not, it needs a vLLM server.
+        served: Whether vLLM serves it.
         vllm_flags: What follows ``vllm serve MODEL``. ``{template}`` stands for the template's path; put it in with
             `str.replace`, since the JSON in the flags has braces too.
         note: What else to know.
@@ -57,8 +59,17 @@ class Family:
     logit_bias: float = 0.0
     max_length: int | None = None
     local: bool = True
+    served: bool = True
     vllm_flags: str = ""
     note: str = ""
+
+    def serve(self, model: str) -> list[str]:
+        """Write the commands that serve a model of this family on vLLM, for a shell."""
+        command = f"vllm serve {shlex.quote(model)} {self.vllm_flags}".strip()
+        if self.template is None or "{template}" not in command:
+            return [command]
+        show = f"rag-rerank template show {self.name} > {self.template}"
+        return [show, command.replace("{template}", self.template)]
 
 
 def _read() -> tuple[Family, ...]:
