@@ -229,7 +229,7 @@ class Call:
         first = self._refusals[indices[0]]
         several = f" and {len(indices) - 1} more" if len(indices) > 1 else ""
         said = f"documents[{indices[0]}]{several} rejected: {first.message}"
-        error = self.exchange.error(DocumentRejected, said, first.remedy, cause=first)
+        error = self.exchange.error(DocumentRejected, said, first.remedy, __cause__=first)
         error.indices, error.scores = tuple(indices), tuple(map(self._scores.get, range(len(self.documents))))
         error.status, error.reason, error.endpoint = first.status, first.message, first.endpoint
         return error

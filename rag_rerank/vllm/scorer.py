@@ -18,7 +18,7 @@ from rag_rerank.vllm.call import Inputs
 from rag_rerank.vllm.client import Client, check_sendable
 from rag_rerank.vllm.endpoint import Endpoint
 from rag_rerank.vllm.exchange import Rules, Usage
-from rag_rerank.vllm.keys import SECRET, Key
+from rag_rerank.vllm.keys import SECRET, Key, Keys
 from rag_rerank.vllm.servers import Servers
 from rag_rerank.vllm.transport import Factory, Transport, limits_of
 from rag_rerank.vllm.wire import Options
@@ -170,17 +170,10 @@ class VLLMScorer(Scorer):
         if renders and (options.truncate_prompt_tokens, max_tokens_per_doc, max_tokens_per_query) != (None,) * 3:
             raise ConfigError("a template that is rendered here can't be cut by the server: it would lose its end")
         endpoints = _endpoints(base_url)
+        keys = Keys(endpoints, api_key, default_headers, default_query, over_http=send_key_over_http)
         self.client = Client(
             servers=Servers(endpoints),
-            transport=Transport(
-                endpoints,
-                api_key,
-                http_client=http_client,
-                headers=default_headers,
-                query=default_query,
-                limits=limits,
-                over_http=send_key_over_http,
-            ),
+            transport=Transport(endpoints, keys, http_client, limits),
             rules=rules,
             options=options,
             api=endpoint,

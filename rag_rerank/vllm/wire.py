@@ -9,10 +9,10 @@ import functools
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple
 
 from rag_rerank.errors import BadReply, ConfigError
 from rag_rerank.inputs.multimodal import Multimodal
@@ -43,14 +43,6 @@ class Request:
     id: str | None = None  # sent as X-Request-Id; vLLM gives it back in the answer
 
 
-class Connection(Protocol):
-    """What an answer came over."""
-
-    @property
-    def is_open(self) -> bool:
-        """Whether the server has left it open."""
-
-
 @dataclass(frozen=True, slots=True)
 class Reply:
     """A complete HTTP answer; header names in lower case."""
@@ -58,7 +50,12 @@ class Reply:
     status: int
     body: bytes
     headers: dict[str, str] = field(default_factory=dict)
-    connection: Connection | None = None
+    is_connected: Callable[[], bool] | None = None  # whether the server has left open what it came over
+
+    @property
+    def succeeded(self) -> bool:
+        """Whether the status is one of success."""
+        return 200 <= self.status < 300
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,9 +95,11 @@ class ServerFacts:
     model: str  # the name to ask for
     checkpoint: str | None = None  # the hub id or folder behind that name
     window: int | None = None  # how many tokens the model reads at most
-    has_template: bool | None = None  # whether it puts pairs into a score template; None before anybody has tried
-    most_bytes: int | None = None  # of the texts in a request; None before one was too large
-    form: Form = VLLM_SCORE
+    # Learned later, None before: whether it puts pairs into a score template; how many bytes the texts of a request may
+    # have, where one was too large.
+    has_template: bool | None = field(default=None, compare=False)
+    most_bytes: int | None = field(default=None, compare=False)
+    form: Form = field(default=VLLM_SCORE, compare=False)
 
     @property
     def listwise(self) -> bool:
