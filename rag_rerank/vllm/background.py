@@ -28,19 +28,18 @@ class Background:
     def run(self, work: Coroutine[Any, Any, T], timeout: float | None) -> T:
         """Run `work` to its end, for `timeout` seconds at most. What interrupts the caller (Ctrl-C) cancels it."""
         future: Future[T] = Future()
-        tasks: list[asyncio.Task[None]] = []
-
-        async def whole() -> None:
-            try:
-                future.set_result(await work)
-            except BaseException as error:  # noqa: BLE001 - raised where it is waited for
-                future.set_exception(error)
+        tasks: list[asyncio.Task[T]] = []
 
         def begin() -> None:
             if future.set_running_or_notify_cancel():
-                tasks.append(loop.create_task(whole()))
+                tasks.append(task := loop.create_task(work))
+                task.add_done_callback(end)
             else:
                 work.close()
+
+        def end(task: asyncio.Task[T]) -> None:
+            error = asyncio.CancelledError() if task.cancelled() else task.exception()
+            future.set_result(task.result()) if error is None else future.set_exception(error)
 
         try:
             loop = self._running()

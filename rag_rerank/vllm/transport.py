@@ -123,10 +123,10 @@ class Transport:
             # httpx times out single reads; this bounds the whole exchange.
             done, _ = await asyncio.wait([task], timeout=send.timeout)
         except asyncio.CancelledError:
-            await ending.of(task, send.connect_timeout)
+            await ending.of(task)
             raise
         if not done:
-            await ending.of(task, send.connect_timeout)
+            await ending.of(task)
             return Failure("timeout", "timed out")
         return task.result()
 
@@ -255,23 +255,29 @@ class _Ending:
 
     def __init__(self) -> None:
         self.scope = anyio.CancelScope()
-        self._begun = self._sends = False
+        self._begun = self._sends = self._told = False
 
     async def trace(self, event: str, _: Any) -> None:
         """Take note of what httpcore does; TLS begins after a proxy was sent a request."""
+        self._told = True
         if event.endswith(("send_request_headers.started", "start_tls.started")):
             self._sends = not event.endswith("tls.started")
             if self._begun and self._sends:
                 self.scope.cancel()
 
-    async def of(self, task: "asyncio.Task[Any]", connect_timeout: float) -> None:
-        """End it and wait for that; or, while it can't be ended, have it ended: the loop may stop with the call."""
+    async def of(self, task: "asyncio.Task[Any]") -> None:
+        """End it and wait for that; or have it ended when it can be: the loop may stop with the call."""
         self._begun = True
         if self._sends:
             self.scope.cancel()
             await asyncio.wait([task], timeout=1.0)
-        else:  # TCP and TLS have a timeout each; and what is no httpcore tells nothing
-            asyncio.get_running_loop().call_later(2 * connect_timeout, self.scope.cancel)
+        else:
+            asyncio.get_running_loop().call_later(0.1, self._end_silent)
+
+    def _end_silent(self) -> None:
+        """End what does not tell what it does: a user's transport that is not httpcore's."""
+        if not self._told:
+            self.scope.cancel()
 
 
 def _over(task: "asyncio.Task[Reply | Failure]") -> None:
