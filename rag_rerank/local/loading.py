@@ -4,7 +4,6 @@ import hashlib
 import inspect
 import json
 import logging
-import os
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -22,6 +21,7 @@ from transformers import (
 
 from rag_rerank.errors import ConfigError
 from rag_rerank.families import Family, find_family
+from rag_rerank.forking import held_over_forks
 from rag_rerank.local.checkpoint.chat import ChatTemplate
 from rag_rerank.local.checkpoint.checkpoint import Checkpoint, max_length
 from rag_rerank.local.checkpoint.declaration import IDENTITY, SIGMOID, Declaration, Pooling, Route, Side
@@ -75,10 +75,7 @@ _NO_FACTS = (
 
 # Held while a model is loaded: transformers changes torch's default dtype for the whole process meanwhile, and of two
 # at a time one would put back the other's. A fork waits, so that a child has neither lock nor dtype left half-way.
-one_at_a_time = threading.RLock()
-if hasattr(os, "register_at_fork"):
-    release = one_at_a_time.release
-    os.register_at_fork(before=one_at_a_time.acquire, after_in_parent=release, after_in_child=release)
+one_at_a_time = held_over_forks(threading.RLock())
 
 
 def load(settings: Settings) -> Model:

@@ -154,9 +154,7 @@ class Sending:
         try:
             return read(reply.body)  # its fault once more, now without keys
         except BadReply as fault:
-            message = fault.message
-            if wire.is_model_missing(reply.body):  # an error with a status of success, as some gateways send
-                message += f": {wire.error_text(reply.body)}"
+            message = fault.message + (f": {wire.error_text(reply.body)}" if wire.is_error(reply.body) else "")
             facts = _told(reply, request) | {"whole": fault.whole, "__cause__": fault}
             raise MayPass(self.error(BadReply, message, "Is it a vLLM server?", server, **facts), blames=True) from None
 

@@ -229,8 +229,7 @@ def read_answer(api: API, body: bytes, positions: Sequence[int]) -> Answer:
     list_name, score_name = ("data", "score") if api == "score" else ("results", "relevance_score")
     entries = content.get(list_name)
     if not isinstance(entries, list):
-        said = f": {error_text(body)}" if content.keys() & {"error", "message", "detail"} else ""
-        raise BadReply(f"the answer has no list {list_name!r}{said}")
+        raise BadReply(f"the answer has no list {list_name!r}")
     return Answer(
         scores=_scores(entries, positions, score_name),
         id=_of(str, content.get("id")),
@@ -310,6 +309,11 @@ def is_model_missing(body: bytes) -> bool:
     """Tell a 404 for an unknown model (an ``error`` object) from one for a path (``{"detail": "Not Found"}``)."""
     content = _fields(body)
     return isinstance(content.get("error"), dict) or content.get("object") == "error"
+
+
+def is_error(body: bytes) -> bool:
+    """Tell an error, which some gateways send with a status of success."""
+    return bool(_fields(body).keys() & {"error", "message", "detail"})
 
 
 def _fields(body: bytes) -> dict[str, Any]:
