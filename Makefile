@@ -6,6 +6,7 @@
 #   .venv-docs   what builds docs/, which reads the sources and imports nothing
 #   .venv-dist   what builds and checks the packages
 #   .venv-vllm   a real vLLM server for the CPU (Linux x86-64), which the tests start
+#   .venv-litellm LiteLLM's proxy, which the tests put before that server
 #   .venv-peers, .venv-peers-onnx, .venv-peers-infinity   what `make bench` compares with (Linux x86-64)
 
 PYTHON ?= python3
@@ -15,6 +16,7 @@ PROJECTS := pyproject.toml integrations/langchain/pyproject.toml integrations/ll
 
 ifeq ($(shell uname -sm),Linux x86_64)
 VLLM := .venv-vllm/.installed .venv-vllm/vision/.installed
+LITELLM := .venv-litellm/.installed
 PEERS := .venv-peers/.installed .venv-peers-onnx/.installed .venv-peers-infinity/.installed
 export RAG_RERANK_REQUIRE_VLLM := 1
 endif
@@ -34,7 +36,7 @@ notebooks: .venv/.installed-dev $(RELEASED)
 	$(INSTALL) jupyterlab
 	RERANKER=$(CURDIR)/$(RELEASED) $(BIN)/jupyter lab notebooks
 
-test: .venv/.installed-dev .venv-lowest/.installed $(VLLM) .venv/.browser $(RELEASED)
+test: .venv/.installed-dev .venv-lowest/.installed $(VLLM) $(LITELLM) .venv/.browser $(RELEASED)
 	$(BIN)/pytest
 	.venv-lowest/bin/pytest tests/integrations tests/vllm/test_transport.py --without-server
 
@@ -85,7 +87,7 @@ newest:
 vllm: .venv-vllm/.installed .venv-vllm/vision/.installed
 
 clean:
-	rm -rf .venv .venv-lowest .venv-newest .venv-docs .venv-dist .venv-vllm .venv-peers .venv-peers-onnx .venv-peers-infinity .released
+	rm -rf .venv .venv-lowest .venv-newest .venv-docs .venv-dist .venv-vllm .venv-litellm .venv-peers .venv-peers-onnx .venv-peers-infinity .released
 
 .venv/.installed: $(PROJECTS) constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "rag_rerank needs Python 3.11 or newer")'
@@ -132,6 +134,12 @@ $(RELEASED): | .venv/.installed
 # Where only servers of models that see find it: PyPI's is built for another torch, see tests/vision_server. 24 MB.
 .venv-vllm/vision/.installed: .venv-vllm/.installed
 	.venv-vllm/bin/pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(@D) torchvision==0.28.0
+	touch $@
+
+# A minute and 760 MB.
+.venv-litellm/.installed: tests/litellm-requirements.txt
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/pip install --quiet --disable-pip-version-check --no-deps --requirement $<
 	touch $@
 
 .venv-docs/.installed: pyproject.toml constraints.txt

@@ -101,19 +101,17 @@ class Calibration:
         """
         try:
             values = json.loads(Path(path).read_text(encoding="utf-8"))
-            if values.pop("format") != _FORMAT:
-                raise ValueError(f"its format is not {_FORMAT!r}")  # noqa: TRY301 - joins the other ways
+            known = values.pop("format") == _FORMAT and values["scale"] in ("score", "logit")
+            if not (known and values["references"] and values["facts"]["model"]):
+                raise ValueError(f"not {_FORMAT!r}, or it lacks model, scale or references")  # noqa: TRY301
             values["references"] = [(str(one), str(other), float(score)) for one, other, score in values["references"]]
-            if values["scale"] not in ("score", "logit") or not (values["references"] and values["facts"]["model"]):
-                raise ValueError("it names no model, no references, or an unknown scale")  # noqa: TRY301
-            curve = values.pop("curve")
-            points = [(float(value), float(odds)) for value, odds in curve["points"]]
-            return cls(**values, curve=Curve(curve["method"], points))
+            method, points = values["curve"]["method"], values["curve"]["points"]
+            values["curve"] = Curve(method, [(float(value), float(odds)) for value, odds in points])
+            return cls(**values)
         except OSError as error:
             raise ConfigError(f"the calibration {path} can't be read: {error.strerror or error}") from error
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            message = f"{path} is no calibration: {error}. rag-rerank calibrate writes one"
-            raise ConfigError(message) from error
+            raise ConfigError(f"{path} is no calibration: {error}. rag-rerank calibrate writes one") from error
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the file.
@@ -133,38 +131,36 @@ class Calibration:
         Raises:
             ConfigError: They are another model's; the message says in what it differs.
         """
-        for strict in (True, False):
-            for scale in ("score", "logit"):
-                if self._fits(scores, scale, strict) and (strict or not self._differences(scorer, deadline)):
-                    if not strict:
-                        logger.warning("%s was fitted with another dtype: probabilities differ a little", self.model)
-                    return scale
+        # A scorer that gives logits fits a curve over the logits of its other scale, and the other way round.
+        scales = [scale for scale in ("score", "logit") if scale == "score" or 0 <= min(scores) <= max(scores) <= 1]
+        for scale in scales:
+            if self._fits(scores, scale):
+                return scale
+        differences = self._differences(scorer, deadline)
+        for scale in scales:
+            if not differences and self._fits(scores, scale, half=True):
+                logger.warning("%s was fitted with another dtype: probabilities differ a little", self.model)
+                return scale
         now, then = (", ".join(f"{each:.4g}" for each in row) for row in (scores, [row[2] for row in self.references]))
-        changes = "; ".join(
-            [f"scores of the reference pairs: {now}, before {then}", *self._differences(scorer, deadline)]
-        )
+        changes = "; ".join([f"scores of the reference pairs: {now}, before {then}", *differences])
         raise ConfigError(
             f"the calibration was fitted for {self.model}, and {scorer.model_name} is not that or has another template "
             f"or instruction ({changes}). Run rag-rerank calibrate with this scorer."
         )
 
-    def _fits(self, scores: Sequence[float], scale: str, strict: bool) -> bool:
-        # A scorer that gives logits fits a curve over the logits of its other scale, and the other way round.
-        if scale == "logit" and not all(0 <= score <= 1 for score in scores):
-            return False
+    def _fits(self, scores: Sequence[float], scale: str, *, half: bool = False) -> bool:
         for score, (_, _, value) in zip(scores, self.references, strict=True):
-            rounding = _FLOAT32 / max(score * (1 - score), _FLOAT32) if scale == "logit" else 0.0
-            most = _TOLERANCE if strict else _HALF_PRECISION * max(1.0, abs(value))
-            if abs(on_scale(score, scale) - value) > most + rounding:
+            most = _HALF_PRECISION * max(1.0, abs(value)) if half else _TOLERANCE
+            most += _FLOAT32 / max(score * (1 - score), _FLOAT32) if scale == "logit" else 0.0
+            if abs(on_scale(score, scale) - value) > most:
                 return False
         return True
 
     def _differences(self, scorer: Scorer, deadline: float | None) -> list[str]:
-        """Say in what the scorer is known to differ, but for its dtype."""
-        now, then = known_facts(scorer, scorer.identity(deadline=deadline)), dict(self.facts)
-        if now["scorer"] != then.get("scorer"):  # one of another class says other things of itself
-            now, then = {"model": now["model"]}, {"model": then.get("model", "none")}
-        told = (now.keys() | then.keys()) - {"dtype", "activation", "use_activation"}  # these the scores tell
+        """Say in what the scorer is known to differ, but for its dtype and what the scores tell."""
+        now, then = known_facts(scorer, scorer.identity(deadline=deadline)), self.facts
+        same_class = now["scorer"] == then.get("scorer")  # one of another class says other things of itself
+        told = (now.keys() | then.keys()) - {"dtype", "activation", "use_activation"} if same_class else {"model"}
         now, then = ({name: fact for name, fact in facts.items() if name in told} for facts in (now, then))
         return Identity(now).differences(Identity(then))
 
@@ -194,7 +190,7 @@ class Calibrated(Scorer):
         ConfigError: At construction, the file can't be read, or the scorer is a `FallbackScorer`: calibrate each of
             its scorers. With the first call, the file was fitted for another model, template or instruction: the
             scores of its reference pairs differ by more than 1e-3. By no more than half precision explains, and with
-            nothing else known to differ: one logged warning. Later, an instruction that a call brings.
+            nothing else known to differ: one logged warning.
 
     Platt's curve leaves the order of the documents as it is. An isotonic one has steps: documents on one step have
     equal scores and stay in retrieval order.
@@ -210,8 +206,10 @@ class Calibrated(Scorer):
             raise ConfigError("each scorer has its own calibration: FallbackScorer(Calibrated(...), Calibrated(...))")
         self._scorer = scorer
         self._calibration = calibration if isinstance(calibration, Calibration) else Calibration.load(calibration)
+        queries, documents, _ = zip(*self._calibration.references, strict=True)
+        self._references = queries, documents
         self._scale: str | None = None  # of the scorer's scores; None before they were compared
-        self.accepts_instruction, self.remote = scorer.accepts_instruction, scorer.remote
+        self.remote = scorer.remote
 
     @property
     def model_name(self) -> str:
@@ -235,37 +233,20 @@ class Calibrated(Scorer):
         probes = self.score(*zip(*PROBES, strict=True), deadline=deadline) if identity.probes else ()
         return replace(identity, facts={**identity.facts, "calibration": curve}, probes=probes)
 
-    # Any: a scorer takes from another what was prepared for it.
-    def _score(self, queries: Any, documents: Any, until: float | None, instruction: str | None = None) -> list[float]:
-        self._refuse(instruction)
+    # Any: a scorer takes from another what was prepared for it. No instruction: `accepts_instruction` says so.
+    def _score(self, queries: Any, documents: Any, until: float | None) -> list[float]:  # type: ignore[override]
         if self._scale is None:
-            self._compare(self._scorer.score(*self._references(), deadline=_left(until)), until)
+            scores = self._scorer.score(*self._references, deadline=_left(until))
+            self._scale = self._calibration.scale_of(scores, self._scorer, _left(until))
         with self._converted():
             return self._probabilities(self._scorer.score(queries, documents, deadline=_left(until)))
 
-    async def _ascore(
-        self, queries: Any, documents: Any, until: float | None, instruction: str | None = None
-    ) -> list[float]:
-        self._refuse(instruction)
+    async def _ascore(self, queries: Any, documents: Any, until: float | None) -> list[float]:  # type: ignore[override]
         if self._scale is None:
-            scores = await self._scorer.ascore(*self._references(), deadline=_left(until))
-            await asyncio.to_thread(self._compare, scores, until)
+            scores = await self._scorer.ascore(*self._references, deadline=_left(until))
+            self._scale = await asyncio.to_thread(self._calibration.scale_of, scores, self._scorer, _left(until))
         with self._converted():
             return self._probabilities(await self._scorer.ascore(queries, documents, deadline=_left(until)))
-
-    def _references(self) -> tuple[list[str], list[str]]:
-        queries, documents, _ = zip(*self._calibration.references, strict=True)
-        return list(queries), list(documents)
-
-    def _compare(self, scores: Sequence[float], until: float | None) -> None:
-        self._scale = self._calibration.scale_of(scores, self._scorer, _left(until))
-
-    def _refuse(self, instruction: str | None) -> None:
-        if instruction is not None:
-            raise ConfigError(
-                "the calibration holds for the instruction that it was fitted with, not for one of a call. Calibrate a "
-                "scorer with this one: LocalScorer(..., instruction=...)"
-            )
 
     def _probabilities(self, scores: Sequence[float]) -> list[float]:
         scale = self._scale or self._calibration.scale

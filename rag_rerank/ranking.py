@@ -39,9 +39,9 @@ class Ranking:
         TypeError, ValueError: An argument is of the wrong type or out of range; the message names it.
     """
 
-    top_n: int | None
-    score_threshold: float | None
-    on_error: str
+    top_n: int | None = None
+    score_threshold: float | None = None
+    on_error: str = "raise"
     min_precision: float | None = None
     min_n: int = 0
     may_return: bool = False

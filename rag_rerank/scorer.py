@@ -485,7 +485,10 @@ class Scorer(Closeable, ABC):
             raise TypeError(f"instruction must be str or None, got {type(instruction).__name__}")
         if instruction is not None and not self.accepts_instruction:
             name = short_name(self.model_name)
-            raise ConfigError(f"{name} has no place for an instruction: its scores don't depend on one")
+            why = "has no place for an instruction: its scores don't depend on one"
+            if self.calibrated:
+                why = "was calibrated with its own instruction, not with one of a call: calibrate it with this one"
+            raise ConfigError(f"{name} {why}")
         if deadline is None:
             deadline = self._default_deadline
         if deadline is None:

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rag_rerank.backoff import LONGEST_REST, BackOff
+from tests.forking import forked
 
 
 class Clock:
@@ -222,12 +223,13 @@ class TestSharing:
     def test_a_forked_child_goes_on_by_itself(self, back_off: BackOff):
         """It knows what its parent knew; what it learns stays with it."""
         back_off.failed()
-        child = os.fork()
-        if child == 0:
-            knew = back_off.resting
+
+        def child() -> None:
+            assert back_off.resting
             back_off.worked()
-            os._exit(0 if knew and back_off.claim() else 1)
-        assert os.waitpid(child, 0)[1] == 0
+            assert back_off.claim()
+
+        assert forked(child) == 0
         assert back_off.resting
 
     def test_a_pickle_starts_fresh(self):

@@ -205,7 +205,7 @@ class TestAnotherModel:
         class Instructed(WordOverlap):
             accepts_instruction = True
 
-        with pytest.raises(ConfigError, match="not for one of a call"):
+        with pytest.raises(ConfigError, match="calibrated with its own instruction, not with one of a call"):
             Calibrated(Instructed(), calibration(WordOverlap())).score("a", ["b"], instruction="be kind")
 
     def test_fallback_scorers_are_calibrated_one_by_one(self):

@@ -6,7 +6,6 @@ import gc
 import inspect
 import os
 import pathlib
-import signal
 import threading
 import weakref
 from collections.abc import Callable
@@ -17,6 +16,7 @@ from pydantic import SecretStr
 
 from rag_rerank import ConfigError, LocalScorer, LocalSettings, RerankError, VLLMScorer, VLLMSettings, integration
 from rag_rerank.integration import did_you_mean, path_as_text
+from tests.forking import forked
 
 
 class Local(LocalSettings):
@@ -303,11 +303,7 @@ class TestSharing:
         thread.start()
         try:
             for _ in range(20):
-                child = os.fork()
-                if child == 0:
-                    signal.alarm(30)
-                    os._exit(0 if is_open(remote().scorer) else 1)
-                assert os.waitpid(child, 0)[1] == 0
+                assert forked(lambda: remote().scorer.score("a", [])) == 0
         finally:
             stop.set()
             thread.join()

@@ -27,6 +27,7 @@ from rag_rerank import (
 )
 from rag_rerank.inputs import NEUTRAL
 from tests import drawn
+from tests.forking import forked
 
 
 def server_error() -> BackendUnavailable:
@@ -385,7 +386,6 @@ class TestAdmission:
 
     def test_a_forked_child_has_none_of_its_parents_calls(self):
         """`_start` is called there again, before the first call."""
-        import os
         import threading
 
         class Slow(Moody):
@@ -406,15 +406,13 @@ class TestAdmission:
         thread = threading.Thread(target=functools.partial(scorer.score, "q", ["slow"]))
         thread.start()
         begun.wait()
-        child = os.fork()
-        if child == 0:
-            try:
-                right = scorer.score("q", ["a"]) == [1.0] and scorer.starts == 2
-            except BaseException:  # noqa: BLE001 - the child tells by its exit status alone
-                right = False
-            os._exit(0 if right else 1)
+
+        def child() -> None:
+            assert scorer.score("q", ["a"]) == [1.0]
+            assert scorer.starts == 2
+
         try:
-            assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+            assert forked(child) == 0
             with pytest.raises(BackendUnavailable):
                 scorer.score("q", ["a"])
         finally:

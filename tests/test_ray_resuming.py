@@ -18,7 +18,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 from rag_rerank import ConfigError
 from rag_rerank.ray_data import rejects_in, rerank_folder, run
-from tests.killing import killed_at
+from tests.forking import killed_at
 from tests.scorers import WordOverlap
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="no fork, no flock")

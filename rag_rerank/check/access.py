@@ -18,7 +18,7 @@ TEMPLATES_SINCE: Version = (0, 14)  # the version from which --chat-template is 
 ROUNDED, ROUGHLY_ROUNDED = 1e-3, 1e-2
 
 # By what other programs than vLLM are known: a header of their answers, or the owner that they name for a model.
-_BY_HEADER = {"x-litellm-version": "LiteLLM", "x-new-api-version": "new-api", "x-oneapi-request-id": "new-api"}
+_BY_HEADER = {"x-litellm-call-id": "LiteLLM", "x-new-api-version": "new-api", "x-oneapi-request-id": "new-api"}
 _BY_OWNER = {
     "docker": "Docker Model Runner",
     "infinity": "infinity",
@@ -67,7 +67,7 @@ def _timed(server: CheckedServer) -> tuple[float, Reply | Failure]:
 def version(server: CheckedServer) -> Finding:
     """See what answers, and what its version of vLLM can't do."""
     reply, cards = _listed(server)
-    server.program = _program(reply, cards)
+    server.program = _program(server, reply, cards)
     if server.program is not None or (cards and not any(card.window for card in cards)):
         # Some gateways have a version of their own: only vLLM's lists tell how long prompts may be.
         server.facts = replace(server.facts, version=None)
@@ -95,9 +95,15 @@ def version(server: CheckedServer) -> Finding:
     return Finding("Version", "good", f"{name} knows every option.")
 
 
-def _program(reply: Reply, cards: Sequence[Card]) -> str | None:
+def _program(server: CheckedServer, listed: Reply, cards: Sequence[Card]) -> str | None:
     """Find out which program answers; None for vLLM, and for one that is not known."""
-    named = [name for header, name in _BY_HEADER.items() if header in reply.headers]
+    replies: list[Reply | Failure] = [listed]
+    if not any(card.owner == "vllm" for card in cards):
+        # LiteLLM's header is on answers to scoring requests only; one without a query costs nobody a score.
+        path = server.client.servers.endpoints[0].forms("rerank")[0].path
+        replies.append(server.client.send(Request("POST", path, b"{}")))
+    headers = {header for reply in replies if isinstance(reply, Reply) for header in reply.headers}
+    named = [name for header, name in _BY_HEADER.items() if header in headers]
     named += [_BY_OWNER[owner] for card in cards if (owner := str(card.owner)) in _BY_OWNER]
     return named[0] if named else None
 

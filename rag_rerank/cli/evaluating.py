@@ -3,11 +3,12 @@
 import json
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from functools import partial
 from importlib.util import find_spec
-from itertools import islice
+from itertools import islice, zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 from urllib.parse import urlsplit
@@ -34,79 +35,83 @@ if TYPE_CHECKING:
     from rag_rerank.evaluation import Collection, Evaluation, Run
     from rag_rerank.evaluation.calibrating import Calibrating
 
-_KEPT, _NOT_KEPT = "What was scored is kept: the same command goes on from there.\n", "Nothing was kept.\n"
-
 File = Path | None
 Names = list[str] | None
+RunOption = Annotated[File, Option(help="A TREC run to rerank, instead of what BM25 finds.")]
+QrelsOption = Annotated[File, Option(help="Judgments (BEIR or TREC), instead of the collection's.")]
+QueriesOption = Annotated[int | None, Option(min=1, help="Only the first so many.")]
+JsonOption = Annotated[File, Option("--json", help="Write all figures to this file.")]
+HtmlOption = Annotated[File, Option(help="Write a report with plots to this file.")]
+CacheOption = Annotated[File, Option(help="The folder that keeps scores; ~/.cache/rag_rerank if none.")]
+NoCacheOption = Annotated[bool, Option("--no-cache", help="Score everything anew and keep nothing.")]
 
 
 def evaluate(
     folder: Annotated[File, Argument(help="A collection in BEIR's layout; the embedded one if none.")] = None,
-    run: Annotated[File, Option(help="A TREC run to rerank, instead of what BM25 finds.")] = None,
-    qrels: Annotated[File, Option(help="Judgments (BEIR or TREC), instead of the collection's.")] = None,
+    run: RunOption = None,
+    qrels: QrelsOption = None,
     model: Annotated[
         Names, Option(help="Hub id or folder; may be repeated to compare. The embedded one if none.")
     ] = None,
     base_url: Annotated[
         Names, Option(help="A vLLM server to compare; may be repeated. The key is in VLLM_API_KEY.")
     ] = None,
+    calibration: Annotated[
+        list[Path] | None, Option(help="A file of rag-rerank calibrate for each model, then for each server.")
+    ] = None,
     depth: Annotated[
         list[int] | None, Option(min=1, help="Candidates to rerank; may be repeated. 10, 20, 50, 100 if none.")
     ] = None,
-    queries: Annotated[int | None, Option(min=1, help="Only the first so many.")] = None,
+    policy: Annotated[
+        Names, Option(help='What to keep, such as "min_precision=0.8 top_n=10"; may be repeated to compare.')
+    ] = None,
+    queries: QueriesOption = None,
     language: Annotated[
         str, Option(help='Of the texts, for BM25: a Snowball stemmer, "none", or "characters" for Chinese or Japanese.')
     ] = "english",
     measures: Annotated[
         str, Option(help="As ir-measures calls them. Verdicts are by the first.")
     ] = "nDCG@10,MRR@10,Recall@10,MAP",
-    as_json: Annotated[File, Option("--json", help="Write all figures to this file.")] = None,
+    as_json: JsonOption = None,
     trec_run: Annotated[File, Option(help="Write the reranked order to this file, as a TREC run.")] = None,
-    html: Annotated[File, Option(help="Write a report with plots to this file.")] = None,
-    cache: Annotated[File, Option(help="The folder that keeps scores; ~/.cache/rag_rerank if none.")] = None,
-    no_cache: Annotated[bool, Option("--no-cache", help="Score everything anew and keep nothing.")] = False,
+    html: HtmlOption = None,
+    cache: CacheOption = None,
+    no_cache: NoCacheOption = False,
     device: DeviceOption = None,
     dtype: DtypeOption = "auto",
     send_key_over_http: KeyOverHTTPOption = False,
 ) -> None:
-    """Measure whether reranking helps, how much, how sure that is, and what depth pays.
+    """Measure whether reranking helps, how much, how sure that is, what depth pays, and what a prompt gets to read.
 
     BM25, or your run, finds candidates, and each model reranks them. Scores are kept for each model and its settings:
     an evaluation that was interrupted goes on where it was, and the same one again is instant.
 
     A run with its qrels, but without a folder and a model, is measured as it is.
     """
-    _check_files(as_json, trec_run, html=html)
-    try:
-        from rag_rerank import evaluation as package
-        from rag_rerank.cli.evaluation_tables import show
-    except ModuleNotFoundError as error:
-        raise ConfigError(f"eval needs {error.name}: pip install 'rag-rerank[eval]'") from error
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    _check("eval", as_json, trec_run, html=html)
+    from rag_rerank import evaluation as package
+    from rag_rerank.cli.evaluation_tables import show
+
     depths = tuple(depth or package.DEFAULT_DEPTHS)
     collection, candidates = _collection(folder, run, qrels, max(depths), bare=not (model or base_url))
-    where: Path | bool = not no_cache if cache is None or no_cache else cache
-    with ExitStack() as stack:
-        stack.enter_context(said_what_is_kept(lambda: _KEPT if where else _NOT_KEPT))
+    with _scoring(cache, no_cache, run, queries) as (stack, measured):
         scorers: dict[str, Scorer] = {}
         if collection.documents:
-            options = ScorerOptions(device=device, dtype=dtype, send_key_over_http=send_key_over_http)
-            for name, scorer in _scorers(model, base_url, options):
+            chosen = ScorerOptions(device=device, dtype=dtype, send_key_over_http=send_key_over_http)
+            for name, scorer in _scorers(model, base_url, calibration or [], chosen):
                 scorers[_distinct(name, scorers)] = stack.enter_context(scorer)
-        evaluation = package.evaluate(
-            collection,
-            scorers,
-            run=candidates,
-            first_stage=None if run is None else run.name,
-            depths=depths,
-            measures=measures.replace(",", " ").split(),
-            limit=queries,
-            language=language,
-            cache=where,
-            progress=stack.enter_context(_bar()),
-        )
+        names = measures.replace(",", " ").split()
+        options = {"run": candidates, "depths": depths, "measures": names, "policies": policy, "language": language}
+        evaluation = measured(collection, scorers, **options)
     show(evaluation, console())
-    _write(evaluation, as_json, trec_run, html)
+    _write(evaluation, as_json, html)
+    if trec_run is not None:
+        for system in evaluation.systems:
+            name = re.sub(r"[^\w.-]", "-", system.name)
+            several = len(evaluation.systems) > 1
+            path = trec_run.with_name(f"{trec_run.stem}.{name}{trec_run.suffix}") if several else trec_run
+            package.write_run(path, evaluation.run(system), tag=f"{system.name}@{evaluation.depths[-1]}")
+            typer.echo(f"wrote {path}", err=True)
 
 
 @takes_scorer("calibration")
@@ -116,50 +121,73 @@ def calibrate(
     ],
     chosen: ScorerOptions,
     out: Annotated[Path, Option(help="The file to write.")] = Path("relevance.json"),
-    run: Annotated[File, Option(help="A TREC run with candidates, instead of what BM25 finds.")] = None,
-    qrels: Annotated[File, Option(help="Judgments (BEIR or TREC), instead of the collection's.")] = None,
+    run: RunOption = None,
+    qrels: QrelsOption = None,
     depth: Annotated[int, Option(min=1, help="Candidates a query. What has no judgment counts as irrelevant.")] = 50,
-    queries: Annotated[int | None, Option(min=1, help="Only the first so many.")] = None,
-    as_json: Annotated[File, Option("--json", help="Write all figures to this file.")] = None,
-    cache: Annotated[File, Option(help="The folder that keeps scores; ~/.cache/rag_rerank if none.")] = None,
-    no_cache: Annotated[bool, Option("--no-cache", help="Score everything anew and keep nothing.")] = False,
+    queries: QueriesOption = None,
+    as_json: JsonOption = None,
+    html: HtmlOption = None,
+    cache: CacheOption = None,
+    no_cache: NoCacheOption = False,
 ) -> None:
     """Fit what turns a model's scores into probabilities of relevance, and say which threshold does what.
 
     Use the file with Calibrated(scorer, FILE), calibration=FILE in both integrations, or --calibration FILE. Scores are
     kept as by eval: what was interrupted goes on where it was.
     """
-    _check_files(out, as_json)
-    try:
-        from rag_rerank import evaluation as package
-        from rag_rerank.cli.evaluation_tables import show_calibration
-        from rag_rerank.evaluation import calibrating
-    except ModuleNotFoundError as error:
-        raise ConfigError(f"calibrate needs {error.name}: pip install 'rag-rerank[eval]'") from error
+    _check("calibrate", out, as_json, html=html)
+    from rag_rerank.cli.evaluation_tables import show_calibration
+    from rag_rerank.evaluation import read_labelled
+    from rag_rerank.evaluation.calibrating import calibrate as fit
+
     candidates: Run | None
     if data.is_file():
-        collection, candidates = calibrating.read_labelled(data)
+        collection, candidates = read_labelled(data)
         depth = max(map(len, collection.judgments.values()), default=1)
     else:
         collection, candidates = _collection(data, run, qrels, depth, bare=False)
-    where: Path | bool = not no_cache if cache is None or no_cache else cache
-    kept = said_what_is_kept(lambda: _KEPT if where else _NOT_KEPT)
-    with kept, _bar() as progress, chosen.make() as scorer:
-        evaluation = package.evaluate(
-            collection,
-            scorer,
-            run=candidates,
-            first_stage=None if run is None else run.name,
-            depths=[depth],
-            limit=queries,
-            cache=where,
-            progress=progress,
-        )
-        found = calibrating.calibrate(evaluation, scorer)
+    with _scoring(cache, no_cache, run, queries) as (stack, measured):
+        scorer = stack.enter_context(chosen.make())
+        found = fit(measured(collection, scorer, run=candidates, depths=[depth]), scorer)
     found.calibration.save(out)
     show_calibration(found, str(out), console())
     typer.echo(f"wrote {out}", err=True)
-    _write_json(as_json, found)
+    _write(found, as_json, html)
+
+
+def _check(command: str, *files: File, html: File) -> None:
+    """Refuse, before hours of scoring, files that could not be written after them, and what is not installed."""
+    for path in (*files, html):
+        if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
+            raise ConfigError(f"{path} can't be written: {'it is a' if path.is_dir() else 'there is no such'} folder")
+    for name in ("bm25s", "Stemmer", "ir_measures", "sklearn", *(["matplotlib"] if html else [])):
+        if find_spec(name) is None:
+            raise ConfigError(f"{command} needs {name}: pip install 'rag-rerank[eval]'")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
+
+@contextmanager
+def _scoring(
+    cache: File, no_cache: bool, run: File, queries: int | None
+) -> Iterator[tuple[ExitStack, "Callable[..., Evaluation]"]]:
+    """Yield what closes scorers, and what evaluates with a progress bar on stderr; say what is kept where it ends."""
+    from rag_rerank.evaluation import evaluate
+
+    where: Path | bool = not no_cache if cache is None or no_cache else cache
+    told = "What was scored is kept: the same command goes on from there.\n" if where else "Nothing was kept.\n"
+    columns = TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    tasks: dict[str, TaskID] = {}
+    stderr = Console(stderr=True)
+    bar = Progress(*columns, console=stderr, transient=True, disable=not stderr.is_terminal)
+
+    def report(task: str, done: int, total: int) -> None:
+        if task not in tasks:
+            tasks[task] = bar.add_task(task, total=total)
+        bar.update(tasks[task], completed=done)
+
+    first_stage = None if run is None else run.name
+    with said_what_is_kept(lambda: told), ExitStack() as stack, bar:
+        yield stack, partial(evaluate, first_stage=first_stage, limit=queries, cache=where, progress=report)
 
 
 def _collection(folder: File, run: File, qrels: File, deepest: int, *, bare: bool) -> "tuple[Collection, Run | None]":
@@ -179,20 +207,29 @@ def _collection(folder: File, run: File, qrels: File, deepest: int, *, bare: boo
     return Collection.load(folder or collection_folder(), qrels=qrels, documents=found), candidates
 
 
-def _scorers(models: Names, urls: Names, options: ScorerOptions) -> Iterator[tuple[str, Scorer]]:
+def _scorers(
+    models: Names, urls: Names, calibrations: Sequence[Path], options: ScorerOptions
+) -> Iterator[tuple[str, Scorer]]:
     """Yield (name, scorer) of each model and each server; a server that does not answer fails now."""
+    asked = [
+        (Path(model).resolve().name if Path(model).is_dir() else model, replace(options, model=model))
+        for model in models or ()
+    ]
     if not (models or urls):
         from rag_rerank.embedded import minilm_folder
 
-        yield "all-MiniLM-L6-v2", replace(options, model=str(minilm_folder())).make()
-    for model in models or ():
-        yield Path(model).resolve().name if Path(model).is_dir() else model, replace(options, model=model).make()
+        asked = [("all-MiniLM-L6-v2", replace(options, model=str(minilm_folder())))]
     if models:  # for which --device and --dtype are
         options = replace(options, device=None, dtype="auto")
-    for url in urls or ():
-        server = replace(options, base_url=[url]).make()
-        server.score(NEUTRAL, NEUTRAL)
-        yield f"{server.model_name} on {urlsplit(url).netloc.rpartition('@')[2]}", server
+    asked += [("", replace(options, base_url=[url])) for url in urls or ()]
+    if calibrations and len(calibrations) != len(asked):
+        raise ConfigError(f"{len(calibrations)} --calibration for {len(asked)} models and servers: one each, in order")
+    for (name, chosen), calibration in zip_longest(asked, calibrations):
+        scorer = replace(chosen, calibration=calibration).make()
+        if chosen.base_url:
+            scorer.score(NEUTRAL, NEUTRAL)
+        host = urlsplit((chosen.base_url or [""])[0]).netloc.rpartition("@")[2]
+        yield name or f"{scorer.model_name} on {host}", scorer
 
 
 def _distinct(name: str, names: "dict[str, Scorer]") -> str:
@@ -201,53 +238,14 @@ def _distinct(name: str, names: "dict[str, Scorer]") -> str:
     return f"{name} ({number + 1})" if number else name
 
 
-@contextmanager
-def _bar() -> "Iterator[Callable[[str, int, int], None]]":
-    """Show a progress bar on stderr; yield what moves it."""
-    columns = TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    tasks: dict[str, TaskID] = {}
-    stderr = Console(stderr=True)
-    with Progress(*columns, console=stderr, transient=True, disable=not stderr.is_terminal) as bar:
-
-        def report(task: str, done: int, total: int) -> None:
-            if task not in tasks:
-                tasks[task] = bar.add_task(task, total=total)
-            bar.update(tasks[task], completed=done)
-
-        yield report
-
-
-def _check_files(*files: File, html: File = None) -> None:
-    """Refuse, before hours of scoring, a file that could not be written after them, with a ConfigError."""
-    for path in (*files, html):
-        if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
-            raise ConfigError(f"{path} can't be written: {'it is a' if path.is_dir() else 'there is no such'} folder")
-    if html is not None and find_spec("matplotlib") is None:
-        raise ConfigError("the report's plots need matplotlib: pip install 'rag-rerank[eval]'")
-
-
-def _write_json(path: File, figures: "Evaluation | Calibrating") -> None:
-    """Write all figures, if there is a file for them."""
-    if path is not None:
+def _write(figures: "Evaluation | Calibrating", as_json: File, html: File) -> None:
+    """Write all figures and the report, where there are files for them."""
+    if as_json is not None:
         text = json.dumps(figures.as_json(), ensure_ascii=False, allow_nan=False, indent=1)
-        path.write_text(f"{text}\n", encoding="utf-8")
-
-
-def _write(evaluation: "Evaluation", as_json: File, trec_run: File, html: File) -> None:
-    """Write the files; a run for each of several rerankers, with its name in the file's."""
-    from rag_rerank.evaluation import write_run
-
-    _write_json(as_json, evaluation)
-    runs = []
-    if trec_run is not None:
-        for system in evaluation.systems:
-            name = re.sub(r"[^\w.-]", "-", system.name)
-            several = len(evaluation.systems) > 1
-            runs.append(trec_run.with_name(f"{trec_run.stem}.{name}{trec_run.suffix}") if several else trec_run)
-            write_run(runs[-1], evaluation.run(system), tag=f"{system.name}@{evaluation.depths[-1]}")
+        as_json.write_text(f"{text}\n", encoding="utf-8")
     if html is not None:
         from rag_rerank.evaluation.report import render
 
-        html.write_text(render(evaluation), encoding="utf-8")
-    for path in filter(None, (as_json, *runs, html)):
+        html.write_text(render(figures), encoding="utf-8")
+    for path in filter(None, (as_json, html)):
         typer.echo(f"wrote {path}", err=True)

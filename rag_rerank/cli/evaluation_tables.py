@@ -1,46 +1,54 @@
-"""The tables of ``rag-rerank eval`` and ``rag-rerank calibrate`` in a terminal."""
+"""The tables of ``rag-rerank eval`` and ``rag-rerank calibrate`` in a terminal, 80 columns wide."""
+
+from collections.abc import Sequence
 
 from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from rag_rerank.evaluation import Comparison, Evaluation, System
-from rag_rerank.evaluation.calibrating import Calibrating, Interval, Quality, pooler_options
-from rag_rerank.evaluation.measures import mean
-from rag_rerank.evaluation.significance import CONFIDENCE
+from rag_rerank.evaluation import Comparison, Evaluation, Kept, System
+from rag_rerank.evaluation.calibrating import Bin, Calibrating, Interval, pooler_options
+from rag_rerank.evaluation.measures import CONFIDENCE, mean
 
 _MARKS = {"helps": ("▲", "green"), "hurts": ("▼", "red"), "no clear difference": ("≈", "default")}
 _INTERVAL = f"{round(100 * CONFIDENCE)} % interval"
 
 
 def show(evaluation: Evaluation, console: Console) -> None:
-    """Print verdict, measures and depths of each reranker; then each two compared."""
+    """Print verdict, measures, depths and policies of each reranker; then each two compared."""
     collection = evaluation.collection
     documents = f"{len(collection.documents):,} documents, " if evaluation.retrieval is not None else ""
     console.print(
         f"[bold]{escape(collection.name)}[/]: {documents}{len(evaluation.candidates):,} judged queries, "
-        f"candidates by {escape(evaluation.first_stage)}; linear gain.",
-        highlight=False,
+        f"candidates by {escape(evaluation.first_stage)}; linear gain."
     )
     if empty := evaluation.without_candidates:
         some = escape(", ".join(empty[:3]) + (", …" if len(empty) > 3 else ""))
-        console.print(f"[yellow]{len(empty):,} queries have no candidates and count as 0:[/] {some}", highlight=False)
+        console.print(f"[yellow]{len(empty):,} queries have no candidates and count as 0:[/] {some}")
     console.print()
-    if not evaluation.systems:
-        console.print(_first_stage(evaluation))
+    if not evaluation.systems:  # what it could be if the judgments ordered its first 10, 20, ... candidates
+        table = _table("", "as it is", *(f"at best, {depth}" for depth in evaluation.depths))
+        for name in evaluation.measures:
+            values = evaluation.before[name], *(evaluation.ceilings[depth][name] for depth in evaluation.depths)
+            table.add_row(name, *(f"{mean(each):.4f}" for each in values))
+        console.print(table)
     for system in evaluation.systems:
-        console.print(f"[bold]{escape(system.name)}[/] {_verdict(evaluation, system)}", highlight=False)
-        console.print(_measures(evaluation, system), "")
-        console.print(_depths(evaluation, system), "")
-        console.print(_remarks(evaluation, system), highlight=False)
+        console.print(
+            f"[bold]{escape(system.name)}[/] {_verdict(system.deepest.gains[evaluation.measure], evaluation)}"
+        )
+        for table in (_measures(evaluation, system), _depths(evaluation, system), _kept(system.kept)):
+            console.print(table, "")
+        console.print(_remarks(evaluation, system))
     if evaluation.between:
-        console.print(_between(evaluation))
+        table = _table(f"from … to, {evaluation.measure}", "change", _INTERVAL, "better/worse")
+        for first, second, gains in evaluation.between:
+            table.add_row(f"{escape(first)} … {escape(second)}", *_change(gains[evaluation.measure]))
+        console.print(table)
 
 
-def _verdict(evaluation: Evaluation, system: System) -> str:
+def _verdict(comparison: Comparison, evaluation: Evaluation) -> str:
     """Say whether it helps, by the first measure at the deepest depth."""
-    comparison = system.deepest.gains[evaluation.measure]
     mark, colour = _MARKS[comparison.verdict]
     word = "makes " + comparison.verdict if comparison.verdict == "no clear difference" else comparison.verdict
     gain = f"{evaluation.measure} {comparison.gain:+.4f}"
@@ -49,7 +57,7 @@ def _verdict(evaluation: Evaluation, system: System) -> str:
 
 def _table(*columns: str) -> Table:
     """Make a table of figures, with text in the first column."""
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)  # 80 columns wide
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
     for number, column in enumerate(columns):
         table.add_column(column, justify="right" if number else "left", no_wrap=True)
     return table
@@ -62,25 +70,12 @@ def _change(comparison: Comparison) -> tuple[str, str, str]:
     return f"[{colour}]{gain}[/]", interval, f"{comparison.wins}/{comparison.losses}"
 
 
-def _milliseconds(seconds: float) -> str:
-    return f"{1000 * seconds:,.{1 if seconds < 0.01 else 0}f}"
-
-
 def _measures(evaluation: Evaluation, system: System) -> Table:
     level = system.deepest
     table = _table(f"first {level.depth}", "before", "reranked", "at best", "change", _INTERVAL, "better/worse")
     for name in evaluation.measures:
         values = evaluation.before[name], level.values[name], evaluation.ceilings[level.depth][name]
         table.add_row(name, *(f"{mean(each):.4f}" for each in values), *_change(level.gains[name]))
-    return table
-
-
-def _first_stage(evaluation: Evaluation) -> Table:
-    """Show its measures, and what they could be if the judgments ordered its first 10, 20, ... candidates."""
-    table = _table("", "as it is", *(f"at best, {depth}" for depth in evaluation.depths))
-    for name in evaluation.measures:
-        values = evaluation.before[name], *(evaluation.ceilings[depth][name] for depth in evaluation.depths)
-        table.add_row(name, *(f"{mean(each):.4f}" for each in values))
     return table
 
 
@@ -91,10 +86,20 @@ def _depths(evaluation: Evaluation, system: System) -> Table:
     for level in system.levels:
         times = ["", "", ""]
         if (latency := level.latency) is not None:
-            times = [_milliseconds(latency.p50), _milliseconds(latency.p95), f"{latency.pairs_per_second:,.0f}"]
-        ceiling = mean(evaluation.ceilings[level.depth][measure])
-        values = f"{level.mean(measure):.4f}", f"{ceiling:.4f}"
+            milliseconds = [f"{1000 * each:,.{1 if each < 0.01 else 0}f}" for each in (latency.p50, latency.p95)]
+            times = [*milliseconds, f"{latency.pairs_per_second:,.0f}"]
+        values = f"{level.mean(measure):.4f}", f"{mean(evaluation.ceilings[level.depth][measure]):.4f}"
         table.add_row(str(level.depth), *values, *_change(level.gains[measure])[:2], *times)
+    return table
+
+
+def _kept(policies: Sequence[Kept]) -> Table:
+    """Show what policies keep for a prompt."""
+    table = _table("keep, of each query", "precision", "recall", "documents", "tokens", "without any")
+    for each in policies:
+        precision = "" if each.precision is None else f"{each.precision:.2f}"
+        sizes = f"{each.documents:.1f}", f"{each.tokens:,.0f}", f"{each.queries_without:,}"
+        table.add_row(each.policy, precision, f"{each.recall:.2f}", *sizes)
     return table
 
 
@@ -111,17 +116,10 @@ def _remarks(evaluation: Evaluation, system: System) -> str:
     return f"{' '.join(remarks)}\n"
 
 
-def _between(evaluation: Evaluation) -> Table:
-    table = _table(f"from … to, {evaluation.measure}", "change", _INTERVAL, "better/worse")
-    for first, second, gains in evaluation.between:
-        table.add_row(f"{escape(first)} … {escape(second)}", *_change(gains[evaluation.measure]))
-    return table
-
-
 def show_calibration(found: Calibrating, file: str, console: Console) -> None:
     """Print what was fitted on what, how good it is, what thresholds do, and how to use it."""
     calibration, data = found.calibration, found.calibration.fitted_on
-    about = (
+    console.print(
         f"[bold]{escape(data['collection'])}[/]: {data['queries']:,} queries, {data['pairs']:,} candidates "
         f"({escape(data['candidates'])}), {data['relevant']:,} relevant ({found.base_rate:.1%}). "
         f"{data['unjudged']:,} have no judgment and count as irrelevant: where those may be relevant, true "
@@ -129,45 +127,29 @@ def show_calibration(found: Calibrating, file: str, console: Console) -> None:
         f"[bold]{escape(calibration.model)}[/]: {calibration.curve.method} over the {calibration.scale}, chosen by "
         f"queries left out. Log loss of the base rate alone: {found.base_log_loss:.4f}"
     )
-    console.print(about, highlight=False)
     table = _table("", "before", _INTERVAL, "calibrated", _INTERVAL)
     for name in ("log_loss", "brier_skill", "calibration_error"):
         both: list[Interval] = [getattr(quality, name) for quality in (found.before, found.after)]
         table.add_row(name.replace("_", " "), *(text for each in both for text in (f"{each.value:.4f}", _range(each))))
-    console.print(table, "")
-    console.print(_reliability(found.after), "")
-    table = _table("threshold", "precision", "recall", "documents a query", "queries with none")
-    for each in found.cuts:
-        precision = "" if each.precision is None else f"{each.precision:.2f}"
-        values = f"{each.recall:.2f}", f"{each.kept:.1f}", f"{each.queries_without:,}"
-        table.add_row(f"{each.threshold:.2f}", precision, *values)
-    console.print(table, "")
+    bins = _table("predicted", "pairs", "relevant", "expected", "")
+    for each in found.after.bins:
+        mark = "" if each.low <= each.observed <= each.high else " ✗"
+        bar = f"{'█' * round(20 * each.observed):<20}"
+        bins.add_row(f"{each.predicted:.3f}", f"{each.pairs:,}", f"{each.observed:.3f}{mark}", _range(each), bar)
+    for shown in (table, bins, _kept(found.kept)):
+        console.print(shown, "")
     for target in found.targets:
-        goal = f"{target.wanted:.0%} {target.kind}"
-        if target.why_not or target.threshold is None or target.elsewhere is None:
-            console.print(f"[bold]{goal}[/]: the data can't tell: {target.why_not}.", highlight=False)
-        else:
+        told = f"the data can't tell: {target.why_not}."
+        if not target.why_not and target.threshold is not None and target.elsewhere is not None:
             at = f"threshold {target.threshold.value:.3f} ({_range(target.threshold)})"
-            console.print(
-                f"[bold]{goal}[/]: {at}; other queries: {_range(target.elsewhere)} {target.kind}", highlight=False
-            )
+            told = f"{at}; other queries: {_range(target.elsewhere)} {target.kind}"
+        console.print(f"[bold]{target.wanted:.0%} {target.kind}[/]: {told}")
     ties = " Documents on one of its steps have equal scores." if calibration.curve.method == "isotonic" else ""
-    console.print(f"\nUse it: [bold]Calibrated(scorer, {file!r})[/].{ties}", highlight=False)
+    console.print(f"\nUse it: [bold]Calibrated(scorer, {file!r})[/].{ties}")
     if (options := pooler_options(calibration)) is not None:
         told = "A vLLM server of a cross-encoder gives these probabilities itself with:"
-        console.print(f"{told}\n{escape(options)}", highlight=False, soft_wrap=True)
+        console.print(f"{told}\n{escape(options)}", soft_wrap=True)
 
 
-def _reliability(quality: Quality) -> Table:
-    """Show predicted against observed shares, each with a bar."""
-    table = _table("predicted", "pairs", "relevant", "expected", "")
-    for each in quality.bins:
-        mark = "" if each.low <= each.observed <= each.high else " ✗"
-        bar = "█" * round(20 * each.observed)
-        shares = f"{each.observed:.3f}{mark}", f"{each.low:.3f} … {each.high:.3f}"
-        table.add_row(f"{each.predicted:.3f}", f"{each.pairs:,}", *shares, f"{bar:<20}")
-    return table
-
-
-def _range(interval: Interval) -> str:
+def _range(interval: Interval | Bin) -> str:
     return f"{interval.low:.3f} … {interval.high:.3f}"

@@ -1,7 +1,6 @@
 """The score cache: one sqlite file, keyed by the scorer and the texts of query and document.
 
-Several processes may use it at once, and a process that is killed leaves it whole, with all in it that it had
-scored.
+Several processes may use it at once, and one that is killed leaves it whole, with all in it that it had scored.
 """
 
 import hashlib
@@ -10,14 +9,13 @@ import logging
 import os
 import sqlite3
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 
 from rag_rerank.errors import ConfigError
 from rag_rerank.identity import Identity
 
 _LOCK_TIMEOUT = 60.0  # seconds to wait for another process that is writing
-_KEYS_PER_QUERY = 500  # sqlite before 3.32 takes 999
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS scores (pair BLOB PRIMARY KEY, score REAL NOT NULL) WITHOUT ROWID;
@@ -33,33 +31,33 @@ def default_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rag_rerank"
 
 
-class ScoreCache(AbstractContextManager["ScoreCache"]):
+class ScoreCache:
     """The scores of one scorer, and how long its calls took; a ConfigError where its file can't be used.
+
+    Without a folder they are kept in memory, as long as this object is open.
 
     Scorers that differ in anything that `Identity` compares never see scores of each other. Where a scorer is new, one
     logged warning says in what it differs from the last one with the model's name.
     """
 
-    def __init__(self, folder: str | Path, identity: Identity) -> None:
-        self.path = Path(folder) / "scores.sqlite"
+    def __init__(self, folder: str | Path | None, identity: Identity) -> None:
+        self.path = None if folder is None else Path(folder) / "scores.sqlite"
         self._place = identity.place
         with self._explained():
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._database = sqlite3.connect(self.path, timeout=_LOCK_TIMEOUT, isolation_level=None)
+            if self.path is not None:
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._database = sqlite3.connect(self.path or ":memory:", timeout=_LOCK_TIMEOUT, isolation_level=None)
             try:
                 self._database.executescript(_SCHEMA)
                 with self._transaction():
-                    self._check_size()
+                    (page_size,) = self._database.execute("PRAGMA page_size").fetchone()
+                    # Of a file that was cut within a page sqlite reads zeros for what is missing, a score among them.
+                    if self.path is not None and self.path.stat().st_size % page_size:
+                        raise sqlite3.DatabaseError("it was cut off")  # noqa: TRY301 - joins the other ways
                     self._salt = self._register(identity)
             except BaseException:
                 self._database.close()
                 raise
-
-    def _check_size(self) -> None:
-        """Refuse a file that was cut within a page: sqlite reads zeros for what is missing, a score among them."""
-        (page_size,) = self._database.execute("PRAGMA page_size").fetchone()
-        if self.path.stat().st_size % page_size:
-            raise sqlite3.DatabaseError("it was cut off")
 
     def _register(self, identity: Identity) -> bytes:
         """Find the scorer among those that have scores here, or add it; its keys are hashed with what this returns.
@@ -80,21 +78,17 @@ class ScoreCache(AbstractContextManager["ScoreCache"]):
 
     def scores(self, query: str, documents: Sequence[str]) -> list[float | None]:
         """Look up the score of each document, None where it is not known."""
-        keys = [self._key(query, document) for document in documents]
-        return self._look_up("SELECT pair, score FROM scores WHERE pair IN ({})", keys)
+        statement = "SELECT score FROM scores WHERE pair = ?"
+        return [self._look_up(statement, self._key(query, document)) for document in documents]
 
-    def seconds(self, query: str, calls: Sequence[Sequence[str]]) -> list[float | None]:
-        """Look up how long a call with each of these lists of documents took in this place, None if there was none."""
-        keys = [self._key(self._place, query, *documents) for documents in calls]
-        return self._look_up("SELECT call, seconds FROM times WHERE call IN ({})", keys)
+    def seconds(self, query: str, documents: Sequence[str]) -> float | None:
+        """Look up how long a call with these very documents took in this place, None if there was none."""
+        return self._look_up("SELECT seconds FROM times WHERE call = ?", self._key(self._place, query, *documents))
 
-    def _look_up(self, statement: str, keys: Sequence[bytes]) -> list[float | None]:
-        values: dict[bytes, float] = {}
+    def _look_up(self, statement: str, key: bytes) -> float | None:
         with self._explained():
-            for start in range(0, len(keys), _KEYS_PER_QUERY):
-                part = keys[start : start + _KEYS_PER_QUERY]
-                values.update(self._database.execute(statement.format(",".join("?" * len(part))), part))
-        return [values.get(key) for key in keys]
+            row = self._database.execute(statement, (key,)).fetchone()
+        return None if row is None else float(row[0])
 
     def keep(
         self, query: str, documents: Sequence[str], scores: Sequence[float | None], seconds: float | None = None
@@ -115,9 +109,6 @@ class ScoreCache(AbstractContextManager["ScoreCache"]):
         """Close the file."""
         self._database.close()
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
     @contextmanager
     def _transaction(self) -> Iterator[None]:
         with self._database:  # commits, or rolls back
@@ -137,6 +128,5 @@ class ScoreCache(AbstractContextManager["ScoreCache"]):
     def _key(self, *texts: str) -> bytes:
         """16 bytes that no other scorer or sequence of texts has."""
         encoded = [text.encode("utf-8", "surrogatepass") for text in texts]
-        return hashlib.blake2b(
-            b"".join(b"%d " % len(data) + data for data in encoded), digest_size=16, key=self._salt
-        ).digest()
+        joined = b"".join(b"%d " % len(data) + data for data in encoded)
+        return hashlib.blake2b(joined, digest_size=16, key=self._salt).digest()

@@ -5,11 +5,9 @@ query stand or fall together.
 """
 
 import json
-import math
 import shlex
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -21,11 +19,8 @@ from sklearn.model_selection import GroupKFold
 
 from rag_rerank.calibration import Calibration, Curve, known_facts, on_scale
 from rag_rerank.errors import ConfigError
-from rag_rerank.evaluation.collection import Collection
-from rag_rerank.evaluation.files import rows
-from rag_rerank.evaluation.measures import Run
-from rag_rerank.evaluation.results import Evaluation
-from rag_rerank.evaluation.significance import CONFIDENCE, SEED
+from rag_rerank.evaluation.measures import CONFIDENCE, SEED
+from rag_rerank.evaluation.results import Evaluation, Kept, keep
 from rag_rerank.identity import PROBES
 from rag_rerank.scorer import Scorer
 
@@ -35,7 +30,7 @@ FEWEST_KEPT = 20  # documents, below which a threshold's precision is an acciden
 WIDEST = 0.5  # interval of precision or recall among other queries; beyond it the data can't tell
 Kind = Literal["precision", "recall"]
 TARGETS: Sequence[tuple[Kind, float]] = (("precision", 0.8), ("precision", 0.9), ("recall", 0.95), ("recall", 0.8))
-
+THRESHOLDS = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 Floats = NDArray[np.float64]
 
 
@@ -60,17 +55,6 @@ class Bin:
 
 
 @dataclass(frozen=True, slots=True)
-class Cut:
-    """What a threshold does to the candidates; `kept` is documents a query."""
-
-    threshold: float
-    precision: float | None
-    recall: float
-    kept: float
-    queries_without: int
-
-
-@dataclass(frozen=True, slots=True)
 class Quality:
     """How good probabilities are: nats a pair; 1 for perfect and 0 for the base rate; expected error in ten bins."""
 
@@ -84,17 +68,13 @@ class Quality:
 class Target:
     """The threshold for a wanted precision or recall.
 
-    Attributes:
-        kind, wanted: What for.
-        cut: What it does to these candidates; None where none does it.
-        threshold: Where it lies in bootstrap draws of the queries.
-        elsewhere: The precision or recall that queries left out of a draw got at the draw's threshold.
-        why_not: Why the data can't tell; empty where it can.
+    `threshold` has its interval over bootstrap draws of the queries. `elsewhere` is the precision or recall of these
+    candidates, and the interval of what queries left out of a draw got at the draw's threshold. `why_not` says why the
+    data can't tell, and is empty where it can.
     """
 
     kind: Kind
     wanted: float
-    cut: Cut | None
     threshold: Interval | None
     elsewhere: Interval | None
     why_not: str
@@ -105,7 +85,7 @@ class Calibrating:
     """A calibration, and how far it can be trusted.
 
     `before` is of the scores, through a sigmoid unless they are between 0 and 1; `after` of the probabilities of
-    queries that the curve was not fitted on.
+    queries that the curve was not fitted on; `kept` is what thresholds keep.
     """
 
     calibration: Calibration
@@ -113,7 +93,7 @@ class Calibrating:
     base_log_loss: float
     before: Quality
     after: Quality
-    cuts: Sequence[Cut]
+    kept: Sequence[Kept]
     targets: Sequence[Target]
 
     def as_json(self) -> dict[str, Any]:
@@ -138,17 +118,15 @@ class Pairs:
             raise ConfigError("every scored document is relevant, irrelevant ones are needed, too: raise the depth")
         if np.ptp(self.values) == 0:
             raise ConfigError("all scores are equal: they tell nothing about relevance")
-        rng = np.random.default_rng(SEED)
         count = int(self.queries.max()) + 1
-        self.draws = rng.multinomial(count, np.full(count, 1 / count), size=DRAWS)  # how often each query is drawn
+        drawn = np.random.default_rng(SEED).multinomial(count, np.full(count, 1 / count), size=DRAWS)
+        self.draws = np.vstack([np.ones(count), drawn])  # how often each query counts: once, then as it is drawn
 
     def sums(self, each: Any, bins: Any = 0, number: int = 1) -> Floats:
-        """Add up a value of each pair, over all queries and then over each draw: ``[1 + draws, bins]``."""
-        count = self.draws.shape[1]
-        weights = np.broadcast_to(each, self.values.shape)
-        table = np.bincount(self.queries * number + bins, weights=weights, minlength=count * number)
-        table = table.reshape(count, number)
-        return np.concatenate([table.sum(axis=0, keepdims=True), self.draws @ table])
+        """Add up a value of each pair, in each draw and bin: ``[draws, bins]``."""
+        count, weights = self.draws.shape[1] * number, np.broadcast_to(each, self.values.shape)
+        table = np.bincount(self.queries * number + bins, weights, count).reshape(-1, number)
+        return np.asarray(self.draws @ table)
 
 
 def calibrate(found: Evaluation, scorer: Scorer) -> Calibrating:
@@ -159,13 +137,13 @@ def calibrate(found: Evaluation, scorer: Scorer) -> Calibrating:
             what is relevant, or a scorer of several.
         BackendError: As `Scorer.score`.
     """
-    identity, system, depth = scorer.identity(), found.systems[0], found.depths[-1]
+    identity, rows = scorer.identity(), found.systems[0].scores
     if not identity.steady:
         raise ConfigError("several scorers answer here: calibrate each of them, then join them in a FallbackScorer")
     triples = [
-        (score, found.collection.judgments[query].get(name), number)
-        for number, (query, names) in enumerate(found.candidates.items())
-        for name, score in zip(names[:depth], system.scores[query], strict=True)
+        (score, found.collection.judgments[query].get(name), query)
+        for query, row in rows.items()
+        for name, score in zip(found.candidates[query], row, strict=False)
         if score is not None
     ]
     if not triples:
@@ -179,23 +157,23 @@ def calibrate(found: Evaluation, scorer: Scorer) -> Calibrating:
     known = [on_scale(score, scale) for score in scorer.score(asked, answers)]
     data = {
         "collection": found.collection.name,
-        "candidates": f"first {depth} by {found.first_stage}",
-        "queries": len(found.candidates),
+        "candidates": f"first {found.depths[-1]} by {found.first_stage}",
+        "queries": len(rows),
         "pairs": len(scores),
         "relevant": int(pairs.relevant.sum()),
         "unjudged": grades.count(None),
     }
     references = list(zip(asked, answers, known, strict=True))
-    calibration = Calibration(known_facts(scorer, identity), references, scale, curve, data)
-    base, predicted = float(pairs.relevant.mean()), over(curve, pairs.values)
-    raw = over(Curve("platt", [(0.0, 0.0), (1.0, 1.0)]), pairs.values)
+    predicted, base = over(curve, pairs.values), float(pairs.relevant.mean())
+    each = iter(predicted.tolist())
+    probabilities = {query: [None if score is None else next(each) for score in row] for query, row in rows.items()}
     return Calibrating(
-        calibration,
+        Calibration(known_facts(scorer, identity), references, scale, curve, data),
         base,
-        -base * math.log(base) - (1 - base) * math.log1p(-base),
-        quality(pairs, raw),
+        float(log_losses(np.full(len(scores), base), pairs.relevant).mean()),
+        quality(pairs, over(Curve("platt", [(0.0, 0.0), (1.0, 1.0)]), pairs.values)),
         quality(pairs, left_out),
-        [cut(pairs, predicted, threshold) for threshold in (0.05, *(tenths / 10 for tenths in range(1, 10)))],
+        [keep(f"score_threshold={at}", found.collection, found.candidates, probabilities) for at in THRESHOLDS],
         [target(pairs, predicted, kind, wanted) for kind, wanted in TARGETS],
     )
 
@@ -249,8 +227,7 @@ def over(curve: Curve, values: Floats) -> Floats:
 
 def log_losses(predicted: Floats, relevant: Any) -> Floats:
     """Give each pair's loss in nats."""
-    losses: Floats = -np.log(np.clip(np.where(relevant == 1, predicted, 1 - predicted), 1e-15, 1))
-    return losses
+    return np.asarray(-np.log(np.clip(np.where(relevant == 1, predicted, 1 - predicted), 1e-15, 1)))
 
 
 def quality(pairs: Pairs, predicted: Floats) -> Quality:
@@ -260,8 +237,7 @@ def quality(pairs: Pairs, predicted: Floats) -> Quality:
     """
     places = np.minimum((predicted * 10).astype(int), 9)
     bins = []
-    for place in np.unique(places):
-        inside = places == place
+    for inside in (places == place for place in np.unique(places)):
         size, mean = int(inside.sum()), float(np.clip(predicted[inside].mean(), 1e-9, 1 - 1e-9))
         low, high = betabinom.interval(CONFIDENCE, size, mean * size, (1 - mean) * size)
         bins.append(Bin(size, mean, float(pairs.relevant[inside].mean()), float(low) / size, float(high) / size))
@@ -271,14 +247,6 @@ def quality(pairs: Pairs, predicted: Floats) -> Quality:
     skills = 1 - pairs.sums((predicted - pairs.relevant) ** 2) / count / np.maximum(base * (1 - base), 1e-9)
     gaps = np.abs(pairs.sums(predicted - pairs.relevant, places, 10)).sum(axis=1) / count[:, 0]
     return Quality(_interval(losses[:, 0]), _interval(skills[:, 0]), _interval(gaps), bins)
-
-
-def cut(pairs: Pairs, predicted: Floats, threshold: float) -> Cut:
-    """Say what a threshold does."""
-    kept, queries = predicted >= threshold, pairs.draws.shape[1]
-    right, size = int(pairs.relevant[kept].sum()), int(kept.sum())
-    without = queries - len(np.unique(pairs.queries[kept]))
-    return Cut(threshold, right / size if size else None, right / int(pairs.relevant.sum()), size / queries, without)
 
 
 def target(pairs: Pairs, predicted: Floats, kind: Kind, wanted: float) -> Target:
@@ -291,31 +259,30 @@ def target(pairs: Pairs, predicted: Floats, kind: Kind, wanted: float) -> Target
         kept, right = np.cumsum(weights)[ends], np.cumsum(weights * relevant)[ends]
         return kept, right / np.maximum(kept if kind == "precision" else right[-1], 1)
 
-    def choose(weights: Any) -> int | None:
-        enough = np.flatnonzero(np.less_equal(wanted, shares(weights)[1]))
-        return None if not len(enough) else int(enough[-1 if kind == "precision" else 0])
-
-    all_once = np.ones(len(order))
-    place = choose(all_once)
-    if place is None or ends[place] + 1 < FEWEST_KEPT:
-        best = shares(all_once)[1][ends + 1 >= FEWEST_KEPT].max(initial=0)
-        why = f"no threshold that keeps {FEWEST_KEPT} documents has more than {best:.2f}"
-        return Target(kind, wanted, None, None, None, why)
-    here = cut(pairs, predicted, float(probabilities[ends[place]]))
-    thresholds, elsewhere = [here.threshold], [here.precision if kind == "precision" else here.recall]
-    for drawn in pairs.draws:
-        weights = drawn[queries]
-        if (chosen := choose(weights)) is not None:
+    thresholds, elsewhere = [], []
+    for number, each in enumerate(pairs.draws):
+        drawn = each[queries]
+        kept, reached = shares(drawn)
+        enough = np.flatnonzero(reached >= wanted)
+        chosen = int(enough[-1 if kind == "precision" else 0]) if len(enough) else None
+        if number == 0:  # all queries
+            if chosen is None or kept[chosen] < FEWEST_KEPT:
+                best = reached[kept >= FEWEST_KEPT].max(initial=0)
+                why = f"no threshold that keeps {FEWEST_KEPT} documents has more than {best:.2f}"
+                return Target(kind, wanted, None, None, why)
+            others = kept, reached
+        else:
+            others = shares(drawn == 0)
+        if chosen is not None:
             thresholds.append(float(probabilities[ends[chosen]]))
-            kept, reached = shares(weights == 0)
-            elsewhere += [float(reached[chosen])] if kept[chosen] else []
-    found, others = _interval(np.array(thresholds)), _interval(np.array(elsewhere))
+            elsewhere += [float(others[1][chosen])] if others[0][chosen] else []
+    threshold, others_get = _interval(np.array(thresholds)), _interval(np.array(elsewhere))
     why = ""
     if len(elsewhere) < 0.9 * DRAWS:
         why = "a few queries more or less decide whether any threshold has it"
-    elif others.high - others.low > WIDEST:
-        why = f"among other queries it may be from {others.low:.2f} to {others.high:.2f}"
-    return Target(kind, wanted, here, found, others, why)
+    elif others_get.high - others_get.low > WIDEST:
+        why = f"among other queries it may be from {others_get.low:.2f} to {others_get.high:.2f}"
+    return Target(kind, wanted, threshold, others_get, why)
 
 
 def pooler_options(calibration: Calibration) -> str | None:
@@ -330,23 +297,6 @@ def pooler_options(calibration: Calibration) -> str | None:
     pooler = {"logit_mean": start / (start - end), "logit_sigma": 1 / (end - start)}
     sigmoid = {"sentence_transformers": {"activation_fn": "torch.nn.modules.activation.Sigmoid"}}
     return f"--pooler-config {shlex.quote(json.dumps(pooler))} --hf-overrides {shlex.quote(json.dumps(sigmoid))}"
-
-
-def read_labelled(path: Path) -> tuple[Collection, Run]:
-    """Read labelled pairs, JSON Lines or Parquet with ``query``, ``document`` and ``relevant`` (a grade, or true).
-
-    Raises:
-        ConfigError: The file can't be read or a line is not so; the message has its number.
-    """
-    judgments: dict[str, dict[str, int]] = {}
-    for place, row in rows(path, ("query", "document", "relevant")):
-        query, document, grade = (row.get(name) for name in ("query", "document", "relevant"))
-        if not (isinstance(query, str) and isinstance(document, str) and isinstance(grade, int)):
-            raise ConfigError(f"{place}: not query and document as text and relevant as a whole number, true or false")
-        judgments.setdefault(query, {})[document] = int(grade)
-    documents = {document: document for grades in judgments.values() for document in grades}
-    run = {query: dict.fromkeys(grades, 0.0) for query, grades in judgments.items()}
-    return Collection(documents, {query: query for query in judgments}, judgments, path.stem), run
 
 
 def _interval(figures: Floats) -> Interval:

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rag_rerank.errors import ConfigError
-from rag_rerank.evaluation.files import find, rows
-from rag_rerank.evaluation.trec import read_judgments
+from rag_rerank.evaluation.measures import Run
+from rag_rerank.evaluation.trec import read_judgments, rows
 
 _CORPUS = ("corpus.jsonl", "corpus.jsonl.gz", "corpus.parquet", "corpus-*.parquet", "corpus/*.parquet")
 _QUERIES = ("queries.jsonl", "queries.jsonl.gz", "queries.parquet", "queries-*.parquet", "queries/*.parquet")
@@ -53,11 +53,11 @@ class Collection:
                 a query is judged that has no text, or there are no documents or no queries.
         """
         folder = Path(folder)
-        corpus = find(folder, _CORPUS)
-        judgments = read_judgments(*([qrels] if qrels is not None else find(folder, _QRELS)))
+        corpus = _find(folder, _CORPUS)
+        judgments = read_judgments(*([qrels] if qrels is not None else _find(folder, _QRELS)))
         relevant = {document for grades in judgments.values() for document, grade in grades.items() if grade > 0}
         texts = {key: text for key, text in _texts(corpus) if documents is None or key in documents or key in relevant}
-        queries = {name: text for name, text in _texts(find(folder, _QUERIES)) if name in judgments}
+        queries = {name: text for name, text in _texts(_find(folder, _QUERIES)) if name in judgments}
         if not texts:
             raise ConfigError(f"{folder} has no documents, or none of those that the run needs")
         if not queries:
@@ -67,18 +67,34 @@ class Collection:
         return cls(texts, queries, judgments, folder.resolve().name)
 
 
+def _find(folder: Path, patterns: Sequence[str]) -> list[Path]:
+    """Find the files that match the first of `patterns` which any file matches."""
+    for pattern in patterns:
+        if paths := sorted(folder.glob(pattern)):
+            return paths
+    raise ConfigError(f"{folder / patterns[0]} can't be read: no such file (nor any of {', '.join(patterns[1:])})")
+
+
 def _texts(paths: Sequence[Path]) -> Iterator[tuple[str, str]]:
     """Yield (id, title and text) of every row."""
     names = set()
     for path in paths:
-        for place, row in rows(path, ("_id", "title", "text")):
-            try:
-                name, text, title = row["_id"], row["text"], row.get("title") or ""
-                if not (isinstance(name, str) and isinstance(text, str) and isinstance(title, str)):
-                    raise TypeError("_id and text must be strings")  # noqa: TRY301 - joins the other ways
-            except (KeyError, TypeError) as error:
-                raise ConfigError(f"{place}: not an object with _id and text ({error})") from error
+        for place, name, title, text in rows(path, {"_id": str, "title": str | None, "text": str}):
             if name in names:
                 raise ConfigError(f"{place}: the id {name!r} is there twice")
             names.add(name)
             yield name, f"{title} {text}" if title else text
+
+
+def read_labelled(path: Path) -> tuple[Collection, Run]:
+    """Read labelled pairs, JSON Lines or Parquet with ``query``, ``document`` and ``relevant`` (a grade, or true).
+
+    Raises:
+        ConfigError: The file can't be read or a line is not so; the message has its number.
+    """
+    judgments: dict[str, dict[str, int]] = {}
+    for _, query, document, grade in rows(path, {"query": str, "document": str, "relevant": int}):
+        judgments.setdefault(query, {})[document] = int(grade)
+    documents = {document: document for grades in judgments.values() for document in grades}
+    run = {query: dict.fromkeys(grades, 0.0) for query, grades in judgments.items()}
+    return Collection(documents, {query: query for query in judgments}, judgments, path.stem), run

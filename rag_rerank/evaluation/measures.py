@@ -1,9 +1,12 @@
-"""nDCG, MRR, recall, MAP and whatever else ir-measures knows: means, and values of each query."""
+"""Measures as ir-measures has them, of each query; and whether a difference is more than luck: the paired bootstrap."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import ir_measures
+import numpy as np
+from numpy.typing import NDArray
 
 from rag_rerank.errors import ConfigError
 
@@ -14,18 +17,23 @@ Rankings = Mapping[str, Sequence[str]]
 """Query id to document ids, best first."""
 
 DEFAULT_MEASURES = ("nDCG@10", "MRR@10", "Recall@10", "MAP")
+RESAMPLES = 10_000
+CONFIDENCE = 0.95
+SEED = 0
+
+Verdict = Literal["helps", "no clear difference", "hurts"]
+
+_ROUNDING = 1e-9  # what sums in another order may differ by
+_NUMBERS_DRAWN = 2_000_000  # at a time: 16 MB
 
 
 def measure(
     judgments: Mapping[str, Mapping[str, int]], run: Run, measures: Sequence[str] = ("nDCG@10", "RR@10")
 ) -> dict[str, float]:
-    """Average each measure over every judged query; one without results counts as 0.
+    """Average each measure over every query of `judgments`; one without results counts as 0.
 
-    Args:
-        judgments: Query id to document id to grade.
-        run: What was retrieved or reranked.
-        measures: Names as in ir-measures; a ConfigError for one that it does not know or can't calculate. nDCG has
-            linear gain, ties are broken by document id: pytrec_eval's habits.
+    Measures are called as in ir-measures; a ConfigError for one that it does not know or can't calculate. nDCG has
+    linear gain, ties are broken by document id: pytrec_eval's habits.
     """
     values = Measurer(judgments, measures).measure_run(run)
     return {name: mean(values[name]) for name in measures}
@@ -37,23 +45,24 @@ def mean(values: Mapping[str, float]) -> float:
 
 
 class Measurer:
-    """Measures rankings against judgments; arguments and errors as of `measure`."""
+    """Measures rankings against judgments; arguments and errors as of `measure`.
+
+    Attributes:
+        measures: The names.
+        deepest: The largest cutoff among the measures: what is behind it in a ranking only one without a cutoff sees.
+    """
 
     def __init__(self, judgments: Mapping[str, Mapping[str, int]], measures: Sequence[str]) -> None:
         if not (judgments and measures):
             raise ConfigError("there is nothing to measure: no judgments or no measures")
         self._wanted = {name: _parsed(name) for name in measures}
-        self.measures = tuple(self._wanted)
         self._queries = list(judgments)
+        self.measures = tuple(self._wanted)
+        self.deepest: int = max(measure.params.get("cutoff") or 0 for measure in self._wanted.values())
         try:
             self._evaluator = ir_measures.evaluator(list(self._wanted.values()), judgments)
         except (ValueError, RuntimeError) as error:
             raise ConfigError(f"{', '.join(self.measures)} can't all be calculated here: {error}") from error
-
-    @property
-    def deepest(self) -> int:
-        """The largest cutoff among the measures: what lies behind it in a ranking only a measure without one sees."""
-        return max(measure.params.get("cutoff") or 0 for measure in self._wanted.values())
 
     def measure_rankings(self, rankings: Rankings) -> dict[str, dict[str, float]]:
         """Map each measure to query id to value, for every judged query; only the order counts, so nothing ties."""
@@ -74,3 +83,57 @@ def _parsed(name: str) -> Any:
     except (NameError, ValueError, SyntaxError, TypeError, AttributeError, KeyError) as error:
         known = "nDCG@10, MRR@10, Recall@100, MAP, P@5"
         raise ConfigError(f"the measure {name!r} is not known ({error}); some that are: {known}") from error
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """Two systems on the same queries, by one measure.
+
+    Attributes:
+        gain: The mean over all queries of the second one's value less the first one's.
+        low, high: The 95 % confidence interval of it: percentiles of 10,000 means, each over as many queries drawn with
+            replacement, with a fixed seed.
+        wins, losses, ties: On how many queries the second one was better, worse, equal.
+    """
+
+    gain: float
+    low: float
+    high: float
+    wins: int
+    losses: int
+    ties: int
+
+    @property
+    def verdict(self) -> Verdict:
+        """``"helps"`` or ``"hurts"`` where the interval excludes 0."""
+        return "helps" if self.low > _ROUNDING else "hurts" if self.high < -_ROUNDING else "no clear difference"
+
+
+def compare(differences: Sequence[Sequence[float]], *, resamples: int = RESAMPLES) -> list[Comparison]:
+    """Judge several comparisons on the same queries at once, all by the same draws.
+
+    Args:
+        differences: For each comparison the differences, one a query, the queries in the same order; a
+            ValueError without any, or without the same number everywhere.
+        resamples: How many times to draw.
+    """
+    if not differences:
+        return []
+    table = np.array(differences, dtype=np.float64).T  # [queries, comparisons]
+    if table.ndim != 2 or not (queries := len(table)):
+        raise ValueError("every comparison needs one difference for each of the same queries, at least one")
+    table[np.abs(table) < _ROUNDING] = 0.0
+    rng, step = np.random.default_rng(SEED), max(1, _NUMBERS_DRAWN // queries)
+    sizes = [min(step, resamples - start) for start in range(0, resamples, step)]
+    means = np.concatenate([_means(table, size, rng) for size in sizes])
+    low, high = np.quantile(means, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2], axis=0)
+    counts = [each.sum(axis=0) for each in (table > 0, table < 0, table == 0)]
+    return list(map(Comparison, *(values.tolist() for values in (table.mean(axis=0), low, high, *counts))))
+
+
+def _means(table: NDArray[np.float64], size: int, rng: np.random.Generator) -> NDArray[np.float64]:
+    """Average the columns over `size` drawings of as many rows as there are: ``[size, columns]``."""
+    queries = len(table)
+    drawn = rng.integers(queries, size=(size, queries)) + np.arange(size)[:, None] * queries
+    counts = np.bincount(drawn.ravel(), minlength=size * queries).reshape(size, queries)
+    return counts @ table / queries

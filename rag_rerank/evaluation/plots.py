@@ -8,11 +8,14 @@ import html
 import io
 import re
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rag_rerank.errors import ConfigError
 from rag_rerank.evaluation.measures import mean
-from rag_rerank.evaluation.results import Evaluation, System
+from rag_rerank.evaluation.results import Evaluation
+
+if TYPE_CHECKING:
+    from rag_rerank.evaluation.calibrating import Calibrating
 
 try:
     import matplotlib as mpl
@@ -25,16 +28,8 @@ except ModuleNotFoundError as error:  # pragma: no cover - the tests have it
 # Colours that stand for the page's own, CSS variables, until the drawing is done.
 _ROLES = {"ink": "#010101", "muted": "#020202", "line": "#030303", "better": "#040404", "worse": "#050505"}
 _SERIES = tuple(f"#0606{number:02x}" for number in range(1, 7))
-_MARKERS = {  # matplotlib's, and as SVG
-    "o": '<circle cx="12" cy="6" r="4"/>',
-    "s": '<rect x="8" y="2" width="8" height="8"/>',
-    "^": '<path d="M12 1 17 10H7z"/>',
-    "D": '<path d="M12 1 17 6 12 11 7 6z"/>',
-    "v": '<path d="M12 11 17 2H7z"/>',
-    "*": '<path d="M12 0 13.500 4.500H18L14.500 7.500 16 12 12 9 8 12 9.500 7.500 6 4.500H10.500z"/>',
-}
+_MARKERS = {"o": "●", "s": "■", "^": "▲", "D": "◆", "v": "▼", "*": "★"}  # matplotlib's, and as text
 _LINES = list(zip(_SERIES, _MARKERS, strict=True))
-_FAR_APART = 20
 _VARIABLES = {colour: f"var(--{role})" for role, colour in _ROLES.items()}
 _VARIABLES |= {colour: f"var(--series-{number})" for number, colour in enumerate(_SERIES, 1)}
 
@@ -77,8 +72,7 @@ def quality_by_depth(evaluation: Evaluation) -> str:
 
 def quality_by_latency(evaluation: Evaluation) -> str | None:
     """Plot the first measure against a query's median time, a point for each depth; None where no time is known."""
-    times = [level.latency.p50 for system in evaluation.systems for level in system.levels if level.latency]
-    if not times:
+    if not any(level.latency for system in evaluation.systems for level in system.levels):
         return None
 
     def draw(axes: Axes) -> None:
@@ -88,19 +82,14 @@ def quality_by_latency(evaluation: Evaluation) -> str | None:
             timed = [(level, 1000 * level.latency.p50) for level in system.levels if level.latency]
             points = [(x, level.mean(evaluation.measure)) for level, x in timed]
             axes.plot([x for x, _ in points], [y for _, y in points], color=colour, marker=marker)
-            side = -1 if points and points[0][1] <= points[-1][1] else 1  # of a point, where the line is not
-            style: dict[str, Any] = {"ha": "right" if side < 0 else "left", "color": colour, "fontsize": 8.5}
             for (level, _), point in zip(timed, points, strict=True):
-                axes.annotate(str(level.depth), point, (side * 4, 5), textcoords="offset points", **style)
+                style: dict[str, Any] = {"textcoords": "offset points", "color": colour, "fontsize": 8.5}
+                axes.annotate(str(level.depth), point, (-10, 5), **style)
         axes.margins(x=0.1, y=0.15)
-        if max(times) < _FAR_APART * min(times):
-            axes.set_xlim(left=0)
-        else:  # too different for that: by powers of ten
-            axes.set_xscale("log")
-            steps = (1, 2, 5) if max(times) < _FAR_APART**2 * min(times) else (1,)
-            axes.xaxis.set_major_locator(LogLocator(subs=steps))
-            axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,g}"))
-            axes.minorticks_off()
+        axes.set_xscale("log")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,g}"))
+        axes.minorticks_off()
         axes.set(xlabel="median milliseconds a query, to rerank", ylabel=evaluation.measure)
 
     return _svg("latency", f"{evaluation.measure} against latency", draw)
@@ -109,7 +98,7 @@ def quality_by_latency(evaluation: Evaluation) -> str | None:
 def gains(evaluation: Evaluation, number: int) -> str:
     """Plot what each query gained, from the one that gained most to the one that lost most."""
     measure = evaluation.measure
-    values = sorted(query_gains(evaluation, evaluation.systems[number]).values(), reverse=True)
+    values = sorted(evaluation.query_gains(evaluation.systems[number]).values(), reverse=True)
 
     def draw(axes: Axes) -> None:
         x, y = range(len(values) + 1), [*values, values[-1]]
@@ -121,20 +110,25 @@ def gains(evaluation: Evaluation, number: int) -> str:
     return _svg(f"gains{number}", f"change of {measure} of every query", draw)
 
 
-def query_gains(evaluation: Evaluation, system: System) -> dict[str, float]:
-    """Map each query id to its gain at the deepest depth, by the first measure."""
-    before, after = evaluation.before[evaluation.measure], system.deepest.values[evaluation.measure]
-    return {query: after[query] - before[query] for query in before}
+def reliability(found: "Calibrating") -> str:
+    """Plot the share of relevant pairs against the predicted one, before and after, with the latter's intervals."""
+
+    def draw(axes: Axes) -> None:
+        axes.plot([0, 1], [0, 1], color=_ROLES["muted"], linestyle="--", linewidth=1.4)
+        for (colour, marker), quality in zip(_LINES, (found.before, found.after), strict=False):
+            x = [each.predicted for each in quality.bins]
+            axes.plot(x, [each.observed for each in quality.bins], color=colour, marker=marker)
+        low, high = [each.low for each in found.after.bins], [each.high for each in found.after.bins]
+        axes.vlines(x, low, high, color=_SERIES[1], alpha=0.5)
+        axes.set(xlabel="predicted probability", ylabel="share that is relevant")
+
+    return _svg("reliability", "predicted against relevant shares", draw)
 
 
 def mark(number: int) -> str:
-    """Draw an SVG as large as a letter, with the line and marker of the reranker at that position."""
-    placeholder, marker = _LINES[number % len(_LINES)]
-    colour = _VARIABLES[placeholder]
-    return (
-        f'<svg class="mark" viewBox="0 0 24 12" aria-hidden="true" fill="{colour}" stroke="{colour}">'
-        f'<path d="M0 6H24" stroke-width="2"/>{_MARKERS[marker]}</svg>'
-    )
+    """Give the line and marker of the reranker at that position, as HTML."""
+    colour, marker = _LINES[number % len(_LINES)]
+    return f'<span style="color: {_VARIABLES[colour]}">\N{EN DASH}{_MARKERS[marker]}\N{EN DASH}</span>'
 
 
 def _svg(name: str, label: str, draw: Callable[[Axes], None]) -> str:

@@ -6,16 +6,18 @@
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jinja2
 
 from rag_rerank import __version__
 from rag_rerank.evaluation import plots
-from rag_rerank.evaluation.measures import mean
+from rag_rerank.evaluation.measures import CONFIDENCE, RESAMPLES, mean
 from rag_rerank.evaluation.results import GAIN, Evaluation, System
 from rag_rerank.evaluation.scoring import TIMED_QUERIES
-from rag_rerank.evaluation.significance import CONFIDENCE, RESAMPLES
+
+if TYPE_CHECKING:
+    from rag_rerank.evaluation.calibrating import Calibrating
 
 _TOP = 3
 _LONGEST = 1500  # letters of a document
@@ -45,33 +47,23 @@ class Case(NamedTuple):
     more: int
 
 
-def render(evaluation: Evaluation) -> str:
+def render(found: "Evaluation | Calibrating") -> str:
     """Render the report as HTML; importing this module raises a ConfigError if matplotlib is not installed."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters |= {"value": _value, "signed": _signed, "milliseconds": _milliseconds, "count": _count}
-    systems = evaluation.systems
-    return environment.get_template("report.html.jinja").render(
-        evaluation=evaluation,
-        measure=evaluation.measure,
-        deepest=evaluation.depths[-1],
-        several=len(systems) > 1,
+    return environment.get_template(
+        "report.html.jinja" if isinstance(found, Evaluation) else "calibration.html.jinja"
+    ).render(
+        found=found,
+        plots=plots,
+        worst_and_best=worst_and_best,
         mean=mean,
-        by_depth=plots.quality_by_depth(evaluation) if systems else None,
-        by_latency=plots.quality_by_latency(evaluation),
-        gains=[plots.gains(evaluation, number) for number in range(len(systems))],
-        marks=[plots.mark(number) for number in range(len(systems))],
-        cases=[worst_and_best(evaluation, system) for system in systems],
-        queries=_queries(evaluation),
-        kept=max(map(len, evaluation.candidates.values())),
-        timed=any(level.latency for system in systems for level in system.levels),
-        ndcg=any("ndcg" in name.lower() for name in evaluation.measures),
-        ndcg_gain=GAIN,
+        gain_of_ndcg=GAIN,
         timed_queries=TIMED_QUERIES,
-        few=len(evaluation.candidates) < 30,  # queries, below which an interval means little
-        confidence=round(100 * CONFIDENCE),
         resamples=RESAMPLES,
+        confidence=round(100 * CONFIDENCE),
         version=__version__,
         date=datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"),
     )
@@ -79,8 +71,8 @@ def render(evaluation: Evaluation) -> str:
 
 def worst_and_best(evaluation: Evaluation, system: System, most: int = 20) -> tuple[list[Case], list[Case]]:
     """Choose up to `most` queries that lost most, and that gained most, at the deepest depth by the first measure."""
-    gains = plots.query_gains(evaluation, system)
-    ordered = sorted(gains, key=lambda query: gains[query])
+    gains = evaluation.query_gains(system)
+    ordered = sorted(gains, key=gains.__getitem__)
     worst = [_case(evaluation, system, query) for query in ordered[:most] if gains[query] < 0]
     best = [_case(evaluation, system, query) for query in ordered[::-1][:most] if gains[query] > 0]
     return worst, best
@@ -103,16 +95,6 @@ def _case(evaluation: Evaluation, system: System, query: str) -> Case:
     right, old, new = ([document(name) for name in names[:_TOP]] for names in (relevant, candidates, ranking))
     values = evaluation.before[measure][query], system.deepest.values[measure][query]
     return Case(query, collection.queries[query], *values, right, old, new, max(0, len(relevant) - _TOP))
-
-
-def _queries(evaluation: Evaluation) -> list[dict[str, Any]]:
-    """List a row for each query: the first measure before and after."""
-    before = evaluation.before[evaluation.measure]
-    after = [system.deepest.values[evaluation.measure] for system in evaluation.systems]
-    return [
-        {"name": name, "text": text, "before": before[name], "after": [values[name] for values in after]}
-        for name, text in evaluation.collection.queries.items()
-    ]
 
 
 def _value(value: float | None) -> str:

@@ -1,14 +1,15 @@
 """The results of an evaluation: for people by the command line and `report`, for programs by `as_json`."""
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from rag_rerank import __version__
+from rag_rerank.errors import ConfigError
 from rag_rerank.evaluation.collection import Collection
-from rag_rerank.evaluation.measures import mean
+from rag_rerank.evaluation.measures import CONFIDENCE, RESAMPLES, SEED, Comparison, mean
 from rag_rerank.evaluation.scoring import Latency, Scores
-from rag_rerank.evaluation.significance import CONFIDENCE, RESAMPLES, SEED, Comparison
 from rag_rerank.ranking import Ranking
 
 Values = Mapping[str, Mapping[str, float]]
@@ -20,13 +21,56 @@ GAIN = "linear"
 
 def reranked(candidates: Sequence[str], scores: Scores, depth: int) -> list[str]:
     """Order the first `depth` candidates as `Scorer.rerank` does; those behind stay where they were."""
-    ranked = Ranking(None, None, "raise").rank(scores[:depth])
+    ranked = Ranking().rank(scores[:depth])
     return [candidates[item.index] for item in ranked] + list(candidates[depth:])
 
 
 def ideal(candidates: Sequence[str], grades: Mapping[str, int], depth: int) -> list[str]:
     """Order as a scorer that knows the judgments: no other order of the first `depth` measures better."""
     return sorted(candidates[:depth], key=lambda document: -grades.get(document, 0)) + list(candidates[depth:])
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """What a policy keeps of the candidates, for a prompt to hold.
+
+    Attributes:
+        policy: Arguments of `Scorer.rerank`, such as ``"min_precision=0.8 top_n=10"``.
+        precision: The share of what is kept that is relevant; None where nothing is kept.
+        recall: The share of the relevant candidates that is kept.
+        documents: How many are kept, a query.
+        tokens: What these take of a prompt, a query: one for four bytes of UTF-8, by rule of thumb.
+        queries_without: For how many queries nothing is kept.
+    """
+
+    policy: str
+    precision: float | None
+    recall: float
+    documents: float
+    tokens: float
+    queries_without: int
+
+
+def ranking(policy: str) -> Ranking:
+    """Read a policy; a ConfigError for one that can't be."""
+    try:
+        return Ranking(**{name: json.loads(value) for name, value in (each.split("=") for each in policy.split())})
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{policy!r} is no policy such as 'min_precision=0.8 top_n=10': {error}") from error
+
+
+def keep(
+    policy: str, collection: Collection, candidates: Mapping[str, Sequence[str]], scores: Mapping[str, Scores]
+) -> Kept:
+    """Say what a policy keeps of the candidates that have been scored, all queries together."""
+    ranked = {query: ranking(policy).rank(row) for query, row in scores.items()}
+    kept = [(query, candidates[query][each.index]) for query, best in ranked.items() for each in best]
+    scored = [(query, name) for query, row in scores.items() for name in candidates[query][: len(row)]]
+    grades = collection.judgments
+    right, relevant = (sum(grades[query].get(name, 0) > 0 for query, name in pairs) for pairs in (kept, scored))
+    size = sum(len(collection.documents[name].encode(errors="surrogatepass")) for _, name in kept)
+    means = right / max(relevant, 1), len(kept) / len(scores), size / 4 / len(scores)
+    return Kept(policy, right / len(kept) if kept else None, *means, sum(not best for best in ranked.values()))
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +105,7 @@ class System:
         levels: One for each depth, ascending.
         scores: Query id to the scores of its candidates, as deep as the deepest depth.
         pairs_scored, pairs_cached: How many pairs of query and document were scored now; how many were known.
-        rejected: How many documents could not be scored; they are ranked behind the others.
+        kept: What each policy keeps, at the deepest depth.
     """
 
     name: str
@@ -69,7 +113,12 @@ class System:
     scores: Mapping[str, Scores]
     pairs_scored: int
     pairs_cached: int
-    rejected: int
+    kept: tuple[Kept, ...] = ()
+
+    @property
+    def rejected(self) -> int:
+        """How many documents could not be scored; they are ranked behind the others."""
+        return sum(list(scores).count(None) for scores in self.scores.values())
 
     @property
     def deepest(self) -> Level:
@@ -116,20 +165,25 @@ class Evaluation:
 
     @property
     def without_candidates(self) -> list[str]:
-        """The ids of the queries for which the first stage found nothing: no order helps them, and each counts as 0."""
+        """The queries for which the first stage found nothing: no order helps them, and each counts as 0."""
         return [query for query, ranking in self.candidates.items() if not ranking]
 
-    def ranking(self, system: System, query: str, depth: int | None = None) -> list[str]:
-        """List document ids as a system orders them, at the deepest depth unless told."""
-        return reranked(self.candidates[query], system.scores[query], depth or self.depths[-1])
+    def ranking(self, system: System, query: str) -> list[str]:
+        """List document ids as a system orders them, at the deepest depth."""
+        return reranked(self.candidates[query], system.scores[query], self.depths[-1])
+
+    def query_gains(self, system: System) -> dict[str, float]:
+        """Map each query id to its gain at the deepest depth, by the first measure."""
+        before, after = self.before[self.measure], system.deepest.values[self.measure]
+        return {query: after[query] - before[query] for query in before}
 
     def run(self, system: System) -> dict[str, list[tuple[str, float | None]]]:
         """List (document id, score) as a system orders them, for `write_run`; None behind the deepest depth."""
-        rankings = {}
-        for query, candidates in self.candidates.items():
-            scores = dict(zip(candidates, system.scores[query], strict=False))
-            rankings[query] = [(document, scores.get(document)) for document in self.ranking(system, query)]
-        return rankings
+        scores = {query: dict(zip(self.candidates[query], row, strict=False)) for query, row in system.scores.items()}
+        return {
+            query: [(document, known.get(document)) for document in self.ranking(system, query)]
+            for query, known in scores.items()
+        }
 
     def as_json(self) -> dict[str, Any]:
         """Collect everything but the texts, for `json.dump`; seconds, not milliseconds."""
@@ -148,30 +202,29 @@ class Evaluation:
             "before": {"means": _means(self.before), "per_query": self.before},
             "ceilings": {str(depth): _means(values) for depth, values in self.ceilings.items()},
             "retrieval_seconds": self.retrieval and asdict(self.retrieval),
-            "systems": [self._system(system) for system in self.systems],
+            "systems": [
+                {
+                    **{name: getattr(system, name) for name in ("name", "pairs_scored", "pairs_cached", "rejected")},
+                    "verdict": system.deepest.gains[self.measure].verdict,
+                    "enough_depth": system.enough(self.measure).depth,
+                    "kept": [asdict(each) for each in system.kept],
+                    "depths": [_level(each) for each in system.levels],
+                }
+                for system in self.systems
+            ],
             "between": [{"first": one, "second": two, "gains": _gains(gains)} for one, two, gains in self.between],
         }
 
-    def _system(self, system: System) -> dict[str, Any]:
-        return {
-            "name": system.name,
-            "verdict": system.deepest.gains[self.measure].verdict,
-            "enough_depth": system.enough(self.measure).depth,
-            "pairs_scored": system.pairs_scored,
-            "pairs_cached": system.pairs_cached,
-            "rejected": system.rejected,
-            "depths": [
-                {
-                    "depth": level.depth,
-                    "means": _means(level.values),
-                    "gains": _gains(level.gains),
-                    "against_deepest": _gains(level.against_deepest),
-                    "seconds_per_query": level.latency and asdict(level.latency),
-                    "per_query": level.values,
-                }
-                for level in system.levels
-            ],
-        }
+
+def _level(level: Level) -> dict[str, Any]:
+    return {
+        "depth": level.depth,
+        "means": _means(level.values),
+        "gains": _gains(level.gains),
+        "against_deepest": _gains(level.against_deepest),
+        "seconds_per_query": level.latency and asdict(level.latency),
+        "per_query": level.values,
+    }
 
 
 def _means(values: Values) -> dict[str, float]:

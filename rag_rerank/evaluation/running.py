@@ -1,7 +1,7 @@
 """`evaluate`: first stage, scores, measures at every depth, and whether what changed is more than luck."""
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
 from itertools import combinations
@@ -10,15 +10,16 @@ from pathlib import Path
 from rag_rerank.errors import ConfigError
 from rag_rerank.evaluation.cache import default_folder
 from rag_rerank.evaluation.collection import Collection
-from rag_rerank.evaluation.measures import DEFAULT_MEASURES, Measurer, Run
-from rag_rerank.evaluation.results import Evaluation, Level, System, Values, ideal, reranked
+from rag_rerank.evaluation.measures import DEFAULT_MEASURES, Comparison, Measurer, Run, compare
+from rag_rerank.evaluation.results import Evaluation, Level, System, Values, ideal, keep, ranking, reranked
 from rag_rerank.evaluation.retrieval import BM25
-from rag_rerank.evaluation.scoring import Latency, Scored, ScoringRun
-from rag_rerank.evaluation.significance import Comparison, compare
-from rag_rerank.evaluation.trec import best_first, check_known
+from rag_rerank.evaluation.scoring import Latency, ScoringRun
+from rag_rerank.evaluation.trec import best_first
 from rag_rerank.scorer import Scorer
 
 DEFAULT_DEPTHS = (10, 20, 50, 100)
+POLICIES = ("top_n=3", "top_n=5", "top_n=10")
+CALIBRATED_POLICIES = (*POLICIES, "score_threshold=0.5", "min_precision=0.5", "min_precision=0.8")
 MIN_CANDIDATES = 100  # by BM25, however few of them are reranked: recall and MAP need some
 
 Progress = Callable[[str, int, int], None]
@@ -33,6 +34,7 @@ def evaluate(
     first_stage: str | None = None,
     depths: Sequence[int] = DEFAULT_DEPTHS,
     measures: Sequence[str] = DEFAULT_MEASURES,
+    policies: Sequence[str] | None = None,
     limit: int | None = None,
     language: str = "english",
     cache: str | Path | bool = True,
@@ -53,6 +55,8 @@ def evaluate(
         first_stage: What to call that.
         depths: How many candidates to rerank.
         measures: Names as in ir-measures. nDCG has linear gain. The first one is what verdicts and plots are about.
+        policies: What to keep for a prompt, by arguments of `Scorer.rerank`: ``"min_precision=0.8 top_n=10"``. None
+            compares ``top_n`` 3, 5, 10, and with a `Calibrated` scorer ``score_threshold`` and ``min_precision``, too.
         limit: Only the first so many queries.
         language: Of the texts, for BM25: see `BM25`.
         cache: The folder in which scores are kept; True for ``~/.cache/rag_rerank``, False for none.
@@ -64,60 +68,74 @@ def evaluate(
 
     Raises:
         ConfigError: A depth, measure or language that can't be, no candidates for any query, documents in the run that
-            the collection does not have, a cache that can't be used, a server that another model answers on than at the
-            start, or as `Scorer.score`.
+            the collection does not have, a policy that needs probabilities, a cache that can't be used, a server that
+            another model answers on than at the start, or as `Scorer.score`.
         BackendError: As `Scorer.score`. What was scored before is in the cache.
     """
-    depths = _checked_depths(depths)
-    collection = _first(collection, limit)
-    measurer = Measurer(collection.judgments, measures)
-    report = progress or (lambda task, done, total: None)
-    deepest = max(*depths, measurer.deepest, MIN_CANDIDATES)
-    candidates, retrieval = _candidates(collection, run, deepest, language, report)
-    named = {scorers.model_name: scorers} if isinstance(scorers, Scorer) else dict(scorers)
-    if named:
-        check_known({query: ranking[: depths[-1]] for query, ranking in candidates.items()}, collection.documents)
-    folder = None if cache is False else default_folder() if cache is True else Path(cache).expanduser()
-    scored = {}
-    for name, scorer in named.items():
-        with closing(ScoringRun(scorer, depths, folder, deadline)) as scoring:
-            for done, (query, ranking) in enumerate(candidates.items()):
-                report(name, done, len(candidates))
-                texts = [collection.documents[document] for document in ranking[: depths[-1]]]
-                scoring.add(query, collection.queries[query], texts)
-            scoring.finish()
-            report(name, len(candidates), len(candidates))
-        scored[name] = scoring.result
-    before = measurer.measure_rankings(candidates)
-    ceilings, after = {}, {name: list[Values]() for name in scored}
-    for depth in depths:
-        best = {query: ideal(ranking, collection.judgments[query], depth) for query, ranking in candidates.items()}
-        ceilings[depth] = measurer.measure_rankings(best)
-        for name, result in scored.items():
-            ranked = {query: reranked(candidates[query], scores, depth) for query, scores in result.scores.items()}
-            after[name].append(measurer.measure_rankings(ranked))
-    stage, compared = first_stage or ("BM25" if run is None else "the run"), _compare(depths, before, after, scored)
-    return Evaluation(
-        collection, stage, measurer.measures, depths, candidates, before, ceilings, *compared, retrieval=retrieval
-    )
-
-
-def _checked_depths(depths: Sequence[int]) -> tuple[int, ...]:
-    """Ascending, each once."""
     for depth in depths:
         if isinstance(depth, bool) or not isinstance(depth, int) or depth < 1:
             raise ConfigError(f"a depth is a number of candidates, at least 1; got {depth!r}")
     if not depths:
         raise ConfigError("depths is empty; pass at least one number of candidates")
-    return tuple(sorted(set(depths)))
-
-
-def _first(collection: Collection, limit: int | None) -> Collection:
-    """Keep the collection's first `limit` queries, and no judgments of others."""
+    depths = tuple(sorted(set(depths)))
     queries = dict(list(collection.queries.items())[:limit])
     if not queries:
         raise ConfigError("there are no queries to evaluate")
-    return replace(collection, queries=queries, judgments={name: collection.judgments[name] for name in queries})
+    collection = replace(collection, queries=queries, judgments={name: collection.judgments[name] for name in queries})
+    measurer = Measurer(collection.judgments, measures)
+    report = progress or (lambda task, done, total: None)
+    deepest = max(*depths, measurer.deepest, MIN_CANDIDATES)
+    candidates, retrieval = _candidates(collection, run, deepest, language, report)
+    named = {scorers.model_name: scorers} if isinstance(scorers, Scorer) else dict(scorers)
+    precisions = [ranking(policy).min_precision for policy in policies or ()]
+    if any(precisions) and not all(scorer.calibrated for scorer in named.values()):
+        raise ConfigError("min_precision needs probabilities: Calibrated(scorer, file), see rag-rerank calibrate")
+    texts = {query: _texts(collection, query, names[: depths[-1]]) for query, names in candidates.items() if named}
+    folder = None if cache is False else default_folder() if cache is True else Path(cache).expanduser()
+    scored = {}
+    for name, scorer in named.items():
+        with closing(ScoringRun(scorer, depths, folder, deadline)) as scoring:
+            for done, (query, documents) in enumerate(texts.items()):
+                report(name, done, len(texts))
+                scoring.add(query, queries[query], documents)
+            scoring.finish()
+            report(name, len(texts), len(texts))
+        scored[name] = scoring
+    before = measurer.measure_rankings(candidates)
+    ceilings, after = {}, {name: dict[int, Values]() for name in scored}
+    for depth in depths:
+        best = {query: ideal(names, collection.judgments[query], depth) for query, names in candidates.items()}
+        ceilings[depth] = measurer.measure_rankings(best)
+        for name, made in scored.items():
+            ranked = {query: reranked(candidates[query], scores, depth) for query, scores in made.scores.items()}
+            after[name][depth] = measurer.measure_rankings(ranked)
+    pairs = list(combinations(after, 2))
+    wanted: list[tuple[Values, Values]] = []
+    for each in after.values():
+        wanted += [pair for level in each.values() for pair in ((before, level), (each[depths[-1]], level))]
+    wanted += [(after[first][depths[-1]], after[second][depths[-1]]) for first, second in pairs]
+    gains = _compare(wanted)
+    systems = []
+    for name, made in scored.items():
+        levels = tuple(
+            Level(depth, level, next(gains), next(gains), Latency.of(made.calls[depth]))
+            for depth, level in after[name].items()
+        )
+        chosen = policies or (CALIBRATED_POLICIES if named[name].calibrated else POLICIES)
+        kept = tuple(keep(policy, collection, candidates, made.scores) for policy in chosen)
+        systems.append(System(name, levels, made.scores, made.pairs_scored, made.pairs_cached, kept))
+    between = tuple((*pair, next(gains)) for pair in pairs)
+    stage = first_stage or ("BM25" if run is None else "the run")
+    figures = candidates, before, ceilings, tuple(systems), between, retrieval
+    return Evaluation(collection, stage, measurer.measures, depths, *figures)
+
+
+def _texts(collection: Collection, query: str, names: Sequence[str]) -> list[str]:
+    """Look up the texts of documents; a ConfigError for a run's that the collection does not have."""
+    if unknown := [name for name in names if name not in collection.documents]:
+        has = f"the run has the document {unknown[0]!r} (for the query {query!r}), the collection has not"
+        raise ConfigError(f"{has}: was the run made from another one?")
+    return [collection.documents[name] for name in names]
 
 
 def _candidates(
@@ -145,26 +163,10 @@ def _candidates(
     return candidates, Latency.of(calls)
 
 
-def _compare(
-    depths: Sequence[int], before: Values, after: Mapping[str, Sequence[Values]], scored: Mapping[str, Scored]
-) -> tuple[tuple[System, ...], tuple[tuple[str, str, Mapping[str, Comparison]], ...]]:
-    """Compare the rerankers at every depth with the first stage and with their deepest depth; and each two of them."""
-    pairs = list(combinations(after, 2))
-    wanted = [(before, level) for levels in after.values() for level in levels]
-    wanted += [(levels[-1], level) for levels in after.values() for level in levels]
-    wanted += [(after[first][-1], after[second][-1]) for first, second in pairs]
+def _compare(wanted: Sequence[tuple[Values, Values]]) -> Iterator[Mapping[str, Comparison]]:
+    """Compare values with those before, by each measure; all at once, for drawing takes longer than adding up."""
     differences = [
-        [new[measure][query] - old[measure][query] for query in old[measure]] for old, new in wanted for measure in old
+        [new[name][query] - value for query, value in old[name].items()] for old, new in wanted for name in old
     ]
-    # All at once, for drawing takes longer than adding up.
     comparisons = iter(compare(differences))
-    compared = iter([{measure: next(comparisons) for measure in before} for _ in wanted])
-    gains = {name: [next(compared) for _ in depths] for name in after}
-    against_deepest = {name: [next(compared) for _ in depths] for name in after}
-    systems = []
-    for name, result in scored.items():
-        times = [Latency.of(result.calls[depth]) for depth in depths]
-        levels = tuple(map(Level, depths, after[name], gains[name], against_deepest[name], times))
-        counts = result.pairs_scored, result.pairs_cached, result.rejected
-        systems.append(System(name, levels, result.scores, *counts))
-    return tuple(systems), tuple((*pair, gain) for pair, gain in zip(pairs, compared, strict=True))
+    return iter([{name: next(comparisons) for name in old} for old, _ in wanted])

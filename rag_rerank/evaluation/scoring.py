@@ -7,9 +7,8 @@ other 90, which is not. When enough were timed, the others are scored together, 
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
@@ -48,105 +47,82 @@ class Latency:
         return cls(len(calls), p50, p95, p99, float(pairs / max(seconds, 1e-9)))
 
 
-@dataclass(slots=True)
-class Scored:
-    """What came of scoring: scores by query id, and pairs that were scored now, were cached, can't be scored.
-
-    Attributes:
-        calls: Depth to (documents, seconds) of every call that was timed at it, now or when its scores were cached.
-    """
-
-    calls: dict[int, list[tuple[int, float]]]
-    scores: dict[str, Scores] = field(default_factory=dict)
-    pairs_scored: int = 0
-    pairs_cached: int = 0
-    rejected: int = 0
-
-
-class _Pending(NamedTuple):
-    """A query, its candidates that have no score yet, by their position, and the scores to be completed."""
-
-    query: str
-    documents: dict[int, str]
-    scores: list[float | None]
-
-
 class ScoringRun:
     """Scores the candidates of one query after the other, and of many at once when enough calls were timed.
 
-    Depths ascend; a call may take `deadline` seconds. The scorer stays open. Scores are not cached without a `folder`,
+    Depths ascend; a call may take `deadline` seconds. The scorer stays open. Scores are not kept without a `folder`,
     or if another scorer may answer from call to call.
+
+    Attributes:
+        scores: Query id to the scores of its candidates.
+        calls: Depth to (documents, seconds) of every call that was timed at it, now or when its scores were cached.
+        pairs_scored, pairs_cached: How many were scored now; how many were known.
     """
 
     def __init__(self, scorer: Scorer, depths: Sequence[int], folder: Path | None, deadline: float | None) -> None:
+        self.scores: dict[str, list[float | None]] = {}
+        self.calls: dict[int, list[tuple[int, float]]] = {depth: [] for depth in depths}
+        self.pairs_scored = self.pairs_cached = 0
         self._scorer, self._depths, self._deadline = scorer, depths, deadline
-        self._pending: list[_Pending] = []
+        # (query, its candidates without a score by their position, the scores to be completed)
+        self._pending: list[tuple[str, dict[int, str], list[float | None]]] = []
         self._pairs_per_second = 0.0  # of the last call
         # A model of this process may have to be downloaded first.
         self._first_deadline = deadline if scorer.remote else None
         self._identity = scorer.identity(deadline=self._first_deadline)
         self._is_warm = bool(self._identity.probes)
-        self._cache = ScoreCache(folder, self._identity) if folder is not None and self._identity.steady else None
-        self.result = Scored(calls={depth: [] for depth in depths})
+        self._cache = ScoreCache(folder if self._identity.steady else None, self._identity)
+        self.close = self._cache.close
 
     def add(self, name: str, query: str, documents: Sequence[str]) -> None:
         """Find the scores of a query's candidates, up to the deepest depth, now or with those of queries to come.
 
         A ConfigError where another model answers than before; None for the score of what alone can't be scored.
         """
-        documents, position = documents[: self._depths[-1]], len(self.result.scores)
-        known: list[float | None] = self._cache.scores(query, documents) if self._cache else [None] * len(documents)
+        documents, position = documents[: self._depths[-1]], len(self.scores)
+        known = self.scores[name] = self._cache.scores(query, documents)
         missing = {place: documents[place] for place, score in enumerate(known) if score is None}
-        self.result.scores[name] = known
-        self.result.pairs_scored += len(missing)
-        self.result.pairs_cached += len(documents) - len(missing)
-        if not missing:
-            self._take_known_times(query, documents)
+        self.pairs_scored += len(missing)
+        self.pairs_cached += len(documents) - len(missing)
+        if not missing:  # their times are those of the calls in which they were scored
+            for depth in self._depths:
+                if (seconds := self._cache.seconds(query, documents[:depth])) is not None:
+                    self.calls[depth].append((min(depth, len(documents)), seconds))
         elif len(missing) == len(documents) and position < TIMED_QUERIES:
-            self._time(name, query, documents, self._depths[position % len(self._depths)])
+            self.scores[name] = self._time(query, documents, self._depths[position % len(self._depths)])
         else:
-            self._pending.append(_Pending(query, missing, known))
-            if sum(len(each.documents) for each in self._pending) > self._pairs_per_second * _SECONDS_PER_CALL:
-                self._score_pending()
+            self._pending.append((query, missing, known))
+            if sum(len(texts) for _, texts, _ in self._pending) > self._pairs_per_second * _SECONDS_PER_CALL:
+                self.finish()
 
-    def finish(self) -> None:
-        """Score what is left; raises as `add`."""
-        self._score_pending()
-        self.result.rejected = sum(scores.count(None) for scores in self.result.scores.values())
-
-    def close(self) -> None:
-        """Close the cache."""
-        if self._cache:
-            self._cache.close()
-
-    def _time(self, name: str, query: str, documents: Sequence[str], depth: int) -> None:
+    def _time(self, query: str, documents: Sequence[str], depth: int) -> list[float | None]:
         """Score candidates of which none is known: those up to `depth` in a call that is timed, the others in one."""
         first, rest = documents[:depth], documents[depth:]
         scores, seconds = self._score([query], first)
-        self._keep(query, first, scores, seconds)
+        self._cache.keep(query, first, scores, seconds)
         for each in self._depths:
             if min(each, len(documents)) == len(first):  # the call would have been the same
-                self.result.calls[each].append((len(first), seconds))
+                self.calls[each].append((len(first), seconds))
         if rest:
             more, _ = self._score([query], rest)
-            self._keep(query, rest, more)
-            scores = [*scores, *more]
-        self.result.scores[name] = scores
+            self._cache.keep(query, rest, more)
+            scores += more
+        return scores
 
-    def _score_pending(self) -> None:
-        """Score all pending queries in one call: a server or a large device has more to do at a time."""
+    def finish(self) -> None:
+        """Score all that is pending in one call: a server or a large device has more to do at a time."""
         pending, self._pending = self._pending, []
         if not pending:
             return
-        pairs = [(each.query, document) for each in pending for document in each.documents.values()]
+        pairs = [(query, text) for query, texts, _ in pending for text in texts.values()]
         scores = iter(self._score(*zip(*pairs, strict=True))[0])
-        for each in pending:
-            part = dict(zip(each.documents, scores, strict=False))
-            self._keep(each.query, list(each.documents.values()), list(part.values()))
-            for position, score in part.items():
-                each.scores[position] = score
+        for query, texts, known in pending:
+            found = dict(zip(texts, scores, strict=False))
+            self._cache.keep(query, list(texts.values()), list(found.values()))
+            for position, score in found.items():
+                known[position] = score
 
-    def _score(self, queries: Sequence[str], documents: Sequence[str]) -> tuple[Scores, float]:
+    def _score(self, queries: Sequence[str], documents: Sequence[str]) -> tuple[list[float | None], float]:
         """Scores, None for a document that can't be scored, and the seconds that it took."""
         if not self._is_warm:  # loading the model is in no query's time
             self._scorer.score(NEUTRAL, NEUTRAL, deadline=self._first_deadline)
@@ -158,9 +134,9 @@ class ScoringRun:
         self._check_scorer()
         return scores, seconds
 
-    def _scores(self, queries: Sequence[str], documents: Sequence[str]) -> Scores:
+    def _scores(self, queries: Sequence[str], documents: Sequence[str]) -> list[float | None]:
         try:
-            return self._scorer.score(queries, documents, deadline=self._deadline)
+            return [*self._scorer.score(queries, documents, deadline=self._deadline)]
         except BackendError as error:
             if len(error.scores) == len(documents):
                 return list(error.scores)
@@ -184,16 +160,3 @@ class ScoringRun:
         if changes := self._scorer.identity(deadline=self._deadline).differences(self._identity):
             changed = f"{self._scorer.model_name} became another scorer during the run: {'; '.join(changes)}"
             raise ConfigError(f"{changed}. Run again to evaluate this one.")
-
-    def _take_known_times(self, query: str, documents: Sequence[str]) -> None:
-        """Take the times of the calls in which a query's candidates were once scored."""
-        if not self._cache:
-            return
-        calls = [documents[:depth] for depth in self._depths]
-        for depth, call, seconds in zip(self._depths, calls, self._cache.seconds(query, calls), strict=True):
-            if seconds is not None:
-                self.result.calls[depth].append((len(call), seconds))
-
-    def _keep(self, query: str, documents: Sequence[str], scores: Scores, seconds: float | None = None) -> None:
-        if self._cache:
-            self._cache.keep(query, documents, scores, seconds)

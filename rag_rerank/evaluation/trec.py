@@ -1,7 +1,9 @@
-"""Judgments and runs, in the layouts of BEIR and TREC."""
+"""Judgments and runs, in the layouts of BEIR and TREC; and the place of every line for errors."""
 
 import gzip
+import json
 import math
+from codecs import BOM_UTF8
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,11 +11,41 @@ from typing import Any
 import numpy as np
 
 from rag_rerank.errors import ConfigError
-from rag_rerank.evaluation.files import lines, rows
-from rag_rerank.evaluation.measures import Rankings
+from rag_rerank.files.formats import Reader
 
 _HUGE = 1e38  # single precision ends at 3.4e38
-_COLUMNS = ("query-id", "corpus-id", "score")
+_COLUMNS = {"query-id": str | int, "corpus-id": str | int, "score": str | int | float}
+
+
+def lines(path: Path, columns: Sequence[str] | None = None) -> Iterator[tuple[str, str]]:
+    """Yield (place, line) of every line that is not blank; a ConfigError where `path` can't be read.
+
+    Of Parquet, each row is the line of JSON that it would be, of `columns` only: embeddings, say, may be beside them.
+    """
+    kind = "row" if path.suffix == ".parquet" else "line"
+    try:
+        for number, line in enumerate(Reader(path, columns=columns), 1):
+            text = (line.removeprefix(BOM_UTF8) if number == 1 else line).decode().rstrip("\r\n")
+            if text.strip():
+                yield f"{path}, {kind} {number}", text
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path} can't be read: it is not UTF-8 ({error})") from error
+    except OSError as error:
+        raise ConfigError(f"{path} can't be read: {error.strerror or error}") from error
+
+
+def rows(path: Path, columns: Mapping[str, Any]) -> Iterator[tuple[Any, ...]]:
+    """Yield the place and `columns` of every row of a JSON Lines or Parquet file, with values of these types."""
+    for place, line in lines(path, list(columns)):
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise ConfigError(f"{place}: not JSON ({error})") from error
+        values = [row.get(name) for name in columns] if isinstance(row, dict) else []
+        if not (values and all(map(isinstance, values, columns.values()))):
+            told = ", ".join(f"{name} ({getattr(kind, '__name__', kind)})" for name, kind in columns.items())
+            raise ConfigError(f"{place}: not an object with {told}")
+        yield place, *values
 
 
 def read_judgments(*paths: str | Path) -> dict[str, dict[str, int]]:
@@ -34,31 +66,26 @@ def read_judgments(*paths: str | Path) -> dict[str, dict[str, int]]:
 def _judgments(path: Path) -> Iterator[tuple[str, str, str, int]]:
     """(place, query, document, grade)."""
     if path.suffix == ".parquet" or path.name.removesuffix(".gz").endswith(".jsonl"):
-        for place, row in rows(path, _COLUMNS):
-            try:
-                query, document, grade = (row[name] for name in _COLUMNS)
-                yield place, str(query), str(document), _grade(grade)
-            except (KeyError, TypeError, ValueError) as error:
-                raise ConfigError(f"{place}: not query-id, corpus-id and score ({error})") from error
+        for place, query, document, grade in rows(path, _COLUMNS):
+            yield place, str(query), str(document), _grade(place, grade)
         return
     for position, (place, line) in enumerate(lines(path)):
         fields = line.split("\t" if line.count("\t") == 2 else None)
-        try:
-            query, *_, document, grade_text = fields
-            if len(fields) not in (3, 4):
-                raise ValueError(f"{len(fields)} columns")  # noqa: TRY301 - joins the other ways to be malformed
-            grade = _grade(grade_text)
-        except ValueError as error:
-            if position == 0 and len(fields) == 3 and not any(map(str.isdigit, fields[-1])):
-                continue  # BEIR's header
-            raise ConfigError(f"{place}: not query, document and grade ({error})") from error
-        yield place, query, document, grade
+        if position == 0 and len(fields) == 3 and not any(map(str.isdigit, fields[-1])):
+            continue  # BEIR's header
+        if len(fields) not in (3, 4):
+            raise ConfigError(f"{place}: not query, document and grade ({len(fields)} columns)")
+        yield place, fields[0], fields[-2], _grade(place, fields[-1])
 
 
-def _grade(value: Any) -> int:
-    if (number := float(value)).is_integer():
-        return int(number)
-    raise ValueError(f"the grade {value} is no whole number, which the measures need")
+def _grade(place: str, value: Any) -> int:
+    try:
+        number = float(value)
+    except ValueError as error:
+        raise ConfigError(f"{place}: not query, document and grade ({error})") from error
+    if not number.is_integer():
+        raise ConfigError(f"{place}: the grade {value} is no whole number, which the measures need")
+    return int(number)
 
 
 def read_run(path: str | Path, *, keep: int | None = None) -> dict[str, dict[str, float]]:
@@ -130,11 +157,3 @@ def _falling(scores: Iterable[float | None]) -> Iterator[str]:
         wanted = below if score is None else np.float32(min(max(score, -_HUGE), _HUGE))
         last = min(wanted, np.nextafter(last, np.float32(-np.inf)))
         yield str(last)
-
-
-def check_known(rankings: Rankings, documents: Mapping[str, str]) -> None:
-    """Refuse a run with documents that the collection does not have, with a ConfigError."""
-    for query, ranking in rankings.items():
-        if unknown := [document for document in ranking if document not in documents]:
-            has = f"the run has the document {unknown[0]!r} (for the query {query!r}), the collection has not"
-            raise ConfigError(f"{has}: was the run made from another one?")

@@ -79,7 +79,7 @@ class Fake:
         tokens: What it counts for the shortest pair.
         noise: What half precision adds to a score in a batch.
         open: Paths that need no key.
-        owner, headers: Of its models and their list, by which a program is known.
+        owner, headers: Of its models and of its answers to scoring requests, by which a program is known.
         instructed: What an instruction adds to a score.
         overrides: For anything else: steps for a request, or None.
     """
@@ -94,7 +94,7 @@ class Fake:
     open: Sequence[str] = ()
     apis: Sequence[str] = ("/v1/score", "/score", "/v1/rerank", "/rerank")
     echoes: bool = True
-    owner: str | None = None
+    owner: str | None = "vllm"
     headers: dict[str, str] = field(default_factory=dict)
     instructed: float = 0.0
     overrides: Callable[[Request], Steps | None] = lambda request: None
@@ -110,12 +110,14 @@ class Fake:
         if request.path == "/v1/models":
             common = {"max_model_len": self.window, "owned_by": self.owner}
             cards = [{"id": name, "root": root} | common for name, root in self.models.items()]
-            return [http(json.dumps({"data": cards}), **self.headers)]
+            return [http(json.dumps({"data": cards}))]
         if request.path not in self.apis:
             return [http('{"detail": "Not Found"}', 404)]
+        if "model" not in request.content:
+            return [http('{"error": "Missing required parameter"}', 400, **self.headers)]
         if request.content["model"] not in self.models:
             return refusal(404, "The model does not exist.")
-        return [http(json.dumps(self.answer(request)))]
+        return [http(json.dumps(self.answer(request)), **self.headers)]
 
     def answer(self, request: Request) -> dict[str, object]:
         content = request.content
@@ -435,7 +437,7 @@ class TestOtherPrograms:
     @pytest.mark.parametrize(
         ("fake", "program"),
         [
-            (Fake(headers={"x_litellm_version": "1.108.7"}, owner="openai"), "LiteLLM"),
+            (Fake(headers={"x_litellm_call_id": "9ed64222"}, owner="openai"), "LiteLLM"),
             (Fake(headers={"X_New_Api_Version": "v1"}, owner="custom"), "new-api"),
             (Fake(owner="llamacpp"), "llama.cpp"),
             (Fake(owner="sglang"), "SGLang"),

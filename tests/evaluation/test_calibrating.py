@@ -13,16 +13,14 @@ import pytest
 
 from rag_rerank import Calibrated, ConfigError, FallbackScorer, LocalScorer
 from rag_rerank.embedded import collection_folder, minilm_folder
-from rag_rerank.evaluation import Collection, evaluate
+from rag_rerank.evaluation import Collection, evaluate, read_labelled
 from rag_rerank.evaluation.calibrating import (
     Pairs,
     calibrate,
-    cut,
     fit,
     over,
     pooler_options,
     quality,
-    read_labelled,
     target,
 )
 from tests.scorers import Answers, WordOverlap
@@ -112,8 +110,9 @@ class TestFigures:
         for kind, wanted in (("precision", 0.5), ("recall", 0.8)):
             found = target(pairs, right, kind, wanted)
             assert not found.why_not
-            assert getattr(found.cut, kind) >= wanted
-            reached = getattr(cut(others, theirs, found.cut.threshold), kind)
+            assert found.elsewhere.value >= wanted
+            kept = theirs >= found.threshold.value
+            reached = others.relevant[kept].sum() / (kept.sum() if kind == "precision" else others.relevant.sum())
             assert found.elsewhere.low <= reached <= found.elsewhere.high
 
     def test_what_the_data_can_not_tell_is_said(self):
@@ -125,7 +124,7 @@ class TestFigures:
     def test_equal_probabilities_are_kept_together(self):
         pairs, _ = drawn(100, step=True)
         found = target(pairs, np.where(pairs.values > 1, 0.8, 0.02), "precision", 0.7)
-        assert found.cut.threshold == 0.8
+        assert found.threshold.value == 0.8
 
 
 class TestCalibrate:
@@ -141,7 +140,7 @@ class TestCalibrate:
             found.calibration.fitted_on["unjudged"]
             == found.calibration.fitted_on["pairs"] - found.calibration.fitted_on["relevant"]
         )
-        assert [each.threshold for each in found.cuts][:3] == [0.05, 0.1, 0.2]
+        assert [each.policy for each in found.kept][:3] == [f"score_threshold={each}" for each in (0.05, 0.1, 0.2)]
         assert all(0 <= each <= 1 for each in Calibrated(WordOverlap(), found.calibration).score("a b", ["a", "b c"]))
         assert json.loads(json.dumps(found.as_json()))["base_rate"] == found.base_rate
 
@@ -177,7 +176,13 @@ class TestCommand:
             command, capture_output=True, text=True, check=False, env=environment, cwd=tmp_path, timeout=300
         )
         assert done.returncode == 0, done.stderr
-        for said in ("6 queries, 36 candidates", "6 relevant", "log loss", "the data can't tell", "0.50"):
+        for said in (
+            "6 queries, 36 candidates",
+            "6 relevant",
+            "log loss",
+            "the data can't tell",
+            "score_threshold=0.5",
+        ):
             assert said in done.stdout
         assert "pooler-config" not in done.stdout  # MiniLM is no cross-encoder
         with LocalScorer(minilm_folder(), dtype="float32") as scorer:
@@ -194,7 +199,10 @@ class TestCommand:
     def test_a_line_that_is_no_labelled_pair_is_named(self, tmp_path: Path, row: dict[str, Any]):
         path = tmp_path / "pairs.jsonl"
         path.write_text(json.dumps({"query": "q", "document": "d", "relevant": 1}) + "\n" + json.dumps(row))
-        with pytest.raises(ConfigError, match=r"pairs\.jsonl, line 2: not query and document"):
+        with pytest.raises(
+            ConfigError,
+            match=r"pairs\.jsonl, line 2: not an object with query \(str\), document \(str\), relevant \(int\)",
+        ):
             read_labelled(path)
 
 

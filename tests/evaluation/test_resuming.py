@@ -8,6 +8,7 @@ import sqlite3
 import tempfile
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -22,6 +23,7 @@ from rag_rerank import ConfigError, Scorer
 from rag_rerank.evaluation import cache, evaluate, scoring
 from rag_rerank.identity import PROBES
 from tests.evaluation.collections import small
+from tests.forking import forked
 from tests.scorers import overlap
 
 RUN = {query: {name: -float(rank) for rank, name in enumerate(small().documents)} for query in small().queries}
@@ -125,13 +127,7 @@ class Resuming(RuleBasedStateMachine):
     @rule(model=models, name=names, depths=depth_lists, calls=st.integers(0, 9))
     def run_killed(self, model: tuple[float, float, bool], name: str, depths: tuple[int, ...], calls: int) -> None:
         """By SIGKILL, in a process of its own, within a call; or just behind the last one."""
-        child = os.fork()
-        if child == 0:
-            try:
-                results(Model(*model, dies_after=calls), name, depths, self.folder)
-            finally:
-                os._exit(0)
-        os.waitpid(child, 0)
+        forked(lambda: results(Model(*model, dies_after=calls), name, depths, self.folder))
 
     @rule(model=models, name=names, depths=depth_lists, calls=st.integers(1, 9))
     def run_replaced(self, model: tuple[float, float, bool], name: str, depths: tuple[int, ...], calls: int) -> None:
@@ -187,16 +183,18 @@ def test_a_run_waits_for_another_process_that_writes(tmp_path: Path):
     expected = results(Model(*model), "small", (3,), tmp_path)
     (path,) = tmp_path.iterdir()
     reader, writer = os.pipe()
-    child = os.fork()
-    if child == 0:
+
+    def write() -> None:
         with closing(sqlite3.connect(path, isolation_level=None)) as other:
             other.execute("BEGIN EXCLUSIVE")
             os.write(writer, b"locked")
             time.sleep(0.5)
-        os._exit(0)
-    os.read(reader, 6)
-    assert results(Model(*model), "small", (3,), tmp_path) == expected
-    assert os.waitpid(child, 0)[1] == 0
+
+    with ThreadPoolExecutor(1) as pool:
+        child = pool.submit(forked, write)
+        os.read(reader, 6)
+        assert results(Model(*model), "small", (3,), tmp_path) == expected
+        assert child.result() == 0
 
 
 def test_models_differ_where_the_tests_need_it():

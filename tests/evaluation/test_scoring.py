@@ -57,13 +57,13 @@ class TestScores:
                 made.add(f"q{number}", f"a {number}", TEXTS)
             made.add("short", "b", ["b"])
             made.add("empty", "b", [])
-        assert made.result.scores == {
+        assert made.scores == {
             **{f"q{number}": [overlap(f"a {number}", text) for text in TEXTS[:4]] for number in range(5)},
             "short": [1.0],
             "empty": [],
         }
-        assert len(pairs_of(scorer)) == len(set(pairs_of(scorer))) == made.result.pairs_scored == 21
-        assert made.result.pairs_cached == made.result.rejected == 0
+        assert len(pairs_of(scorer)) == len(set(pairs_of(scorer))) == made.pairs_scored == 21
+        assert made.pairs_cached == 0
 
     def test_a_second_time_nothing_is_scored(self, tmp_path: Path):
         """But the probes, and the times are those of the first time."""
@@ -73,11 +73,11 @@ class TestScores:
                 for number in range(8):
                     made.add(f"q{number}", f"a {number}", TEXTS)
             if scorer is first:
-                before = made.result
+                before = made
         assert second.calls == []
-        assert made.result.scores == before.scores
-        assert made.result.calls == before.calls
-        assert (made.result.pairs_scored, made.result.pairs_cached) == (0, before.pairs_scored)
+        assert made.scores == before.scores
+        assert made.calls == before.calls
+        assert (made.pairs_scored, made.pairs_cached) == (0, before.pairs_scored)
 
     def test_a_changed_text_is_scored_again_and_no_other(self, tmp_path: Path):
         """Of a document or a query."""
@@ -88,8 +88,8 @@ class TestScores:
             made.add("q", "a b", [TEXTS[0], "b changed", *TEXTS[2:]])
             made.add("r", "a c", TEXTS[:1])
         assert pairs_of(scorer) == [("a b", "b changed"), ("a c", "a b")]
-        assert made.result.scores["q"] == [1.0, 0.5, 0.0, 0.5]
-        assert (made.result.pairs_scored, made.result.pairs_cached) == (2, 3)
+        assert made.scores["q"] == [1.0, 0.5, 0.0, 0.5]
+        assert (made.pairs_scored, made.pairs_cached) == (2, 3)
 
     def test_a_deeper_depth_scores_only_what_is_new(self, tmp_path: Path):
         """Those behind."""
@@ -99,7 +99,7 @@ class TestScores:
         with scoring_run(scorer, tmp_path, (6,)) as made:
             made.add("q", "a", TEXTS)
         assert pairs_of(scorer) == [("a", "d a"), ("a", "a b c")]
-        assert made.result.calls == {6: []}
+        assert made.calls == {6: []}
 
     def test_an_interrupted_run_goes_on_where_it_was(self, tmp_path: Path):
         """With the scores of one that was not interrupted."""
@@ -112,11 +112,11 @@ class TestScores:
                     raise KeyboardInterrupt
                 return super()._score(queries, documents, until)
 
-        def run(scorer: Scorer, folder: Path) -> scoring.Scored:
+        def run(scorer: Scorer, folder: Path) -> ScoringRun:
             with scoring_run(scorer, folder) as made:
                 for number in range(12):
                     made.add(f"q{number}", f"a {number}", TEXTS)
-            return made.result
+            return made
 
         interrupted = Failing()
         with pytest.raises(KeyboardInterrupt):
@@ -147,8 +147,7 @@ class TestScores:
             scorer = Choosy()
             with scoring_run(scorer, tmp_path) as made:
                 made.add("q", "a", TEXTS)
-            assert made.result.scores["q"] == [0.5 * 2, 0.0, None, 1.0]
-            assert made.result.rejected == 1
+            assert made.scores["q"] == [0.5 * 2, 0.0, None, 1.0]
             assert pairs_of(scorer) == expected
 
     def test_an_error_is_raised(self):
@@ -177,9 +176,8 @@ class TestScores:
         for pairs in (len(texts), texts.count("bad")):
             with scoring_run(Odd(), tmp_path) as made:
                 made.add("q", "a", texts)
-            assert made.result.scores["q"] == [None if text == "bad" else overlap("a", text) for text in texts]
-            assert made.result.rejected == texts.count("bad")
-            assert made.result.pairs_scored == pairs
+            assert made.scores["q"] == [None if text == "bad" else overlap("a", text) for text in texts]
+            assert made.pairs_scored == pairs
 
     def test_a_scorer_that_fails_later_is_not_taken_for_bad_documents(self):
         """Whatever the error is: nothing works then, so the run ends."""
@@ -198,7 +196,7 @@ class TestScores:
         for _ in range(2):
             with scoring_run(FallbackScorer(WordOverlap(), WordOverlap()), tmp_path) as made:
                 made.add("q", "a", TEXTS)
-            assert made.result.pairs_cached == 0
+            assert made.pairs_cached == 0
         assert list(tmp_path.iterdir()) == []
 
 
@@ -213,11 +211,11 @@ def halved(request: Request) -> Steps:
 class TestServers:
     """What a server serves may change without notice."""
 
-    def run(self, server: FaultyServer, folder: Path, queries: int = 1) -> scoring.Scored:
+    def run(self, server: FaultyServer, folder: Path, queries: int = 1) -> ScoringRun:
         with VLLMScorer(server.base_url) as scorer, scoring_run(scorer, folder) as made:
             for number in range(queries):
                 made.add(f"q{number}", f"a {number}", TEXTS)
-        return made.result
+        return made
 
     def test_another_model_behind_the_same_name_has_a_cache_of_its_own(
         self, tmp_path: Path, caplog: pytest.LogCaptureFixture
@@ -267,7 +265,7 @@ class TestTimes:
             for number in range(4):
                 made.add(f"q{number}", f"a {number}", TEXTS)
             made.add("short", "b", ["b"])
-        counts = {depth: [count for count, _ in calls] for depth, calls in made.result.calls.items()}
+        counts = {depth: [count for count, _ in calls] for depth, calls in made.calls.items()}
         assert counts == {2: [2, 2, 1], 4: [4, 4, 1]}
         assert [len(documents) for _, documents, _ in scorer.calls] == [2, 2, 4, 2, 2, 4, 1]
 
@@ -287,7 +285,7 @@ class TestTimes:
         monkeypatch.setattr(scoring, "time", clock)
         with scoring_run(Slow(), None) as made:
             made.add("q", "a", TEXTS)
-        assert made.result.calls == {2: [(2, 1.0)], 4: []}
+        assert made.calls == {2: [(2, 1.0)], 4: []}
 
     def test_after_enough_times_queries_are_scored_together(self, monkeypatch: pytest.MonkeyPatch):
         """In calls of about ten seconds."""
@@ -297,7 +295,7 @@ class TestTimes:
             for number in range(50):
                 made.add(f"q{number}", f"a {number}", TEXTS)
         assert [len(documents) for _, documents, _ in scorer.calls] == [2, 2, 4, 48 * 4]
-        assert all(scores == [overlap("a x", text) for text in TEXTS[:4]] for scores in made.result.scores.values())
+        assert all(scores == [overlap("a x", text) for text in TEXTS[:4]] for scores in made.scores.values())
 
     def test_percentiles(self):
         """Linear between the two nearest; of no calls there are none."""

@@ -17,7 +17,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from rag_rerank.errors import ConfigError
 from rag_rerank.files import Tally, partial_of, rejects_of, rerank_file
-from tests.killing import killed_at
+from tests.forking import killed_at
 from tests.scorers import WordOverlap
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="no fork, no flock")

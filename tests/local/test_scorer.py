@@ -7,9 +7,11 @@ import math
 import multiprocessing
 import pickle
 import shutil
+import subprocess
+import sys
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -33,6 +35,22 @@ def documents() -> list[str]:
 
 def largest_difference(first: list[float], second: list[float]) -> float:
     return max(abs(a - b) for a, b in zip(first, second, strict=True))
+
+
+FORKING = """
+import sys
+from rag_rerank import LocalScorer
+from tests.forking import forked
+
+with LocalScorer(sys.argv[1], dtype="float32") as scorer:
+    expected = scorer.score("q", ["a", "b c"])
+
+    def child():
+        assert scorer.score("q", ["a", "b c"]) == expected
+
+    assert forked(child) == 0
+    assert scorer.score("q", ["a", "b c"]) == expected
+"""
 
 
 class TestBiEncoder:
@@ -71,14 +89,17 @@ class TestBiEncoder:
         """Each of them."""
         assert len(set(local.score(QUERY, ["same text"] * 5))) == 1
 
-    @pytest.mark.parametrize("method", ["spawn", "fork"])
-    def test_a_child_process_loads_its_own(self, minilm: Path, method: str):
-        """The engine's thread does not survive a fork; the scorer does."""
-        with LocalScorer(minilm, dtype="float32") as scorer:
-            expected = scorer.score("q", ["a"]) if method == "spawn" else None  # OpenMP's threads don't survive a fork
-            with multiprocessing.get_context(method).Pool(1) as pool:
-                scored = pool.apply(scorer.score, ("q", ["a"]))
-            assert scored == pytest.approx(expected or scorer.score("q", ["a"]), abs=1e-6)
+    def test_a_spawned_process_loads_its_own(self, local: LocalScorer):
+        """The scorer goes there as a pickle."""
+        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+            scored = pool.submit(local.score, QUERY, ["a"]).result(timeout=300)
+        assert scored == pytest.approx(local.score(QUERY, ["a"]), abs=1e-6)
+
+    def test_a_forked_child_loads_its_own(self, cross_encoder: Path):
+        """The engine's thread does not survive a fork; the scorer does. In a process with no other threads than its."""
+        script = [sys.executable, "-c", FORKING, str(cross_encoder)]
+        run = subprocess.run(script, capture_output=True, text=True, timeout=300, check=False)
+        assert run.returncode == 0, run.stderr
 
 
 class TestCrossEncoder:

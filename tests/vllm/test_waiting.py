@@ -112,7 +112,7 @@ def test_a_forked_child_and_a_copy_begin_with_none():
         waiting = pool.submit(scorer.score, "q", ["a"])
         while not server.score_requests:
             pass
-        child = multiprocessing.get_context("fork").Process(target=count_to_one_in_a_child, args=(scorer,))
+        child = multiprocessing.get_context("fork").Process(target=count_to_one_in_a_child, args=(scorer,), daemon=True)
         child.start()
         with pickle.loads(pickle.dumps(scorer)) as copy:  # noqa: S301
             assert copy.score("q", ["a"]) == EXACT

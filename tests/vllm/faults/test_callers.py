@@ -254,7 +254,7 @@ class TestSharing:
             assert list(calls) == [EXACT] * 50
         assert [results.get(timeout=30) for _ in children] == [100] * 4
         for child in children:
-            child.join()
+            child.join(30)
         assert [child.exitcode for child in children] == [0] * 4
         assert scorer.score(QUERY, DOCUMENTS) == EXACT
 
