@@ -40,9 +40,9 @@ class VLLMScorer(Scorer):
     Queries and documents may be images (`Image`, `Content`, see `Scorer.score`) where the server's model sees. Their
     prompts are never truncated: vLLM answers 500 where an image's place is cut off. `max_tokens_per_query` and
     `max_tokens_per_doc` cut the text beside images, where they leave 16 tokens for each image's place. `template`, and
-    a prompt for the side that an image is on, don't go with images: vLLM puts these before all text. A request has at
-    most 8 MiB, or one document. A server fetches addresses of images for itself; each goes in a request of its own. It
-    says 500 where it can't reach one: that is tried again as any 5xx, then that document is rejected.
+    a prompt for the side that an image is on, don't go with images. A request has at most 8 MiB, or one document. A
+    server fetches addresses of images for itself; each goes in a request of its own. Where it says 500, as it does for
+    one that it can't reach, that is tried again, then that document is rejected.
 
     Args:
         base_url: The server's address, with or without ``/v1`` or ``/score`` at its end; or several, which are asked

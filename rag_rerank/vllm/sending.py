@@ -154,9 +154,10 @@ class Sending:
         try:
             return read(reply.body)  # its fault once more, now without keys
         except BadReply as fault:
-            message = fault.message + (f": {wire.error_text(reply.body)}" if wire.is_error(reply.body) else "")
             facts = _told(reply, request) | {"whole": fault.whole, "__cause__": fault}
-            raise MayPass(self.error(BadReply, message, "Is it a vLLM server?", server, **facts), blames=True) from None
+            raise MayPass(
+                self.error(BadReply, fault.message, "Is it a vLLM server?", server, **facts), blames=True
+            ) from None
 
     def _failed(self, server: Server, failure: Failure, sent: float) -> Exception:
         """Make the error for no answer."""

@@ -229,7 +229,7 @@ def read_answer(api: API, body: bytes, positions: Sequence[int]) -> Answer:
     list_name, score_name = ("data", "score") if api == "score" else ("results", "relevance_score")
     entries = content.get(list_name)
     if not isinstance(entries, list):
-        raise BadReply(f"the answer has no list {list_name!r}")
+        raise _no_answer(body, f"has no list {list_name!r}")
     return Answer(
         scores=_scores(entries, positions, score_name),
         id=_of(str, content.get("id")),
@@ -276,7 +276,7 @@ def read_models(body: bytes) -> list[Card]:
         return [Card(model, model, _of(int, content.get("max_input_length")), "text-embeddings-inference")]
     entries = content.get("data")
     if not isinstance(entries, list) or not all(isinstance(entry, dict) and "id" in entry for entry in entries):
-        raise BadReply("the answer of /v1/models is no model list")
+        raise _no_answer(body, "of /v1/models is no model list")
     cards = []
     for each in entries:
         name, window = str(each["id"]), _of(int, each.get("max_model_len"))
@@ -311,9 +311,10 @@ def is_model_missing(body: bytes) -> bool:
     return isinstance(content.get("error"), dict) or content.get("object") == "error"
 
 
-def is_error(body: bytes) -> bool:
-    """Tell an error, which some gateways send with a status of success."""
-    return bool(_fields(body).keys() & {"error", "message", "detail"})
+def _no_answer(body: bytes, said: str) -> BadReply:
+    """Make the error for an answer that is none; with its words where it is an error, which some send as a success."""
+    is_error = _fields(body).keys() & {"error", "message", "detail"}
+    return BadReply(f"the answer {said}" + (f": {error_text(body)}" if is_error else ""))
 
 
 def _fields(body: bytes) -> dict[str, Any]:
