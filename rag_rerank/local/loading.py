@@ -4,6 +4,7 @@ import hashlib
 import inspect
 import json
 import logging
+import re
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -14,7 +15,9 @@ from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
+    AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
+    AutoModelForTextEncoding,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -43,6 +46,7 @@ from rag_rerank.local.models.late_interaction import LateInteraction, TokenEmbed
 from rag_rerank.local.models.layers import activation, config_activation, pool, read_layers
 from rag_rerank.local.models.model import Model, ScoreType, special_tokens
 from rag_rerank.local.models.prompts import ChatPrompts, Prompts
+from rag_rerank.local.models.sequence_to_sequence import FirstStep
 from rag_rerank.local.models.vision.processor import ImageProcessor
 from rag_rerank.local.models.vision.prompts import ImagePrompts
 from rag_rerank.local.models.vision.transformer import MODEL_TYPES, VisionTransformer
@@ -72,6 +76,9 @@ _NO_FACTS = (
     *("offload_buffers", "offload_folder", "offload_state_dict", "proxies", "resume_download"),
 )
 
+
+# Names of labels that say "not relevant".
+_NEGATIVE = re.compile(r"(?i)(no|not|non|false|negative|0)(?![a-z])|(ir|un|dis|non|not)(relev|relat|simil|match)")
 
 # Held while a model is loaded: transformers changes torch's default dtype for the whole process meanwhile, and of two
 # at a time one would put back the other's. A fork waits, so that a child has neither lock nor dtype left half-way.
@@ -164,6 +171,8 @@ def _kind(checkpoint: Checkpoint) -> str:
         return "causal"
     if architecture.endswith("ForConditionalGeneration") and reads_images:
         return "vision"
+    if architecture.endswith("T5ForConditionalGeneration"):
+        return "sequence-to-sequence"
     if not architecture.endswith("ForSequenceClassification"):
         raise ConfigError(
             f"{checkpoint.name!r} is a {architecture}: neither a *ForSequenceClassification nor a *ForCausalLM nor a "
@@ -173,6 +182,12 @@ def _kind(checkpoint: Checkpoint) -> str:
         raise ConfigError(
             f"{checkpoint.name!r} has {checkpoint.config.num_labels} labels; a reranker has one, or two of which the "
             "second says relevant. It classifies, it does not score relevance."
+        )
+    labels = list((checkpoint.config.id2label or {}).values())
+    if len(labels) == 2 and _NEGATIVE.match(f"{labels[1]}") and not _NEGATIVE.match(f"{labels[0]}"):
+        raise ConfigError(
+            f"{checkpoint.name!r}: config.json: id2label calls the second of two labels {labels[1]!r}, but the second "
+            "is taken for relevance, as rerankers are trained. Swap the rows of the head and the labels."
         )
     return "vision" if reads_images else "classifier"
 
@@ -227,12 +242,26 @@ class _Loading:
         reference = self._reference(_body(model), logit)
         return self._pair_model(model, reference, self._transformer(_body(model)), answer_head(model, ids))
 
+    def sequence_to_sequence(self) -> ScoreType:
+        """Load an encoder with a decoder that answers with a word."""
+        ids = self._answers()
+        model = self._model(AutoModelForSeq2SeqLM)
+        pad_id, batching = self.checkpoint.tokenizer.pad_token_id, choose_batching(self.device)
+        plain = replace(FirstStep.of(model, pad_id, batching), equal=True)
+
+        def logit(sequence: TokenSequence) -> torch.Tensor:
+            return relevance(plain.states([sequence]).tokens[:, ids].float())
+
+        reference = self._reference(model, logit)
+        transformer = FirstStep.of(model, pad_id, batching, ids)
+        return self._pair_model(model, reference, transformer, lambda states: states.tokens)
+
     def modular(self) -> ScoreType:
         """Load a transformer with a head of modules."""
         route = self.checkpoint.declaration.document
         head = self._head(route, self.settings.query_prompt)
         model = self._model(AutoModel)
-        self._choose_template(needed=False)
+        self._choose_template(needed=not self.checkpoint.declaration.modular)
         plain = self._plain(model)
         reference = self._reference(model, lambda sequence: relevance(head(plain.states([sequence]))))
         transformer = self._transformer(model)
@@ -419,7 +448,9 @@ class _Loading:
         """Load a transformer without a head, its tokenizer, and what it reads."""
         checkpoint = self.checkpoint.at(route)
         if route.folder not in self.encoders:
-            model = self._model(AutoModel, checkpoint)
+            # Of a T5, which reads and writes, sentence-transformers saves the reading half alone.
+            reads = checkpoint.config.model_type in {"t5", "mt5", "umt5"}
+            model = self._model(AutoModelForTextEncoding if reads else AutoModel, checkpoint)
             plain = self._plain(model, checkpoint)
             reference = self._reference(model, lambda sequence: _all(plain.states([sequence])), checkpoint)
             made = self._transformer(model, checkpoint, unpadded=unpadded)
