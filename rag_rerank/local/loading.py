@@ -1,26 +1,14 @@
 """From settings to a model that is ready to score: finds out what a checkpoint is, and puts the parts together."""
 
 import json
-<<<<<<< HEAD
-import logging
-=======
-import os
->>>>>>> main
 import re
 import threading
 from typing import Any
 
 from rag_rerank.errors import ConfigError
-<<<<<<< HEAD
-from rag_rerank.families import Family, find_family
-from rag_rerank.forking import held_over_forks
-from rag_rerank.local.checkpoint.chat import ChatTemplate
-from rag_rerank.local.checkpoint.checkpoint import Checkpoint, max_length
-from rag_rerank.local.checkpoint.declaration import IDENTITY, SIGMOID, Declaration, Pooling, Route, Side
-=======
 from rag_rerank.families import find_family
+from rag_rerank.forking import held_over_forks
 from rag_rerank.local.checkpoint.checkpoint import Checkpoint
->>>>>>> main
 from rag_rerank.local.checkpoint.files import Files
 from rag_rerank.local.embedders import EmbedderLoading
 from rag_rerank.local.hardware import choose_device

@@ -120,8 +120,8 @@ class Sending:
         self, kind: type[E], message: str, remedy: str | None = None, server: Server | None = None, **facts: Any
     ) -> E:
         """Make an error of one server or all, with how many attempts and how long; `facts` are more attributes."""
-        where, elapsed = (server or self.servers).label, self.clock() - self._began
-        return kind(message, facts, endpoint=where, attempts=self.usage.requests, elapsed=elapsed, remedy=remedy)
+        told = {"endpoint": (server or self.servers).label, "attempts": self.usage.requests, "remedy": remedy}
+        return kind(message, told | {"elapsed": self.clock() - self._began} | facts)
 
     async def once(self, server: Server, request: Request, read: Callable[[bytes], T], *, optional: bool = False) -> T:
         """Send a request and read its answer, or raise; nothing is held against a server that need not answer."""
