@@ -185,6 +185,12 @@ class TestHonesty:
         assert "Nothing was reranked" in words
         assert "Query by query" not in words
 
+    def test_what_policies_keep(self):
+        """For each reranker."""
+        words = Page(render(evaluation(3))).words
+        assert "What a prompt gets to read: scorer 0" in words
+        assert "top_n=3" in words
+
     def test_the_rerankers_are_compared(self):
         """Where there are several."""
         assert "The rerankers compared" in Page(render(evaluation(3, systems=2))).words
