@@ -1,4 +1,4 @@
-"""Measures as ir-measures has them, of each query; and whether a difference is more than luck: the paired bootstrap."""
+"""Measures as ir-measures has them; and whether a difference is more than luck: the paired bootstrap."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
