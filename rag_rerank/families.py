@@ -40,6 +40,7 @@ class Family:
         max_length: How many tokens of prompt the card's code keeps, else how many the model takes; None where models
             of the family differ.
         local: Whether `LocalScorer` runs it; if not, it needs a vLLM server.
+        served: Whether vLLM serves it.
         vllm_flags: What follows ``vllm serve MODEL``. ``{template}`` stands for the template's path; put it in with
             `str.replace`, since the JSON in the flags has braces too.
         note: What else to know.
@@ -57,6 +58,7 @@ class Family:
     logit_bias: float = 0.0
     max_length: int | None = None
     local: bool = True
+    served: bool = True
     vllm_flags: str = ""
     note: str = ""
 

@@ -38,6 +38,11 @@ def _bert() -> tuple[PreTrainedTokenizerFast, dict[str, Any]]:
     return word_piece_tokenizer(), {}
 
 
+def roberta_tokenizer() -> PreTrainedTokenizerFast:
+    """Make an XLM-RoBERTa's tokenizer: the padding token is not the first."""
+    return _roberta()[0]
+
+
 def _roberta() -> tuple[PreTrainedTokenizerFast, dict[str, Any]]:
     """The padding token's id matters: RoBERTa counts positions from the one after it.
 

@@ -75,6 +75,8 @@ CARDS = {
         "query by providing a prediction of either 'Yes' or 'No'.",
         "A: ⟦q⟧\nB: ⟦d⟧\n⟦i⟧",
     ),
+    # pygaggle's MonoT5; </s> is the tokenizer's, and it takes no instruction
+    "monot5": Card("Query: ⟦q⟧ Document: ⟦d⟧ Relevant:", "Query: ⟦q⟧ Document: ⟦d⟧ Relevant:"),
     # The card's prompt_template; it takes no instruction
     "nemotron-rerank": Card("question:⟦q⟧ \n \n passage:⟦d⟧", "question:⟦q⟧ \n \n passage:⟦d⟧"),
     # The checkpoint's chat template: query as system, document as user; instruction as ZeroEntropy advises
@@ -231,7 +233,7 @@ class TestTable:
         if "--chat-template" in arguments:
             assert known.template
             assert arguments[arguments.index("--chat-template") + 1] == "/t.jinja"
-        else:
+        elif known.served:
             assert known.template in (None, "jina-reranker-m0.jinja")  # the one that vLLM has built in
 
     def test_rows_are_frozen(self):
@@ -262,6 +264,8 @@ class TestFinding:
             ("nvidia/llama-nemotron-rerank-1b-v2", "nemotron-rerank"),
             ("nvidia/llama-nemotron-rerank-vl-1b-v2", "nemotron-rerank-vl"),
             ("jinaai/jina-reranker-m0", "jina-reranker-m0"),
+            ("castorini/monot5-base-msmarco-10k", "monot5"),
+            ("unicamp-dl/mt5-base-mmarco-v2", "mt5-mmarco"),
             ("Alibaba-NLP/gte-multilingual-reranker-base", "gte-multilingual-reranker"),
             ("lightonai/GTE-ModernColBERT-v1", "colbert-modernbert"),
         ],

@@ -96,7 +96,8 @@ def family_table() -> str:
         template = f"{family.template.removesuffix('.jinja')}; " if family.template else ""
         flags = family.vllm_flags.replace("{template}", family.template or "")
         local = "yes" if family.local else "no"
-        rows.append(f"| {models} | {template}{source} | {local} | {f'`{flags}`' if flags else ''} |")
+        served = (f"`{flags}`" if flags else "") if family.served else "not served by vLLM"
+        rows.append(f"| {models} | {template}{source} | {local} | {served} |")
     return "\n".join(rows)
 
 

@@ -15,6 +15,7 @@ from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
+    AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -43,6 +44,7 @@ from rag_rerank.local.models.late_interaction import LateInteraction, TokenEmbed
 from rag_rerank.local.models.layers import activation, config_activation, pool, read_layers
 from rag_rerank.local.models.model import Model, ScoreType, special_tokens
 from rag_rerank.local.models.prompts import ChatPrompts, Prompts
+from rag_rerank.local.models.sequence_to_sequence import FirstStep
 from rag_rerank.local.models.vision.processor import ImageProcessor
 from rag_rerank.local.models.vision.prompts import ImagePrompts
 from rag_rerank.local.models.vision.transformer import MODEL_TYPES, VisionTransformer
@@ -167,6 +169,8 @@ def _kind(checkpoint: Checkpoint) -> str:
         return "causal"
     if architecture.endswith("ForConditionalGeneration") and reads_images:
         return "vision"
+    if architecture.endswith("T5ForConditionalGeneration"):
+        return "sequence-to-sequence"
     if not architecture.endswith("ForSequenceClassification"):
         raise ConfigError(
             f"{checkpoint.name!r} is a {architecture}: neither a *ForSequenceClassification nor a *ForCausalLM nor a "
@@ -230,12 +234,26 @@ class _Loading:
         reference = self._reference(_body(model), logit)
         return self._pair_model(model, reference, self._transformer(_body(model)), answer_head(model, ids))
 
+    def sequence_to_sequence(self) -> ScoreType:
+        """Load an encoder with a decoder that answers with a word."""
+        ids = self._answers()
+        model = self._model(AutoModelForSeq2SeqLM)
+        pad_id, batching = self.checkpoint.tokenizer.pad_token_id, choose_batching(self.device)
+        plain = replace(FirstStep.of(model, pad_id, batching), equal=True)
+
+        def logit(sequence: TokenSequence) -> torch.Tensor:
+            return relevance(plain.states([sequence]).tokens[:, ids].float())
+
+        reference = self._reference(model, logit)
+        transformer = FirstStep.of(model, pad_id, batching, ids)
+        return self._pair_model(model, reference, transformer, lambda states: states.tokens)
+
     def modular(self) -> ScoreType:
         """Load a transformer with a head of modules."""
         route = self.checkpoint.declaration.document
         head = self._head(route, self.settings.query_prompt)
         model = self._model(AutoModel)
-        self._choose_template(needed=False)
+        self._choose_template(needed=not self.checkpoint.declaration.modular)
         plain = self._plain(model)
         reference = self._reference(model, lambda sequence: relevance(head(plain.states([sequence]))))
         transformer = self._transformer(model)

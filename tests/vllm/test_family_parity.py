@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from rag_rerank import LocalScorer, VLLMScorer
+from rag_rerank.template import SHIPPED
 from tests.conftest import in_turn
 from tests.encoder_models import (
     make_bi_encoder,
@@ -18,6 +19,8 @@ from tests.encoder_models import (
     make_encoder_cross_encoder,
     make_pylate_colbert,
 )
+from tests.models import MAX_LENGTH
+from tests.native_models import make_gte, make_jina_reranker, make_nemotron
 from tests.pairs import largest_difference, pairs
 from tests.vllm_server import VLLMServer, serving
 
@@ -49,6 +52,19 @@ FAMILIES = {
     # A PyLate folder calls itself a ModernBertModel; the server must be told what it is.
     "colbert-modernbert": Family(
         make_pylate_colbert, 10, ("--hf-overrides", json.dumps({"architectures": ["ColBERTModernBertModel"]}))
+    ),
+    # Without a limit the server takes its rope's factor times as many tokens, and scores those beyond with NaN.
+    "gte-multilingual-reranker": Family(
+        make_gte,
+        1,
+        (
+            *("--trust-remote-code", "--max-model-len", f"{MAX_LENGTH}"),
+            *("--hf-overrides", json.dumps({"architectures": ["GteNewForSequenceClassification"]})),
+        ),
+    ),
+    "jina-reranker-v2": Family(make_jina_reranker, 1, ("--trust-remote-code",)),
+    "llama-nemotron-rerank-1b-v2": Family(
+        make_nemotron, 1, ("--trust-remote-code", "--chat-template", f"{SHIPPED / 'nemotron-rerank.jinja'}")
     ),
 }
 

@@ -25,6 +25,7 @@ from rag_rerank.local.checkpoint.adapter import Adapter, read_adapter
 from rag_rerank.local.checkpoint.declaration import Kind, Route, read_declaration
 from rag_rerank.local.checkpoint.files import Files, Weights, check_weights
 from rag_rerank.local.checkpoint.fingerprint import fingerprint
+from rag_rerank.local.models.native.translation import load_translated, translated_config, translated_declaration
 
 _SMALL = 500_000_000  # bytes of a folder's weights, which are there before a progress bar can be read
 _HOOK = threading.Lock()
@@ -48,6 +49,7 @@ class Checkpoint:
         self._tokenizer_kwargs = tokenizer_kwargs
         self.declaration = read_declaration(files.name, self._declared, kind)
         self._follow(self.declaration.document)
+        self.declaration = translated_declaration(self.config, self.declaration)
 
     def _declared(self, path: str) -> Any:
         """Read a JSON file for the declaration; an adapter's config is that of its model."""
@@ -70,7 +72,9 @@ class Checkpoint:
         """Read what there is of a route's transformer."""
         self.route = route
         self.adapter = read_adapter(self.files, route.folder)
-        self.config: PreTrainedConfig = (
+        translated = translated_config(self.name, self.files.json(route.folder, "config.json"))
+        self._translated = translated is not None
+        self.config: PreTrainedConfig = translated or (
             self.files.read(AutoConfig.from_pretrained, subfolder=route.folder, **self._code)
             if self.adapter is None
             else self._config(self.adapter, route.task)
@@ -96,13 +100,16 @@ class Checkpoint:
             check_weights(local)
         # A folder with few weights: nothing is downloaded and little is read.
         small = local.is_dir() and sum(file.stat().st_size for file in local.glob("*.safetensors")) < _SMALL
+        read = auto.from_pretrained
+        if self._translated:
+            read = functools.partial(load_translated, auto, lambda: Weights(files, folder))
         with _without_bars() if small else nullcontext():
             loaded, report = files.read(
-                auto.from_pretrained,
+                read,
                 subfolder=folder,
                 use_safetensors=True,  # pickle weights can run code
                 output_loading_info=True,
-                **({} if adapter is None else {"config": self.config}),
+                **({"config": self.config} if self._translated or adapter is not None else {}),
                 **self._code,
                 # transformers would apply an adapter without merging it, and ask the hub whether there is one
                 **{"adapter_kwargs": {**files.source, "subfolder": _NO_ADAPTER}, **options},
@@ -134,6 +141,8 @@ class Checkpoint:
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The checkpoint's tokenizer; an adapter without one has its model's."""
         files, folder, options = self.files, self.route.folder, {}
+        if self._translated:
+            options = {"config": self.config}  # read from the folder it would ask for the folder's code
         if self.adapter is not None:
             options = {"config": self.config}
             if not any(files.path(folder, file) for file in ("tokenizer.json", "tokenizer_config.json")):

@@ -15,7 +15,7 @@ from rag_rerank.local.transformer.transformer import States, largest_of_each
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-_OWN = ("linear", "colbert_linear", "residual", "norm")
+_OWN = ("linear", "colbert_linear", "score", "residual", "norm")
 
 
 def activation(name: str, where: str) -> nn.Module:
@@ -85,7 +85,7 @@ def _module(file: Callable[[str], str | Path | None], layer: Layer) -> nn.Module
         norm = nn.LayerNorm(len(weights["norm.weight"]))
         norm.load_state_dict({name.removeprefix("norm."): weight for name, weight in weights.items()})
         return norm
-    linear = _linear(path, weights, ("linear.", "colbert_linear."))
+    linear = _linear(path, weights, ("linear.", "colbert_linear.", "score."))
     dense = nn.Sequential(linear, activation(layer.activation, f"{layer.folder}/config.json"))
     if not layer.residual:
         return dense

@@ -105,8 +105,7 @@ def make_transformer(
         return Padded(model, pad_id or 0, batching)
     pack(model, batching.token_budget)
     first_position = next((first for first, _ in position_tables(model)), 0)
-    causal = any(getattr(module, "is_causal", False) for module in model.modules())
-    return Unpadded(model, pad_id or 0, batching, causal, first_position)
+    return Unpadded(model, pad_id or 0, batching, _has_causal_layers(model), first_position)
 
 
 def prepare(model: "PreTrainedModel") -> None:
@@ -127,10 +126,8 @@ def from_transformers(model: "PreTrainedModel") -> bool:
     return type(model).__module__.startswith("transformers.")
 
 
-def is_causal(model: "PreTrainedModel") -> bool:
-    """Tell whether a decoder's tokens attend only to those before them, which its config may turn off."""
-    config = model.config
-    return getattr(config, "is_causal", None) is not False and not getattr(config, "use_bidirectional_attention", None)
+def _has_causal_layers(model: "PreTrainedModel") -> bool:
+    return any(getattr(module, "is_causal", False) for module in model.modules())
 
 
 def _can_unpad(model: "PreTrainedModel") -> bool:
@@ -138,8 +135,10 @@ def _can_unpad(model: "PreTrainedModel") -> bool:
         return False  # the caller asked for another
     if not from_transformers(model) or not (tested(model) or model._supports_attention_backend):
         return False
-    if not is_causal(model):
-        return False  # its tokens attend to those behind them: nothing can be shared, and transformers knows how
+    config = model.config
+    two_way = getattr(config, "is_causal", None) is False and _has_causal_layers(model)
+    if two_way or getattr(config, "use_bidirectional_attention", None):
+        return False  # its tokens attend to those behind them, which only transformers' masks know
     if model.device.type == "cuda" and _soft_capped(model):
         return False  # the varlen kernel has no soft cap
     return available(model.device, model.dtype)
