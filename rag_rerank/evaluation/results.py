@@ -12,11 +12,8 @@ from rag_rerank.evaluation.measures import CONFIDENCE, RESAMPLES, SEED, Comparis
 from rag_rerank.evaluation.scoring import Latency, Scores
 from rag_rerank.ranking import Ranking
 
-Values = Mapping[str, Mapping[str, float]]
-"""Measure to query id to value."""
-
-GAIN = "linear"
-"""What nDCG counts a grade as: the grade itself, as trec_eval does, and not 2^grade - 1."""
+Values = Mapping[str, Mapping[str, float]]  # measure to query id to value
+GAIN = "linear"  # of nDCG: a grade counts as it is, as in trec_eval, and not as 2^grade - 1
 
 
 def reranked(candidates: Sequence[str], scores: Scores, depth: int) -> list[str]:
