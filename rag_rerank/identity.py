@@ -1,5 +1,6 @@
 """Who a scorer is: what runs that go on and caches compare, so that the scores of two are never mixed."""
 
+import functools
 import math
 import platform
 from collections.abc import Mapping, Sequence
@@ -48,7 +49,8 @@ class Identity:
             for name in sorted(self.facts.keys() | other.facts.keys())
             if self.facts.get(name) != other.facts.get(name)
         ]
-        if len(self.probes) != len(other.probes) or not all(map(_alike, self.probes, other.probes)):
+        near = functools.partial(math.isclose, rel_tol=_ROUNDING, abs_tol=_ROUNDING)
+        if len(self.probes) != len(other.probes) or not all(map(near, self.probes, other.probes)):
             found.append(f"scores of the probe: {_told(self.probes)}, before {_told(other.probes)}")
         return found
 
@@ -58,16 +60,8 @@ class Identity:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """Read what `to_dict` has made.
-
-        Raises:
-            KeyError: It is something else.
-        """
+        """Read what `to_dict` has made; a KeyError where it is something else."""
         return cls(values["facts"], tuple(values["probes"]), values["steady"], values["place"])
-
-
-def _alike(one: float, other: float) -> bool:
-    return math.isclose(one, other, rel_tol=_ROUNDING, abs_tol=_ROUNDING)
 
 
 def _told(scores: Sequence[float]) -> str:
