@@ -146,7 +146,7 @@ class Scorer(Closeable, ABC):
             probes = self.score(queries, documents, deadline=math.inf if until is None else until - time.monotonic())
         name = f"{type(self).__module__}.{type(self).__qualname__}"
         common = {"scorer": name, "model": self.model_name, "scoring": SCORING_VERSION}
-        return Identity(common | self._facts(until), probes)
+        return Identity(common | self._facts(until), probes, name=short_name(self.model_name))
 
     def score(
         self,
