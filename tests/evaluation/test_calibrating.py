@@ -171,7 +171,7 @@ class TestCommand:
         ]
         (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
         command = [sys.executable, "-m", "rag_rerank", "calibrate", "pairs.jsonl", "--json", "figures.json"]
-        command += ["--model", str(minilm_folder()), "--dtype", "float32", "--html", "report.html"]
+        command += ["--html", "report.html", "--model", str(minilm_folder()), "--dtype", "float32"]
         environment = {**os.environ, "COLUMNS": "100", "XDG_CACHE_HOME": str(tmp_path)}
         done = subprocess.run(
             command, capture_output=True, text=True, check=False, env=environment, cwd=tmp_path, timeout=300
