@@ -21,6 +21,7 @@ from typing import Any, Literal, Self, cast, dataclass_transform
 from rag_rerank.calibration import Calibrated
 from rag_rerank.closeable import Closeable
 from rag_rerank.errors import RerankError
+from rag_rerank.forking import held_over_forks
 from rag_rerank.inputs import NEUTRAL
 from rag_rerank.local import LocalScorer
 from rag_rerank.local.scorer import DEFAULT_MODEL
@@ -52,9 +53,7 @@ class _Shared:
 _all_shared: "weakref.WeakSet[_Shared]" = weakref.WeakSet()  # components hold them: the last one takes its scorer along
 # Held for comparisons only, never while a scorer is built or closed. Reentrant: meanwhile the garbage collector may run
 # a user's __del__, which may close a component.
-_sharing = threading.RLock()
-if hasattr(os, "register_at_fork"):  # so that a child finds the lock open
-    os.register_at_fork(before=_sharing.acquire, after_in_parent=_sharing.release, after_in_child=_sharing.release)
+_sharing = held_over_forks(threading.RLock())
 
 
 # So that type checkers, which know of fields in pydantic's own classes only, know these as arguments.
