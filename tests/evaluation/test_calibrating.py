@@ -21,6 +21,7 @@ from rag_rerank.evaluation.calibrating import (
     target,
 )
 from tests.commands import run
+from tests.evaluation.test_report import Page
 from tests.scorers import Answers, WordOverlap
 
 RELEVANT = {
@@ -169,7 +170,8 @@ class TestCommand:
         (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
         model = ["--model", minilm_folder(), "--dtype", "float32"]
         surroundings = {"folder": tmp_path, "COLUMNS": "100", "XDG_CACHE_HOME": str(tmp_path)}
-        done = run("calibrate", "pairs.jsonl", "--json", "figures.json", *model, **surroundings)
+        files = ["--json", "figures.json", "--html", "report.html"]
+        done = run("calibrate", "pairs.jsonl", *files, *model, **surroundings)
         assert done.returncode == 0, done.stderr
         for said in (
             "6 queries, 36 candidates",
@@ -180,6 +182,10 @@ class TestCommand:
         ):
             assert said in done.stdout
         assert "pooler-config" not in done.stdout  # MiniLM is no cross-encoder
+        page = Page((tmp_path / "report.html").read_text())
+        for said in ("Predicted against relevant", "6 queries, 36 candidates", "score_threshold=0.5", "80 % precision"):
+            assert said in page.words
+        assert [attributes["class"] for tag, attributes in page.tags if tag == "svg"] == ["plot"]
         with LocalScorer(minilm_folder(), dtype="float32") as scorer:
             right, wrong = Calibrated(scorer, tmp_path / "relevance.json").score(
                 "where does honey come from", ["Bees make honey.", "Hamlet is a play."]
