@@ -218,6 +218,7 @@ _ARCHITECTURES: dict[str, dict[str, Any]] = {
     "modernbert": {"num_hidden_layers": 4, "local_attention": 16, "global_attn_every_n_layers": 3},
     "mpnet": {"pad_token_id": 1},
     "roberta": {"pad_token_id": 1},
+    "t5": {"d_model": 64, "d_kv": 32, "d_ff": 128, "num_layers": 3, "num_heads": 2},
     "xlm-roberta": {"pad_token_id": 1},
 }
 

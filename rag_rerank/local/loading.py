@@ -5,6 +5,7 @@ import inspect
 import json
 import logging
 import os
+import re
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -17,6 +18,7 @@ from transformers import (
     AutoModelForImageTextToText,
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
+    AutoModelForTextEncoding,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -74,6 +76,9 @@ _NO_FACTS = (
     *("offload_buffers", "offload_folder", "offload_state_dict", "proxies", "resume_download"),
 )
 
+
+# Names of labels that say "not relevant".
+_NEGATIVE = re.compile(r"(?i)(no|not|non|false|negative|0)(?![a-z])|(ir|un|dis|non|not)(relev|relat|simil|match)")
 
 # Held while a model is loaded: transformers changes torch's default dtype for the whole process meanwhile, and of two
 # at a time one would put back the other's. A fork waits, so that a child has neither lock nor dtype left half-way.
@@ -180,6 +185,12 @@ def _kind(checkpoint: Checkpoint) -> str:
         raise ConfigError(
             f"{checkpoint.name!r} has {checkpoint.config.num_labels} labels; a reranker has one, or two of which the "
             "second says relevant. It classifies, it does not score relevance."
+        )
+    labels = list((checkpoint.config.id2label or {}).values())
+    if len(labels) == 2 and _NEGATIVE.match(f"{labels[1]}") and not _NEGATIVE.match(f"{labels[0]}"):
+        raise ConfigError(
+            f"{checkpoint.name!r}: config.json: id2label calls the second of two labels {labels[1]!r}, but the second "
+            "is taken for relevance, as rerankers are trained. Swap the rows of the head and the labels."
         )
     return "vision" if reads_images else "classifier"
 
@@ -440,7 +451,9 @@ class _Loading:
         """Load a transformer without a head, its tokenizer, and what it reads."""
         checkpoint = self.checkpoint.at(route)
         if route.folder not in self.encoders:
-            model = self._model(AutoModel, checkpoint)
+            # Of a T5, which reads and writes, sentence-transformers saves the reading half alone.
+            reads = checkpoint.config.model_type in {"t5", "mt5", "umt5"}
+            model = self._model(AutoModelForTextEncoding if reads else AutoModel, checkpoint)
             plain = self._plain(model, checkpoint)
             reference = self._reference(model, lambda sequence: _all(plain.states([sequence])), checkpoint)
             made = self._transformer(model, checkpoint, unpadded=unpadded)

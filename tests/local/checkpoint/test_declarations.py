@@ -8,6 +8,7 @@ import importlib.util
 import json
 import shutil
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -185,6 +186,27 @@ class TestClassifiers:
         logits = predicted(folder, texts)
         assert_alike(ours(folder, texts, use_activation=False, **options), logits[:, 1] - logits[:, 0])
         assert_alike(ours(str(source), texts, **options), theirs, spread=0)
+
+    @pytest.mark.parametrize(
+        ("labels", "right"),
+        [
+            (("irrelevant", "relevant"), True),
+            (("LABEL_0", "LABEL_1"), True),
+            (("relevant", "not_relevant"), False),
+            (("entailment", "not_entailment"), False),
+            (("1", "0"), False),
+            (("Similar", "Dissimilar"), False),
+        ],
+    )
+    def test_two_labels_the_other_way_round_are_refused(
+        self, labels: tuple[str, str], right: bool, base, folder: str, texts
+    ):
+        """By their names in config.json: the scores would be upside down."""
+        source = base("bert", AutoModelForSequenceClassification, num_labels=2)
+        CrossEncoder(str(source)).save_pretrained(folder)
+        edit(folder, "config.json", id2label=dict(enumerate(labels)), label2id={labels[0]: 0, labels[1]: 1})
+        with nullcontext() if right else pytest.raises(ConfigError, match=rf"'{labels[1]}', but the second is taken"):
+            ours(folder, texts)
 
     def test_three_labels_are_refused(self, base, folder: str, texts):
         """They don't say which of them is relevance."""
@@ -386,7 +408,7 @@ class TestModular:
 class TestBiEncoders:
     """What sentence-transformers embeds."""
 
-    @pytest.mark.parametrize("kind", ["bert", "modernbert", "mpnet", "qwen3", "mistral"])
+    @pytest.mark.parametrize("kind", ["bert", "modernbert", "mpnet", "t5", "qwen3", "mistral"])
     @pytest.mark.parametrize("similarity", ["cosine", "dot"])
     def test_dense_modules_prompts_and_fewer_dimensions(self, kind: str, similarity: str, base, folder: str, texts):
         """As embeddinggemma has them; the limit is the folder's own."""
