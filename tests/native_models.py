@@ -165,7 +165,9 @@ def make_jina_colbert(folder: Path, plain: Path | None = None) -> Path:
     }
     named = _renamed(_joined(weights, r"self_attn\.{}_proj", "qkv", "self_attn.Wqkv"), names)
     own = {"architectures": ["HF_ColBERT"], "hidden_act": "gelu", "layer_norm_eps": 1e-05}
-    config = {**sizes, **own, "position_embedding_type": "rotary", "rotary_emb_base": 500.0, "use_flash_attn": True}
+    lora = {"lora_alpha": 1, "lora_rank": 4}  # of adapters that this model has not
+    rotary = {"position_embedding_type": "rotary", "rotary_emb_base": 500.0, "use_flash_attn": True}
+    config = {**sizes, **own, **lora, **rotary}
     code = "configuration_xlm_roberta.XLMRobertaFlashConfig"
     _save(folder, tokenizer, config, {**named, **projection}, code, "xlm-roberta")
     if plain is not None:
@@ -187,6 +189,7 @@ def make_lfm2_colbert(folder: Path) -> Path:
     fields = {**SIZES, "num_key_value_heads": 1, "vocab_size": len(tokenizer), "max_position_embeddings": MAX_LENGTH}
     special = {f"{name}_token_id": tokenizer.pad_token_id for name in ("pad", "bos", "eos")}
     layers = {"layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False}
+    layers |= {"conv_dim": 64, "conv_dim_out": 64}  # which vLLM reads
     torch.manual_seed(0)
     model = AutoModel.from_config(CONFIG_MAPPING["lfm2"](**fields, **special, **layers))
     widen(model, 8.0)
