@@ -17,14 +17,7 @@ queries need not be answered in the time that one call may take."""
 class Batch:
     """The queries of a call, each with its documents, and what came of them.
 
-    Args:
-        queries: The queries.
-        documents: For each query its documents.
-        ranking: How to rank each.
-        alone: Whether it is the one query of `Scorer.rerank`, whose errors name no query.
-
-    Raises:
-        TypeError, ValueError: The arguments are no such sequences, or not of the same length.
+    `alone` is the one query of `Scorer.rerank`, whose errors name no query.
     """
 
     def __init__(self, queries: Any, documents: Any, ranking: Ranking, *, alone: bool = False) -> None:
@@ -92,11 +85,7 @@ class Batch:
         return [query for [query], documents in pairs for _ in documents], documents
 
     def take(self, outcomes: list[Outcome]) -> None:
-        """Take the outcomes of one of the `calls`.
-
-        Raises:
-            RerankError: What is never passed through nor returned; any failure where it is to be raised.
-        """
+        """Take the outcomes of one of the `calls`; raise what may be neither passed through nor returned."""
         start = 0
         errors: dict[int, RerankError | None] = {}
         for position in self._positions:

@@ -25,7 +25,7 @@ from transformers.modeling_layers import GenericForSequenceClassification
 
 from rag_rerank.errors import ConfigError
 from rag_rerank.local.checkpoint.checkpoint import Checkpoint
-from rag_rerank.local.checkpoint.declaration import Pooling
+from rag_rerank.local.checkpoint.declaration import SCORE_TEMPLATE, Pooling
 from rag_rerank.local.checkpoint.files import INDEX, ONLY_SAFETENSORS, WEIGHTS, Files, Weights, opened
 from rag_rerank.local.checkpoint.fingerprint import TOKENIZER_FILES
 from rag_rerank.local.models.decoder import LOGIT_OPTIONS, token_ids
@@ -127,11 +127,21 @@ def convert(
         )
     modular = checkpoint.declaration.document.pooling is not None
     made = _modular(checkpoint, weights) if modular else _causal(checkpoint, weights, tokens)
+    declared, route = checkpoint.declaration, checkpoint.declaration.document
+    said: dict[str, Any] = {"instruction": declared.instruction, "prompt": route.prompt or None}
+    said |= route.chat.variables if route.chat else {}
+    said = {name: value for name, value in said.items() if value is not None}
+    if said and template is None:
+        _refuse(
+            checkpoint, f"it declares {said}, which a classifier has no place for; pass template= with it written in"
+        )
+    if route.lower_case:
+        _refuse(checkpoint, "it declares do_lower_case, which a classifier has no place for")
     staging = target.with_name(f".{target.name}-{secrets.token_hex(4)}")
     try:
         staging.mkdir(parents=True)
         _write_weights(staging, weights, made, dtype, progress or (lambda done, total: None))
-        _write_config(staging, checkpoint, made, dtype or weights.rows(made.sample, 0, 1).dtype)
+        _write_config(staging, checkpoint, made, dtype or weights.rows(next(iter(made.names)), 0, 1).dtype)
         _write_tokenizer(staging, checkpoint, template)
         _put(staging, target)
     finally:
@@ -146,7 +156,6 @@ class _Classifier:
     architecture: str
     names: Mapping[str, str]
     head: Mapping[str, torch.Tensor]
-    sample: str  # a tensor whose dtype is that of all
     replaced: str = ""  # a tensor in whose file the head goes
     entries: Mapping[str, Any] = field(default_factory=dict)  # of its config
 
@@ -178,7 +187,7 @@ def _causal(checkpoint: Checkpoint, weights: Weights, tokens: Sequence[str]) -> 
         raise ConfigError(f"{name!r} declares no answers; pass them: tokens=('no', 'yes'), --token no --token yes")
     *false, true = [weights.rows(matrix, row, row + 1).float() for row in ids]
     names = {tensor: tensor for tensor in weights.home if tensor != _HEAD}
-    return _Classifier(wanted, names, {_SCORE: true - false[0] if false else true}, matrix, _HEAD)
+    return _Classifier(wanted, names, {_SCORE: true - false[0] if false else true}, _HEAD)
 
 
 def _modular(checkpoint: Checkpoint, weights: Weights) -> _Classifier:
@@ -190,7 +199,7 @@ def _modular(checkpoint: Checkpoint, weights: Weights) -> _Classifier:
         layout = _DECODER
     if layout is None or declared.kind != "cross-encoder":
         _refuse(checkpoint, f"no classifier is known for a {declared.kind} of the type {config.model_type}")
-    extras = {"a prompt": route.prompt, "a chat template": route.chat, "do_lower_case": route.lower_case}
+    extras = {"a prompt": route.prompt, "a chat template": route.chat}
     for what, declares in {**extras, "layers before the pooling": route.token_layers}.items():
         if declares:
             _refuse(checkpoint, f"it declares {what}, which a classifier has no place for")
@@ -202,14 +211,16 @@ def _modular(checkpoint: Checkpoint, weights: Weights) -> _Classifier:
     whole = any(name.startswith(prefix) for name in weights.home)
     names = {name: name if whole else prefix + name for name in weights.home if name.startswith(prefix) or not whole}
     names = {name: new for name, new in names.items() if not new.startswith(f"{prefix}pooler.")}
-    head, entries = _head(checkpoint, known.__name__, parts), {}
+    head = _head(checkpoint, known.__name__, parts)
+    # Of other decoders LocalScorer must know the prompt.
+    entries: dict[str, Any] = {SCORE_TEMPLATE: "none"} if layout is _DECODER else {}
     if config.model_type == "modernbert":
         norms = [new for new in names.values() if new.endswith("norm.weight")]
         entries = {"classifier_pooling": pooling.modes[0], **_as_modernbert(checkpoint, head, norms)}
     if config_activation(config) is None and declared.activation is not None:
         activation(declared.activation, f"{checkpoint.name!r}")
         entries["sentence_transformers"] = {"activation_fn": declared.activation}
-    return _Classifier(known.__name__, names, head, next(iter(names)), entries=entries)
+    return _Classifier(known.__name__, names, head, entries=entries)
 
 
 def _head(checkpoint: Checkpoint, classifier: str, parts: Mapping[str, str | None]) -> dict[str, torch.Tensor]:

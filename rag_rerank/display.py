@@ -15,13 +15,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rag_rerank.errors import ConfigError
-from rag_rerank.inputs.content import Content, Image, Input, Video, decode_base64, from_parts, parts_of
+from rag_rerank.inputs.content import Content, Image, Input, Video, from_mapping
 from rag_rerank.inputs.images import size_of, thumbnail
 from rag_rerank.inputs.multimodal import is_data, shown
 from rag_rerank.ranking import Ranked
 
 if TYPE_CHECKING:
-    import PIL.Image
     from rich.table import Table
 
 _COLUMNS = ("rank", "index", "moved", "score")  # and the document
@@ -69,11 +68,10 @@ class Reranked:
     rows: int | None = 10
 
     def __post_init__(self) -> None:
-        count = len(self.documents)
-        for name, positions in (("ranked", [item.index for item in self.ranked]), ("gold", self.gold)):
-            for position in positions:
-                if not 0 <= position < count:
-                    raise ValueError(f"{name} has the position {position}, but there are {count} documents")
+        given = [("ranked", item.index) for item in self.ranked] + [("gold", position) for position in self.gold]
+        for name, position in given:
+            if not 0 <= position < len(self.documents):
+                raise ValueError(f"{name} has the position {position}, but there are {len(self.documents)} documents")
 
     def __repr__(self) -> str:
         """One line: the query, and position, score and movement of the first few documents."""
@@ -132,15 +130,15 @@ class Reranked:
         low, high = min(scores, default=0.0), max(scores, default=0.0)
         # Four digits, as long as they tell anything.
         form = ".4f" if not scores or max(abs(low), abs(high)) >= 0.001 or low == high == 0 else ".2e"
-        for rank, item in enumerate(self.ranked, 1):
-            moved, arrow, score, bar = 0, "", "not scored", None
-            if item.score is not None:
-                moved = item.index + 1 - rank
-                arrow = f"▲ {moved}" if moved > 0 else f"▼ {-moved}" if moved < 0 else "="
-                score = format(item.score, form)
-                bar = (item.score - low) / (high - low) if high > low else 1.0
-            text = described(self.documents[item.index])
-            yield _Row(rank, item.index, moved, arrow, score, bar, text, item.index in self.gold)
+        for rank, (index, score) in enumerate(((item.index, item.score) for item in self.ranked), 1):
+            text, gold = described(self.documents[index]), index in self.gold
+            if score is None:
+                yield _Row(rank, index, 0, "", "not scored", None, text, gold)
+                continue
+            moved = index + 1 - rank
+            arrow = f"▲ {moved}" if moved > 0 else f"▼ {-moved}" if moved < 0 else "="
+            bar = (score - low) / (high - low) if high > low else 1.0
+            yield _Row(rank, index, moved, arrow, format(score, form), bar, text, gold)
 
     def _shown(self) -> list[_Row]:
         return [row for row in self._rows() if self.rows is None or row.rank <= self.rows or row.gold]
@@ -159,7 +157,7 @@ def described(value: Input) -> str:
 
 def _parts(value: Input) -> Sequence[str | Image | Video]:
     if isinstance(value, Mapping):
-        value = from_parts(parts_of(value))
+        value = from_mapping(value)
     return value.parts if isinstance(value, Content) else (value,)
 
 
@@ -168,25 +166,18 @@ def _described(part: Image | Video) -> str:
     if isinstance(part, Image):
         kind, name = "image", f" {part.source.name}" if isinstance(part.source, Path) else ""
         with suppress(ConfigError):  # it is gone, or Pillow is: the rest is shown all the same
-            if (source := _source(part)) is not None:
+            if (source := part.held()) is not None:
                 kind += " {}x{}".format(*size_of(source))
     if part.url is not None and not is_data(part.url):
         name = f" {shown(part.url)}"
     return f"[{kind}]{name}"
 
 
-def _source(image: Image) -> "Path | bytes | PIL.Image.Image | None":
-    """Find what an image can be read from here; None where it is elsewhere: nothing is fetched."""
-    if image.source is None and image.url is not None and is_data(image.url):
-        return decode_base64(image.url.partition(",")[2])
-    return image.source
-
-
 def _thumbnail(document: Input) -> str:
     """Make a small copy of a document's first image that can be read here, if it has one."""
     with suppress(ConfigError):  # as above
         for part in _parts(document):
-            if isinstance(part, Image) and (source := _source(part)) is not None:
+            if isinstance(part, Image) and (source := part.held()) is not None:
                 return f'<img src="{thumbnail(source)}" alt="" style="max-height:64px;vertical-align:middle" /> '
     return ""
 

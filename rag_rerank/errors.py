@@ -16,7 +16,7 @@ name the position, as in ``documents[3] must be str, got NoneType``.
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 
@@ -43,15 +43,16 @@ class BackendError(RerankError):
 
     Args:
         message: What failed, in one clause.
-        facts: Any of the other arguments, and of the attributes below; `args` has them so.
+        facts: Any of the attributes below, by name; `args` has them so.
+        **more: The same.
+
+    ``str(error)`` puts message, `endpoint`, `attempts`, `elapsed` and `remedy` in one line.
+
+    Attributes:
         endpoint: Where, as ``host:port`` (never with credentials). None for a local model.
         attempts: How many requests were sent for it. None where requests don't apply.
         elapsed: Seconds from the beginning of the call to the failure.
         remedy: What to do next, as a sentence.
-
-    Every argument stays readable as an attribute of that name; ``str(error)`` puts them in one line.
-
-    Attributes:
         model: What was to give the scores: the model's full name or path, of which messages have the last part.
         indices: Positions of the documents that have no score, where the others of their query have one.
         scores: With `indices`: one entry per document in the caller's order, its score or None.
@@ -63,6 +64,11 @@ class BackendError(RerankError):
         body: The beginning of what the server answered, without keys.
     """
 
+    endpoint: str | None = None
+    attempts: int | None = None
+    elapsed: float | None = None
+    remedy: str | None = None
+    model: str | None = None
     indices: tuple[int, ...] = ()
     scores: tuple[float | None, ...] = ()
     query: int | None = None
@@ -71,25 +77,13 @@ class BackendError(RerankError):
     status: int | None = None
     request_id: str | None = None
     body: str | None = None
-    model: str | None = None
 
-    def __init__(
-        self,
-        message: str,
-        facts: Mapping[str, Any] | None = None,
-        *,
-        endpoint: str | None = None,
-        attempts: int | None = None,
-        elapsed: float | None = None,
-        remedy: str | None = None,
-    ) -> None:
+    def __init__(self, message: str, facts: Mapping[str, Any] | None = None, **more: Any) -> None:
         super().__init__(message)
         self.message = message
-        self.endpoint = endpoint
-        self.attempts = attempts
-        self.elapsed = elapsed
-        self.remedy = remedy
-        for name, value in (facts or {}).items():
+        if unknown := [name for name in more if not hasattr(type(self), name)]:
+            raise TypeError(f"{type(self).__name__} has no attribute {unknown[0]!r}")
+        for name, value in {**(facts or {}), **more}.items():
             setattr(self, name, tuple(value) if isinstance(value, list) else value)
 
     @property
@@ -144,24 +138,8 @@ class AuthError(BackendRejected):
 class DocumentRejected(BackendRejected):
     """Some documents can't be scored; the others can.
 
-    Args:
-        indices: Positions of the rejected documents among those that were passed.
-        scores: One entry per document in the caller's order: its score, or None where it was rejected.
-        reason: Why, without the positions.
+    `indices` names them, and `scores` has the others'; `reason` says why, without the positions.
     """
-
-    def __init__(
-        self,
-        message: str,
-        facts: Mapping[str, Any] | None = None,
-        *,
-        indices: Sequence[int] = (),
-        scores: Sequence[float | None] = (),
-        reason: str | None = None,
-        **more: Any,
-    ) -> None:
-        told = {"indices": tuple(indices), "scores": tuple(scores), "reason": reason}
-        super().__init__(message, told | dict(facts or {}), **more)
 
 
 class BadReply(BackendError):

@@ -7,6 +7,7 @@ not in it is never guessed at.
 
 import difflib
 import re
+import shlex
 import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -61,6 +62,14 @@ class Family:
     served: bool = True
     vllm_flags: str = ""
     note: str = ""
+
+    def serve(self, model: str) -> list[str]:
+        """Write the commands that serve a model of this family on vLLM, for a shell."""
+        command = f"vllm serve {shlex.quote(model)} {self.vllm_flags}".strip()
+        if self.template is None or "{template}" not in command:
+            return [command]
+        show = f"rag-rerank template show {self.name} > {self.template}"
+        return [show, command.replace("{template}", self.template)]
 
 
 def _read() -> tuple[Family, ...]:

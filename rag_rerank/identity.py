@@ -1,5 +1,6 @@
 """Who a scorer is: what runs that go on and caches compare, so that the scores of two are never mixed."""
 
+import functools
 import math
 import platform
 from collections.abc import Mapping, Sequence
@@ -30,12 +31,14 @@ class Identity:
         probes: Scores of `PROBES`, where the facts alone do not tell two scorers apart; empty elsewhere.
         steady: Whether every score comes from this one scorer; False where another may answer from call to call.
         place: Where it runs: the same scores may take another time elsewhere. Not compared.
+        name: What users know it by; of a model in a folder the folder's own name. Not compared.
     """
 
     facts: Mapping[str, str]
     probes: Sequence[float] = ()
     steady: bool = True
     place: str = field(default_factory=platform.node)
+    name: str = ""
 
     def differences(self, other: "Identity") -> list[str]:
         """Say in what another scorer differs: ``"dtype: float32, before bfloat16"``; empty for the same scorer.
@@ -48,26 +51,21 @@ class Identity:
             for name in sorted(self.facts.keys() | other.facts.keys())
             if self.facts.get(name) != other.facts.get(name)
         ]
-        if len(self.probes) != len(other.probes) or not all(map(_alike, self.probes, other.probes)):
+        near = functools.partial(math.isclose, rel_tol=_ROUNDING, abs_tol=_ROUNDING)
+        if len(self.probes) != len(other.probes) or not all(map(near, self.probes, other.probes)):
             found.append(f"scores of the probe: {_told(self.probes)}, before {_told(other.probes)}")
         return found
 
     def to_dict(self) -> dict[str, Any]:
         """Make JSON values of it."""
-        return {"facts": dict(self.facts), "probes": list(self.probes), "steady": self.steady, "place": self.place}
+        own = {"steady": self.steady, "place": self.place, "name": self.name}
+        return {"facts": dict(self.facts), "probes": list(self.probes), **own}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """Read what `to_dict` has made.
-
-        Raises:
-            KeyError: It is something else.
-        """
-        return cls(values["facts"], tuple(values["probes"]), values["steady"], values["place"])
-
-
-def _alike(one: float, other: float) -> bool:
-    return math.isclose(one, other, rel_tol=_ROUNDING, abs_tol=_ROUNDING)
+        """Read what `to_dict` has made; a KeyError where it is something else."""
+        facts, probes = values["facts"], tuple(values["probes"])
+        return cls(facts, probes, values["steady"], values["place"], values.get("name", ""))
 
 
 def _told(scores: Sequence[float]) -> str:

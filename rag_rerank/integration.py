@@ -118,11 +118,10 @@ class ScorerSettings(Closeable):
             return shared.scorer
 
     def close(self) -> None:
-        """Give back the model or the connections, unless another component that shares them has used them.
+        """Give back the model or the connections, if no other component is left that shares them and has used them.
 
-        They are given back when the last component that has used them is closed or collected. Closing twice is
-        harmless; using the component afterwards raises `RerankError`. A copy that was never used is not counted: it
-        still works, but has to load the model again.
+        Closing twice is harmless; using the component afterwards raises `RerankError`. A copy that was never used is
+        not counted: it still works, but has to load the model again.
         """
         if (scorer := self._leave()) is not None:
             scorer.close()
@@ -173,11 +172,7 @@ class LocalSettings(ScorerSettings):
     tokenizer_kwargs: dict[str, Any] | None = None
 
     def warmup(self) -> None:
-        """Load the model now, so that the first call doesn't wait for it.
-
-        Raises:
-            ConfigError: It can't be loaded as asked.
-        """
+        """Load the model now, so that the first call doesn't wait for it; ConfigError if it can't be."""
         self.scorer.score(NEUTRAL, NEUTRAL)
 
     def _scorer_class(self) -> Build:
@@ -253,12 +248,7 @@ _ALIASES = {
 
 
 def did_you_mean(wrong: str, known: Iterable[str]) -> str:
-    """Hint at the setting that was meant, such as ``did you mean top_n?``; empty where none is alike.
-
-    Args:
-        wrong: The name that was given. Never its value: it may be a key.
-        known: The names that there are.
-    """
+    """Hint at the setting that a wrong name meant, such as ``did you mean top_n?``; empty where none is alike."""
     names = list(known)
     meant = [name for name in names if wrong.lower() in _ALIASES.get(name, "").split()]
     meant += ["api_key"] if wrong.endswith("api_key") and "api_key" in names else []

@@ -8,7 +8,7 @@ model that fails is asked once, with a text that nothing refuses.
 import copy
 import math
 from collections.abc import Callable, Generator, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 from rag_rerank.errors import (
     AuthError,
@@ -23,8 +23,6 @@ from rag_rerank.errors import (
 from rag_rerank.inputs import NEUTRAL
 from rag_rerank.inputs.multimodal import Prepared
 
-E = TypeVar("E", bound=BackendError)
-
 _PROBE = [NEUTRAL]
 
 Outcome = float | RerankError
@@ -37,22 +35,15 @@ Pairs = tuple[Sequence[Prepared], Sequence[Prepared]]
 class Asking:
     """A call that asks a back end until each of its pairs has an outcome: the loop around it decides how to wait.
 
-    Args:
-        queries: One for all documents, or one each.
-        documents: The documents.
-        scorer: The `Scorer`. Where it is `listwise`, which may not be known before the first answer, documents of one
-            query are never asked about apart. Errors get its `model_name`.
-        located: Errors say for themselves what they concern; nothing is asked again.
-
-    Attributes:
-        pairs: What to ask next; None when there is nothing left to ask.
-        outcomes: One for each document, when there is nothing left to ask.
+    `pairs` is what to ask next, None when all is done; then `outcomes` has one for each document. Where a `Scorer` is
+    `listwise`, which may not be known before the first answer, documents of one query are never asked about apart.
+    Errors that are `located` say for themselves what they concern, and nothing is asked again.
     """
 
     def __init__(
         self, queries: Sequence[Prepared], documents: Sequence[Prepared], *, scorer: Any, located: bool
     ) -> None:
-        self._count, self._scorer = len(documents), scorer
+        self._scorer = scorer
         self._steps = _isolate(queries, documents, listwise=lambda: scorer.listwise, located=located)
         self.pairs: Pairs | None = next(self._steps) if documents else None
         self.outcomes: list[Outcome] = []
@@ -62,7 +53,10 @@ class Asking:
         try:
             self.pairs = self._steps.send(reply)
         except StopIteration as end:
-            self._end(end.value)
+            self.pairs, self.outcomes = None, end.value
+        for outcome in self.outcomes:
+            if isinstance(outcome, BackendError) and outcome.model is None:
+                outcome.model = self._scorer.model_name
 
     def fail(self, error: Exception) -> None:
         """Take an error; raise what is none of ours, but that a probe fails only says that nothing works."""
@@ -72,16 +66,6 @@ class Asking:
             self.take(BackendError(str(error)))
         else:
             raise error
-
-    def give_up(self, error: RerankError) -> None:
-        """Ask nothing: every pair has this error."""
-        self._end([error] * self._count)
-
-    def _end(self, outcomes: list[Outcome]) -> None:
-        self.pairs, self.outcomes = None, outcomes
-        for outcome in outcomes:
-            if isinstance(outcome, BackendError) and outcome.model is None:
-                outcome.model = self._scorer.model_name
 
 
 def _isolate(
@@ -137,12 +121,12 @@ def failure(outcomes: Sequence[Outcome]) -> RerankError | None:
     if len(errors) == 1 and first.scores == tuple(scores):
         return first  # the back end's own, which says it already
     places = f"documents[{next(iter(failed))}]" + (f" and {len(failed) - 1} more" if len(failed) > 1 else "")
+    facts = {name: value for name, value in vars(first).items() if name != "message"}
+    facts |= {"indices": tuple(failed), "scores": tuple(scores)}
     if isinstance(first, BadReply):
-        message = f"{places} {first.reason or f'got no score: {first.message}'}"
-        joined: BackendError = _like(first, BadReply(message))
+        joined: BackendError = BadReply(f"{places} {first.reason or f'got no score: {first.message}'}", facts)
     else:
-        joined = _like(first, DocumentRejected(f"{places} rejected: {first.reason or first.message}"))
-    joined.indices, joined.scores = tuple(failed), tuple(scores)
+        joined = DocumentRejected(f"{places} rejected: {first.reason or first.message}", facts)
     joined.__cause__ = first.__cause__ if first.scores else first
     return joined
 
@@ -208,10 +192,3 @@ def _by_query(queries: Sequence[Prepared], positions: Sequence[int]) -> list[Seq
         return [positions]
     middle = min(changes, key=lambda place: abs(place - len(asked) / 2))
     return [positions[:middle], positions[middle:]]
-
-
-def _like(error: BackendError, joined: E) -> E:
-    for name in ("endpoint", "attempts", "elapsed", "remedy", "reason", "status", "retry_after", "model"):
-        if hasattr(error, name):
-            setattr(joined, name, getattr(error, name))
-    return joined

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate, count
 from operator import truediv
-from typing import Literal
+from typing import Literal, TypedDict
 
 from rag_rerank.errors import BackendError, ContentError, RerankError
 from rag_rerank.isolation import Outcome, failure
@@ -16,6 +16,12 @@ logger = logging.getLogger(__name__)
 
 OnError = Literal["raise", "passthrough"]
 OnBatchError = Literal["raise", "passthrough", "return"]
+_NUMBERS = (
+    ("top_n", numbers.Integral, "an int or None"),
+    ("score_threshold", numbers.Real, "a number or None"),
+    ("min_precision", numbers.Real, "a number or None"),
+    ("min_n", numbers.Integral, "an int"),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,38 +37,42 @@ class Ranked:
     score: float | None
 
 
+class RankOptions(TypedDict, total=False):
+    """How to rank; `Scorer.rerank` describes each and has the defaults."""
+
+    top_n: int | None
+    score_threshold: float | None
+    min_precision: float | None
+    min_n: int
+    instruction: str | None
+    deadline: float | None
+
+
 @dataclass(frozen=True, slots=True)
 class Ranking:
-    """How to rank: the arguments of `Scorer.rerank` and `Scorer.rerank_batch`, checked.
-
-    Raises:
-        TypeError, ValueError: An argument is of the wrong type or out of range; the message names it.
-    """
+    """The arguments of `Scorer.rerank` and `Scorer.rerank_batch`; those that say how to rank are checked."""
 
     top_n: int | None = None
     score_threshold: float | None = None
-    on_error: str = "raise"
     min_precision: float | None = None
     min_n: int = 0
+    instruction: str | None = None
+    deadline: float | None = None
+    on_error: str = "raise"
     may_return: bool = False
 
     def __post_init__(self) -> None:
-        top_n, threshold = self.top_n, self.score_threshold
-        if top_n is not None and (isinstance(top_n, bool) or not isinstance(top_n, numbers.Integral)):
-            raise TypeError(f"top_n must be an int or None, got {type(top_n).__name__}")
+        top_n, threshold, precision, least = self.top_n, self.score_threshold, self.min_precision, self.min_n
+        for name, kind, wanted in _NUMBERS:
+            value = getattr(self, name)
+            if isinstance(value, bool) or not (isinstance(value, kind) or (value is None and "None" in wanted)):
+                raise TypeError(f"{name} must be {wanted}, got {type(value).__name__}")
         if top_n is not None and top_n < 1:
             raise ValueError(f"top_n must be at least 1, got {top_n}; None keeps all documents")
-        if threshold is not None and not isinstance(threshold, numbers.Real):
-            raise TypeError(f"score_threshold must be a number or None, got {type(threshold).__name__}")
         if threshold is not None and not math.isfinite(threshold):
             raise ValueError(f"score_threshold must be finite, got {threshold}; None keeps all documents")
-        precision, least = self.min_precision, self.min_n
-        if precision is not None and (isinstance(precision, bool) or not isinstance(precision, int | float)):
-            raise TypeError(f"min_precision must be a number or None, got {type(precision).__name__}")
         if precision is not None and not 0 < precision <= 1:
             raise ValueError(f"min_precision must be above 0 and at most 1, got {precision}; None keeps all documents")
-        if isinstance(least, bool) or not isinstance(least, int):
-            raise TypeError(f"min_n must be an int, got {type(least).__name__}")
         if least < 0 or (top_n is not None and least > top_n):
             raise ValueError(f"min_n must be from 0 to top_n ({top_n}), got {least}")
         allowed = ("raise", "passthrough", "return") if self.may_return else ("raise", "passthrough")

@@ -14,7 +14,7 @@ import threading
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from typing import Any, Self, overload
+from typing import Any, Self, Unpack, overload
 
 from rag_rerank import telemetry
 from rag_rerank.batch import Batch
@@ -25,8 +25,9 @@ from rag_rerank.inputs.content import Input
 from rag_rerank.inputs.multimodal import Multimodal, Prepared
 from rag_rerank.inputs.preparing import MANY, is_slow, off_loop, pair_up, text_only
 from rag_rerank.isolation import Asking, Outcome, Pairs, failure
-from rag_rerank.ranking import OnBatchError, OnError, Ranked, Ranking
+from rag_rerank.ranking import OnBatchError, OnError, Ranked, Ranking, RankOptions
 
+Inputs = Sequence[Input]
 _forking = threading.Lock()
 if hasattr(os, "register_at_fork"):  # so that a child finds the lock open
     os.register_at_fork(before=_forking.acquire, after_in_parent=_forking.release, after_in_child=_forking.release)
@@ -143,20 +144,14 @@ class Scorer(Closeable, ABC):
         if not self._facts_suffice:
             queries, documents = zip(*PROBES, strict=True)
             probes = self.score(queries, documents, deadline=math.inf if until is None else until - time.monotonic())
-        return Identity(self._common_facts() | self._facts(until), probes)
-
-    def _common_facts(self) -> dict[str, str]:
-        kind = type(self)
-        return {
-            "scorer": f"{kind.__module__}.{kind.__qualname__}",
-            "model": self.model_name,
-            "scoring": SCORING_VERSION,
-        }
+        name = f"{type(self).__module__}.{type(self).__qualname__}"
+        common = {"scorer": name, "model": self.model_name, "scoring": SCORING_VERSION}
+        return Identity(common | self._facts(until), probes, name=short_name(self.model_name))
 
     def score(
         self,
-        queries: Input | Sequence[Input],
-        documents: Input | Sequence[Input],
+        queries: Input | Inputs,
+        documents: Input | Inputs,
         *,
         instruction: str | None = None,
         deadline: float | None = None,
@@ -190,8 +185,8 @@ class Scorer(Closeable, ABC):
 
     async def ascore(
         self,
-        queries: Input | Sequence[Input],
-        documents: Input | Sequence[Input],
+        queries: Input | Inputs,
+        documents: Input | Inputs,
         *,
         instruction: str | None = None,
         deadline: float | None = None,
@@ -205,7 +200,7 @@ class Scorer(Closeable, ABC):
     def rerank(
         self,
         query: Input,
-        documents: Sequence[Input],
+        documents: Inputs,
         *,
         top_n: int | None = None,
         score_threshold: float | None = None,
@@ -237,73 +232,29 @@ class Scorer(Closeable, ABC):
         Raises:
             TypeError, ValueError, ConfigError, BackendError: As `score`; a wrong argument is never passed through.
         """
-        ranking = Ranking(top_n, score_threshold, on_error, min_precision, min_n)
-        batch = Batch([query], [documents], ranking, alone=True)
-        ranked: list[Ranked] = self._run(batch, deadline, instruction)[0]
+        ranking = Ranking(top_n, score_threshold, min_precision, min_n, instruction, deadline, on_error)
+        ranked: list[Ranked] = self._run(Batch([query], [documents], ranking, alone=True))[0]
         return ranked
 
     async def arerank(
-        self,
-        query: Input,
-        documents: Sequence[Input],
-        *,
-        top_n: int | None = None,
-        score_threshold: float | None = None,
-        min_precision: float | None = None,
-        min_n: int = 0,
-        instruction: str | None = None,
-        on_error: OnError = "raise",
-        deadline: float | None = None,
+        self, query: Input, documents: Inputs, *, on_error: OnError = "raise", **options: Unpack[RankOptions]
     ) -> list[Ranked]:
         """Rerank without blocking the event loop; see `rerank`."""
-        ranking = Ranking(top_n, score_threshold, on_error, min_precision, min_n)
-        batch = Batch([query], [documents], ranking, alone=True)
-        ranked: list[Ranked] = (await self._arun(batch, deadline, instruction))[0]
+        batch = Batch([query], [documents], Ranking(on_error=on_error, **options), alone=True)
+        ranked: list[Ranked] = (await self._arun(batch))[0]
         return ranked
 
     @overload
     def rerank_batch(
-        self,
-        queries: Sequence[Input],
-        documents: Sequence[Sequence[Input]],
-        *,
-        top_n: int | None = None,
-        score_threshold: float | None = None,
-        min_precision: float | None = None,
-        min_n: int = 0,
-        instruction: str | None = None,
-        on_error: OnError = "raise",
-        deadline: float | None = None,
+        self, queries: Inputs, documents: Sequence[Inputs], **options: Unpack[RankOptions]
     ) -> list[list[Ranked]]: ...
 
     @overload
     def rerank_batch(
-        self,
-        queries: Sequence[Input],
-        documents: Sequence[Sequence[Input]],
-        *,
-        top_n: int | None = None,
-        score_threshold: float | None = None,
-        min_precision: float | None = None,
-        min_n: int = 0,
-        instruction: str | None = None,
-        on_error: OnBatchError,
-        deadline: float | None = None,
+        self, queries: Inputs, documents: Sequence[Inputs], *, on_error: OnBatchError, **options: Unpack[RankOptions]
     ) -> list[list[Ranked] | RerankError]: ...
 
-    def rerank_batch(
-        self,
-        queries: Sequence[Input],
-        documents: Sequence[Sequence[Input]],
-        *,
-        top_n: int | None = None,
-        score_threshold: float | None = None,
-        min_precision: float | None = None,
-        min_n: int = 0,
-        instruction: str | None = None,
-        on_error: OnBatchError = "raise",
-        deadline: float | None = None,
-    ) -> Any:
+    def rerank_batch(self, queries: Any, documents: Any, *, on_error: OnBatchError = "raise", **options: Any) -> Any:
         """Order the documents of several queries, in as few calls to the back end as are good for it.
 
         A failure concerns the query whose fault it is: the others are ranked as if that one were not there.
@@ -311,16 +262,12 @@ class Scorer(Closeable, ABC):
         Args:
             queries: The queries.
             documents: For each query its own documents, in retrieval order.
-            top_n: How many to keep for each query.
-            score_threshold: Keep only scores at or above it.
-            min_precision: As in `rerank`, for each query.
-            min_n: As in `rerank`, for each query.
-            instruction: As in `score`, for all queries.
             on_error: ``"raise"`` raises the first failure, and names its query. ``"passthrough"``, as in `rerank`,
                 ranks what has scores and logs one warning. ``"return"`` puts the error of a query, a `BackendError` or
                 `ContentError`, in the place of its ranking.
-            deadline: Seconds for all of it. None: the back end's own default for each call to it, of about 1,024
-                documents.
+            **options: As in `rerank`, for each query: `top_n`, `score_threshold`, `min_precision`, `min_n`,
+                `instruction`. The `deadline` is for all of them; without one, each call to the back end, of about
+                1,024 documents, has the back end's own default.
 
         Returns:
             For each query what `rerank` returns, or under ``"return"`` its error.
@@ -329,83 +276,50 @@ class Scorer(Closeable, ABC):
             TypeError, ValueError, ConfigError, BackendError: As `rerank`. A wrong argument is never passed through nor
                 returned.
         """
-        ranking = Ranking(top_n, score_threshold, on_error, min_precision, min_n, may_return=True)
-        batch = Batch(queries, documents, ranking)
-        return self._run(batch, deadline, instruction)
+        return self._run(Batch(queries, documents, Ranking(on_error=on_error, may_return=True, **options)))
 
     @overload
     async def arerank_batch(
-        self,
-        queries: Sequence[Input],
-        documents: Sequence[Sequence[Input]],
-        *,
-        top_n: int | None = None,
-        score_threshold: float | None = None,
-        min_precision: float | None = None,
-        min_n: int = 0,
-        instruction: str | None = None,
-        on_error: OnError = "raise",
-        deadline: float | None = None,
+        self, queries: Inputs, documents: Sequence[Inputs], **options: Unpack[RankOptions]
     ) -> list[list[Ranked]]: ...
 
     @overload
     async def arerank_batch(
-        self,
-        queries: Sequence[Input],
-        documents: Sequence[Sequence[Input]],
-        *,
-        top_n: int | None = None,
-        score_threshold: float | None = None,
-        min_precision: float | None = None,
-        min_n: int = 0,
-        instruction: str | None = None,
-        on_error: OnBatchError,
-        deadline: float | None = None,
+        self, queries: Inputs, documents: Sequence[Inputs], *, on_error: OnBatchError, **options: Unpack[RankOptions]
     ) -> list[list[Ranked] | RerankError]: ...
 
     async def arerank_batch(
-        self,
-        queries: Sequence[Input],
-        documents: Sequence[Sequence[Input]],
-        *,
-        top_n: int | None = None,
-        score_threshold: float | None = None,
-        min_precision: float | None = None,
-        min_n: int = 0,
-        instruction: str | None = None,
-        on_error: OnBatchError = "raise",
-        deadline: float | None = None,
+        self, queries: Any, documents: Any, *, on_error: OnBatchError = "raise", **options: Any
     ) -> Any:
         """Rerank several queries without blocking the event loop; see `rerank_batch`."""
-        ranking = Ranking(top_n, score_threshold, on_error, min_precision, min_n, may_return=True)
-        batch = await off_loop(is_slow(queries), Batch, queries, documents, ranking)
-        return await self._arun(batch, deadline, instruction)
+        ranking = Ranking(on_error=on_error, may_return=True, **options)
+        return await self._arun(await off_loop(is_slow(queries), Batch, queries, documents, ranking))
 
-    def _check_precision(self, batch: Batch) -> None:
-        if batch.ranking.min_precision is not None and not self.calibrated:
+    def _run(self, batch: Batch) -> list[Any]:
+        until = self._begin_batch(batch.ranking)
+        batch.prepare(until)
+        for pairs in batch.calls(lambda: self.listwise):
+            until = self._begin_batch(batch.ranking) if batch.ranking.deadline is None else until
+            batch.take(self._outcomes(pairs, until, batch.ranking.instruction, batch.ranking.top_n))
+        return batch.results()
+
+    async def _arun(self, batch: Batch) -> list[Any]:
+        until = self._begin_batch(batch.ranking)
+        await off_loop(batch.is_slow, batch.prepare, until)
+        for pairs in batch.calls(lambda: self.listwise):
+            until = self._begin_batch(batch.ranking) if batch.ranking.deadline is None else until
+            outcomes = await self._aoutcomes(pairs, until, batch.ranking.instruction, batch.ranking.top_n)
+            await off_loop(len(outcomes) > MANY, batch.take, outcomes)
+        return await off_loop(batch.is_slow, batch.results)
+
+    def _begin_batch(self, ranking: Ranking) -> float | None:
+        until = self._begin(ranking.deadline, ranking.instruction)
+        if ranking.min_precision is not None and not self.calibrated:
             raise ConfigError(
                 f"min_precision needs probabilities, and the scores of {type(self).__name__} are none: run rag-rerank "
                 "calibrate, and use Calibrated(scorer, file)"
             )
-
-    def _run(self, batch: Batch, deadline: float | None, instruction: str | None) -> list[Any]:
-        until = self._begin(deadline, instruction)
-        self._check_precision(batch)
-        batch.prepare(until)
-        for pairs in batch.calls(lambda: self.listwise):
-            until = self._begin(None, instruction) if deadline is None else until
-            batch.take(self._outcomes(pairs, until, instruction, batch.ranking.top_n))
-        return batch.results()
-
-    async def _arun(self, batch: Batch, deadline: float | None, instruction: str | None) -> list[Any]:
-        until = self._begin(deadline, instruction)
-        self._check_precision(batch)
-        await off_loop(batch.is_slow, batch.prepare, until)
-        for pairs in batch.calls(lambda: self.listwise):
-            until = self._begin(None, instruction) if deadline is None else until
-            outcomes = await self._aoutcomes(pairs, until, instruction, batch.ranking.top_n)
-            await off_loop(len(outcomes) > MANY, batch.take, outcomes)
-        return await off_loop(batch.is_slow, batch.results)
+        return until
 
     def _outcomes(
         self, pairs: Pairs, until: float | None, instruction: str | None, top_n: int | None = None
@@ -442,12 +356,14 @@ class Scorer(Closeable, ABC):
         call, most = telemetry.Call(), self._max_waiting_calls
         if not self._queues:
             call.start()
+        refusal: RerankError | None = None
         if until is not None and time.monotonic() >= until:
             # Callers pass on what is left of their own budget: nothing left is a time-out, not a wrong argument.
-            asking.give_up(DeadlineExceeded("the deadline had passed before the call began", elapsed=0.0))
+            refusal = DeadlineExceeded("the deadline had passed before the call began", elapsed=0.0)
         elif most is not None and len(self._unfinished) >= most:
-            asking.give_up(self._overloaded(most))
-        refused = asking.pairs is None
+            refusal = self._overloaded(most)
+        if refusal is not None and pairs[1]:
+            asking.take(refusal)
         self._unfinished.add(call)
         telemetry.current.set(call)
         facts = {"queries": len(pairs[0]), "documents": len(pairs[1]), "top_n": top_n}
@@ -456,7 +372,7 @@ class Scorer(Closeable, ABC):
                 yield asking
         finally:
             self._unfinished.discard(call)
-        if not refused:
+        if refusal is None and pairs[1]:
             took = sum(call.times())
             self._call_time = took if self._call_time is None else 0.8 * self._call_time + 0.2 * took
 

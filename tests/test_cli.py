@@ -14,6 +14,7 @@ import pytest
 
 import rag_rerank
 from rag_rerank import LocalScorer
+from rag_rerank.cli.options import ScorerOptions
 from rag_rerank.families import FAMILIES
 from rag_rerank.template import SHIPPED
 from tests.causal_models import make_causal_lm
@@ -154,6 +155,62 @@ def test_headers_go_along():
     assert "--header" in wrong.stderr
 
 
+class TestScorerOptions:
+    """What says which scorer is meant has the same name for every command."""
+
+    NAMES = ("--instruction", "--template", "--max-length", "--long-documents", "--timeout", "--endpoint", "--header")
+
+    @pytest.mark.parametrize("command", ["score", "rerank", "eval", "calibrate", "check"])
+    def test_every_command_has_them(self, command: str):
+        shown = run(command, "--help", COLUMNS="200").stdout
+        assert not [name for name in self.NAMES if f" {name} " not in shown]
+
+    def test_they_reach_a_server(self):
+        """As the scorer's arguments of these names."""
+        with FaultyServer() as server:
+            where = ["--base-url", server.base_url]
+            done = run("rerank", "q", "a", "--json", "--instruction", "find it", *where, VLLM_API_KEY="")
+            assert (done.returncode, server.score_requests[-1].content["instruction"]) == (0, "find it"), done.stderr
+            done = run("score", "q", "a", "--json", "--template", "qwen3-reranker", *where, VLLM_API_KEY="")
+            assert "<Query>: q" in str(server.score_requests[-1].content), done.stderr
+
+    def test_the_embedded_model_has_a_name(self, minilm: Path):
+        """So that a first try needs no network."""
+        with ScorerOptions(model="embedded").make() as scorer:
+            assert scorer.model_name == str(minilm)
+
+    def test_they_reach_a_local_model(self, cross_encoder: Path):
+        """Its long documents are read in parts, or cut."""
+        long, options = "bread " * 200 + "honey", {"max_length": 64, "dtype": "float32"}
+        scores = {}
+        for how in ("truncate", "max-passage"):
+            with LocalScorer(cross_encoder, long_documents=how, **options) as expected:
+                scores[how] = expected.score("honey", long)
+            with ScorerOptions(model=str(cross_encoder), long_documents=how, **options).make() as scorer:
+                assert scorer.score("honey", long) == scores[how]
+        assert scores["truncate"] != scores["max-passage"]
+
+    @pytest.mark.parametrize(
+        ("arguments", "words"),
+        [
+            (["--base-url", "http://x", "--max-length", "9"], "--max-length is for local models"),
+            (["--base-url", "http://x", "--dtype", "auto", "--device", "cpu"], "--device is for local models"),
+            (["--timeout", "9", "--header", "a: b"], "--timeout and --header are for a server"),
+            (["--base-url", "http://x", "--timeout", "0"], "timeout must be"),
+        ],
+    )
+    def test_what_does_not_go_together_is_refused(self, arguments: list[str], words: str):
+        """Rather than left out."""
+        result = run("score", "q", "d", *arguments)
+        assert (result.returncode, words in result.stderr) == (2, True), result.stderr
+
+    def test_precision_needs_probabilities(self):
+        """--min-precision, for arguments and for files alike."""
+        with FaultyServer() as server:
+            result = run("rerank", "q", "d", "--min-precision", "0.5", "--base-url", server.base_url, VLLM_API_KEY="")
+        assert (result.returncode, "min_precision needs probabilities" in result.stderr) == (2, True)
+
+
 class TestTemplates:
     """What the package knows about models."""
 
@@ -162,12 +219,36 @@ class TestTemplates:
         shown = run("template", "show", "qwen3-reranker-seq-cls").stdout
         assert shown == (SHIPPED / "qwen3-reranker.jinja").read_text(encoding="utf-8")
         assert run("template", "show", "qwen3-reranker").stdout == shown
+        assert run("template", "show", "Qwen/Qwen3-Reranker-0.6B").stdout == shown
 
     def test_the_list_names_every_family(self):
         """With its template and answers."""
         listed = run("template", "list", COLUMNS="200").stdout
         assert all(family.name in listed for family in FAMILIES)
         assert "two-token (no / yes)" in listed
+
+    def test_the_list_as_json_lines(self):
+        """With all that is known of each."""
+        listed = [json.loads(line) for line in run("template", "list", "--json").stdout.splitlines()]
+        assert [each["name"] for each in listed] == [family.name for family in FAMILIES]
+
+    @pytest.mark.parametrize(
+        ("model", "commands", "note"),
+        [
+            (
+                "zeroentropy/zerank-2-reranker",
+                ["rag-rerank template show zerank-2 > zerank-2.jinja", "vllm serve zeroentropy/zerank-2-reranker "],
+                "",
+            ),
+            ("my models/any", ["vllm serve 'my models/any'"], "note: my models/any is in no family"),
+        ],
+    )
+    def test_how_a_model_is_served(self, model: str, commands: list[str], note: str):
+        """With its flags and template; of an unknown one, that nothing is known."""
+        result = run("template", "serve", model)
+        lines = result.stdout.splitlines()
+        assert all(line.startswith(command) for line, command in zip(lines, commands, strict=True))
+        assert (result.returncode, result.stderr.startswith(note), bool(result.stderr)) == (0, True, bool(note))
 
     @pytest.mark.parametrize(("name", "words"), [("qwen3-rerank", "Did you mean"), ("lfm2-colbert", "has no template")])
     def test_what_has_no_template_is_said(self, name: str, words: str):

@@ -125,6 +125,17 @@ def test_declared_answers_need_no_tokens(causal: Callable[..., Path], prompts: l
     assert largest_difference(classifier_scores(out, prompts[:10]), expected) <= TOLERANCE
 
 
+def test_what_is_declared_for_the_prompt_is_not_dropped(causal: Callable[..., Path], tmp_path: Path) -> None:
+    """A default instruction and variables of the chat template: the caller writes them into a template."""
+    ids = AutoTokenizer.from_pretrained(causal("qwen3")).convert_tokens_to_ids(["yes", "no"])
+    modules = [BaseTransformer(str(causal("qwen3")), transformer_task="text-generation"), LogitScore(*ids)]
+    source = CrossEncoder(modules=modules, device="cpu", prompts={"task": "Find it"}, default_prompt_name="task")
+    source.save_pretrained(str(tmp_path / "source"))
+    with pytest.raises(ConfigError, match="'Find it'.* pass template="):
+        convert(tmp_path / "source", tmp_path / "out")
+    assert convert(tmp_path / "source", tmp_path / "out", template=TEMPLATE).is_dir()
+
+
 class TestScores:
     @pytest.mark.parametrize("max_shard_size", ["1GB", "100KB"], ids=["one file", "sharded"])
     @pytest.mark.parametrize("kind", METHODS)
@@ -174,7 +185,7 @@ class TestModular:
 
     def scores(self, folder: Path, **options: Any) -> list[float]:
         queries, documents = zip(*short_pairs(30), strict=True)
-        with LocalScorer(folder, dtype="float32", template=None, **options) as scorer:
+        with LocalScorer(folder, dtype="float32", **options) as scorer:
             return scorer.score(queries, documents)
 
     def assert_equal(self, source: Path, tmp_path: Path) -> Path:

@@ -6,7 +6,7 @@ import pytest
 from rich.console import Console
 
 from rag_rerank import LocalScorer, Scorer, VLLMScorer
-from rag_rerank.demo import run_demo
+from rag_rerank.cli.demo import run_demo
 from rag_rerank.evaluation import Evaluation
 from tests.vllm_server import VLLMServer
 

@@ -34,6 +34,12 @@ def test_building_a_remote_scorer_loads_no_torch():
     assert modules_after("import rag_rerank; rag_rerank.VLLMScorer()") & {"torch", "transformers", "numpy"} == set()
 
 
+def test_the_command_line_loads_what_a_command_needs():
+    """All commands are put together without what only some of them use: --help is there at once."""
+    heavy = {"torch", "transformers", "httpx", "numpy", "pyarrow", "ray", "bm25s"}
+    assert modules_after("import rag_rerank.cli.app") & heavy == set()
+
+
 @pytest.mark.parametrize("name", rag_rerank.__all__)
 def test_every_public_name_is_there(name: str):
     """Each name of __all__ can be had and is listed by dir()."""

@@ -22,7 +22,7 @@ from rag_rerank.files import Tally
 from rag_rerank.files.formats import Reader
 from rag_rerank.ray_data import Pool, ScoreBatch, rejects_in, rerank_folder, score_dataset
 from rag_rerank.ray_data.pool import equal_share
-from rag_rerank.ray_data.shards import cut, files_in
+from rag_rerank.ray_data.run import cut, files_in
 from tests.faulty_server import FaultyServer, Request, Steps, http, oracle, scores
 from tests.models import CORPUS
 from tests.scorers import Journal, WordOverlap
@@ -423,3 +423,15 @@ class TestBefore:
         )
         done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
         assert "pip install 'rag-rerank[ray]'" in done.stdout
+
+    def test_a_folder_needs_ray_but_not_ray_data(self, folder: Path, out: Path):
+        """Which takes as long to import as all of Ray."""
+        write(folder / "a.jsonl", numbered(1))
+        script = (
+            "import sys; sys.modules['ray.data'] = None\n"
+            "from pathlib import Path; from rag_rerank.ray_data import rerank_folder\n"
+            "from tests.scorers import WordOverlap\n"
+            f"print(rerank_folder(WordOverlap(), Path({str(folder)!r}), Path({str(out)!r})).ranked)"
+        )
+        done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+        assert done.stdout == "1\n"

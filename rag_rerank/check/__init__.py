@@ -50,7 +50,7 @@ def _examine(server: CheckedServer, others: list[CheckedServer]) -> Iterator[Fin
             return  # there are no scores
     yield access.key(server)
     sample = scores.sample(server)
-    causes = [scores.scale(server, sample), *scores.template(server, sample)]
+    causes = [cause for cause in (scores.scale(server, sample), scores.template(server, sample)) if cause]
     yield from causes
     if server.facts.version is None:
         yield scores.options(server, sample)

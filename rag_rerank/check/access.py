@@ -1,7 +1,6 @@
 """Whether a server gives scores at all; each function looks at one thing and notes it in `CheckedServer.facts`."""
 
 import contextlib
-import shlex
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -76,23 +75,20 @@ def version(server: CheckedServer) -> Finding:
         return Finding("Version", "note", said)
     known = server.facts.version
     if known is None:
-        said = (
-            "It does not tell its version, so it is taken for a recent one: an older one ignores what it doesn't know."
-        )
+        said = "It does not tell its version, so it is taken for a recent one: older ones ignore what they don't know."
         return Finding("Version", "note", said, "Have the gateway forward /version, too.")
-    name = f"vLLM {_dotted(known)}"
     newer = wire.SINCE | {"score templates (--chat-template)": TEMPLATES_SINCE}
     missing = {option: since for option, since in newer.items() if known < since}
-    upgrade = f"Upgrade vLLM to {_dotted(max(missing.values()))} or newer." if missing else None
+    verdict: Verdict = "note" if missing else "good"
+    said = f"vLLM {_dotted(known)} " + (f"is too old for {', '.join(missing)}." if missing else "knows every option.")
+    if known < OLDEST:
+        verdict, said = "problem", f"vLLM {_dotted(known)} is older than {_dotted(OLDEST)}, the first that works."
     try:
         server.client.options.fields(known)
     except ConfigError as error:
-        return Finding("Version", "problem", sentence(str(error)), upgrade)
-    if known < OLDEST:
-        return Finding("Version", "problem", f"{name} is older than {_dotted(OLDEST)}, the first that works.", upgrade)
-    if missing:
-        return Finding("Version", "note", f"{name} is too old for {', '.join(missing)}.", upgrade)
-    return Finding("Version", "good", f"{name} knows every option.")
+        verdict, said = "problem", sentence(str(error))
+    upgrade = f"Upgrade vLLM to {_dotted(max(missing.values()))} or newer." if missing else None
+    return Finding("Version", verdict, said, upgrade)
 
 
 def _program(server: CheckedServer, listed: Reply, cards: Sequence[Card]) -> str | None:
@@ -122,35 +118,24 @@ def _listed(server: CheckedServer) -> tuple[Reply, list[Card]]:
 def model(server: CheckedServer) -> Finding:
     """See what is served; or that the server doesn't tell without another key."""
     reply, cards = _listed(server)
+    wanted, names = server.client.model, ", ".join(card.name for card in cards)
+    card = next((card for card in cards if wanted in (None, card.name)), None)
     if reply.status in (401, 403):
         return _refused(server, f"the server answered {reply.status}: {wire.error_text(reply.body)}")
-    if server.client.model is not None:
-        return _named(server, server.client.model, cards)
+    if wanted is not None and not cards:
+        return Finding("Model", "note", f"It does not list its models, so {wanted} is taken on trust.")
     if not cards:
         said = f"It lists no models (GET /v1/models gave {reply.status})."
         return Finding("Model", "problem", said, "Pass the model's name: --model NAME (model= in Python).")
-    names = ", ".join(card.name for card in cards)
-    if len({card.root for card in cards}) > 1:
+    if card is None:
+        said = f"{wanted} is not among the models that it lists."
+        return Finding("Model", "warning", said, f"Pass one of these: {names}.")
+    if wanted is None and len({card.root for card in cards}) > 1:
         said = f"It serves {len(cards)} models: {names}."
         return Finding("Model", "problem", said, "Pass the name of one: --model NAME (model= in Python).")
-    return _served(server, cards[0], names)
-
-
-def _named(server: CheckedServer, name: str, cards: Sequence[Card]) -> Finding:
-    """Make the finding about a model that the scorer names."""
-    card = next((card for card in cards if card.name == name), None)
-    if card is not None:
-        return _served(server, card, name)
-    if not cards:
-        return Finding("Model", "note", f"It does not list its models, so {name} is taken on trust.")
-    names = ", ".join(card.name for card in cards)
-    return Finding("Model", "warning", f"{name} is not among the models that it lists.", f"Pass one of these: {names}.")
-
-
-def _served(server: CheckedServer, card: Card, names: str) -> Finding:
     server.facts = replace(server.facts, model=card.name, checkpoint=card.root, window=card.window)
     checkpoint = "" if card.root == card.name else f", from {card.root}"
-    return Finding("Model", "good", f"It serves {names}{checkpoint}.")
+    return Finding("Model", "good", f"It serves {wanted or names}{checkpoint}.")
 
 
 def api(server: CheckedServer) -> Finding:
@@ -173,14 +158,12 @@ def _without_api(server: CheckedServer, error: BackendRejected) -> Finding:
         request = wire.scoring_request(replace(server.told, form=form), ["a"], ["a"], wire.Options())
         if form != asked and _gives_scores(server.client.send(request)):
             said = f"It has no {asked.api} API at {asked.path}, but a {form.api} API at {form.path}."
-            if form.api == "score":
-                return Finding("Score API", "problem", said, "Leave out --endpoint (endpoint= in Python).")
             where = f", with the address {endpoint.root}{form.path}" if form not in endpoint.forms(form.api) else ""
             remedy = f'Pass --endpoint {form.api} (endpoint="{form.api}" in Python){where}.'
+            remedy = "Leave out --endpoint (endpoint= in Python)." if form.api == "score" else remedy
             return Finding("Score API", "problem", said, remedy)
-    if error.status != 404 or server.family is None:
-        return failure("Score API", error)
-    return Finding("Score API", "problem", sentence(error.message), serve(server))
+    found = failure("Score API", error)
+    return found if error.status != 404 or server.family is None else replace(found, remedy=serve(server))
 
 
 def _gives_scores(outcome: Reply | Failure) -> bool:
@@ -191,22 +174,16 @@ def serve(server: CheckedServer) -> str:
     """Say how the model that a server serves is to be served; it must be of a known family."""
     family = server.family
     assert family is not None  # noqa: S101 - said above
-    checkpoint = shlex.quote(server.facts.checkpoint or server.facts.model)  # the server's words, to be pasted
-    command = f"vllm serve {checkpoint} {family.vllm_flags}".strip()
-    if family.template is None or "{template}" not in family.vllm_flags:
-        return f"Serve it so: {command}"
-    command = command.replace("{template}", family.template)
-    if "classifier_from_token" in command:
-        command += " (without --hf-overrides where `rag-rerank convert` wrote the model)"
-    return f"Serve it so: rag-rerank template show {family.name} > {family.template}; {command}"
+    commands = "; ".join(family.serve(server.facts.checkpoint or server.facts.model))
+    converted = " (without --hf-overrides where `rag-rerank convert` wrote the model)"
+    return f"Serve it so: {commands}{converted if 'classifier_from_token' in commands else ''}"
 
 
 def _refused(server: CheckedServer, why: str) -> Finding:
+    said, remedy = "It wants a key, and none is set", "Set VLLM_API_KEY (api_key= in Python)."
     if server.client.transport.has_key:
-        remedy = "Set VLLM_API_KEY to the key that the server was started with."
-        return Finding("Key", "problem", sentence(f"It refuses the key: {why}"), remedy)
-    said = sentence(f"It wants a key, and none is set: {why}")
-    return Finding("Key", "problem", said, "Set VLLM_API_KEY (api_key= in Python).")
+        said, remedy = "It refuses the key", "Set VLLM_API_KEY to the key that the server was started with."
+    return Finding("Key", "problem", sentence(f"{said}: {why}"), remedy)
 
 
 def key(server: CheckedServer) -> Finding:
@@ -215,43 +192,38 @@ def key(server: CheckedServer) -> Finding:
         return Finding("Key", "note", "It wants no key: whoever reaches the server may use it.")
     request = server.client.request("rag-rerank-check")
     path, open_path = request.path, request.path.removeprefix("/v1")
-    inside = server.send_without_key(request)
-    outside = server.send_without_key(replace(request, path=open_path))
-    guarded = isinstance(inside, Reply) and inside.status in {401, 403}
+    inside, outside = map(server.send_without_key, (request, replace(request, path=open_path)))
     if _gives_scores(inside):
         said = "It takes the key, but gives scores without one, too: whoever reaches the server may use it."
         remedy = "Start it with --api-key if it is to be guarded, or unset VLLM_API_KEY."
         return Finding("Key", "warning", said, remedy)
-    if guarded and _gives_scores(outside):
+    if not isinstance(inside, Reply) or inside.status not in {401, 403}:
+        return Finding("Key", "note", "It takes the key; what it does without one could not be seen.")
+    if _gives_scores(outside):
         said = f"The key guards {path}, but {open_path} gives scores without one: vLLM guards /v1 only."
         remedy = "Put a proxy before it that lets through /v1 and /version only, and let nobody else reach its port."
         return Finding("Key", "warning", said, remedy)
-    if guarded:
-        return Finding("Key", "good", "It takes the key, and gives no scores without one.")
-    return Finding("Key", "note", "It takes the key; what it does without one could not be seen.")
+    return Finding("Key", "good", "It takes the key, and gives no scores without one.")
 
 
 def alike(first: CheckedServer, others: Sequence[CheckedServer]) -> Iterator[Finding]:
     """See whether several servers may stand in for each other."""
     queries, documents = known_pairs()
-    expected, found = first.score(queries, documents), []
+    expected = first.score(queries, documents)
+    found: list[Finding] = []
     for other in others:
         try:
-            scores = other.score(queries, documents)
+            found += _differences(first, other, largest_difference(expected, other.score(queries, documents)))
         except RerankError as error:
             found.append(replace(failure("Same", error), says=f"{other.label}: {error}"))
-            continue
-        found += _differences(first, other, largest_difference(expected, scores))
-    yield from found
-    if not found:
-        labels = ", ".join(server.label for server in (first, *others))
-        yield Finding("Same", "good", f"{labels} serve the same model by the same version and give the same scores.")
+    labels = ", ".join(server.label for server in (first, *others))
+    said = f"{labels} serve the same model by the same version and give the same scores."
+    yield from found or [Finding("Same", "good", said)]
 
 
 def _differences(first: CheckedServer, other: CheckedServer, apart: float) -> Iterator[Finding]:
     """Tell how two servers that have scored differ; `apart` are their scores."""
-    ours, theirs = first.told, other.told
-    pair = f"{first.label} and {other.label}"
+    ours, theirs, pair = first.told, other.told, f"{first.label} and {other.label}"
     if ours.model != theirs.model:
         remedy = "Serve the same model under one name (--served-model-name), or pass --model NAME."
         yield Finding("Same", "problem", f"{pair} serve {ours.model} and {theirs.model}.", remedy)
@@ -260,11 +232,9 @@ def _differences(first: CheckedServer, other: CheckedServer, apart: float) -> It
         verdict: Verdict = "problem" if apart > ROUGHLY_ROUNDED else "warning"
         yield Finding("Same", verdict, f"{pair} give scores that differ by up to {apart:.2g}.", remedy)
     if ours.version != theirs.version:
-        names = " and ".join(
-            _dotted(each) if each else "one that is not told" for each in (ours.version, theirs.version)
-        )
+        names = [_dotted(each) if each else "one that is not told" for each in (ours.version, theirs.version)]
         remedy = "Bring both to the same version: options are refused by the older one only."
-        yield Finding("Same", "warning", f"{pair} run different versions: {names}.", remedy)
+        yield Finding("Same", "warning", f"{pair} run different versions: {' and '.join(names)}.", remedy)
     if ours.window != theirs.window:
         remedy = "Start both with the same --max-model-len: over-long documents are cut at it."
         yield Finding("Same", "warning", f"{pair} read {ours.window} and {theirs.window} tokens.", remedy)

@@ -1,7 +1,6 @@
 """What its scores tell about a server: their scale, its template, and whether they rank."""
 
 import shlex
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -138,42 +137,42 @@ def options(server: CheckedServer, sample: Sample) -> Finding:
     return Finding("Options", verdict, said, "Where you need one of them, ask the server behind the gateway.")
 
 
-def template(server: CheckedServer, sample: Sample) -> Iterator[Finding]:
+def template(server: CheckedServer, sample: Sample) -> Finding | None:
     """See whether pairs are prompted as the model was trained: in the tokens of a pair of one letter each."""
     tokens, family = server.ask().prompt_tokens, server.family
+    here, there = server.client.template is not None, tokens is not None and tokens > PLAIN_PAIR_TOKENS
+    verdict: Verdict = "good"
+    remedy = None
     if tokens is None:
-        said = "It does not count tokens, so nobody can tell whether it uses a score template."
-        yield Finding("Template", "note", said)
-        return
-    on_server = tokens > PLAIN_PAIR_TOKENS
-    if server.client.template is not None and on_server:
-        said = "Each pair is put into two score templates, one here and one on the server."
+        verdict, said = "note", "It does not count tokens, so nobody can tell whether it uses a score template."
+    elif here and there:
+        verdict, said = "problem", "Each pair is put into two score templates, one here and one on the server."
         remedy = "Leave out template=, or start the server without --chat-template."
-        yield Finding("Template", "problem", said, remedy)
-    elif server.client.template is not None:
-        yield Finding("Template", "good", "It is rendered here (template=), and the server has none.")
+    elif here:
+        said = "It is rendered here (template=), and the server has none."
     elif sample.scale in {"cosine", "MaxSim"}:
-        if family is None or family.template is None:
-            yield Finding("Template", "good", "None, and embeddings need none.")  # else `scale` has said more
-    elif on_server and (family is None or family.template):
+        said = "None, and embeddings need none."
+        if family is not None and family.template is not None:
+            return None  # `scale` has said more
+    elif there and (family is None or family.template):
         which = "" if family is None else f", as {family.name} needs it"
-        yield Finding("Template", "good", f"It uses a score template{which} ({tokens} tokens for two of one letter).")
-    elif on_server:
+        said = f"It uses a score template{which} ({tokens} tokens for two of one letter)."
+    elif there:
+        verdict = "note"
         said = f"It uses a score template, and {family.name if family else ''} was trained without one."
-        yield Finding("Template", "note", said, "Start it without --chat-template, unless you trained it further so.")
+        remedy = "Start it without --chat-template, unless you trained it further so."
     elif family is not None and family.template:
         older = (server.facts.version or TEMPLATES_SINCE) < TEMPLATES_SINCE
         upgrade = f"Upgrade vLLM to {'.'.join(map(str, TEMPLATES_SINCE))} or newer. " if older else ""
-        said = f"{family.name} ranks at random without its score template."
-        yield Finding("Template", "problem", said, upgrade + serve(server))
+        verdict, said = "problem", f"{family.name} ranks at random without its score template."
+        remedy = upgrade + serve(server)
     elif family is None and tokens <= _BARE_PAIR_TOKENS:
+        verdict = "note" if sample.won >= ENOUGH else "warning"
         said = "It uses no score template, and looks as if it needed one: no special token parts query and document."
-        remedy = (
-            "Start it with the prompt of its card: --chat-template FILE; `rag-rerank template list` shows examples."
-        )
-        yield Finding("Template", "note" if sample.won >= ENOUGH else "warning", said, remedy)
+        remedy = "Start it with its card's prompt: --chat-template FILE; `rag-rerank template list` shows examples."
     else:
-        yield Finding("Template", "good", "None, and it looks as if it needed none.")
+        said = "None, and it looks as if it needed none."
+    return Finding("Template", verdict, said, remedy)
 
 
 def ranking(sample: Sample, *, explained: bool) -> Finding:
@@ -182,9 +181,7 @@ def ranking(sample: Sample, *, explained: bool) -> Finding:
     if sample.won >= ENOUGH:
         return Finding("Ranking", "good", said + ".")
     if sample.won > CHANCE:
-        remedy = (
-            "Compare with other models on your own documents and languages; rag-rerank demo shows how much it gains."
-        )
+        remedy = "Compare models on your own documents and languages; rag-rerank demo shows how much it gains."
         missed = " and ".join(f'"{question}"' for question in sample.missed[:2])
         more = f" and {len(sample.missed) - 2} more" if len(sample.missed) > 2 else ""
         return Finding("Ranking", "warning", f"{said}, but not those to {missed}{more}.", remedy)

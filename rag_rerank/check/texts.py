@@ -1,37 +1,13 @@
 """What a server is asked to score: questions with their answers, long documents and many documents.
 
-The questions are of general knowledge, in three languages, and were written for this. A right answer shares few words
-with its question, so that a model must understand both.
+The questions in ``texts.txt`` are of general knowledge, in three languages, and were written for this. A right answer
+shares few words with its question, so that a model must understand both.
 """
 
 import random
+from pathlib import Path
 
-_LINES = """\
-Why is the sky blue?
-Air scatters the short waves of sunlight, which look blue, more than the long red ones.
-How do bees make honey?
-Worker bees gather nectar from flowers and let its water evaporate in the wax of the hive.
-What causes the tides of the ocean?
-The gravity of the moon, and less that of the sun, lifts and lowers the sea twice a day.
-Who wrote Romeo and Juliet?
-The tragedy of the two young lovers of Verona is a play by William Shakespeare.
-How do I get a red wine stain out of a tablecloth?
-Blot the spill at once, cover it with salt and wash the cloth in cold water.
-At what temperature does water boil on a high mountain?
-Pressure falls with altitude: at 3,000 metres the boiling point is about 90 degrees Celsius.
-How do vaccines protect against disease?
-They train the immune system to know a germ, so that antibodies are ready for an infection.
-How do I undo the last commit in git?
-Run git reset --soft HEAD~1: the branch goes one commit back and your changes stay staged.
-Warum fallen im Herbst die Blätter von den Bäumen?
-Bäume werfen ihr Laub ab, weil sie über die Blätter im Winter zu viel Wasser verlieren würden.
-Wie lange kocht man ein weiches Ei?
-Vier bis fünf Minuten in kochendem Wasser genügen, dann bleibt das Gelbe vom Ei weich.
-¿Cuál es el río más largo de América del Sur?
-El Amazonas nace en los Andes del Perú y es el río más largo del continente.
-¿Por qué se oxida el hierro?
-El hierro se oxida cuando reacciona con el oxígeno y la humedad del aire.
-""".splitlines()
+_LINES = Path(__file__).with_suffix(".txt").read_text(encoding="utf-8").splitlines()
 
 KNOWN = tuple(zip(_LINES[::2], _LINES[1::2], strict=True))  # (question, answer)
 QUESTIONS = len(KNOWN)

@@ -1,6 +1,5 @@
 """``rag-rerank eval`` and ``rag-rerank calibrate``."""
 
-import json
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -19,13 +18,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from typer import Argument, Option
 
 from rag_rerank.cli.options import (
-    DeviceOption,
-    DtypeOption,
-    KeyOverHTTPOption,
+    JSONFileOption,
     ScorerOptions,
     console,
     said_what_is_kept,
     takes_scorer,
+    write_json,
 )
 from rag_rerank.errors import ConfigError
 from rag_rerank.inputs import NEUTRAL
@@ -40,12 +38,12 @@ Names = list[str] | None
 RunOption = Annotated[File, Option(help="A TREC run to rerank, instead of what BM25 finds.")]
 QrelsOption = Annotated[File, Option(help="Judgments (BEIR or TREC), instead of the collection's.")]
 QueriesOption = Annotated[int | None, Option(min=1, help="Only the first so many.")]
-JsonOption = Annotated[File, Option("--json", help="Write all figures to this file.")]
 HtmlOption = Annotated[File, Option(help="Write a report with plots to this file.")]
 CacheOption = Annotated[File, Option(help="The folder that keeps scores; ~/.cache/rag_rerank if none.")]
 NoCacheOption = Annotated[bool, Option("--no-cache", help="Score everything anew and keep nothing.")]
 
 
+@takes_scorer("model", "base_url", "host", "port", "calibration")
 def evaluate(
     folder: Annotated[File, Argument(help="A collection in BEIR's layout; the embedded one if none.")] = None,
     run: RunOption = None,
@@ -72,14 +70,13 @@ def evaluate(
     measures: Annotated[
         str, Option(help="As ir-measures calls them. Verdicts are by the first.")
     ] = "nDCG@10,MRR@10,Recall@10,MAP",
-    as_json: JsonOption = None,
+    as_json: JSONFileOption = None,
     trec_run: Annotated[File, Option(help="Write the reranked order to this file, as a TREC run.")] = None,
     html: HtmlOption = None,
     cache: CacheOption = None,
     no_cache: NoCacheOption = False,
-    device: DeviceOption = None,
-    dtype: DtypeOption = "auto",
-    send_key_over_http: KeyOverHTTPOption = False,
+    *,
+    chosen: ScorerOptions,
 ) -> None:
     """Measure whether reranking helps, how much, how sure that is, what depth pays, and what a prompt gets to read.
 
@@ -97,7 +94,6 @@ def evaluate(
     with _scoring(cache, no_cache, run, queries) as (stack, measured):
         scorers: dict[str, Scorer] = {}
         if collection.documents:
-            chosen = ScorerOptions(device=device, dtype=dtype, send_key_over_http=send_key_over_http)
             for name, scorer in _scorers(model, base_url, calibration or [], chosen):
                 scorers[_distinct(name, scorers)] = stack.enter_context(scorer)
         names = measures.replace(",", " ").split()
@@ -125,7 +121,7 @@ def calibrate(
     qrels: QrelsOption = None,
     depth: Annotated[int, Option(min=1, help="Candidates a query. What has no judgment counts as irrelevant.")] = 50,
     queries: QueriesOption = None,
-    as_json: JsonOption = None,
+    as_json: JSONFileOption = None,
     html: HtmlOption = None,
     cache: CacheOption = None,
     no_cache: NoCacheOption = False,
@@ -211,17 +207,14 @@ def _scorers(
     models: Names, urls: Names, calibrations: Sequence[Path], options: ScorerOptions
 ) -> Iterator[tuple[str, Scorer]]:
     """Yield (name, scorer) of each model and each server; a server that does not answer fails now."""
+    local, remote = options.split() if models and urls else (options, options)
     asked = [
-        (Path(model).resolve().name if Path(model).is_dir() else model, replace(options, model=model))
+        (Path(model).resolve().name if Path(model).is_dir() else model, replace(local, model=model))
         for model in models or ()
     ]
     if not (models or urls):
-        from rag_rerank.embedded import minilm_folder
-
-        asked = [("all-MiniLM-L6-v2", replace(options, model=str(minilm_folder())))]
-    if models:  # for which --device and --dtype are
-        options = replace(options, device=None, dtype="auto")
-    asked += [("", replace(options, base_url=[url])) for url in urls or ()]
+        asked = [("all-MiniLM-L6-v2", replace(local, model="embedded"))]
+    asked += [("", replace(remote, base_url=[url])) for url in urls or ()]
     if calibrations and len(calibrations) != len(asked):
         raise ConfigError(f"{len(calibrations)} --calibration for {len(asked)} models and servers: one each, in order")
     for (name, chosen), calibration in zip_longest(asked, calibrations):
@@ -240,9 +233,7 @@ def _distinct(name: str, names: "dict[str, Scorer]") -> str:
 
 def _write(figures: "Evaluation | Calibrating", as_json: File, html: File) -> None:
     """Write all figures and the report, where there are files for them."""
-    if as_json is not None:
-        text = json.dumps(figures.as_json(), ensure_ascii=False, allow_nan=False, indent=1)
-        as_json.write_text(f"{text}\n", encoding="utf-8")
+    write_json(as_json, figures)
     if html is not None:
         from rag_rerank.evaluation.report import render
 

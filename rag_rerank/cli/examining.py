@@ -1,33 +1,32 @@
 """``rag-rerank check``."""
 
-import dataclasses
 import json
 from collections import Counter
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.markup import escape
 from rich.table import Column, Table
 
-from rag_rerank import LocalScorer, VLLMScorer
-from rag_rerank.check import Finding
-from rag_rerank.check import check as examine
-from rag_rerank.cli.options import EndpointOption, KeyOverHTTPOption, console
+from rag_rerank.cli.options import ScorerOptions, console, takes_scorer
 from rag_rerank.display import printable
+from rag_rerank.errors import ConfigError
+
+if TYPE_CHECKING:
+    from rag_rerank.check import Finding
 
 _MARKS = {"good": ("✓", "green"), "note": ("·", "cyan"), "warning": ("!", "yellow"), "problem": ("✗", "red")}
 
 
+@takes_scorer("base_url", "host", "port", "calibration")
 def check(
     targets: Annotated[
         list[str], typer.Argument(help="A vLLM server, or several of one model; or a model's folder or hub id.")
     ],
-    model: Annotated[str | None, typer.Option(help="The name on the server, where it serves several.")] = None,
-    endpoint: EndpointOption = "score",
+    chosen: ScorerOptions,
     as_json: Annotated[bool, typer.Option("--json", help="JSON Lines, one a finding.")] = False,
-    timeout: Annotated[float, typer.Option(help="Seconds that a call may take.")] = 30.0,
-    send_key_over_http: KeyOverHTTPOption = False,
 ) -> None:
     """Examine a vLLM server: does it answer, score, rank, use the right prompt, and how fast?
 
@@ -36,21 +35,23 @@ def check(
     The key is read from VLLM_API_KEY. The exit code is 1 if a problem was found; warnings are not problems.
     """
     verdicts: Counter[str] = Counter()
-    scorer: LocalScorer | VLLMScorer
     if len(targets) == 1 and (":" not in targets[0] or Path(targets[0]).is_dir()):
+        if chosen.model is not None:
+            raise ConfigError("--model is a model's name on a server; here the folder or hub id names it")
         from rag_rerank.check.local import check_local
 
-        scorer = LocalScorer(targets[0])
+        scorer: Any = replace(chosen, model=targets[0]).make()
         findings = check_local(scorer)
     else:
-        settings: dict[str, Any] = {"model": model, "endpoint": endpoint, "send_key_over_http": send_key_over_http}
-        scorer = VLLMScorer(targets, timeout=timeout, **settings)
+        from rag_rerank.check import check as examine
+
+        scorer = replace(chosen, base_url=targets).make()
         findings = examine(scorer)
     with scorer:
         for finding in findings:
             verdicts[finding.verdict] += 1
             if as_json:
-                typer.echo(json.dumps(dataclasses.asdict(finding), ensure_ascii=False))
+                typer.echo(json.dumps(asdict(finding), ensure_ascii=False))
             else:
                 _show_finding(finding)
     if not as_json:
@@ -59,7 +60,7 @@ def check(
         raise typer.Exit(1)
 
 
-def _show_finding(finding: Finding) -> None:
+def _show_finding(finding: "Finding") -> None:
     mark, colour = _MARKS[finding.verdict]
     row = Table.grid(Column(width=1), Column(width=14), Column(overflow="fold"), padding=(0, 1))  # 14: longest title
     row.add_row(f"[bold {colour}]{mark}[/]", f"[bold]{finding.title}[/]", escape(printable(finding.says)))

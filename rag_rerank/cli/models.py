@@ -1,5 +1,8 @@
 """``rag-rerank convert`` and ``rag-rerank template``."""
 
+import json
+import shlex
+from dataclasses import asdict
 from typing import Annotated
 
 import typer
@@ -49,8 +52,13 @@ template_app = typer.Typer(no_args_is_help=True, help="Score templates and the f
 
 
 @template_app.command("list")
-def list_templates() -> None:
+def list_templates(
+    as_json: Annotated[bool, typer.Option("--json", help="JSON Lines, one a family, with all that is known.")] = False,
+) -> None:
     """Every family that vLLM's score API scores: its models, its template, and where its score comes from."""
+    if as_json:
+        typer.echo("\n".join(json.dumps(asdict(family)) for family in FAMILIES))
+        return
     table = Table("family", "models", "template", "score from", "instruction", show_lines=True)
     for family in FAMILIES:
         answer = f" ({' / '.join(family.tokens)})" if family.tokens else ""
@@ -59,11 +67,26 @@ def list_templates() -> None:
     console().print(table)
 
 
+@template_app.command("serve")
+def serve_model(
+    model: Annotated[str, typer.Argument(help="Hub id, or a folder that is called as the model is.")],
+) -> None:
+    """Print the commands that serve a model on vLLM: the right flags, and its template where it needs one."""
+    family = find_family(model)
+    if family is None:
+        typer.echo(
+            f"note: {model} is in no family that is known, so no flags and no template are; rag-rerank check URL tells "
+            "whether it ranks",
+            err=True,
+        )
+    typer.echo("\n".join([f"vllm serve {shlex.quote(model)}"] if family is None else family.serve(model)))
+
+
 @template_app.command("show")
-def show_template(name: Annotated[str, typer.Argument(help="A family's or template's name.")]) -> None:
+def show_template(name: Annotated[str, typer.Argument(help="A family's, a model's or a template's name.")]) -> None:
     """Print a template file, as ``vllm serve --chat-template`` takes it."""
     if name not in Template.shipped():
-        found = family_called(name).template
+        found = (find_family(name) or family_called(name)).template
         if found is None:
             raise ConfigError(f"the family {name!r} has no template: query and document are encoded as a pair")
         name = found

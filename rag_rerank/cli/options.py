@@ -1,11 +1,12 @@
 """Options that several commands have, and the scorer that they ask for."""
 
 import inspect
+import json
 import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from functools import wraps
 from itertools import chain
 from pathlib import Path
@@ -14,19 +15,19 @@ from typing import Annotated, Any
 from rich.console import Console
 from typer import Option
 
-from rag_rerank import BackendError, Calibrated, ConfigError, LocalScorer, LocalSettings, Scorer, VLLMScorer
+from rag_rerank import LocalSettings
+from rag_rerank.embedded import minilm_folder
+from rag_rerank.errors import BackendError, ConfigError
+from rag_rerank.scorer import Scorer
 
-DeviceOption = Annotated[str | None, Option(help="Local only: cuda, cuda:1, mps, cpu.")]
-DtypeOption = Annotated[str, Option(help="Local only: auto, float32, bfloat16, float16.")]
-KeyOverHTTPOption = Annotated[
-    bool, Option("--send-key-over-http", help="Allow the key to be sent unencrypted to another machine.")
-]
-EndpointOption = Annotated[
-    str, Option(help="How the server is asked: score (vLLM), rerank (most others), tei, or auto, which finds out.")
-]
-_MODEL_HELP = f"Hub id or folder ({LocalSettings.model} if none), or the name on the server."
-_HEADER_HELP = 'A header for a server, such as "X-Tenant: search"; may be repeated.'
+JSONFileOption = Annotated[Path | None, Option("--json", help="Write all figures to this file.")]
+_ENDPOINT_HELP = "How the server is asked: score (vLLM), rerank (most others), tei, or auto, which finds out."
+_MODEL_HELP = f'Hub id or folder ({LocalSettings.model} if none), "embedded", or the name on the server.'
 _URL_HELP = "A vLLM server; may be repeated for several. The key is read from VLLM_API_KEY."
+_HEADER_HELP = 'A header for a server, such as "X-Tenant: search"; may be repeated.'
+_KEY_HELP = "Allow the key to be sent unencrypted to another machine."
+_TEMPLATE_HELP = "Score template, rendered here: a file, or a name of rag-rerank template list."
+_LOCAL, _REMOTE = ("device", "dtype", "max_length", "long_documents"), ("endpoint", "timeout", "header")
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,41 +38,50 @@ class ScorerOptions:
     base_url: Annotated[list[str] | None, Option(help=_URL_HELP)] = None
     host: Annotated[str | None, Option(help="The vLLM server's host, instead of --base-url.")] = None
     port: Annotated[int | None, Option(min=1, max=65535, help="The vLLM server's port, instead of --base-url.")] = None
-    endpoint: EndpointOption = "score"
-    device: DeviceOption = None
-    dtype: DtypeOption = "auto"
-    logits: Annotated[bool, Option("--logits", help="Raw logits instead of the model's own scale.")] = False
-    send_key_over_http: KeyOverHTTPOption = False
+    endpoint: Annotated[str, Option(help=_ENDPOINT_HELP)] = "score"
+    timeout: Annotated[float | None, Option(help="Seconds that a call to a server may take; 30 if none.")] = None
     header: Annotated[list[str] | None, Option(help=_HEADER_HELP)] = None
+    send_key_over_http: Annotated[bool, Option("--send-key-over-http", help=_KEY_HELP)] = False
+    device: Annotated[str | None, Option(help="Local only: cuda, cuda:1, mps, cpu.")] = None
+    dtype: Annotated[str, Option(help="Local only: auto, float32, bfloat16, float16.")] = "auto"
+    max_length: Annotated[int | None, Option(help="Local only: tokens of query and document; the rest is cut.")] = None
+    long_documents: Annotated[str, Option(help="Local only: truncate, or max-passage, the best part.")] = "truncate"
+    template: Annotated[str | None, Option(help=_TEMPLATE_HELP)] = None
+    instruction: Annotated[str | None, Option(help="The task, for a model whose template has a place for it.")] = None
+    logits: Annotated[bool, Option("--logits", help="Raw logits instead of the model's own scale.")] = False
     calibration: Annotated[Path | None, Option(help="A file of rag-rerank calibrate, for probabilities.")] = None
 
     def make(self) -> Scorer:
         """Make the scorer that they ask for: remote as soon as one of them says where."""
-        scorer = self._make()
-        return scorer if self.calibration is None else Calibrated(scorer, self.calibration)
+        from rag_rerank import Calibrated, LocalScorer, VLLMScorer
 
-    def _make(self) -> Scorer:
-        use_activation = False if self.logits else None
         urls, names_host = self.base_url, self.host is not None or self.port is not None
         if urls and names_host:
             raise ConfigError("pass either --base-url or --host and --port")
         if names_host:
             urls = [f"http://{self.host or 'localhost'}:{self.port or 8000}"]
-        if not urls and self.endpoint != "score":
-            raise ConfigError("--endpoint goes with a server: pass --base-url")
-        if not urls:
-            model, dtype = self.model or LocalSettings.model, self.dtype
-            return LocalScorer(model, device=self.device, dtype=dtype, use_activation=use_activation)  # type: ignore[arg-type]  # checked there
-        if self.device is not None or self.dtype != "auto":
-            raise ConfigError("--device and --dtype are for local models; a server has chosen its own")
-        return VLLMScorer(
-            urls,
-            model=self.model,
-            endpoint=self.endpoint,  # type: ignore[arg-type]  # checked there
-            use_activation=use_activation,
-            send_key_over_http=self.send_key_over_http,
-            default_headers=dict(map(_header, self.header or ())),
-        )
+        given: dict[str, Any] = {
+            each.name: value for each in fields(self) if (value := getattr(self, each.name)) != each.default
+        }
+        if wrong := [f"--{name.replace('_', '-')}" for name in (_LOCAL if urls else _REMOTE) if name in given]:
+            place = "local models; a server has chosen its own" if urls else "a server: pass --base-url"
+            raise ConfigError(f"{' and '.join(wrong)} {'is' if len(wrong) == 1 else 'are'} for {place}")
+        for name in ("base_url", "host", "port", "calibration", *(() if urls else ("send_key_over_http",))):
+            given.pop(name, None)
+        if given.pop("logits", False):
+            given["use_activation"] = False
+        if given.get("model") == "embedded" and not urls:
+            given["model"] = minilm_folder()
+        if "header" in given:
+            given["default_headers"] = dict(map(_header, given.pop("header")))
+        scorer = VLLMScorer(urls, **given) if urls else LocalScorer(**given)
+        return scorer if self.calibration is None else Calibrated(scorer, self.calibration)
+
+    def split(self) -> tuple["ScorerOptions", "ScorerOptions"]:
+        """Give those for a local model and those for a server, where both are asked for."""
+        plain: dict[str, Any] = {each.name: each.default for each in fields(self)}
+        local, remote = ({name: plain[name] for name in names} for names in (_REMOTE, _LOCAL))
+        return replace(self, **local), replace(self, **remote)
 
 
 def _header(text: str) -> tuple[str, str]:
@@ -84,6 +94,13 @@ def _header(text: str) -> tuple[str, str]:
 def console() -> Console:
     """Make a console on stdout whose tables are cut to a terminal's width, but not where they are piped or kept."""
     return Console(highlight=False, width=None if sys.stdout.isatty() or os.environ.get("COLUMNS") else 1000)
+
+
+def write_json(path: Path | None, figures: Any) -> None:
+    """Write all figures, if there is a file for them."""
+    if path is not None:
+        text = json.dumps(figures.as_json(), ensure_ascii=False, allow_nan=False, indent=1)
+        path.write_text(f"{text}\n", encoding="utf-8")
 
 
 @contextmanager

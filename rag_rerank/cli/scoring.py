@@ -19,6 +19,7 @@ from rag_rerank.display import Reranked, described, one_line
 from rag_rerank.errors import ConfigError
 from rag_rerank.files.rows import Line, Options, is_blank, parse
 from rag_rerank.inputs.content import Image, Input
+from rag_rerank.ranking import Ranked
 from rag_rerank.ray_data import Pool
 from rag_rerank.ray_data.run import SHARD_LINES
 from rag_rerank.scorer import Scorer
@@ -36,6 +37,7 @@ JSONOption = Annotated[bool, typer.Option("--json", help="JSON Lines instead of 
 _file_option = partial(typer.Option, rich_help_panel="Files (with --in and --out)")
 _ray_option = partial(typer.Option, rich_help_panel="Many processes (with --engine ray)")
 _OUT_HELP = 'The same with "ranked", in any of these formats.'
+_PRECISION_HELP = "Keep as many as are relevant in this share, from 0 to 1; needs --calibration."
 _IN_HELP = 'Lines of {"query", "documents"}: .jsonl, .jsonl.gz, .parquet.'
 
 
@@ -56,16 +58,12 @@ def score(
     a "score". There, images are {"content": [{"type": "image_url", "image_url": {"url": "data:..."}}]}, and no file
     is read.
     """
-
-    def answer(query: Input, documents: list[Input], as_table: bool) -> Any:
-        scores = scorer.score(query, documents)
-        return _score_table(query, documents, scores) if as_table else {"scores": scores}
-
     with chosen.make() as scorer:
         if example:
             _show_example(scorer)
         else:
-            _answer(scorer, query, _read(documents, as_text=text), as_json, Options(), answer)
+            answer = partial(_answer, scorer, query, _read(documents, as_text=text), Options(), as_json=as_json)
+            answer(lambda query, documents: {"scores": scorer.score(query, documents)}, _score_table)
 
 
 @takes_scorer()
@@ -75,6 +73,7 @@ def rerank(
     text: TextOption = False,
     top_n: Annotated[int | None, typer.Option(help="How many to keep.")] = None,
     score_threshold: Annotated[float | None, typer.Option(help="Keep scores at or above it.")] = None,
+    min_precision: Annotated[float | None, typer.Option(help=_PRECISION_HELP)] = None,
     *,
     chosen: ScorerOptions,
     as_json: JSONOption = False,
@@ -91,45 +90,31 @@ def rerank(
 ) -> None:
     """Order documents by relevance to a query, best first.
 
-    Documents that name text or image files are read from them. Without arguments, each line of stdin is
-    {"query": ..., "documents": [...]} and becomes one line with "ranked", or {"query": ..., "document": ...} and gets
-    a "score". There, images are {"content": [{"type": "image_url", "image_url": {"url": "data:..."}}]}, and no file
-    is read.
+    Arguments, and lines of stdin, are read as by score; a line becomes one with "ranked", or with the "score" of its
+    one "document".
 
     With --in and --out, each line of a file is itself with its "ranked" or "score". A run that was interrupted
     continues where it stopped, if model, options and input are the same.
     """
-    options = Options(top_n, score_threshold, reorder=reorder)
-
-    def answer(query: Input, documents: list[Input], as_table: bool) -> Any:
-        ranked = scorer.rerank(query, documents, top_n=top_n, score_threshold=score_threshold)
-        if as_table:
-            return Reranked(query, documents, ranked, rows=None).__rich__()
-        return {"ranked": [asdict(item) for item in ranked]}
-
+    options = Options(top_n, score_threshold, min_precision, reorder=reorder)
     if (num_actors, cpus_per_actor, gpus_per_actor, shard_lines) != (None, None, None, SHARD_LINES) and engine != "ray":
         raise ConfigError("--num-actors, --cpus-per-actor, --gpus-per-actor and --shard-lines go with --engine ray")
-    paths = _paths(source, target, query is None and not as_json, reorder or restart or strict or engine == "ray")
-    with chosen.make() as scorer:
-        if paths:
-            more: dict[str, Any] = {"restart": restart}
-            if engine == "ray":
-                gpus = 0.0 if chosen.device == "cpu" and gpus_per_actor is None else gpus_per_actor
-                more |= {"pool": Pool(num_actors, cpus_per_actor, gpus), "shard_lines": shard_lines}
-            rerank_files(scorer, *paths, asdict(options) | more, ray=engine == "ray", strict=strict)
-        else:
-            _answer(scorer, query, _read(documents, as_text=text), as_json, options, answer)
-
-
-def _paths(source: Path | None, target: Path | None, alone: bool, other: bool) -> tuple[Path, Path] | None:
-    """Find the files to read and write, if any. `alone`: nothing else is asked for. `other`: what goes with them is."""
-    if source is None and target is None and not other:
-        return None
+    if source is None and target is None and not (reorder or restart or strict or engine == "ray"):
+        with chosen.make() as scorer:
+            rank = partial(scorer.rerank, **options.limits())
+            answer = partial(_answer, scorer, query, _read(documents, as_text=text), options, as_json=as_json)
+            answer(lambda query, documents: {"ranked": list(map(asdict, rank(query, documents)))}, _ranked_table)
+        return
     if source is None or target is None:
         raise ConfigError("pass both --in and --out; --reorder, --restart, --strict and --engine ray go with them only")
-    if not alone:
+    if query is not None or as_json:
         raise ConfigError("pass either a query and documents, or --in and --out, which write JSON by themselves")
-    return source, target
+    more: dict[str, Any] = {"restart": restart}
+    if engine == "ray":
+        gpus = 0.0 if chosen.device == "cpu" and gpus_per_actor is None else gpus_per_actor
+        more |= {"pool": Pool(num_actors, cpus_per_actor, gpus), "shard_lines": shard_lines}
+    with chosen.make() as scorer:
+        rerank_files(scorer, source, target, asdict(options) | more, ray=engine == "ray", strict=strict)
 
 
 def _read(documents: list[str] | None, *, as_text: bool) -> list[Input] | None:
@@ -164,24 +149,26 @@ def _answer(
     scorer: Scorer,
     query: str | None,
     documents: list[Input] | None,
-    as_json: bool,
     options: Options,
-    answer: Callable[[Input, list[Input], bool], Any],
+    ask: Callable[[Input, list[Input]], dict[str, Any]],
+    table: Callable[..., Table],
+    *,
+    as_json: bool,
 ) -> None:
-    """Print one table or object for the arguments, or one object for every line of stdin, as `answer` makes them."""
+    """Print what `ask` gives for the arguments, as a table or as JSON; or as JSON for every line of stdin."""
     if query is None:
         for line in _lines():
             if line.is_pair:
                 options.refuse_pair(f"stdin, line {line.number} is a pair")
                 _print_json({"score": scorer.score(line.query, line.documents)[0]})
             else:
-                _print_json(answer(line.query, line.documents, False))
+                _print_json(ask(line.query, line.documents))
     elif not documents:
         raise ConfigError("pass at least one document after the query, or nothing at all to read stdin")
     elif as_json:
-        _print_json(answer(query, documents, False))
+        _print_json(ask(query, documents))
     else:
-        console().print(answer(query, documents, True))
+        console().print(table(query, documents, **ask(query, documents)))
 
 
 def _print_json(answer: dict[str, Any]) -> None:
@@ -210,6 +197,10 @@ def _score_table(query: Input, documents: list[Input], scores: list[float]) -> T
         text = Text(one_line(described(document), _LONGEST), no_wrap=True, overflow="ellipsis")
         table.add_row(str(index), f"{value:.6f}", text)
     return table
+
+
+def _ranked_table(query: Input, documents: list[Input], ranked: list[dict[str, Any]]) -> Table:
+    return Reranked(query, documents, [Ranked(**item) for item in ranked], rows=None).__rich__()
 
 
 def _show_example(scorer: Scorer) -> None:

@@ -64,15 +64,15 @@ class ScoreCache:
 
         So they are lost with its entry, where a damaged file has lost that, and are never taken for another's.
         """
-        model, text = identity.facts.get("model", ""), json.dumps(identity.to_dict())
-        entries = self._database.execute("SELECT identity FROM scorers WHERE model = ? ORDER BY number", (model,))
-        known = {entry: Identity.from_dict(json.loads(entry)) for (entry,) in entries}
+        model, text = identity.name or identity.facts.get("model", ""), json.dumps(identity.to_dict())
+        entries = self._database.execute("SELECT identity, model FROM scorers ORDER BY number").fetchall()
+        known = {entry: Identity.from_dict(json.loads(entry)) for entry, _ in entries}
         # Probes are compared within rounding, so that no hash of the identity finds the entry.
         same = next((entry for entry, other in known.items() if not identity.differences(other)), None)
         if same is None:
             self._database.execute("INSERT INTO scorers (model, identity) VALUES (?, ?)", (model, text))
-            for other in list(known.values())[-1:]:
-                changes = "; ".join(identity.differences(other))
+            for before in [entry for entry, name in entries if name == model][-1:]:
+                changes = "; ".join(identity.differences(known[before]))
                 logger.warning("%s is not the scorer whose scores are cached; scored anew: %s", model, changes)
         return hashlib.sha256((same or text).encode()).digest()
 

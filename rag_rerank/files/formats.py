@@ -182,9 +182,13 @@ def _kept_types(arrow: Any, source: Path) -> dict[str, Any]:
         return {}
     schema = arrow.parquet.read_schema(source)
     kept = {field.name: field.type for field in schema if _is_json(arrow.types, field.type)}
-    if "documents" in schema.names:
-        return kept | {"ranked": arrow.list_(arrow.struct({"index": arrow.int64(), "score": arrow.float64()}))}
-    return kept | {"score": arrow.float64()}
+    return kept | dict([added_column(arrow, pairs="documents" not in schema.names)])
+
+
+def added_column(arrow: Any, *, pairs: bool) -> tuple[str, Any]:
+    """Give the name and the type of the column that a result adds."""
+    item = arrow.struct({"index": arrow.int64(), "score": arrow.float64()})
+    return ("score", arrow.float64()) if pairs else ("ranked", arrow.list_(item))
 
 
 def _is_json(types: Any, kind: Any) -> bool:

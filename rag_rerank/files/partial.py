@@ -79,8 +79,8 @@ class _State(NamedTuple):
 
     @classmethod
     def read(cls, found: Any) -> Self:
-        scorer, facts, tally = Identity.from_dict(found["scorer"]), dict(found["facts"]), Tally(**found["tally"])
-        return cls(Identity(facts), scorer, tally, found["bytes"], found["rejects_bytes"])
+        scorer, tally = Identity.from_dict(found["scorer"]), Tally(**found["tally"])
+        return cls(Identity(dict(found["facts"])), scorer, tally, found["bytes"], found["rejects_bytes"])
 
 
 class Partial:
@@ -100,10 +100,8 @@ class Partial:
         restart: bool,
         lock_timeout: float = 0.0,
     ) -> None:
-        self.tally = Tally()
         self._target, self._facts = target, facts
-        self._path = partial_of(target)
-        self._state = _state_of(target)
+        self._path, self._state = partial_of(target), _state_of(target)
         self._rejects_path = partial_of(rejects_of(target))
         self._columns = Columns(target, source) if target.suffix == ".parquet" else None
         begun = self._path.exists()
@@ -119,13 +117,10 @@ class Partial:
             if state is not None:
                 refuse_changes(self._path, state.facts, Identity(facts))
             self.identity = identify()
-            if state is not None:
-                self._resume(state)
-            else:
+            if state is None:
                 self._state.unlink(missing_ok=True)
-                for file in (self._ranked, self._rejects):
-                    file.seek(0)  # truncating leaves the position, from which `tell` counts, where it was
-                    file.truncate()
+                state = _State(Identity(facts), self.identity, Tally(), 0, 0)
+            self._resume(state)
         except BaseException:
             self._close(keep=begun)
             raise
@@ -171,8 +166,7 @@ class Partial:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if not self._ranked.closed:
-            self._close(keep=self.tally.lines > 0)
+        self._close(keep=self._ranked.closed or self.tally.lines > 0)
 
     def _close(self, *, keep: bool) -> None:
         if not keep:  # while it is locked, so that these files are no other process's
@@ -188,9 +182,12 @@ class Partial:
     def _resume(self, state: _State) -> None:
         """Go back to the end of the last group that was kept, if the scorer and the files are as they were then."""
         refuse_changes(self._path, state.scorer, self.identity)
-        counted = _lines_in(self._ranked, state.bytes), _lines_in(self._rejects, state.rejects_bytes)
-        if counted != (state.tally.ranked, state.tally.rejected):
-            raise ConfigError(f"{self._path} or its rejects were changed since; {START_OVER}")
+        for file, size, lines in (
+            (self._ranked, state.bytes, state.tally.ranked),
+            (self._rejects, state.rejects_bytes, state.tally.rejected),
+        ):
+            if _lines_in(file, size) != lines:  # which leaves the position, from which `tell` counts, behind them
+                raise ConfigError(f"{self._path} or its rejects were changed since; {START_OVER}")
         self._ranked.truncate(state.bytes)
         self._rejects.truncate(state.rejects_bytes)
         self.tally = replace(state.tally, resumed=state.tally.lines)

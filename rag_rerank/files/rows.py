@@ -1,7 +1,6 @@
 """One line of the input: parsed, ranked in one call with others, written."""
 
 import json
-import math
 from codecs import BOM_UTF8
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -19,7 +18,7 @@ from rag_rerank.errors import (
 from rag_rerank.files.formats import encode
 from rag_rerank.identity import PROBES
 from rag_rerank.inputs.preparing import prepare
-from rag_rerank.ranking import Ranked
+from rag_rerank.ranking import Ranked, Ranking, RankOptions
 from rag_rerank.scorer import Scorer
 
 _PROBE = PROBES[0][0], [document for query, document in PROBES if query == PROBES[0][0]]
@@ -33,14 +32,21 @@ class Options:
 
     top_n: int | None = None
     score_threshold: float | None = None
+    min_precision: float | None = None
     instruction: str | None = None
     reorder: bool = False
     deadline: float | None = None
     group: int = GROUP
 
+    def limits(self) -> RankOptions:
+        """Give what decides which documents are kept."""
+        return {"top_n": self.top_n, "score_threshold": self.score_threshold, "min_precision": self.min_precision}
+
     def check(self, scorer: Scorer) -> None:
         """Refuse wrong options before any work, as `Scorer.rerank` does."""
-        scorer.rerank("", [], top_n=self.top_n, score_threshold=self.score_threshold, instruction=self.instruction)
+        options = self.limits()
+        options["instruction"] = self.instruction
+        scorer.rerank("", [], **options)
 
     def deadline_of(self, scorer: Scorer) -> float | None:
         """Find how long a call to this scorer may take."""
@@ -48,10 +54,9 @@ class Options:
 
     def refuse_pair(self, name: str) -> None:
         """Refuse options that mean nothing for a query with one document, with a ConfigError."""
-        if (self.top_n, self.score_threshold, self.reorder) != (None, None, False):
-            raise ConfigError(
-                f'{name} of a query and a document: top_n, score_threshold and reorder are for lines with "documents"'
-            )
+        if self.reorder or any(limit is not None for limit in self.limits().values()):
+            limits = ", ".join(self.limits())
+            raise ConfigError(f'{name} of a query and a document: {limits} and reorder are for lines with "documents"')
 
     def facts(self) -> dict[str, str]:
         """Write down what decides about the output."""
@@ -75,14 +80,16 @@ class Line:
         """Whether it has one document, which gets a score and no rank."""
         return "documents" not in self.row
 
+    def added(self) -> dict[str, Any]:
+        """Give the field that its result adds to a line."""
+        ranked = [{"index": item.index, "score": item.score} for item in self.ranked or ()]
+        return {"score": ranked[0]["score"]} if self.is_pair else {"ranked": ranked}
+
     def result(self, *, reorder: bool) -> bytes:
         """Write the line of the output."""
-        ranked = self.ranked or []
-        if self.is_pair:
-            return encode(self.row | {"score": ranked[0].score})
-        added: dict[str, Any] = {"ranked": [{"index": item.index, "score": item.score} for item in ranked]}
+        added = self.added()
         if reorder:
-            added["documents"] = [self.row["documents"][item.index] for item in ranked]
+            added["documents"] = [self.row["documents"][item["index"]] for item in added["ranked"]]
         return encode(self.row | added)
 
     def reject(self) -> bytes:
@@ -151,7 +158,7 @@ def rank(scorer: Scorer, lines: Sequence[Line], options: Options, *, probe: bool
         queries.append(_PROBE[0])
         documents.append(_PROBE[1])
     deadline = options.deadline_of(scorer)
-    # The threshold comes later: it is not for the probe.
+    # What is kept is decided later: the limits are not for the probe.
     outcomes = scorer.rerank_batch(
         queries, documents, instruction=options.instruction, on_error="return", deadline=deadline
     )
@@ -170,8 +177,8 @@ def rank(scorer: Scorer, lines: Sequence[Line], options: Options, *, probe: bool
         if isinstance(outcome, RerankError):
             line.error = _reason(outcome, line)
         else:
-            least = -math.inf if options.score_threshold is None else options.score_threshold
-            line.ranked = [item for item in outcome if (item.score or 0.0) >= least][: options.top_n]
+            scores = [item.score for item in sorted(outcome, key=lambda item: item.index)]
+            line.ranked = Ranking(**options.limits()).rank(scores)
     return [item.score or 0.0 for item in sorted(known, key=lambda item: item.index)]
 
 

@@ -22,6 +22,7 @@ def rerank_file(
     *,
     top_n: int | None = None,
     score_threshold: float | None = None,
+    min_precision: float | None = None,
     instruction: str | None = None,
     reorder: bool = False,
     deadline: float | None = None,
@@ -35,8 +36,8 @@ def rerank_file(
     """Rerank every line of a file, or continue where an interrupted run of the same stopped.
 
     A run is continued only by the same scorer, as `Scorer.identity` tells, with the same options and the same input.
-    While a server scores, a known query with two documents is part of each call; if their scores change, the server is
-    asked anew who it is, and another model ends the run before the group is kept.
+    While a server scores, a known query is part of each call; if its scores change, the server is asked anew who it is,
+    and another model ends the run before the group is kept.
 
     Args:
         scorer: Does the reranking.
@@ -48,6 +49,7 @@ def rerank_file(
             "score"}]``. An existing file is replaced at the end.
         top_n: How many to keep of each line; None keeps all.
         score_threshold: Keep only scores at or above it.
+        min_precision: As in `Scorer.rerank`, for each line.
         instruction: As in `Scorer.rerank`, for all lines.
         reorder: Put the documents themselves in the order of ``ranked``, those that it has; its ``index`` still
             counts the documents of the input.
@@ -68,7 +70,7 @@ def rerank_file(
         BackendError: No scores, and not through the fault of single lines; what was finished stays for the next run.
         OSError: A file can't be read or written.
     """
-    options = Options(top_n, score_threshold, instruction, reorder, deadline, group)
+    options = Options(top_n, score_threshold, min_precision, instruction, reorder, deadline, group)
     options.check(scorer)
     _check_files(source, target)
     before = input_facts(source)

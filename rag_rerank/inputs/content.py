@@ -9,13 +9,13 @@ A file is read because the caller wraps its path in `Image`, never because a tex
 
 import base64
 import binascii
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Union
 
 from rag_rerank.errors import ConfigError, ContentError
 from rag_rerank.inputs.images import MOST_BYTES
-from rag_rerank.inputs.multimodal import host_of, shown
+from rag_rerank.inputs.multimodal import host_of, is_data, shown
 
 if TYPE_CHECKING:
     import PIL.Image
@@ -57,12 +57,14 @@ class Image:
         if source is not None and not (isinstance(source, Path | bytes) or is_pil(source)):
             raise TypeError(f"an Image's source must be a Path, bytes or a PIL image, got {type(source).__name__}")
         if url is not None:
-            _check_url(url, ("https", "http", "data"))
-        if max_pixels is not None and (
-            isinstance(max_pixels, bool) or not isinstance(max_pixels, int) or max_pixels < 1
-        ):
+            _check_url(url)
+        if max_pixels is not None and (type(max_pixels) is not int or max_pixels < 1):
             raise ValueError(f"max_pixels must be 1 or more, or None; got {max_pixels!r}")
         self.source, self.url, self.max_pixels = source, url, max_pixels
+
+    def held(self) -> "Path | bytes | PIL.Image.Image | None":
+        """Find what the image can be read from in this process; None where only a server can fetch it."""
+        return decode_base64(self.url.partition(",")[2]) if self.url and is_data(self.url) else self.source
 
     def __repr__(self) -> str:
         if self.url is not None:
@@ -85,7 +87,7 @@ class Video:
     __slots__ = ("url",)
 
     def __init__(self, url: str) -> None:
-        _check_url(url, ("https", "http", "data"))
+        _check_url(url)
         self.url = url
 
     def __repr__(self) -> str:
@@ -120,20 +122,19 @@ class Content:
 
 
 Input = Union[str, Image, Video, Content, Mapping[str, Any]]  # noqa: UP007 - evaluated where PEP 604 would need types
-"""A query or document. A mapping is vLLM's and OpenAI's form, ``{"content": [part, ...]}``, see `from_parts`."""
+"""A query or document. A mapping is vLLM's and OpenAI's form, ``{"content": [part, ...]}``, see `from_mapping`."""
 
 
-def from_parts(parts: Iterable[Any]) -> Content:
-    """Content from parts as LLM APIs write them.
+def from_mapping(value: Mapping[str, Any]) -> Content:
+    """Make content of parts as LLM APIs write them, ``{"content": [part, ...]}``.
 
-    Args:
-        parts: Texts, `Image`, `Video`, or mappings: ``{"type": "text", "text": ...}``, ``{"type": "image_url",
-            "image_url": {"url": ...}}``, the same with ``video_url`` (OpenAI and vLLM), or LangChain's ``{"type":
-            "image", "base64" or "url": ...}``. URLs are https, http or ``data:``; ``file:`` is refused.
-
-    Raises:
-        TypeError, ValueError: A part is none of these; the message names its position.
+    Parts are texts, `Image`, `Video`, or mappings: ``{"type": "text", "text": ...}``, ``{"type": "image_url",
+    "image_url": {"url": ...}}``, the same with ``video_url`` (OpenAI and vLLM), or LangChain's ``{"type": "image",
+    "base64" or "url": ...}``. A TypeError or ValueError names the position of what is none of these.
     """
+    parts = value.get("content")
+    if not isinstance(parts, list | tuple):
+        raise ValueError('as a mapping must be {"content": [part, ...]}')  # noqa: TRY004 - a wrong shape
     made: list[str | Image | Video] = []
     for position, part in enumerate(parts):
         try:
@@ -143,33 +144,21 @@ def from_parts(parts: Iterable[Any]) -> Content:
     return Content(*made)
 
 
-def parts_of(value: Mapping[str, Any]) -> list[Any]:
-    """Take the parts out of a mapping with ``content``, or raise a ValueError."""
-    content = value.get("content")
-    if isinstance(content, str) or not isinstance(content, list | tuple):
-        raise ValueError('as a mapping must be {"content": [part, ...]}')  # noqa: TRY004 - a wrong shape
-    return list(content)
-
-
 def _part(part: Any) -> str | Image | Video:
-    if isinstance(part, str | Image | Video):
-        return part
-    if not isinstance(part, Mapping):
-        raise TypeError(f"a part must be str, Image, Video or a mapping with a type, got {type(part).__name__}")
-    kind = part.get("type")
-    if kind == "text" and isinstance(part.get("text"), str):
-        return str(part["text"])
-    if kind in ("image_url", "video_url"):
-        inner = part.get(kind)
-        url = inner.get("url") if isinstance(inner, Mapping) else inner
-        if isinstance(url, str):
-            return Image(url=url) if kind == "image_url" else Video(url)
-    if kind == "image":
-        if isinstance(part.get("base64"), str):
-            return Image(decode_base64(part["base64"]))
-        if isinstance(part.get("url"), str):
-            return Image(url=part["url"])
-    raise ValueError(f"{kind!r} is no type of part that is known, or it lacks what belongs to it")
+    match part:
+        case str() | Image() | Video():
+            return part
+        case {"type": "text", "text": str(text)}:
+            return text
+        case {"type": "image", "base64": str(data)}:
+            return Image(decode_base64(data))
+        case {"type": "image_url", "image_url": {"url": str(url)} | str(url)} | {"type": "image", "url": str(url)}:
+            return Image(url=url)
+        case {"type": "video_url", "video_url": {"url": str(url)} | str(url)}:
+            return Video(url)
+        case Mapping():
+            raise ValueError(f"{part.get('type')!r} is no type of part that is known, or it lacks what belongs to it")
+    raise TypeError(f"a part must be str, Image, Video or a mapping with a type, got {type(part).__name__}")
 
 
 def decode_base64(text: str) -> bytes:
@@ -188,11 +177,11 @@ def placed(error: Exception, where: str) -> Exception:
     return next(kind for kind in kinds if isinstance(error, kind))(f"{where} {error}")
 
 
-def _check_url(url: str, schemes: tuple[str, ...]) -> None:
+def _check_url(url: str) -> None:
     if not isinstance(url, str):
         raise TypeError(f"a url must be str, got {type(url).__name__}")
     scheme = url[: url.find(":")].lower() if ":" in url[:20] else ""
-    if scheme not in schemes or (scheme != "data" and not host_of(url)):
+    if scheme not in ("https", "http", "data") or (scheme != "data" and not host_of(url)):
         raise ValueError(f"{shown(url)!r} is no https, http or data URL; for a file pass Image(Path(...))")
     if scheme == "data" and (";base64," not in url[:100] or not url.isascii()):
         raise ValueError("a data URL must be base64: data:image/png;base64,...")

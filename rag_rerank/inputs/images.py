@@ -3,7 +3,6 @@
 import base64
 import io
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,23 +29,12 @@ _FORMATS = {
 
 @dataclass(frozen=True, repr=False)
 class ImageFile:
-    """An image file that can be decoded.
-
-    Attributes:
-        data: The file.
-        media_type: Such as ``image/png``.
-        width, height: In pixels.
-    """
+    """An image file that can be decoded."""
 
     data: bytes
-    media_type: str
-    width: int
+    media_type: str  # such as image/png
+    width: int  # in pixels
     height: int
-
-    @cached_property
-    def data_url(self) -> str:
-        """The file in base64, made once."""
-        return f"data:{self.media_type};base64,{base64.b64encode(self.data).decode()}"
 
     def decoded(self) -> "PIL.Image.Image":
         """Decode it as vLLM does: turned as its EXIF data says, in RGB, transparent parts white."""
@@ -70,18 +58,10 @@ BLANK = ImageFile(
 
 
 def read_image(source: "Path | bytes | PIL.Image.Image", max_pixels: int | None = None) -> ImageFile:
-    """Read, check and, where asked, scale down an image.
+    """Read, check and, where it has more than `max_pixels`, scale down an image; of a PIL image, make a PNG.
 
-    It is decoded once to see that it is whole: about 10 ms for a million pixels.
-
-    Args:
-        source: A path, a file's bytes, or a PIL image, which becomes a PNG.
-        max_pixels: Most width times height; None leaves it as it is.
-
-    Raises:
-        ContentError: It can't be read, is no image of a known format, is damaged, or has more than 20 MiB or 40
-            million pixels.
-        ConfigError: Pillow is not installed.
+    It is decoded once to see that it is whole: about 10 ms for a million pixels. Raises ContentError for what is no
+    image that can be used, and ConfigError where Pillow is not installed.
     """
     pil = _pillow()
     if isinstance(source, Path | bytes):
@@ -110,11 +90,7 @@ def read_image(source: "Path | bytes | PIL.Image.Image", max_pixels: int | None 
 
 
 def size_of(source: "Path | bytes | PIL.Image.Image") -> tuple[int, int]:
-    """Tell width and height in pixels, without decoding any.
-
-    Raises:
-        ContentError, ConfigError: As `read_image`.
-    """
+    """Tell width and height in pixels, without decoding any; raises as `read_image`."""
     if not isinstance(source, Path | bytes):
         return source.size
     with _opened(source if isinstance(source, bytes) else _file(source)) as image:
@@ -122,16 +98,11 @@ def size_of(source: "Path | bytes | PIL.Image.Image") -> tuple[int, int]:
 
 
 def thumbnail(source: "Path | bytes | PIL.Image.Image", max_pixels: int = 96 * 96) -> str:
-    """Make a small JPEG, about 3 kB, as a data URL.
-
-    Raises:
-        ContentError, ConfigError: As `read_image`.
-    """
+    """Make a small JPEG, about 3 kB, as a data URL; raises as `read_image`."""
     image = read_image(source, max_pixels)
     file = io.BytesIO()
     image.decoded().save(file, "JPEG", quality=75)
-    small = ImageFile(file.getvalue(), "image/jpeg", image.width, image.height)
-    return small.data_url
+    return f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}"
 
 
 def _pillow() -> Any:

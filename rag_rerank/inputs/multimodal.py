@@ -3,7 +3,6 @@
 import base64
 import json
 from dataclasses import dataclass
-from typing import Any
 from urllib.parse import urlsplit
 
 from rag_rerank.inputs.images import ImageFile
@@ -39,9 +38,8 @@ class Multimodal:
     @property
     def size(self) -> int:
         """About how many bytes `encoded` has, without encoding."""
-        return sum(
-            len(part.data) * 4 // 3 + 100 if isinstance(part, ImageFile) else _length(part) for part in self.parts
-        )
+        files = sum(len(image.data) * 4 // 3 for image in self.images)
+        return files + len(self.text) + sum(100 + len(getattr(part, "url", "")) for part in self.parts)
 
     def encoded(self) -> bytes:
         """Write it as JSON for vLLM's score API; not kept, for it takes a third more memory than the images."""
@@ -51,23 +49,14 @@ class Multimodal:
 Prepared = str | Multimodal
 
 
-def _wire(part: str | ImageFile | Link) -> dict[str, Any]:
-    if isinstance(part, str):
-        return {"type": "text", "text": part}
-    if isinstance(part, Link):
-        return {"type": part.kind, part.kind: {"url": part.url}}
-    return {"type": "image_url", "image_url": {"url": part.data_url}}
-
-
 def _encoded(part: str | ImageFile | Link) -> bytes:
-    if not isinstance(part, ImageFile):
-        return json.dumps(_wire(part), ensure_ascii=False).encode()
-    url = f"data:{part.media_type};base64,".encode() + base64.b64encode(part.data)
-    return b'{"type": "image_url", "image_url": {"url": "' + url + b'"}}'  # base64 has nothing that JSON would escape
-
-
-def _length(part: str | Link) -> int:
-    return len(part if isinstance(part, str) else part.url) + 100
+    if isinstance(part, ImageFile):  # base64 has nothing that JSON would escape
+        url = f"data:{part.media_type};base64,".encode() + base64.b64encode(part.data)
+        return b'{"type": "image_url", "image_url": {"url": "' + url + b'"}}'
+    made = (
+        {"type": part.kind, part.kind: {"url": part.url}} if isinstance(part, Link) else {"type": "text", "text": part}
+    )
+    return json.dumps(made, ensure_ascii=False).encode()
 
 
 def host_of(url: str) -> str | None:

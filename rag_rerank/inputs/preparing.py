@@ -7,31 +7,20 @@ from collections.abc import Set as AbstractSet
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
-from rag_rerank.errors import ConfigError, ContentError, DeadlineExceeded
+from rag_rerank.errors import ContentError, DeadlineExceeded
 from rag_rerank.inputs.cleaning import clean
-from rag_rerank.inputs.content import Content, Image, Input, Video, decode_base64, from_parts, is_pil, parts_of, placed
+from rag_rerank.inputs.content import Content, Image, Input, Video, from_mapping, is_pil, placed
 from rag_rerank.inputs.images import ImageFile, read_image
-from rag_rerank.inputs.multimodal import Link, Multimodal, Prepared, is_data
+from rag_rerank.inputs.multimodal import Link, Multimodal, Prepared
 
 P = ParamSpec("P")
 T = TypeVar("T")
 
 
 def prepare(value: Any, where: str) -> Prepared:
-    """Check, clean and read one query or document.
+    """Check, clean and read one query or document; errors have its position, such as ``documents[3]``.
 
-    Args:
-        value: What the caller passed. What is prepared already stays as it is.
-        where: Its position, such as ``documents[3]``, for errors.
-
-    Returns:
-        The text; or, where there is more than text, its parts with the images read.
-
-    Raises:
-        TypeError: It is neither text nor image, video, `Content` nor a mapping with ``content``.
-        ValueError: A part of a mapping is malformed.
-        ContentError: An image can't be read.
-        ConfigError: Pillow is not installed.
+    What holds text alone becomes a text, and what is prepared already stays as it is.
     """
     if isinstance(value, str):
         return clean(value)
@@ -39,7 +28,7 @@ def prepare(value: Any, where: str) -> Prepared:
         return value
     try:
         if isinstance(value, Mapping) and "content" in value:
-            value = from_parts(parts_of(value))
+            value = from_mapping(value)
         if isinstance(value, Image | Video):
             value = Content(value)
         if not isinstance(value, Content):
@@ -58,17 +47,10 @@ def prepare_all(
     until: float | None = None,
     known: dict[int, tuple[Any, Prepared]] | None = None,
 ) -> list[Prepared]:
-    """Prepare queries or documents; one alone becomes a list of one.
+    """Prepare queries or documents, one alone as a list of one; DeadlineExceeded if images are left to read then.
 
-    Args:
-        value: One, or an iterable of them. What is in it twice, the same object, is read once.
-        name: ``"queries"`` or ``"documents"``, for errors.
-        until: When to give up reading, on the clock of `time.monotonic`.
-        known: What was read already, by the id of what it was read from, kept with it so that the id stays its own.
-
-    Raises:
-        TypeError, ValueError, ContentError, ConfigError: As `prepare`; the message has the position.
-        DeadlineExceeded: Images were still to be read.
+    What is in it twice, the same object, is read once. `known` is what was read already, by the id of what it was read
+    from, kept with it so that the id stays its own.
     """
     if is_one(value):
         return [prepare(value, name)]
@@ -95,15 +77,7 @@ def prepare_all(
 def pair_up(
     queries: Input | Iterable[Input], documents: Input | Iterable[Input], until: float | None = None
 ) -> tuple[list[Prepared], list[Prepared]]:
-    """Prepare both sides of a call.
-
-    Returns:
-        One query or N queries, and N documents.
-
-    Raises:
-        ValueError: Their numbers do not go together.
-        TypeError, ValueError, ContentError, ConfigError, DeadlineExceeded: As `prepare_all`.
-    """
+    """Prepare one query or N, and N documents; a ValueError where their numbers do not go together."""
     prepared = prepare_all(queries, "queries", until), prepare_all(documents, "documents", until)
     if len(prepared[0]) not in (1, len(prepared[1])):
         raise ValueError(
@@ -130,11 +104,8 @@ async def off_loop(slow: bool, do: Callable[P, T], *args: P.args, **kwargs: P.kw
 
 
 def is_slow(value: Any) -> bool:
-    """Tell whether preparing takes longer than an event loop may stand: many texts, or an image to read.
-
-    An image of a million pixels takes 10 ms. What is no list or tuple is not looked into.
-    """
-    if not isinstance(value, list | tuple):
+    """Tell whether preparing takes longer than an event loop may stand: many texts, or an image (10 ms a megapixel)."""
+    if not isinstance(value, list | tuple):  # nothing else is looked into
         return not isinstance(value, str)
     return len(value) > MANY or not all(isinstance(each, str) for each in value)
 
@@ -151,10 +122,5 @@ def text_only(model: str, queries: Sequence[Prepared], documents: Sequence[Prepa
 def _read(part: Image | Video) -> ImageFile | Link:
     if isinstance(part, Video):
         return Link("video_url", part.url)
-    if part.url is not None:
-        if not is_data(part.url):
-            return Link("image_url", part.url)
-        return read_image(decode_base64(part.url.partition(",")[2]), part.max_pixels)
-    if part.source is None:
-        raise ConfigError("an Image needs a source or a url")
-    return read_image(part.source, part.max_pixels)
+    source = part.held()
+    return Link("image_url", str(part.url)) if source is None else read_image(source, part.max_pixels)

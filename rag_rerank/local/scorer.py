@@ -18,7 +18,6 @@ from rag_rerank.local.engine.engine import Engine
 from rag_rerank.local.models.model import Model, Side
 from rag_rerank.local.settings import Dtype, LateInteractionRule, LongDocuments, ScoreType, Settings
 from rag_rerank.scorer import Scorer
-from rag_rerank.template import Template
 
 if TYPE_CHECKING:
     from rag_rerank.local.checkpoint.declaration import Declaration
@@ -137,32 +136,9 @@ class LocalScorer(Scorer):
         model_kwargs: Mapping[str, Any] | None = None,
         tokenizer_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
-        self._settings = Settings(
-            model=_text(model),
-            device=device,
-            dtype=dtype,
-            score_type=score_type,
-            template=None if template is None else "auto" if template == "auto" else Template.load(template),
-            instruction=instruction,
-            chat_template_kwargs=chat_template_kwargs or {},
-            classifier_tokens=classifier_tokens,
-            query_prompt=query_prompt,
-            document_prompt=document_prompt,
-            use_activation=use_activation,
-            max_length=max_length,
-            max_tokens_per_query=max_tokens_per_query,
-            max_tokens_per_doc=max_tokens_per_doc,
-            long_documents=long_documents,
-            late_interaction=late_interaction,
-            verify=verify,
-            max_waiting_calls=max_waiting_calls,
-            revision=revision,
-            trust_remote_code=trust_remote_code,
-            local_files_only=local_files_only,
-            cache_dir=_text(cache_dir),
-            model_kwargs=model_kwargs or {},
-            tokenizer_kwargs=tokenizer_kwargs or {},
-        )
+        given = dict(locals())
+        del given["self"]
+        self._settings = Settings(**given)
         self._max_waiting_calls = self._settings.max_waiting_calls
 
     def _start(self) -> None:
@@ -279,10 +255,6 @@ class LocalScorer(Scorer):
 
     def __repr__(self) -> str:
         return f"LocalScorer({self.model_name!r})"
-
-
-def _text(path: Any) -> Any:
-    return os.fspath(path) if isinstance(path, os.PathLike) else path
 
 
 def _load(settings: Settings) -> Model:

@@ -2,6 +2,7 @@
 
 import importlib.util
 import operator
+import os
 import re
 import sys
 from collections.abc import Mapping, Sequence
@@ -66,18 +67,21 @@ class Settings:
 
     def __post_init__(self) -> None:
         for name, kind in _KINDS.items():
-            value = getattr(self, name)
+            value: Any = getattr(self, name)
+            if name in ("model", "cache_dir") and isinstance(value, os.PathLike):
+                value = os.fspath(value)
             if value is not None and not isinstance(value, kind):
                 raise ConfigError(f"{name} must be {kind.__name__}, got {type(value).__name__}")  # it may be a secret
-            if isinstance(value, Mapping):
-                self._set(name, dict(value))
+            self._set(name, dict(getattr(self, name) or {}) if kind is Mapping else value)
+        if self.template is not None and self.template != "auto":
+            self._set("template", Template.load(self.template))
         if not self.model:
             raise ConfigError("model is empty; pass a hub id or a folder")
         for name, choice in _CHOICES.items():
-            value, allowed = str(getattr(self, name)).removeprefix("torch."), get_args(choice)  # torch.bfloat16, too
-            if value not in allowed:
-                raise ConfigError(f"{name} must be one of {', '.join(allowed)}; got {value!r}")
-            self._set(name, value)
+            chosen, allowed = str(getattr(self, name)).removeprefix("torch."), get_args(choice)  # torch.bfloat16, too
+            if chosen not in allowed:
+                raise ConfigError(f"{name} must be one of {', '.join(allowed)}; got {chosen!r}")
+            self._set(name, chosen)
         for name in ("max_length", "max_tokens_per_query", "max_tokens_per_doc", "max_waiting_calls"):
             self._set(name, self._count(name))
         tokens = self.classifier_tokens

@@ -1,8 +1,4 @@
-"""Offline scoring beyond one process and one machine: Ray Data's pools of actors, each with a scorer of its own.
-
-    import ray
-    from rag_rerank import LocalScorer
-    from rag_rerank.ray_data import Pool, rerank_folder, score_dataset
+"""Offline scoring beyond one process and one machine: Ray's pools of actors, each with a scorer of its own.
 
     rerank_folder(LocalScorer("BAAI/bge-reranker-v2-m3"), Path("pairs/"), Path("scored/"), pool=Pool(actors=8))
 

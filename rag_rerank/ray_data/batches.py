@@ -1,11 +1,10 @@
 """A step of a pipeline in Ray Data: batches of rows, and the same with scores."""
 
-from dataclasses import asdict
 from importlib import import_module
 from typing import Any
 
 from rag_rerank.errors import ConfigError
-from rag_rerank.files.formats import encode
+from rag_rerank.files.formats import added_column, encode
 from rag_rerank.files.rows import GROUP, Options, parse, rank
 from rag_rerank.ray_data.pool import DEFAULT_POOL, Pool, import_ray
 from rag_rerank.scorer import Scorer
@@ -19,9 +18,8 @@ class ScoreBatch:
     ``score_error``: null, or what is wrong with the row, which has no score then. All other columns stay.
 
     Args:
-        scorer: A `LocalScorer` loads its model in each actor, once. A `VLLMScorer` has connections of its own, and
-            reads its key from ``VLLM_API_KEY`` on the actor's machine.
-        **options: Of `rag_rerank.files.rerank_file`: `top_n`, `score_threshold`, `instruction`, `deadline` of a batch.
+        scorer: As for `rerank_folder`.
+        **options: Of `rag_rerank.files.rerank_file`: what limits its results, `instruction`, `deadline` of a batch.
 
     Raises:
         ConfigError: The columns are not there, or the scorer can't work as configured.
@@ -47,17 +45,12 @@ class ScoreBatch:
         rows = batch.select(["query", kind]).to_pylist()
         lines = [parse(number, encode(row)) for number, row in enumerate(rows, 1)]
         rank(self._scorer, lines, self._options)
-        if kind == "document":
-            scores = [line.ranked[0].score if line.ranked else None for line in lines]
-            added = {"score": pyarrow.array(scores, pyarrow.float64())}
-        else:
-            item = pyarrow.struct({"index": pyarrow.int64(), "score": pyarrow.float64()})
-            ranked = [None if line.ranked is None else list(map(asdict, line.ranked)) for line in lines]
-            added = {"ranked": pyarrow.array(ranked, pyarrow.list_(item))}
-        added["score_error"] = pyarrow.array([line.error for line in lines], pyarrow.string())
+        name, made = added_column(pyarrow, pairs=kind == "document")
+        values = [None if line.ranked is None else line.added()[name] for line in lines]
+        added = {name: (values, made), "score_error": ([line.error for line in lines], pyarrow.string())}
         batch = batch.drop_columns([name for name in added if name in names])
-        for name, column in added.items():
-            batch = batch.append_column(name, column)
+        for name, (values, made) in added.items():
+            batch = batch.append_column(name, pyarrow.array(values, made))
         return batch
 
 
@@ -81,9 +74,9 @@ def score_dataset(
         ConfigError: Ray is not installed, or the machines don't have what is asked for.
         TypeError, ValueError: As `Scorer.rerank`, for wrong options.
     """
-    ray = import_ray()
+    data = import_ray("ray.data")
     ScoreBatch(scorer, **options)  # refuses wrong options before any work
-    actors, resources = pool.fit(ray, scorer)
+    actors, resources = pool.fit(import_ray(), scorer)
     return dataset.map_batches(
         ScoreBatch,
         fn_constructor_args=(scorer,),
@@ -91,6 +84,6 @@ def score_dataset(
         batch_size=batch_size,
         batch_format="pyarrow",
         # One batch at a time: what waits at one actor, an idle one can't take.
-        compute=ray.data.ActorPoolStrategy(size=actors, max_tasks_in_flight_per_actor=1),
+        compute=data.ActorPoolStrategy(size=actors, max_tasks_in_flight_per_actor=1),
         **resources,
     )

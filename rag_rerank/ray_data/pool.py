@@ -14,13 +14,12 @@ from rag_rerank.errors import ConfigError
 from rag_rerank.scorer import Scorer
 
 
-def import_ray() -> Any:
-    """Import ``ray`` with ``ray.data``; a ConfigError where it is not installed."""
+def import_ray(module: str = "ray") -> Any:
+    """Import Ray, or a module of it; a ConfigError where it is not installed."""
     try:
-        import_module("ray.data")
-        return import_module("ray")
+        return import_module(module)
     except ImportError as error:
-        raise ConfigError(f"Ray Data can't be imported ({error}): pip install 'rag-rerank[ray]'") from error
+        raise ConfigError(f"Ray can't be imported ({error}): pip install 'rag-rerank[ray]'") from error
 
 
 @contextmanager
@@ -53,9 +52,6 @@ class Pool:
             `remote` scorer, which only waits.
         gpus: GPUs of each; a part of one, such as 0.5, lets several share it. None: one where there are any, but none
             for a `remote` scorer.
-
-    Raises:
-        ConfigError: A number is out of range.
     """
 
     actors: int | None = None

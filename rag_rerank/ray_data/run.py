@@ -9,17 +9,18 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from rag_rerank.errors import BackendError, ConfigError, RerankError
 from rag_rerank.files import Tally, rejects_of, rerank_file
+from rag_rerank.files.formats import ENDINGS, Part, check_name, count_rows
 from rag_rerank.files.partial import START_OVER, lines_kept, lock, read_whole, refuse_changes, write_whole
 from rag_rerank.files.rows import Options
 from rag_rerank.files.run import input_facts
 from rag_rerank.identity import Identity
 from rag_rerank.ray_data.pool import DEFAULT_POOL, Pool, connected
-from rag_rerank.ray_data.shards import Shard, cut, files_in
 from rag_rerank.scorer import Scorer
 
 SHARD_LINES = 16_384  # of pairs, some minutes' work on a CPU; an actor's death costs no more than the group it was at
@@ -29,6 +30,14 @@ _TALLY = ".tally.json"  # the ending of what is kept of a finished shard
 _LOCK_TIMEOUT = 60.0  # seconds in which a process that is being killed on another machine releases its shard's files
 _REMEDY = "What was finished is kept: the same command continues behind it."
 _DEATHS_REMEDY = f"Is there too little memory for so many models on a machine? {_REMEDY}"
+
+
+class Shard(NamedTuple):
+    """Lines of one file, which one actor scores into a file of their own."""
+
+    source: Path
+    part: Part
+    name: str  # the path of their output below the folder of the output: the file's, with the first line's number
 
 
 def rerank_folder(
@@ -44,11 +53,11 @@ def rerank_folder(
 ) -> Tally:
     """Rerank every line of a folder's files over a pool of Ray actors, or continue where an interrupted run stopped.
 
-    The input is cut into shards of so many lines. An actor streams a shard through `rag_rerank.files.rerank_file` into
-    a file of its own, which appears when it is complete. An actor that dies is started again, and continues its shard
-    behind the last group that was finished; three that die at one shard end the run. Shards and groups depend on the
-    input alone: with one CPU for each actor, scores are the same to the last bit, however many actors there are and
-    whichever of them die.
+    The input is cut into shards. An actor streams a shard through `rag_rerank.files.rerank_file` into a file of its
+    own, which appears when it is complete. An actor that dies is started again, and continues its shard behind the last
+    group that was finished; three that die at one shard end the run. Shards and groups depend on the input alone: with
+    one CPU for each actor, scores are the same to the last bit, however many actors there are and whichever of them
+    die.
 
     Before each shard, an actor compares its scorer, as `Scorer.identity` tells, with the one that the run began with: a
     machine with other weights in its folder is refused, as is a later run with another model.
@@ -63,18 +72,14 @@ def rerank_folder(
         restart: Discard what an earlier run has left or made.
         shard_lines: Lines of a shard.
         progress: Called at the start and after each shard, with the fraction of the shards that are finished.
-        **options: Of `rerank_file`: `top_n`, `score_threshold`, `instruction`, `reorder`, `deadline`, `group`.
+        **options: Of `rerank_file`: what limits its results, `instruction`, `reorder`, `deadline`, `group`.
 
     Returns:
-        The count of everything: ``lines == ranked + rejected + blank``; `resumed` are lines of shards that earlier runs
-        have finished.
+        The count of everything, as of `rerank_file`; `resumed` are lines of shards that earlier runs have finished.
 
     Raises:
-        TypeError, ValueError: As `Scorer.rerank`, for wrong options.
-        ConfigError: Ray is not installed, the machines don't have what is asked for, a file can't be used as asked, or
-            another run or scorer began what is there.
-        BackendError: No scores, and not through the fault of single lines; what was finished stays for the next run.
-        OSError: A file can't be read or written.
+        ConfigError: Ray is not installed, the machines don't have what is asked for, or as `rerank_file`.
+        TypeError, ValueError, BackendError, OSError: As `rerank_file`.
     """
     ranking = Options(**options)
     ranking.check(scorer)
@@ -130,7 +135,7 @@ class ShardScorer:
             tally = rerank_file(self._scorer, shard.source, work, **options)
             if tally.rejected:
                 rejects_of(work).replace(rejects)
-            write_whole(work.with_name(f"{work.name}{_TALLY}"), asdict(tally))
+            write_whole(_tally_of(work), asdict(tally))
             work.replace(output)
         return _tally(self._target, shard)
 
@@ -214,13 +219,59 @@ def _work(target: Path, shard: Shard) -> Path:
     return target / _OWN / "shards" / shard.name
 
 
+def _tally_of(work: Path) -> Path:
+    return work.with_name(f"{work.name}{_TALLY}")
+
+
 def _tally(target: Path, shard: Shard) -> Tally:
     """Read the tally of a finished shard."""
-    work = _work(target, shard)
-    return read_whole(work.with_name(f"{work.name}{_TALLY}"), lambda found: Tally(**found))
+    return read_whole(_tally_of(_work(target, shard)), lambda found: Tally(**found))
 
 
 def _facts(files: Mapping[str, Path]) -> dict[str, str]:
     """Tell an input from another."""
     facts = {name: input_facts(path) for name, path in files.items()}
     return {name: f"{found['size']} bytes of {found['mtime']}" for name, found in facts.items()}
+
+
+def files_in(source: Path) -> dict[str, Path]:
+    """Find the files of the input, by their paths below its folder, in the order of these.
+
+    Names that begin with ``_`` or ``.`` are skipped, as by Spark and Arrow.
+    """
+    if not source.exists():
+        raise ConfigError(f"there is no file or folder {source}")
+    found = {source.name: source.absolute()} if source.is_file() else {}
+    for path in sorted(source.rglob("*")):
+        inside = path.relative_to(source)
+        if path.name.endswith(ENDINGS) and path.is_file() and not any(part[0] in "_." for part in inside.parts):
+            found[inside.as_posix()] = path.absolute()
+    if not found:
+        raise ConfigError(f"{source} has no files that end in {', '.join(ENDINGS)}")
+    for path in found.values():
+        check_name(path)
+    return found
+
+
+def cut(files: Mapping[str, Path], lines: int) -> list[Shard]:
+    """Cut files into shards of so many lines; a gzipped file is one, since it can't be read from its middle."""
+    return [Shard(path, part, _name(name, part)) for name, path in files.items() for part in _parts(path, lines)]
+
+
+def _name(file: str, part: Part) -> str:
+    ending = next(ending for ending in ENDINGS if file.endswith(ending))
+    return f"{file.removesuffix(ending)}-{part.first:012}{ending}"
+
+
+def _parts(path: Path, lines: int) -> Iterator[Part]:
+    if path.suffix == ".gz":
+        yield Part()
+    elif path.suffix == ".parquet":
+        rows = count_rows(path)
+        yield from (Part(first, min(lines, rows - first)) for first in range(0, rows, lines))
+    else:
+        first = offset = 0
+        with path.open("rb") as file:  # read once, to find where each part begins
+            while sizes := list(map(len, islice(file, lines))):
+                yield Part(first, len(sizes), offset)
+                first, offset = first + len(sizes), offset + sum(sizes)

@@ -62,6 +62,15 @@ class TestScoreCache:
                 assert cache.scores("q", ["a"]) == [score]
         assert caplog.text == ""
 
+    def test_folders_of_other_names_are_other_models(self, tmp_path: Path, caplog: pytest.LogCaptureFixture):
+        """Which is no news; what changed in a folder of the same name is."""
+        folder = replace(ME, facts={"model": "a folder", "weights": "1"}, name="one")
+        for identity in (folder, replace(folder, facts=folder.facts | {"weights": "2"}, name="two")):
+            ScoreCache(tmp_path, identity).close()
+        assert caplog.text == ""
+        ScoreCache(tmp_path, replace(folder, facts=folder.facts | {"weights": "3"})).close()
+        assert "one is not the scorer whose scores are cached" in caplog.text
+
     def test_scores_that_differ_by_rounding_are_the_same_scorer_s(self, tmp_path: Path):
         """As those of half precision do from call to call."""
         with closing(ScoreCache(tmp_path, ME)) as cache:

@@ -169,7 +169,7 @@ class TestCommand:
             for other, document in RELEVANT.items()
         ]
         (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
-        command = [sys.executable, "-m", "rag_rerank.cli", "calibrate", "pairs.jsonl", "--json", "figures.json"]
+        command = [sys.executable, "-m", "rag_rerank", "calibrate", "pairs.jsonl", "--json", "figures.json"]
         command += ["--model", str(minilm_folder()), "--dtype", "float32"]
         environment = {**os.environ, "COLUMNS": "100", "XDG_CACHE_HOME": str(tmp_path)}
         done = subprocess.run(
@@ -192,6 +192,13 @@ class TestCommand:
         assert 0 <= wrong < 0.2
         assert 0.5 < right <= 1
         assert json.loads((tmp_path / "figures.json").read_text())["calibration"]["fitted_on"]["pairs"] == 36
+        command = [*command[:3], "rerank", *command[-4:], "--calibration", "relevance.json", "--min-precision", "0.6"]
+        command += ["--in", "in.jsonl", "--out", "out.jsonl"]
+        row = {"query": "where does honey come from", "documents": ["Hamlet is a play.", "Bees make honey."]}
+        (tmp_path / "in.jsonl").write_text(json.dumps(row))
+        subprocess.run(command, check=True, env=environment, cwd=tmp_path, timeout=300)
+        ranked = json.loads((tmp_path / "out.jsonl").read_text())["ranked"]
+        assert ranked == [{"index": 1, "score": pytest.approx(right, abs=1e-4)}]
 
     @pytest.mark.parametrize(
         "row", [{"query": "q", "document": "d"}, {"query": "q", "document": 1, "relevant": 1}, {"relevant": True}]

@@ -130,7 +130,9 @@ class TestWeights:
         """Whatever it is called now."""
         folder = make_bert_cross_encoder(tmp_path / "m")
         shutil.copytree(folder, tmp_path / "elsewhere" / "renamed")
-        assert differing(identity(tmp_path / "elsewhere" / "renamed"), identity(folder)) == []
+        renamed = identity(tmp_path / "elsewhere" / "renamed")
+        assert differing(renamed, identity(folder)) == []
+        assert renamed.name == "renamed"  # which is what users are told
 
     def test_of_a_hub_model_in_the_cache(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         """The snapshot is fingerprinted, and the model is known by its id."""

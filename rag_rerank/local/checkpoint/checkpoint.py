@@ -28,7 +28,6 @@ from rag_rerank.local.checkpoint.fingerprint import fingerprint
 from rag_rerank.local.models.native.translation import load_translated, translated_config, translated_declaration
 
 _SMALL = 500_000_000  # bytes of a folder's weights, which are there before a progress bar can be read
-_HOOK = threading.Lock()
 _NO_ADAPTER = "(none)"  # a folder that no checkpoint has
 
 
@@ -196,12 +195,11 @@ def _without_bars() -> Iterator[None]:
             kwargs = {**kwargs, "disable": True}
         return make(*args, **kwargs) if previous is None else previous(make, args, kwargs)
 
-    with _HOOK:  # the hook is the process's: who sets it puts back what was there before the next one does
-        previous = set_hook(hook)
-        try:
-            yield
-        finally:
-            set_hook(previous)
+    previous = set_hook(hook)  # the process's: `one_at_a_time` is held
+    try:
+        yield
+    finally:
+        set_hook(previous)
 
 
 def max_length(checkpoint: Checkpoint, model: PreTrainedModel, declared: int | None, asked: int | None) -> int:

@@ -18,6 +18,7 @@ Side = Literal["query", "document"]
 Similarity = Literal["cosine", "dot", "euclidean", "manhattan", "maxsim", "meanmaxsim"]
 
 IDENTITY, SIGMOID = "torch.nn.modules.linear.Identity", "torch.nn.modules.activation.Sigmoid"
+SCORE_TEMPLATE = "rag_rerank_template"  # the entry of a config.json by which a decoder reads plain pairs: "none"
 POOLINGS = ("cls", "max", "mean", "mean_sqrt_len_tokens", "weightedmean", "lasttoken")
 
 _MODULES, _MODEL = "modules.json", "config_sentence_transformers.json"
@@ -340,9 +341,7 @@ class _Reader:
         route, end = self._route(side, prompt, output)
         if end != output or route.chat:
             what = "chat templates" if route.chat else f"{end} at the end"
-            supported = "a bi-encoder" if output == _SENTENCE else "late interaction"
-            text = "plain text" if output == _SENTENCE else "text"
-            raise _Refused(f"{_MODULES} declares {what}; {supported} is supported from {text} to {output}")
+            raise _Refused(f"{_MODULES} declares {what}; such a model is supported from plain text to {output}")
         return route
 
     def _route(self, side: Side, prompt: str, dense_input: str) -> tuple[Route, str]:

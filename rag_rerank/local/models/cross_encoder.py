@@ -1,7 +1,7 @@
 """Cross-encoders: query and document read together, one logit a pair."""
 
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
@@ -10,13 +10,13 @@ from torch import Tensor
 from rag_rerank.local.models.model import Inputs
 from rag_rerank.local.models.prompts import Prompts
 from rag_rerank.local.transformer.batching import Batching, TokenSequence
-from rag_rerank.local.transformer.transformer import Padded, States, Transformer
+from rag_rerank.local.transformer.proof import Parts
+from rag_rerank.local.transformer.transformer import Head, Padded, States, Transformer, from_transformers
 
 if TYPE_CHECKING:
     from rag_rerank.local.models.vision.prompts import ImagePrompts
 
 Activation = Callable[[Tensor], Tensor]
-Head = Callable[[States], Tensor]  # from the states of a batch to logits [sequences, labels], of one label or two
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +26,7 @@ class PairModel:
     prompts: "Prompts | ImagePrompts"
     activation: Activation  # from logits to scores, elementwise
     transformer: Transformer  # without its head
-    head: Head
+    head: Head  # gives one logit
 
     def inputs(self, queries: list[Any], documents: list[Any], instruction: str | None = None) -> Inputs:
         """Make one sequence per pair."""
@@ -40,7 +40,7 @@ class PairModel:
     @torch.inference_mode()
     def run(self, sequences: Sequence[TokenSequence]) -> Tensor:
         """Compute logits ``[len(sequences), 1]``."""
-        return relevance(self.head(self.transformer.states(sequences)).float())
+        return self.head(self.transformer.states(sequences))
 
 
 def relevance(logits: Tensor) -> Tensor:
@@ -56,16 +56,14 @@ class Whole(Padded):
     def of(cls, model: Any, pad_id: int | None, batching: Batching) -> Self:
         """Pad with the config's token, which the model may look for; the tokenizer's if it names none."""
         config = model.config.get_text_config()
-        if getattr(config, "pad_token_id", None) is not None:
-            return cls(model, config.pad_token_id, batching)
-        config.pad_token_id = -1  # no token: decoders refuse batches without one
-        return cls(model, pad_id or 0, batching)
+        named = getattr(config, "pad_token_id", None)
+        if named is None or named < 0:
+            config.pad_token_id, named = -1, pad_id or 0  # no token: decoders refuse batches without one
+        return cls(model, named, batching)
 
     def states(self, sequences: Sequence[TokenSequence]) -> States:
         """Run one batch, head included."""
-        logits: Tensor = self.model(**self.inputs(sequences)).logits
-        rows = torch.arange(len(sequences), device=logits.device)
-        return States(logits, rows, rows, [1] * len(sequences))
+        return States.of_rows(self.model(**self.inputs(sequences)).logits.unsqueeze(1), [1] * len(sequences))
 
 
 def make_head_precise(model: Any, stored: Callable[[Collection[str]], dict[str, Tensor]]) -> None:
@@ -95,6 +93,29 @@ def _in_float32(_: object, arguments: tuple[Any, ...], options: dict[str, Any]) 
         return value.float() if isinstance(value, Tensor) and value.is_floating_point() else value
 
     return tuple(map(cast, arguments)), {name: cast(value) for name, value in options.items()}
+
+
+def classifier_parts(model: Any, pad_id: int | None, batching: Batching) -> Parts:
+    """Take a ``*ForSequenceClassification`` apart; where its head is not known, all of it is its body."""
+    score, whole = getattr(model, "score", None), whole_parts(model.base_model, Whole.of(model, pad_id, batching))
+    # A checkpoint's own code may read its score from elsewhere (nemotron: the mean): that runs as it is.
+    if isinstance(score, torch.nn.Linear) and from_transformers(model):
+        # Padded, too, its last token is where we know it to be; transformers looks for a token that is no padding.
+        plain, head = Padded(whole.body, pad_id or 0, batching), last_token_head(score.weight)
+        return Parts(whole.body, head, plain, head, whole.outputs)
+    known = classification_head(model)
+    return whole if known is None else replace(whole, head=lambda states: relevance(known(states).float()))
+
+
+def whole_parts(body: Any, plain: Padded) -> Parts:
+    """Take a model for what gives its logits as states."""
+    return Parts(body, None, plain, lambda states: relevance(states.tokens.float()))
+
+
+def last_token_head(rows: Tensor) -> Head:
+    """Make a head of the rows that score, one or two; it computes in float32, as vLLM has it."""
+    precise = rows.detach().float()
+    return lambda states: relevance(states.last().float() @ precise.to(states.tokens.device).T)
 
 
 def classification_head(model: Any) -> Head | None:

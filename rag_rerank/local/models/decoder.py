@@ -5,15 +5,19 @@ the logit of that word, or its difference from the opposite's: of an output laye
 computed.
 """
 
+import inspect
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from rag_rerank.errors import ConfigError
-from rag_rerank.local.models.cross_encoder import Head
-from rag_rerank.local.transformer.transformer import States
+from rag_rerank.local.models.cross_encoder import relevance
+from rag_rerank.local.transformer.batching import TokenSequence
+from rag_rerank.local.transformer.proof import Parts
+from rag_rerank.local.transformer.transformer import Head, Padded, States
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -26,11 +30,6 @@ LOGIT_OPTIONS = (  # what a causal model's config may do to its logits behind th
     *("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap"),
     *("logit_scale", "logits_scaling", "lm_head_multiplier"),
 )
-
-
-def last_token_head(row: Tensor) -> Head:
-    """Make a head of the row that scores, float32 ``[hidden]``; it computes in float32, as vLLM has it."""
-    return lambda states: (states.last().float() @ row).unsqueeze(1)
 
 
 def token_ids(tokenizer: "PreTrainedTokenizerBase", tokens: Sequence[str], name: str) -> list[int]:
@@ -53,20 +52,40 @@ def token_ids(tokenizer: "PreTrainedTokenizerBase", tokens: Sequence[str], name:
     return ids
 
 
-def answer_head(model: "PreTrainedModel", ids: Sequence[int]) -> Head:
-    """Take from a causal model what makes logits of its last state, float32, for the tokens `ids` only."""
+def keep_answers(model: "PreTrainedModel", ids: Sequence[int]) -> None:
+    """Leave of a model's output layer the rows of the tokens `ids`, computed in float32."""
     output: Any = model.get_output_embeddings()  # type: ignore[no-untyped-call]
-    rows = output.weight[list(ids)].detach().float()
-    bias = getattr(output, "bias", None)
-    offset = torch.zeros(len(ids), device=rows.device) if bias is None else bias[list(ids)].detach().float()
+    kept = torch.nn.Linear(1, 1, bias=False, device="meta")  # draws no random numbers
+    for name in ("weight", "bias"):
+        if (rows := getattr(output, name, None)) is not None:
+            setattr(kept, name, torch.nn.Parameter(rows[list(ids)].detach().float(), requires_grad=False))
+    kept.register_forward_pre_hook(lambda _, states: (states[0].float(),))
+    model.set_output_embeddings(kept)  # type: ignore[no-untyped-call]
+
+
+def causal_parts(model: Any, plain: Padded) -> Parts:
+    """Take a causal model apart whose answers are all that is left; `plain` runs its transformer."""
+    head, one = answer_head(model), replace(plain, equal=True)  # nothing at its end
+    options = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
+
+    def alone(sequence: TokenSequence) -> Tensor:
+        return relevance(model(**one.inputs([sequence]), **options).logits[:, -1].float())
+
+    return Parts(plain.model, head, plain, head, alone)
+
+
+def answer_head(model: "PreTrainedModel") -> Head:
+    """Make of a causal model's last state its logit, or the difference of two; see `keep_answers`."""
+    output: Any = model.get_output_embeddings()  # type: ignore[no-untyped-call]
     options = {name: getattr(model.config.get_text_config(), name, None) for name in LOGIT_OPTIONS}
     scale = (options["logit_scale"] or 1) * (options["lm_head_multiplier"] or 1) / (options["logits_scaling"] or 1)
     cap = options["final_logit_softcapping"] or options["logits_soft_cap"] or options["output_logit_soft_cap"]
 
     def head(states: States) -> Tensor:
-        logits = (states.last().float() @ rows.T + offset) * scale
-        capped: Tensor = logits if cap is None else cap * torch.tanh(logits / cap)
-        return capped
+        device = states.tokens.device
+        bias = None if output.bias is None else output.bias.to(device)
+        logits = torch.nn.functional.linear(states.last().float(), output.weight.to(device), bias) * scale
+        return relevance(logits if cap is None else cap * torch.tanh(logits / cap))
 
     return head
 
@@ -76,4 +95,4 @@ def score_row(checkpoint: "Checkpoint") -> Tensor:
     row = checkpoint.stored([_SCORE]).get(_SCORE)
     if row is None or row.shape[0] != 1:
         raise ConfigError(f"{checkpoint.name!r} has no {_SCORE} for one label: not a reranker with a head")
-    return row[0]
+    return row

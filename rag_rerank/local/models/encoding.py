@@ -65,8 +65,8 @@ def truncate(tokenizer: "PreTrainedTokenizerBase", text: str, max_tokens: int) -
 
 def samples(tokenizer: "PreTrainedTokenizerBase", longest: int) -> list[TokenSequence]:
     """Make a short pair, a longer one of the same query, and the first again: what a model is proven on."""
-    query = "who lives in the city of 1 million people, and when was it founded by the old king and his queen?"
-    sizes = {"a king": 30, "an old king lives there. " * 20: 80}  # tokens, at most
+    query = "who lives in the city of 1 million people, and when was it founded by the old king?"
+    sizes = {"a king": 29, "an old king lives there. " * 20: 67}  # tokens, at most; odd, for some pool neighbours
     short, long = (encode(tokenizer, [query], [text], min(size, longest))[0] for text, size in sizes.items())
     while len(short.ids) > 1 and short.ids[-1] == tokenizer.pad_token_id:  # which some take for padding
         short, long = (replace(each, ids=each.ids[:-1], types=each.types and each.types[:-1]) for each in (short, long))

@@ -1,17 +1,17 @@
 """What sentence-transformers puts behind a transformer: pooling, Dense, LayerNorm, activations; all in float32."""
 
+import functools
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from rag_rerank.errors import ConfigError
 from rag_rerank.local.checkpoint.declaration import IDENTITY, SIGMOID, Layer, Pooling
-from rag_rerank.local.checkpoint.files import INDEX, WEIGHTS
+from rag_rerank.local.checkpoint.files import INDEX, WEIGHTS, opened
 from rag_rerank.local.transformer.transformer import States, largest_of_each
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ def config_activation(config: "PreTrainedConfig") -> str | None:
     return named or getattr(config, "sbert_ce_default_activation_function", None)
 
 
-def read_layers(file: Callable[[str], str | Path | None], layers: Sequence[Layer]) -> nn.Sequential:
+def read_layers(file: Callable[[str], Path | None], layers: Sequence[Layer]) -> nn.Sequential:
     """Read modules with their weights, float32 on the CPU; ConfigError if these are missing or damaged.
 
     `file` gives the local path of a file of the checkpoint, or None where it has no such file.
@@ -78,7 +78,7 @@ class _Normalize(nn.Module):
         return nn.functional.normalize(vectors, dim=-1)
 
 
-def _module(file: Callable[[str], str | Path | None], layer: Layer) -> nn.Module:
+def _module(file: Callable[[str], Path | None], layer: Layer) -> nn.Module:
     if layer.kind == "Normalize":
         return _Normalize()
     path, weights = str(PurePosixPath(layer.folder, WEIGHTS)), _weights(file, layer.folder)
@@ -104,24 +104,22 @@ def _linear(path: str, weights: dict[str, Tensor], prefixes: Sequence[str]) -> n
     return linear
 
 
-def _weights(file: Callable[[str], str | Path | None], folder: str) -> dict[str, Tensor]:
+def _weights(file: Callable[[str], Path | None], folder: str) -> dict[str, Tensor]:
     """Read the weights of a folder that are modules' own, from its one file or from those that its index lists."""
     name = str(PurePosixPath(folder, WEIGHTS))
-    names, index = {name}, None if file(name) else file(str(PurePosixPath(folder, INDEX)))
+    index = None if file(name) else file(str(PurePosixPath(folder, INDEX)))
+    names = {name}
     if index is not None:
-        shards = json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].values()
+        shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
         names = {str(PurePosixPath(folder, shard)) for shard in shards}
     found: dict[str, Tensor] = {}
     for name in sorted(names):
         path = file(name)
         if path is None:
             raise ConfigError(f"the checkpoint has no {name}; only safetensors weights are read, pickle can run code")
-        try:
-            with safe_open(path, framework="pt") as opened:
-                own = [key for key in opened.keys() if key.partition(".")[0] in _OWN]  # noqa: SIM118
-                found |= {key: opened.get_tensor(key).float() for key in own}
-        except SafetensorError as error:
-            raise ConfigError(f"{name} holds no safetensors weights ({error}): copy the file anew") from error
+        with opened(path) as tensors:
+            own = [key for key in tensors.keys() if key.partition(".")[0] in _OWN]  # noqa: SIM118
+            found |= {key: tensors.get_tensor(key).float() for key in own}
     return found
 
 
@@ -133,27 +131,17 @@ def pool(states: States, pooling: Pooling, skip: int = 0) -> Tensor:
 def _counted(states: States, skip: int) -> tuple[Tensor, Tensor, Tensor]:
     """Select the states that count, float32, with the sequence that each is of and its place in it, from 1."""
     tokens, owners = states.flat()
-    counts = states.lasts - states.firsts + 1
-    places = torch.arange(len(owners), device=owners.device) - (counts.cumsum(0) - counts)[owners] + 1
+    places = torch.cat([torch.arange(1, count + 1, device=tokens.device) for count in states.lengths])
     kept = places > skip
     return tokens[kept].float(), owners[kept], places[kept]
 
 
-def _sums(values: Tensor, owners: Tensor, count: int) -> Tensor:
-    return values.new_zeros(count, *values.shape[1:]).index_add_(0, owners, values)
-
-
-def _mean(states: States, skip: int, power: float = 1.0) -> Tensor:
-    tokens, owners, _ = _counted(states, skip)
-    count = len(states.lengths)
-    counts = _sums(torch.ones_like(tokens[:, 0]), owners, count).clamp(min=1e-9)
-    return _sums(tokens, owners, count) / (counts**power).unsqueeze(1)
-
-
-def _weighted_mean(states: States, skip: int) -> Tensor:
+def _mean(states: States, skip: int, power: float = 1.0, *, weighted: bool = False) -> Tensor:
     tokens, owners, places = _counted(states, skip)
-    weights, count = places.float().unsqueeze(1), len(states.lengths)
-    return _sums(tokens * weights, owners, count) / _sums(weights, owners, count).clamp(min=1e-9)
+    weights = places.float() if weighted else torch.ones_like(places, dtype=torch.float32)
+    sums = tokens.new_zeros(len(states.lengths), tokens.shape[1] + 1)
+    sums.index_add_(0, owners, torch.cat([tokens, torch.ones_like(tokens[:, :1])], dim=1) * weights.unsqueeze(1))
+    return sums[:, :-1] / sums[:, -1:].clamp(min=1e-9) ** power
 
 
 def _max(states: States, skip: int) -> Tensor:
@@ -171,7 +159,7 @@ _POOLINGS: dict[str, Callable[[States, int], Tensor]] = {
     "cls": _first,
     "max": _max,
     "mean": _mean,
-    "mean_sqrt_len_tokens": lambda states, skip: _mean(states, skip, power=0.5),
-    "weightedmean": _weighted_mean,
+    "mean_sqrt_len_tokens": functools.partial(_mean, power=0.5),
+    "weightedmean": functools.partial(_mean, weighted=True),
     "lasttoken": lambda states, _skip: states.last().float(),
 }

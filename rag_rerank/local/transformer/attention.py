@@ -23,6 +23,7 @@ NAME = "rag_rerank"
 # The CPU kernel's softmax runs 16 numbers at a time, the rest one by one: 127 keys take twice as long as 128 (bfloat16,
 # AVX-512). So up to 15 following tokens are keys, too, and masked: 1.4 times faster over real lengths, 1.15 in float32.
 _LANES = 16
+_ANY = 1 << 40  # a window without end
 _BLOCK = 128  # queries at a time under a sliding window, of sequences of twice that and more
 
 
@@ -144,7 +145,7 @@ def _segment(query: Tensor, key: Tensor, value: Tensor, segment: Segment, option
     if options.causal:
         mask = _lower_right(own, count, query.dtype, segment.length)
     elif count > segment.length:
-        mask = _first(1, count, query.dtype, segment.length).expand(1, 1, own, count)
+        mask = _band(1, count, query.dtype, 0, segment.length, _ANY, causal=False).expand(1, 1, own, count)
     return _kernel(queries, keys, values, options, mask)
 
 
@@ -168,8 +169,8 @@ def _cached(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
     kept = functools.lru_cache(maxsize=128)(make)
 
     @functools.wraps(make)
-    def mask(queries: int, keys: int, *rest: Any) -> Tensor:
-        return (kept if queries * keys <= 128 * 1024 else make)(queries, keys, *rest)
+    def mask(queries: int, keys: int, *rest: Any, **more: Any) -> Tensor:
+        return (kept if queries * keys <= 128 * 1024 else make)(queries, keys, *rest, **more)
 
     return mask
 
@@ -186,12 +187,6 @@ def _band(queries: int, keys: int, dtype: torch.dtype, shift: int, count: int, w
 def _lower_right(queries: int, keys: int, dtype: torch.dtype, count: int) -> Tensor:
     """Let the last of the queries attend to `count` keys, the one before it to one less, and so on."""
     return torch.full((queries, keys), -torch.inf, dtype=dtype).triu_(count - queries + 1)[None, None]
-
-
-@_cached
-def _first(_: int, keys: int, dtype: torch.dtype, count: int) -> Tensor:
-    """Let all queries attend to the first `count` keys."""
-    return torch.zeros(1, 1, 1, keys, dtype=dtype).index_fill_(3, torch.arange(count, keys), -torch.inf)
 
 
 def _kernel(

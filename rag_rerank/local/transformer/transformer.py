@@ -5,8 +5,9 @@ query have in common is in it once: a decoder's states of a prefix do not depend
 """
 
 import itertools
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 import torch
@@ -42,6 +43,13 @@ class States:
     lasts: Tensor  # where each has its last token
     lengths: Sequence[int]  # how many tokens each has
 
+    @classmethod
+    def of_rows(cls, states: Tensor, lengths: Sequence[int]) -> "States":
+        """Find them in rows that are filled up on the right, ``[sequences, longest, size]``."""
+        firsts = torch.arange(len(lengths)) * states.shape[1]
+        lasts = firsts + torch.tensor(lengths) - 1
+        return cls(states.flatten(0, 1), firsts.to(states.device), lasts.to(states.device), lengths)
+
     def first(self) -> Tensor:
         """Give the state of each first token, ``[sequences, size]``."""
         return self.tokens[self.firsts]
@@ -68,6 +76,9 @@ class States:
         """Take those of some of the sequences."""
         lengths = [self.lengths[position] for position in positions]
         return States(self.tokens, self.firsts[list(positions)], self.lasts[list(positions)], lengths)
+
+
+Head = Callable[[States], Tensor]  # from the states of a batch to outputs, float32 [sequences, size]
 
 
 def largest_of_each(values: Tensor, owners: Tensor, count: int) -> Tensor:
@@ -149,12 +160,37 @@ def _soft_capped(model: "PreTrainedModel") -> bool:
 
 
 @dataclass(frozen=True, slots=True)
-class Padded:
-    """Sequences of like length side by side, padded on the right, or of equal length and so not padded."""
-
+class _Runner(ABC):
     model: "PreTrainedModel"
     pad_id: int
     device_batching: Batching
+    limit: int | None = field(default=None, kw_only=True)  # see `rope_limit`
+
+    @property
+    def batching(self) -> Batching:
+        """How large its batches are best; one at a time where the rope of the last is kept in the model."""
+        return self.device_batching if self.limit is None else replace(self.device_batching, parallel=1)
+
+    def batches(self, sequences: Sequence[TokenSequence], token_budget: int) -> list[list[int]]:
+        """Group sequences, those on each side of the limit apart."""
+        sides: dict[bool, list[int]] = {}
+        for place, each in enumerate(sequences):
+            sides.setdefault(self.limit is not None and len(each.ids) > self.limit, []).append(place)
+        return [
+            [side[item] for item in batch]
+            for side in sides.values()
+            for batch in self._batches([sequences[place] for place in side], token_budget)
+        ]
+
+    @abstractmethod
+    def _batches(self, sequences: Sequence[TokenSequence], token_budget: int) -> list[list[int]]:
+        """Group those of one side."""
+
+
+@dataclass(frozen=True, slots=True)
+class Padded(_Runner):
+    """Sequences of like length side by side, padded on the right, or of equal length and so not padded."""
+
     equal: bool = False
 
     @property
@@ -165,10 +201,9 @@ class Padded:
     @property
     def batching(self) -> Batching:
         """Several batches at a time, so that lengths are alike in each."""
-        return replace(self.device_batching, batches_ahead=8)
+        return replace(super(Padded, self).batching, batches_ahead=8)
 
-    def batches(self, sequences: Sequence[TokenSequence], token_budget: int) -> list[list[int]]:
-        """Group sequences of like length."""
+    def _batches(self, sequences: Sequence[TokenSequence], token_budget: int) -> list[list[int]]:
         return by_length([len(sequence.ids) for sequence in sequences], token_budget, equal=self.equal)
 
     def inputs(self, sequences: Sequence[TokenSequence]) -> dict[str, Tensor]:
@@ -194,19 +229,13 @@ class Padded:
     def states(self, sequences: Sequence[TokenSequence]) -> States:
         """Run one batch. In a decoder, padding on the right is never seen: tokens attend to those before them."""
         states: Tensor = self.model(**self.inputs(sequences)).last_hidden_state
-        lengths = [len(sequence.ids) for sequence in sequences]
-        firsts = torch.arange(len(sequences)) * states.shape[1]
-        lasts = firsts + torch.tensor(lengths) - 1
-        return States(states.flatten(0, 1), firsts.to(self.model.device), lasts.to(self.model.device), lengths)
+        return States.of_rows(states, [len(sequence.ids) for sequence in sequences])
 
 
 @dataclass(frozen=True, slots=True)
-class Unpadded:
+class Unpadded(_Runner):
     """Sequences end to end in one row."""
 
-    model: "PreTrainedModel"
-    pad_id: int
-    device_batching: Batching
     share: bool  # whether a prefix that sequences of one group have in common is run once; only right for decoders
     first_position: int  # the number of a sequence's first position
     path: ClassVar[Path] = "unpadded"
@@ -214,9 +243,9 @@ class Unpadded:
     @property
     def batching(self) -> Batching:
         """A batch at a time; with prefixes to share, as much as may become one."""
-        return replace(self.device_batching, batches_ahead=2 if self.share else 1)
+        return replace(super(Unpadded, self).batching, batches_ahead=2 if self.share else 1)
 
-    def batches(self, sequences: Sequence[TokenSequence], token_budget: int) -> list[list[int]]:
+    def _batches(self, sequences: Sequence[TokenSequence], token_budget: int) -> list[list[int]]:
         """Keep sequences that begin alike together, and in order."""
         order: list[int] = []
         costs: list[int] = []
@@ -242,37 +271,6 @@ class Unpadded:
             layout=Layout.of(row.segments, self.model.device),
         ).last_hidden_state
         return row.states_of(states[0])
-
-
-@dataclass(frozen=True, slots=True)
-class TwoSided:
-    """Runs sequences up to some length, and those beyond it, apart: see `rope_limit`."""
-
-    transformer: Transformer
-    limit: int
-
-    @property
-    def path(self) -> Path:
-        """The transformer's."""
-        return self.transformer.path
-
-    @property
-    def batching(self) -> Batching:
-        """One batch at a time: its rope is kept in the model."""
-        return replace(self.transformer.batching, parallel=1)
-
-    def batches(self, sequences: Sequence[TokenSequence], token_budget: int) -> list[list[int]]:
-        """Group those of each side."""
-        found = []
-        for beyond in (False, True):
-            side = [place for place, each in enumerate(sequences) if (len(each.ids) > self.limit) is beyond]
-            batches = self.transformer.batches([sequences[place] for place in side], token_budget)
-            found += [[side[item] for item in batch] for batch in batches]
-        return found
-
-    def states(self, sequences: Sequence[TokenSequence]) -> States:
-        """Run one batch."""
-        return self.transformer.states(sequences)
 
 
 @torch.inference_mode()

@@ -16,6 +16,7 @@ from transformers import (
 )
 
 from rag_rerank import ConfigError, LocalScorer
+from rag_rerank.local.models.decoder import keep_answers
 from rag_rerank.local.models.sequence_to_sequence import FirstStep
 from rag_rerank.local.transformer.batching import Batching, TokenSequence
 from tests.models import CORPUS, MAX_LENGTH, widen
@@ -89,7 +90,8 @@ class TestScores:
     def test_answers_logits_are_computed_in_float32(self, folder: Path):
         """In a model in bfloat16, too, where they would tie."""
         model = AutoModelForSeq2SeqLM.from_pretrained(folder, dtype=torch.bfloat16)
-        states = FirstStep.of(model, 0, Batching(512), (3, 4)).states([TokenSequence([5, 6, 7, 1], None)])
+        keep_answers(model, (3, 4))
+        states = FirstStep(model, 0, Batching(512)).states([TokenSequence([5, 6, 7, 1], None)])
         assert (states.tokens.dtype, states.tokens.shape) == (torch.float32, (1, 2))
 
 

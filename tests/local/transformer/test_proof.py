@@ -1,6 +1,9 @@
 """The proof at load: the way a model is run, and what it falls back to, on checkpoints as transformers saves them."""
 
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,14 +15,16 @@ from transformers import (
     AutoModel,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    PreTrainedModel,
 )
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from rag_rerank import ConfigError, LocalScorer
 from rag_rerank.local.transformer.attention import NAME, attention
 from rag_rerank.local.transformer.batching import Batching, TokenSequence
-from rag_rerank.local.transformer.proof import Reference
-from rag_rerank.local.transformer.transformer import Padded, rope_limit
+from rag_rerank.local.transformer.proof import Parts, Proof, Unproven, prove
+from rag_rerank.local.transformer.transformer import Head, Padded, States, rope_limit
+from rag_rerank.local.transformer.transformer import Path as Way
 from tests.causal_models import make_causal_lm, random_decoder
 from tests.encoder_models import make_bi_encoder, make_random_cross_encoder, random_encoder
 from tests.models import MAX_LENGTH, make_bert_cross_encoder, widen, word_piece_tokenizer
@@ -99,7 +104,7 @@ class TestPath:
         with LocalScorer(folder, dtype="float32", use_activation=False) as scorer:
             proof = scorer.proof()
             assert proof.path == "equal lengths"
-            assert proof.differences["padded"] > 0.01
+            assert proof.differences["padded"] > 1e-3
             assert largest_difference(scorer.score(QUERY, DOCUMENTS), alone(folder)) <= 1e-5
 
     def test_a_fast_path_that_goes_wrong_is_not_taken(self, cross_encoder: Path, monkeypatch: pytest.MonkeyPatch):
@@ -184,42 +189,65 @@ class TestHead:
             assert scorer.score("which one", "a city") == [pytest.approx(1 / 3, rel=1e-6)]
 
 
-class TestReference:
-    """What plain transformers give, on a model with few of its layers."""
+class TestProve:
+    """What is tried on a copy of a model with few of its layers."""
 
-    def reference(self, kind: str, **options: object) -> tuple[Reference, Padded, list[int]]:
-        """A reference, what runs the same model padded, and how many layers ran each time."""
-        model = random_encoder(kind, **options)
-        runner, ran = Padded(model, 0, Batching(4096)), []
-        for module in model.modules():
-            if "Layer" in type(module).__name__ and hasattr(module, "attention"):
-                module.register_forward_hook(lambda *_: ran.append(1))
-        sequences = [TokenSequence([*range(10, 10 + length)]) for length in (5, 40)]
-        return Reference(model, sequences, lambda each: runner.states([each]).mean()), runner, ran
+    SEQUENCES = [TokenSequence([*range(10, 10 + length)]) for length in (5, 40)]  # noqa: RUF012
+
+    def prove(self, model: PreTrainedModel, head: Head = States.mean, paths: Sequence[Way] = ("padded",)) -> Proof:
+        plain = Padded(model, 0, Batching(4096))
+
+        def take_apart(copy: PreTrainedModel) -> Parts:
+            return Parts(copy, head, replace(plain, model=copy), head, lambda _: torch.ones(1, 64))
+
+        def honest(copy: PreTrainedModel) -> Parts:
+            return replace(take_apart(copy), plain_head=States.mean, alone=None)
+
+        return prove(model, honest if head is States.mean else take_apart, self.SEQUENCES, paths)
 
     def test_two_layers_of_a_kind_are_enough(self):
-        """And afterwards all are there."""
-        reference, runner, ran = self.reference("bert", num_hidden_layers=6)
-        assert len(ran) == 2 * 2
-        assert reference.difference(runner, lambda states: states.mean()) < 1e-5
-        assert len(ran) == 2 * 2 + 2
-        assert len(runner.model.encoder.layer) == 6
+        """And the model keeps all."""
+        model, ran = random_encoder("bert", num_hidden_layers=6), []
+        for layer in model.encoder.layer:
+            layer.register_forward_hook(lambda *_: ran.append(1))
+        assert self.prove(model).path == "padded"
+        assert len(ran) == 2 * (2 + 1)  # each sequence alone, then both
+        assert len(model.encoder.layer) == 6
 
     def test_every_kind_of_layer_takes_part(self):
         """ModernBERT's fourth is the first that sees all and has a norm before its attention."""
-        reference, runner, _ = self.reference("modernbert", num_hidden_layers=6)
-        kept = []
-        runner.model.register_forward_hook(lambda model, *_: kept.append(len(model.layers)))
-        reference.difference(runner, lambda states: states.mean())
-        assert kept == [4]
+        model, kept = random_encoder("modernbert", num_hidden_layers=6), []
+        model.register_forward_hook(lambda copy, *_: kept.append(len(copy.layers)))
+        self.prove(model)
+        assert set(kept) == {4}
+
+    def test_the_model_is_left_as_it_was(self):
+        """Its weights keep their format, and none is replaced."""
+        model = random_encoder("bert").bfloat16()
+        before = {name: (id(weight), weight.dtype) for name, weight in model.named_parameters()}
+        assert self.prove(model, paths=["unpadded"]).differences["unpadded"] < 1e-5
+        assert {name: (id(weight), weight.dtype) for name, weight in model.named_parameters()} == before
+
+    def test_rounding_hides_no_padding(self):
+        """What sees its padding by less than bfloat16 rounds by is found in float32."""
+        model = random_encoder("bert").bfloat16()
+
+        def leak(_: object, __: object, outputs: Any) -> Any:
+            states = outputs.last_hidden_state
+            return replace(outputs, last_hidden_state=states * (1 + 5e-5 * states.shape[1]))
+
+        model.register_forward_hook(leak)
+        proof = self.prove(model, paths=["padded", "equal lengths"])
+        assert proof.path == "equal lengths"
+        assert 1e-4 < proof.differences["padded"] < 0.01
 
     @pytest.mark.parametrize("wrong", [torch.nan, torch.inf])
     def test_what_is_no_number_differs(self, wrong: float):
         """By more than any tolerance."""
-        reference, runner, _ = self.reference("bert")
-        assert reference.difference(runner, lambda states: states.mean() * wrong) == torch.inf
+        with pytest.raises(Unproven, match="padded: inf"):
+            self.prove(random_encoder("bert"), lambda states: states.mean() * wrong)
 
     def test_a_path_that_fails_differs(self):
         """It is none."""
-        reference, runner, _ = self.reference("bert")
-        assert reference.difference(runner, lambda _: 1 / 0) == torch.inf
+        with pytest.raises(Unproven, match="padded: inf"):
+            self.prove(random_encoder("bert"), lambda _: 1 / 0)

@@ -91,9 +91,7 @@ class VisionTransformer:
         longest = max(lengths)
         mask = [[1] * length + [0] * (longest - length) for length in lengths]
         states = self._run([row.padded(longest) for row in rows], attention_mask=to_device(mask, self.decoder.device))
-        firsts = torch.arange(len(rows)) * longest
-        lasts = firsts + torch.tensor(lengths) - 1
-        return States(states.flatten(0, 1), firsts.to(self.decoder.device), lasts.to(self.decoder.device), lengths)
+        return States.of_rows(states, lengths)
 
     def _run(self, rows: "Sequence[_Tokens]", **options: Any) -> Tensor:
         """Compute states ``[rows, tokens, size]``."""

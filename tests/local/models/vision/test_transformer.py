@@ -273,7 +273,7 @@ class TestWork:
         padded = VisionTransformer.of(body, tower.processor, Padded(decoder, 0, Batching(4096)))
         with torch.inference_mode():
             states = padded.states(sequences)
-        logits = model.score_type.head(states).diff()  # of its two answers
+        logits = model.score_type.head(states)
         assert largest_difference(logits[:, 0].tolist(), in_a_row[:, 0].tolist()) <= LOGITS
 
     def test_a_deadline_and_a_cancelled_task_end_it(self, folder: Path):

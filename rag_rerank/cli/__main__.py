@@ -1,5 +1,0 @@
-"""``python -m rag_rerank.cli``."""
-
-from rag_rerank.cli import main
-
-main()
