@@ -189,7 +189,7 @@ def make_lfm2_colbert(folder: Path) -> Path:
     fields = {**SIZES, "num_key_value_heads": 1, "vocab_size": len(tokenizer), "max_position_embeddings": MAX_LENGTH}
     special = {f"{name}_token_id": tokenizer.pad_token_id for name in ("pad", "bos", "eos")}
     layers = {"layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False}
-    layers |= {"conv_dim": 64, "conv_dim_out": 64}  # which vLLM reads
+    layers |= {"block_dim": 64, "conv_dim": 64, "conv_dim_out": 64}  # which vLLM reads
     torch.manual_seed(0)
     model = AutoModel.from_config(CONFIG_MAPPING["lfm2"](**fields, **special, **layers))
     widen(model, 8.0)
