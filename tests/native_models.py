@@ -183,7 +183,7 @@ def make_jina_colbert(folder: Path, plain: Path | None = None) -> Path:
 
 def make_lfm2_colbert(folder: Path) -> Path:
     """Save an LFM2-ColBERT-350M: PyLate's layout around a decoder of convolutions and attention."""
-    tokenizer = byte_level_tokenizer("qwen3")
+    tokenizer = byte_level_tokenizer("llama")
     tokenizer.model_max_length = MAX_LENGTH
     tokenizer.add_tokens(["[Q] ", "[D] "])
     fields = {**SIZES, "num_key_value_heads": 1, "vocab_size": len(tokenizer), "max_position_embeddings": MAX_LENGTH}
