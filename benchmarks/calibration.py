@@ -25,7 +25,7 @@ from rag_rerank import LocalScorer
 from rag_rerank.embedded import collection_folder, minilm_folder
 from rag_rerank.errors import ConfigError
 from rag_rerank.evaluation import Collection, evaluate, read_run
-from rag_rerank.evaluation.calibrating import Pairs, cut, fit, log_losses, over, quality, target
+from rag_rerank.evaluation.calibrating import Pairs, fit, log_losses, over, quality, target
 from tests.released import folder
 
 SPLITS = 10
@@ -64,12 +64,12 @@ def row(pairs: tuple[Any, Any, Any]) -> tuple[str, ...]:
                 wide += each.low <= each.observed <= each.high
                 narrow += low / each.pairs <= each.observed <= high / each.pairs
         found = target(fitted, over(curve, fitted.values), "precision", 0.8)
-        if found.cut is None or found.elsewhere is None or found.why_not:
+        if found.threshold is None or found.elsewhere is None or found.why_not:
             silent += 1
             continue
-        precision = cut(tried, predicted, found.cut.threshold).precision
+        above = tried.relevant[predicted >= found.threshold.value]
         stated += 1
-        kept += precision is not None and found.elsewhere.low <= precision <= found.elsewhere.high
+        kept += len(above) > 0 and found.elsewhere.low <= above.mean() <= found.elsewhere.high
     means = (f"{each:.4f}" for each in np.mean(losses, axis=0))
     sizes = str(len(np.unique(owners))), f"{len(values):,}", f"{relevant.mean():.1%}"
     curves = f"{methods.count('platt')} Platt, {methods.count('isotonic')} isotonic"

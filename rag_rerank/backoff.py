@@ -19,8 +19,7 @@ class BackOff:
 
     A failure begins a rest of 1 s; the next one after the rest doubles it, up to 30 s. Concurrent failures count once:
     what began before the latest news of it, or during a rest, changes nothing by failing. At the end of a rest one
-    caller gets to try (a half-open circuit breaker). If that one never tells, being cancelled for example, the next may
-    try after another rest as long.
+    caller gets to try (a half-open circuit breaker). If that one never tells, the next may after another rest as long.
 
     Threads and forked processes may share one, without a lock: the state is one tuple that is replaced as a whole. What
     threads at the same moment may lose, a try too many or one more rest, the next call that tells puts right. A pickle
@@ -54,12 +53,7 @@ class BackOff:
         return True
 
     def failed(self, began: float | None = None, *, longest: float = LONGEST_REST) -> None:
-        """Tell that it failed.
-
-        Args:
-            began: When that began which failed, on the clock; None for now.
-            longest: Seconds that it may rest at most.
-        """
+        """Tell that it failed, in what `began` at that moment (None: now); it rests for `longest` seconds at most."""
         state, now = self._state, self._clock()
         if (now if began is None else began) >= state.since:
             rest = min(longest, max(FIRST_REST, 2 * state.rest))

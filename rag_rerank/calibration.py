@@ -94,11 +94,7 @@ class Calibration:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Self:
-        """Read the file that `save` or ``rag-rerank calibrate`` has written.
-
-        Raises:
-            ConfigError: It can't be read, or is something else.
-        """
+        """Read the file that `save` or ``rag-rerank calibrate`` has written; a ConfigError where it is no such file."""
         try:
             values = json.loads(Path(path).read_text(encoding="utf-8"))
             known = values.pop("format") == _FORMAT and values["scale"] in ("score", "logit")
@@ -114,11 +110,7 @@ class Calibration:
             raise ConfigError(f"{path} is no calibration: {error}. rag-rerank calibrate writes one") from error
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the file.
-
-        Raises:
-            ConfigError: It can't be written.
-        """
+        """Write the file; a ConfigError where it can't be written."""
         text = json.dumps({"format": _FORMAT, **asdict(self)}, ensure_ascii=False, allow_nan=False, indent=1)
         try:
             Path(path).write_text(text + "\n", encoding="utf-8")
@@ -128,8 +120,7 @@ class Calibration:
     def scale_of(self, scores: Sequence[float], scorer: Scorer, deadline: float | None = None) -> str:
         """Tell on which scale a scorer's scores of the reference pairs are, its logits or what it makes of them.
 
-        Raises:
-            ConfigError: They are another model's; the message says in what it differs.
+        A ConfigError says that they are another model's, and in what it differs.
         """
         # A scorer that gives logits fits a curve over the logits of its other scale, and the other way round.
         scales = [scale for scale in ("score", "logit") if scale == "score" or 0 <= min(scores) <= max(scores) <= 1]

@@ -5,8 +5,7 @@ import logging
 import time
 from collections.abc import Iterator
 from contextlib import AsyncExitStack, ExitStack, contextmanager
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from rag_rerank.backoff import LONGEST_REST, BackOff
 from rag_rerank.errors import (
@@ -28,8 +27,7 @@ logger = logging.getLogger(__name__)
 _MOVING = (BackendUnavailable, DeadlineExceeded, BadReply)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class _Member:
+class _Member(NamedTuple):
     scorer: Scorer
     back_off: BackOff
 
@@ -37,19 +35,18 @@ class _Member:
 class FallbackScorer(Scorer):
     """Asks the first of several scorers that works, such as a vLLM server and then a model in this process.
 
-    A call that ends in `BackendUnavailable`, `DeadlineExceeded` or `BadReply` moves as a whole to the next scorer, with
-    one logged warning: scores of two scorers are never mixed. So does one that a server refused with a status of 500 or
-    more. Whatever else goes wrong is raised at once: a refused request or document (`BackendRejected`), a wrong setting
-    or argument. Where a query or document holds an image, scorers whose models read text only are passed over.
+    A call that ends in `BackendUnavailable`, `DeadlineExceeded`, `BadReply` or a refusal with a status of 500 or more
+    moves as a whole to the next scorer, with one logged warning: scores of two scorers are never mixed. Whatever else
+    goes wrong is raised at once: a refused request or document (`BackendRejected`), a wrong setting or argument. Where
+    a query or document holds an image, scorers whose models read text only are passed over.
 
     A scorer that failed rests for 1, 2, 4 ... 30 s (`BackOff`): meanwhile calls pass it over and try it only where all
     the others fail or rest, too. Where it ran out of time it rests for as long as it had had, at most: a caller in a
-    hurry must not take a healthy scorer from the others. Nor is what failed held against it if it has answered another
-    call since that one began.
+    hurry must not take a healthy scorer from the others.
 
     A call's `deadline` bounds the whole. What is left of it is shared equally among the scorers that are not resting:
     with two of them and 10 s, the first may take 5, the second the remainder. Without one, and with an infinite one,
-    each scorer has its own default, so that with all of them failing a call takes the sum.
+    each scorer has its own default.
 
     Where all fail, the error raised is of the last one's kind; its cause is an `ExceptionGroup` with the errors of all
     that were tried. Where just one was, its error is raised as it is.
@@ -70,10 +67,8 @@ class FallbackScorer(Scorer):
             raise ConfigError("FallbackScorer needs at least one scorer: FallbackScorer(first, second)")
         for position, scorer in enumerate(scorers):
             if not isinstance(scorer, Scorer):
-                raise TypeError(
-                    f"scorers[{position}] must be a Scorer, got {type(scorer).__name__}; "
-                    "pass them one by one: FallbackScorer(first, second)"
-                )
+                said = f"scorers[{position}] must be a Scorer, got {type(scorer).__name__}"
+                raise TypeError(f"{said}; pass them one by one: FallbackScorer(first, second)")
         self._members = tuple(_Member(scorer, BackOff()) for scorer in scorers)
         self._answered = scorers[0]
         self.accepts_images = any(scorer.accepts_images for scorer in scorers)  # those that don't are passed over
@@ -95,9 +90,8 @@ class FallbackScorer(Scorer):
     def identity(self, *, deadline: float | None = None) -> Identity:
         """Say who all of the scorers are; not steady, for any of them may answer."""
         parts = [member.scorer.identity(deadline=deadline) for member in self._members]
-        facts = {
-            f"{position}. {name}": fact for position, part in enumerate(parts, 1) for name, fact in part.facts.items()
-        }
+        numbered = enumerate(parts, 1)
+        facts = {f"{number}. {name}": fact for number, part in numbered for name, fact in part.facts.items()}
         probes = [score for part in parts for score in part.probes]
         return Identity(facts, probes, steady=False, place=" or ".join(dict.fromkeys(part.place for part in parts)))
 
@@ -137,9 +131,7 @@ class _Call:
     """One call on its way from scorer to scorer: whose turn it is, for how long, and what came of it."""
 
     def __init__(self, fallback: FallbackScorer, until: float | None) -> None:
-        self._fallback = fallback
-        self._until = until
-        self._began = time.monotonic()
+        self._fallback, self._until, self._began = fallback, until, time.monotonic()
         self._failed: list[tuple[Scorer, BackendError]] = []
         self._text_only: ContentError | None = None  # of the first that can't score what this call holds
 
@@ -155,26 +147,23 @@ class _Call:
             member = next((member for member in ready if member.back_off.claim()), ready[0])
             deadline = None if left is None else left / len(ready)
             waiting.remove(member)
-            if self._failed:
-                scorer, error = self._failed[-1]
-                kind = type(error).__name__
-                logger.warning("the call moves from %s to %s: %s: %s", _name(scorer), _name(member.scorer), kind, error)
+            for scorer, error in self._failed[-1:]:
+                failed, kind = _name(scorer), type(error).__name__
+                logger.warning("the call moves from %s to %s: %s: %s", failed, _name(member.scorer), kind, error)
             yield member, deadline
 
     @contextmanager
     def turn(self, member: _Member, deadline: float | None) -> Iterator[None]:
         """Around a scorer's turn: keeps what came of it, and lets no error out that ends only the turn."""
-        began = time.monotonic()
+        began, back_off = time.monotonic(), member.back_off
         try:
             yield
         except _MOVING as error:
             self._failed.append((member.scorer, error))
-            if isinstance(error, DeadlineExceeded) and deadline is not None:
-                member.back_off.failed(began, longest=min(deadline, LONGEST_REST))
-            else:
-                member.back_off.failed(began)
+            share = deadline if isinstance(error, DeadlineExceeded) else None
+            back_off.failed(began, longest=LONGEST_REST if share is None else min(share, LONGEST_REST))
             if isinstance(error, BackendUnavailable) and error.retry_after is not None:
-                member.back_off.asked(error.retry_after)
+                back_off.asked(error.retry_after)
         except BackendRejected as error:
             self._answered(member)
             if (error.status or 0) < 500:
@@ -183,7 +172,7 @@ class _Call:
         except ContentError as error:
             # Images were read before the first turn: it is this model that reads text only.
             self._text_only = self._text_only or error
-            member.back_off.worked()
+            back_off.worked()
         else:
             self._answered(member)
 
@@ -196,14 +185,13 @@ class _Call:
         if self._text_only is not None and not self._failed:
             return self._text_only
         errors = [error for _, error in self._failed]
-        scorer, last = self._failed[-1]
+        last = errors[-1]
         if len(errors) == 1:
             return last
         tried = f"{len(errors)} of {len(self._fallback._members)} scorers were tried and failed"
-        message = f"{tried}, the last of them {_name(scorer)}: {last.message}"
         error = copy.copy(last)  # its cause, what the connection or the model said, stays the last one's own
-        error.message, error.elapsed = message, time.monotonic() - self._began
-        error.__cause__ = ExceptionGroup(tried, errors)
+        error.message = f"{tried}, the last of them {_name(self._failed[-1][0])}: {last.message}"
+        error.elapsed, error.__cause__ = time.monotonic() - self._began, ExceptionGroup(tried, errors)
         return error
 
 

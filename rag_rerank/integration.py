@@ -21,6 +21,7 @@ from typing import Any, Literal, Self, cast, dataclass_transform
 from rag_rerank.calibration import Calibrated
 from rag_rerank.closeable import Closeable
 from rag_rerank.errors import RerankError
+from rag_rerank.forking import held_over_forks
 from rag_rerank.inputs import NEUTRAL
 from rag_rerank.local import LocalScorer
 from rag_rerank.local.scorer import DEFAULT_MODEL
@@ -31,13 +32,19 @@ Build = Callable[..., Scorer]
 
 @dataclass(eq=False)
 class _Shared:
-    """A scorer, what it was made of, and the components that use it."""
+    """A scorer, what it was made of, what uses it, and for a calibrated one the shared one that it scores with."""
 
     made_of: tuple[Build, dict[str, Any], Any]
     scorer: Scorer
+    under: "_Shared | None" = None
     # By id, for pydantic's models have no hash.
-    users: "weakref.WeakValueDictionary[int, ScorerSettings]" = field(default_factory=weakref.WeakValueDictionary)
+    users: "weakref.WeakValueDictionary[int, ScorerSettings | _Shared]" = field(
+        default_factory=weakref.WeakValueDictionary
+    )
     ended: bool = False
+
+    def works(self) -> bool:
+        return not (self.ended or self.scorer._closed) and (self.under is None or self.under.works())
 
     def __deepcopy__(self, memo: dict[int, object]) -> Self:
         return self
@@ -46,9 +53,7 @@ class _Shared:
 _all_shared: "weakref.WeakSet[_Shared]" = weakref.WeakSet()  # components hold them: the last one takes its scorer along
 # Held for comparisons only, never while a scorer is built or closed. Reentrant: meanwhile the garbage collector may run
 # a user's __del__, which may close a component.
-_sharing = threading.RLock()
-if hasattr(os, "register_at_fork"):  # so that a child finds the lock open
-    os.register_at_fork(before=_sharing.acquire, after_in_parent=_sharing.release, after_in_child=_sharing.release)
+_sharing = held_over_forks(threading.RLock())
 
 
 # So that type checkers, which know of fields in pydantic's own classes only, know these as arguments.
@@ -92,25 +97,29 @@ class ScorerSettings(Closeable):
         used = self._built
         if isinstance(used, _Shared) and used.made_of[1] == settings and id(self) in used.users:
             return used.scorer
-        made_of = build, settings, (self._surroundings(), _last_written(self.calibration))
-        scorer: Scorer | None = self._share(made_of)
-        if scorer is None:
-            scorer = build(**{name: _plain(getattr(self, name)) for name in names})
-            scorer = scorer if self.calibration is None else Calibrated(scorer, self.calibration)
-            scorer = self._share(made_of, scorer)
+        surroundings = self._surroundings()
+        made_of = build, settings, (surroundings, _last_written(self.calibration))
+        if (scorer := self._share(made_of)) is None:
+            plain = build, {**settings, "calibration": _comparable(None)}, (surroundings, None)
+            if (scorer := self._share(plain)) is None:
+                scorer = self._share(plain, build(**{name: _plain(getattr(self, name)) for name in names}))
+            if self.calibration is not None:  # over the model that components without a calibration use as well
+                scorer = self._share(made_of, Calibrated(cast("Scorer", scorer), self.calibration))
         return cast("Scorer", scorer)
 
-    def _share(self, made_of: tuple[Build, dict[str, Any], Any], made: Scorer | None = None) -> Any:
+    def _share(self, made_of: tuple[Build, dict[str, Any], Any], made: Scorer | None = None) -> Scorer | None:
         """Use the scorer that equal components use; where there is none, the one that was made, if any."""
         with _sharing:
             if self._built == "closed":
                 raise RerankError(f"This {type(self).__name__} is closed. Create a new one to go on scoring.")
-            equal = (each for each in _all_shared if each.made_of == made_of)
-            shared = next((each for each in equal if not (each.ended or each.scorer._closed)), None)
+            shared = next((each for each in _all_shared if each.made_of == made_of and each.works()), None)
             if shared is None:
                 if made is None:
                     return None
                 _all_shared.add(shared := _Shared(made_of, made))
+                if isinstance(made, Calibrated) and self._built is not None:
+                    shared.under = self._built
+                    self._built.users[id(shared)] = shared
             if self._built is not None:
                 self._built.users.pop(id(self), None)
             shared.users[id(self)] = self
@@ -139,8 +148,13 @@ class ScorerSettings(Closeable):
                 return None
             self._built = "closed"
             shared.users.pop(id(self), None)
-            shared.ended = not shared.users
-            return shared.scorer if shared.ended else None
+            while not shared.users:
+                shared.ended = True
+                if shared.under is None:
+                    return shared.scorer
+                shared.under.users.pop(id(shared), None)
+                shared = shared.under
+            return None
 
 
 class LocalSettings(ScorerSettings):

@@ -20,6 +20,7 @@ from rag_rerank import telemetry
 from rag_rerank.batch import Batch
 from rag_rerank.closeable import Closeable
 from rag_rerank.errors import BackendUnavailable, ConfigError, DeadlineExceeded, RerankError, short_name
+from rag_rerank.forking import held_over_forks
 from rag_rerank.identity import PROBES, SCORING_VERSION, Identity
 from rag_rerank.inputs.content import Input
 from rag_rerank.inputs.multimodal import Multimodal, Prepared
@@ -28,9 +29,7 @@ from rag_rerank.isolation import Asking, Outcome, Pairs, failure
 from rag_rerank.ranking import OnBatchError, OnError, Ranked, Ranking, RankOptions
 
 Inputs = Sequence[Input]
-_forking = threading.Lock()
-if hasattr(os, "register_at_fork"):  # so that a child finds the lock open
-    os.register_at_fork(before=_forking.acquire, after_in_parent=_forking.release, after_in_child=_forking.release)
+_starting = held_over_forks(threading.Lock())
 
 
 class Scorer(Closeable, ABC):
@@ -393,7 +392,7 @@ class Scorer(Closeable, ABC):
         if self._closed:
             raise RerankError(f"This {type(self).__name__} is closed. Create a new one to go on scoring.")
         if self._process != os.getpid():
-            with _forking:
+            with _starting:
                 if self._process != os.getpid():
                     self._unfinished = set()
                     self._start()

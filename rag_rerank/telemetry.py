@@ -18,8 +18,6 @@ if TYPE_CHECKING:
     from opentelemetry.metrics import MeterProvider
     from opentelemetry.trace import TracerProvider
 
-_Context = contextlib.AbstractContextManager[None]
-
 # In seconds, from a short document on a GPU to the longest of deadlines; OpenTelemetry's own are for milliseconds.
 _BUCKETS = [0.0025 * 2**power for power in range(16)]
 
@@ -41,10 +39,10 @@ class Load:
 
 @dataclass(slots=True, eq=False)
 class Call:
-    """One call to a back end, on the clock of `time.monotonic`."""
+    """One call to a back end: when it began, and when its work did, on the clock of `time.monotonic`."""
 
     began: float = field(default_factory=time.monotonic)
-    started: float | None = None  # when its work began
+    started: float | None = None
 
     def start(self) -> None:
         """Note that its work begins; only the first time counts."""
@@ -97,20 +95,16 @@ def disable() -> None:
     _made = None
 
 
-def observed(scorer: Any, call: Call, failure: Callable[[], Exception | None], **facts: int | None) -> _Context:
-    """Go around a call of a `Scorer` and tell of it when it is over; `failure` then gives its error."""
-    return contextlib.nullcontext() if _made is None else _measured(_made, scorer, call, failure, facts)
-
-
 @contextlib.contextmanager
-def _measured(
-    made: dict[str, Any], scorer: Any, call: Call, failure: Callable[[], Exception | None], facts: dict[str, int | None]
-) -> Iterator[None]:
-    """Make the span around a call, in which those of its HTTP requests are, and its metrics when it is over."""
+def observed(scorer: Any, call: Call, failure: Callable[[], Exception | None], **facts: int | None) -> Iterator[None]:
+    """Go around a call of a `Scorer`; make its span, and metrics when it is over, where `failure` gives its error."""
+    if _made is None:
+        yield
+        return
     from opentelemetry.trace import SpanKind, StatusCode  # noqa: PLC0415 - installed, as `enable` has seen
 
-    common = {"gen_ai.operation.name": "rerank", "gen_ai.provider.name": "rag_rerank"}
-    common["rag_rerank.scorer"] = type(scorer).__name__
+    made, name = _made, type(scorer).__name__
+    common = {"gen_ai.operation.name": "rerank", "gen_ai.provider.name": "rag_rerank", "rag_rerank.scorer": name}
     counts = {"gen_ai.rerank.candidate.count": facts["documents"], "rag_rerank.query.count": facts["queries"]}
     if facts["top_n"] is not None:
         counts["gen_ai.rerank.top_n"] = facts["top_n"]

@@ -181,7 +181,8 @@ class TestScorerOptions:
 
     def test_they_reach_a_local_model(self, cross_encoder: Path):
         """Its long documents are read in parts, or cut."""
-        long, options = "bread " * 200 + "honey", {"max_length": 64, "dtype": "float32"}
+        texts = "python module " * 60, "the function returns " * 60
+        long, options = [texts[0] + texts[1], texts[1] + texts[0]], {"max_length": 64, "dtype": "float32"}
         scores = {}
         for how in ("truncate", "max-passage"):
             with LocalScorer(cross_encoder, long_documents=how, **options) as expected:

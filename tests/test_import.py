@@ -36,7 +36,7 @@ def test_building_a_remote_scorer_loads_no_torch():
 
 def test_the_command_line_loads_what_a_command_needs():
     """All commands are put together without what only some of them use: --help is there at once."""
-    heavy = {"torch", "transformers", "httpx", "numpy", "pyarrow", "ray", "bm25s"}
+    heavy = {"torch", "transformers", "httpx", "jinja2", "numpy", "pyarrow", "ray", "bm25s"}
     assert modules_after("import rag_rerank.cli.app") & heavy == set()
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from rag_rerank.errors import BackendUnavailable, BadReply
 from rag_rerank.families import Family, find_family
-from rag_rerank.vllm.client import Answer, Client, Failure, Reply, Request, ServerFacts, Servers, Transport
+from rag_rerank.vllm.client import Answer, Client, Failure, Keys, Reply, Request, ServerFacts, Servers, Transport
 
 
 class CheckedServer:
@@ -33,7 +33,7 @@ class CheckedServer:
 
     def send_without_key(self, request: Request) -> Reply | Failure:
         """Send one request without the scorer's key, and take whatever comes."""
-        transport = Transport(self.client.servers.endpoints, "")
+        transport = Transport(self.client.servers.endpoints, Keys(self.client.servers.endpoints, ""))
         try:
             return replace(self.client, transport=transport).send(request)
         finally:

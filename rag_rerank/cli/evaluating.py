@@ -48,28 +48,16 @@ def evaluate(
     folder: Annotated[File, Argument(help="A collection in BEIR's layout; the embedded one if none.")] = None,
     run: RunOption = None,
     qrels: QrelsOption = None,
-    model: Annotated[
-        Names, Option(help="Hub id or folder; may be repeated to compare. The embedded one if none.")
-    ] = None,
-    base_url: Annotated[
-        Names, Option(help="A vLLM server to compare; may be repeated. The key is in VLLM_API_KEY.")
-    ] = None,
-    calibration: Annotated[
-        list[Path] | None, Option(help="A file of rag-rerank calibrate for each model, then for each server.")
-    ] = None,
+    model: Annotated[Names, Option(help="Hub id or folder; may be repeated. The embedded one if none.")] = None,
+    base_url: Annotated[Names, Option(help="A vLLM server; may be repeated. The key is in VLLM_API_KEY.")] = None,
+    calibration: Annotated[Names, Option(help="A calibration for each model, then for each server.")] = None,
     depth: Annotated[
-        list[int] | None, Option(min=1, help="Candidates to rerank; may be repeated. 10, 20, 50, 100 if none.")
+        list[int] | None, Option(min=1, help="Candidates; may be repeated. 10, 20, 50, 100 if none.")
     ] = None,
-    policy: Annotated[
-        Names, Option(help='What to keep, such as "min_precision=0.8 top_n=10"; may be repeated to compare.')
-    ] = None,
+    policy: Annotated[Names, Option(help='Such as "min_precision=0.8 top_n=10"; may be repeated.')] = None,
     queries: QueriesOption = None,
-    language: Annotated[
-        str, Option(help='Of the texts, for BM25: a Snowball stemmer, "none", or "characters" for Chinese or Japanese.')
-    ] = "english",
-    measures: Annotated[
-        str, Option(help="As ir-measures calls them. Verdicts are by the first.")
-    ] = "nDCG@10,MRR@10,Recall@10,MAP",
+    language: Annotated[str, Option(help='For BM25: a Snowball stemmer, "none", or "characters".')] = "english",
+    measures: Annotated[str, Option(help="As in ir-measures; verdicts by the first.")] = "nDCG@10,MRR@10,Recall@10,MAP",
     as_json: JSONFileOption = None,
     trec_run: Annotated[File, Option(help="Write the reranked order to this file, as a TREC run.")] = None,
     html: HtmlOption = None,
@@ -94,8 +82,9 @@ def evaluate(
     with _scoring(cache, no_cache, run, queries) as (stack, measured):
         scorers: dict[str, Scorer] = {}
         if collection.documents:
-            for name, scorer in _scorers(model, base_url, calibration or [], chosen):
-                scorers[_distinct(name, scorers)] = stack.enter_context(scorer)
+            for name, scorer in _scorers(model, base_url, list(map(Path, calibration or ())), chosen):
+                distinct = f"{name} ({len(scorers) + 1})" if name in scorers else name
+                scorers[distinct] = stack.enter_context(scorer)
         names = measures.replace(",", " ").split()
         options = {"run": candidates, "depths": depths, "measures": names, "policies": policy, "language": language}
         evaluation = measured(collection, scorers, **options)
@@ -112,9 +101,7 @@ def evaluate(
 
 @takes_scorer("calibration")
 def calibrate(
-    data: Annotated[
-        Path, Argument(help="A collection in BEIR's layout, or a .jsonl file of pairs: query, document, relevant.")
-    ],
+    data: Annotated[Path, Argument(help="A collection in BEIR's layout, or .jsonl of query, document, relevant.")],
     chosen: ScorerOptions,
     out: Annotated[Path, Option(help="The file to write.")] = Path("relevance.json"),
     run: RunOption = None,
@@ -223,12 +210,6 @@ def _scorers(
             scorer.score(NEUTRAL, NEUTRAL)
         host = urlsplit((chosen.base_url or [""])[0]).netloc.rpartition("@")[2]
         yield name or f"{scorer.model_name} on {host}", scorer
-
-
-def _distinct(name: str, names: "dict[str, Scorer]") -> str:
-    """Add a number to `name` if there is one like it."""
-    number = sum(other == name or other.startswith(f"{name} (") for other in names)
-    return f"{name} ({number + 1})" if number else name
 
 
 def _write(figures: "Evaluation | Calibrating", as_json: File, html: File) -> None:

@@ -147,8 +147,8 @@ def show_calibration(found: Calibrating, file: str, console: Console) -> None:
     ties = " Documents on one of its steps have equal scores." if calibration.curve.method == "isotonic" else ""
     console.print(f"\nUse it: [bold]Calibrated(scorer, {file!r})[/].{ties}")
     if (options := pooler_options(calibration)) is not None:
-        told = "A vLLM server of a cross-encoder gives these probabilities itself with:"
-        console.print(f"{told}\n{escape(options)}", soft_wrap=True)
+        console.print("A vLLM server of a cross-encoder gives these probabilities itself with:")
+        console.print(escape(options), soft_wrap=True)
 
 
 def _range(interval: Interval | Bin) -> str:

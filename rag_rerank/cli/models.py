@@ -15,7 +15,6 @@ from rag_rerank.cli.options import console
 from rag_rerank.errors import ConfigError
 from rag_rerank.families import FAMILIES, find_family
 from rag_rerank.families import family as family_called
-from rag_rerank.template import Template
 
 
 def convert(
@@ -30,6 +29,7 @@ def convert(
 ) -> None:
     """Write a causal or modular reranker as a classifier, which vLLM and transformers load without overrides."""
     from rag_rerank.convert import convert as write
+    from rag_rerank.template import Template
 
     family = find_family(model)
     tokens = tuple(token or (family.tokens if family else ()))
@@ -85,6 +85,8 @@ def serve_model(
 @template_app.command("show")
 def show_template(name: Annotated[str, typer.Argument(help="A family's, a model's or a template's name.")]) -> None:
     """Print a template file, as ``vllm serve --chat-template`` takes it."""
+    from rag_rerank.template import Template
+
     if name not in Template.shipped():
         found = (find_family(name) or family_called(name)).template
         if found is None:

@@ -15,14 +15,13 @@ from typing import Annotated, Any
 from rich.console import Console
 from typer import Option
 
-from rag_rerank import LocalSettings
 from rag_rerank.embedded import minilm_folder
 from rag_rerank.errors import BackendError, ConfigError
 from rag_rerank.scorer import Scorer
 
 JSONFileOption = Annotated[Path | None, Option("--json", help="Write all figures to this file.")]
 _ENDPOINT_HELP = "How the server is asked: score (vLLM), rerank (most others), tei, or auto, which finds out."
-_MODEL_HELP = f'Hub id or folder ({LocalSettings.model} if none), "embedded", or the name on the server.'
+_MODEL_HELP = 'Hub id or folder (a MiniLM cross-encoder if none), "embedded", or the name on the server.'
 _URL_HELP = "A vLLM server; may be repeated for several. The key is read from VLLM_API_KEY."
 _HEADER_HELP = 'A header for a server, such as "X-Tenant: search"; may be repeated.'
 _KEY_HELP = "Allow the key to be sent unencrypted to another machine."

@@ -32,12 +32,10 @@ def default_folder() -> Path:
 
 
 class ScoreCache:
-    """The scores of one scorer, and how long its calls took; a ConfigError where its file can't be used.
+    """The scores of one scorer, and how long its calls took; in memory without a folder.
 
-    Without a folder they are kept in memory, as long as this object is open.
-
-    Scorers that differ in anything that `Identity` compares never see scores of each other. Where a scorer is new, one
-    logged warning says in what it differs from the last one with the model's name.
+    A ConfigError says that the file can't be used. Scorers that differ in anything that `Identity` compares never see
+    scores of each other. Where one is new, a logged warning says in what it differs from the last one with its name.
     """
 
     def __init__(self, folder: str | Path | None, identity: Identity) -> None:

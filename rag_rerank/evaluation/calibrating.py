@@ -85,7 +85,7 @@ class Calibrating:
     """A calibration, and how far it can be trusted.
 
     `before` is of the scores, through a sigmoid unless they are between 0 and 1; `after` of the probabilities of
-    queries that the curve was not fitted on; `kept` is what thresholds keep.
+    queries that the curve was not fitted on.
     """
 
     calibration: Calibration
@@ -277,11 +277,11 @@ def target(pairs: Pairs, predicted: Floats, kind: Kind, wanted: float) -> Target
             thresholds.append(float(probabilities[ends[chosen]]))
             elsewhere += [float(others[1][chosen])] if others[0][chosen] else []
     threshold, others_get = _interval(np.array(thresholds)), _interval(np.array(elsewhere))
-    why = ""
+    why = f"among other queries it may be from {others_get.low:.2f} to {others_get.high:.2f}"
     if len(elsewhere) < 0.9 * DRAWS:
         why = "a few queries more or less decide whether any threshold has it"
-    elif others_get.high - others_get.low > WIDEST:
-        why = f"among other queries it may be from {others_get.low:.2f} to {others_get.high:.2f}"
+    elif others_get.high - others_get.low <= WIDEST:
+        why = ""
     return Target(kind, wanted, threshold, others_get, why)
 
 

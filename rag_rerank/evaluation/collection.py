@@ -8,13 +8,7 @@ from rag_rerank.errors import ConfigError
 from rag_rerank.evaluation.measures import Run
 from rag_rerank.evaluation.trec import read_judgments, rows
 
-_CORPUS = ("corpus.jsonl", "corpus.jsonl.gz", "corpus.parquet", "corpus-*.parquet", "corpus/*.parquet")
-_QUERIES = ("queries.jsonl", "queries.jsonl.gz", "queries.parquet", "queries-*.parquet", "queries/*.parquet")
-_QRELS = (
-    *("qrels.tsv", "qrels/test.tsv", "qrels.tsv.gz", "qrels/test.tsv.gz"),
-    *("qrels.jsonl", "qrels/test.jsonl", "qrels.jsonl.gz", "qrels/test.jsonl.gz"),
-    *("qrels.parquet", "qrels/test.parquet", "qrels/test-*.parquet"),
-)
+_ENDINGS = (".jsonl", ".jsonl.gz", ".parquet", "-*.parquet", "/*.parquet")
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,11 +47,15 @@ class Collection:
                 a query is judged that has no text, or there are no documents or no queries.
         """
         folder = Path(folder)
-        corpus = _find(folder, _CORPUS)
-        judgments = read_judgments(*([qrels] if qrels is not None else _find(folder, _QRELS)))
+        corpus = _find(folder, [f"corpus{ending}" for ending in _ENDINGS])
+        if qrels is None:
+            endings = (".tsv", ".tsv.gz", *_ENDINGS[:-1])
+            files = _find(folder, [f"{stem}{ending}" for ending in endings for stem in ("qrels", "qrels/test")])
+        judgments = read_judgments(*(files if qrels is None else [qrels]))
         relevant = {document for grades in judgments.values() for document, grade in grades.items() if grade > 0}
         texts = {key: text for key, text in _texts(corpus) if documents is None or key in documents or key in relevant}
-        queries = {name: text for name, text in _texts(_find(folder, _QUERIES)) if name in judgments}
+        asked = _find(folder, [f"queries{ending}" for ending in _ENDINGS])
+        queries = {name: text for name, text in _texts(asked) if name in judgments}
         if not texts:
             raise ConfigError(f"{folder} has no documents, or none of those that the run needs")
         if not queries:
@@ -89,8 +87,7 @@ def _texts(paths: Sequence[Path]) -> Iterator[tuple[str, str]]:
 def read_labelled(path: Path) -> tuple[Collection, Run]:
     """Read labelled pairs, JSON Lines or Parquet with ``query``, ``document`` and ``relevant`` (a grade, or true).
 
-    Raises:
-        ConfigError: The file can't be read or a line is not so; the message has its number.
+    A ConfigError has the number of a line that is not so.
     """
     judgments: dict[str, dict[str, int]] = {}
     for _, query, document, grade in rows(path, {"query": str, "document": str, "relevant": int}):

@@ -1,4 +1,4 @@
-"""Measures as ir-measures has them, of each query; and whether a difference is more than luck: the paired bootstrap."""
+"""Measures as ir-measures has them; and whether a difference is more than luck: the paired bootstrap."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,15 +13,10 @@ from rag_rerank.errors import ConfigError
 Run = Mapping[str, Mapping[str, float]]
 """Query id to document id to score."""
 
-Rankings = Mapping[str, Sequence[str]]
-"""Query id to document ids, best first."""
-
 DEFAULT_MEASURES = ("nDCG@10", "MRR@10", "Recall@10", "MAP")
 RESAMPLES = 10_000
 CONFIDENCE = 0.95
 SEED = 0
-
-Verdict = Literal["helps", "no clear difference", "hurts"]
 
 _ROUNDING = 1e-9  # what sums in another order may differ by
 _NUMBERS_DRAWN = 2_000_000  # at a time: 16 MB
@@ -45,12 +40,7 @@ def mean(values: Mapping[str, float]) -> float:
 
 
 class Measurer:
-    """Measures rankings against judgments; arguments and errors as of `measure`.
-
-    Attributes:
-        measures: The names.
-        deepest: The largest cutoff among the measures: what is behind it in a ranking only one without a cutoff sees.
-    """
+    """Measures rankings against judgments, by `measures`; `deepest` is the largest cutoff among these."""
 
     def __init__(self, judgments: Mapping[str, Mapping[str, int]], measures: Sequence[str]) -> None:
         if not (judgments and measures):
@@ -64,7 +54,7 @@ class Measurer:
         except (ValueError, RuntimeError) as error:
             raise ConfigError(f"{', '.join(self.measures)} can't all be calculated here: {error}") from error
 
-    def measure_rankings(self, rankings: Rankings) -> dict[str, dict[str, float]]:
+    def measure_rankings(self, rankings: Mapping[str, Sequence[str]]) -> dict[str, dict[str, float]]:
         """Map each measure to query id to value, for every judged query; only the order counts, so nothing ties."""
         run = {query: {name: -rank for rank, name in enumerate(names)} for query, names in rankings.items()}
         return self.measure_run(run)
@@ -91,8 +81,7 @@ class Comparison:
 
     Attributes:
         gain: The mean over all queries of the second one's value less the first one's.
-        low, high: The 95 % confidence interval of it: percentiles of 10,000 means, each over as many queries drawn with
-            replacement, with a fixed seed.
+        low, high: Its 95 % confidence interval: percentiles of 10,000 means, each over as many queries drawn anew.
         wins, losses, ties: On how many queries the second one was better, worse, equal.
     """
 
@@ -104,18 +93,15 @@ class Comparison:
     ties: int
 
     @property
-    def verdict(self) -> Verdict:
+    def verdict(self) -> Literal["helps", "no clear difference", "hurts"]:
         """``"helps"`` or ``"hurts"`` where the interval excludes 0."""
         return "helps" if self.low > _ROUNDING else "hurts" if self.high < -_ROUNDING else "no clear difference"
 
 
 def compare(differences: Sequence[Sequence[float]], *, resamples: int = RESAMPLES) -> list[Comparison]:
-    """Judge several comparisons on the same queries at once, all by the same draws.
+    """Judge several comparisons on the same queries at once, all by the same draws; the seed is fixed.
 
-    Args:
-        differences: For each comparison the differences, one a query, the queries in the same order; a
-            ValueError without any, or without the same number everywhere.
-        resamples: How many times to draw.
+    Each has one difference a query, the queries in the same order: a ValueError without the same number everywhere.
     """
     if not differences:
         return []

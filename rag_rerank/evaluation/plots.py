@@ -79,12 +79,14 @@ def quality_by_latency(evaluation: Evaluation) -> str | None:
         axes.axhline(mean(evaluation.before[evaluation.measure]), color=_ROLES["ink"], linestyle=":", linewidth=1.4)
         for number, system in enumerate(evaluation.systems):
             colour, marker = _LINES[number % len(_LINES)]
-            timed = [(level, 1000 * level.latency.p50) for level in system.levels if level.latency]
-            points = [(x, level.mean(evaluation.measure)) for level, x in timed]
-            axes.plot([x for x, _ in points], [y for _, y in points], color=colour, marker=marker)
-            for (level, _), point in zip(timed, points, strict=True):
-                style: dict[str, Any] = {"textcoords": "offset points", "color": colour, "fontsize": 8.5}
-                axes.annotate(str(level.depth), point, (-10, 5), **style)
+            points = [
+                (1000 * level.latency.p50, level.mean(evaluation.measure), str(level.depth))
+                for level in system.levels
+                if level.latency
+            ]
+            axes.plot([x for x, _, _ in points], [y for _, y, _ in points], color=colour, marker=marker)
+            for x, y, depth in points:
+                axes.annotate(depth, (x, y), (-10, 5), textcoords="offset points", color=colour, fontsize=8.5)
         axes.margins(x=0.1, y=0.15)
         axes.set_xscale("log")
         axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))

@@ -12,11 +12,8 @@ from rag_rerank.evaluation.measures import CONFIDENCE, RESAMPLES, SEED, Comparis
 from rag_rerank.evaluation.scoring import Latency, Scores
 from rag_rerank.ranking import Ranking
 
-Values = Mapping[str, Mapping[str, float]]
-"""Measure to query id to value."""
-
-GAIN = "linear"
-"""What nDCG counts a grade as: the grade itself, as trec_eval does, and not 2^grade - 1."""
+Values = Mapping[str, Mapping[str, float]]  # measure to query id to value
+GAIN = "linear"  # of nDCG: a grade counts as it is, as in trec_eval, and not as 2^grade - 1
 
 
 def reranked(candidates: Sequence[str], scores: Scores, depth: int) -> list[str]:
@@ -75,11 +72,9 @@ def keep(
 
 @dataclass(frozen=True, slots=True)
 class Level:
-    """One reranker at one depth.
+    """One reranker at one depth: what every query got.
 
     Attributes:
-        depth: How many candidates of each query were reranked.
-        values: What every query got.
         gains: Measure to comparison with the first stage.
         against_deepest: Measure to comparison with the deepest depth: where that is better, this one "hurts".
         latency: How long queries waited; None where no time was measured, all scores having been cached otherwise.
@@ -101,8 +96,6 @@ class System:
     """One reranker.
 
     Attributes:
-        name: What reports call it.
-        levels: One for each depth, ascending.
         scores: Query id to the scores of its candidates, as deep as the deepest depth.
         pairs_scored, pairs_cached: How many pairs of query and document were scored now; how many were known.
         kept: What each policy keeps, at the deepest depth.
@@ -113,7 +106,7 @@ class System:
     scores: Mapping[str, Scores]
     pairs_scored: int
     pairs_cached: int
-    kept: tuple[Kept, ...] = ()
+    kept: tuple[Kept, ...]
 
     @property
     def rejected(self) -> int:
@@ -135,14 +128,11 @@ class Evaluation:
     """What reranking did to a collection.
 
     Attributes:
-        collection: What was evaluated, with its judged queries.
         first_stage: What found the candidates: ``"BM25"``, or the name of a run.
         measures: Their names. The first one decides what is shown first and in plots.
-        depths: How many candidates were reranked, ascending.
         candidates: Query id to what the first stage found, best first; nothing for a query without any.
         before: What every query got without reranking.
         ceilings: Depth to what every query gets when the judgments themselves order so many candidates.
-        systems: The rerankers.
         between: (first, second, measure to comparison) of every two rerankers at the deepest depth.
         retrieval: How long the first stage took; None for a run.
     """
@@ -155,8 +145,8 @@ class Evaluation:
     before: Values
     ceilings: Mapping[int, Values]
     systems: tuple[System, ...]
-    between: tuple[tuple[str, str, Mapping[str, Comparison]], ...] = ()
-    retrieval: Latency | None = None
+    between: tuple[tuple[str, str, Mapping[str, Comparison]], ...]
+    retrieval: Latency | None
 
     @property
     def measure(self) -> str:

@@ -147,16 +147,14 @@ class ScoringRun:
         return self._scores([*rows, NEUTRAL], [*documents, NEUTRAL])[:-1]
 
     def _check_scorer(self) -> None:
-        """Refuse scores of another model than before: a server may have been restarted since the last call.
-
-        In half precision, probes may differ by the other pairs of a batch: `Scorer.identity` decides.
-        """
+        """Refuse scores of another model than before: a server may have been restarted since the last call."""
         if not (self._scorer.remote and self._identity.steady and self._identity.probes):
             return
         queries, documents = zip(*PROBES, strict=True)
         probes = self._scorer.score(queries, documents, deadline=self._deadline)
         if not Identity({}, probes).differences(Identity({}, self._identity.probes)):
             return
+        # In half precision, probes may differ by the other pairs of a batch: `Scorer.identity` decides.
         if changes := self._scorer.identity(deadline=self._deadline).differences(self._identity):
             changed = f"{self._scorer.model_name} became another scorer during the run: {'; '.join(changes)}"
             raise ConfigError(f"{changed}. Run again to evaluate this one.")

@@ -88,16 +88,12 @@ def _grade(place: str, value: Any) -> int:
     return int(number)
 
 
-def read_run(path: str | Path, *, keep: int | None = None) -> dict[str, dict[str, float]]:
+def read_run(path: str | Path) -> dict[str, dict[str, float]]:
     """Read a retriever's run: query id to document id to score, best first.
 
-    As in trec_eval, the score alone decides the order, and the greater document id goes first where scores are equal;
-    the column with the rank is not read.
-
-    Args:
-        path: Lines of query, ``Q0``, document, rank, score and tag; perhaps gzipped. A ConfigError has the number of
-            one that is not as it should be or repeats a document.
-        keep: Only the best so many of each query.
+    Lines are query, ``Q0``, document, rank, score and tag; perhaps gzipped. As in trec_eval, the score alone decides
+    the order, and the greater document id goes first where scores are equal. A ConfigError has the number of a line
+    that is not as it should be or repeats a document.
     """
     run: dict[str, dict[str, float]] = {}
     for place, line in lines(Path(path)):
@@ -111,13 +107,12 @@ def read_run(path: str | Path, *, keep: int | None = None) -> dict[str, dict[str
         if document in run.setdefault(query, {}):
             raise ConfigError(f"{place}: the document {document!r} is there twice for {query!r}")
         run[query][document] = score
-    return {query: best_first(scores, keep) for query, scores in run.items()}
+    return {query: best_first(scores) for query, scores in run.items()}
 
 
-def best_first(scores: Mapping[str, float], keep: int | None = None) -> dict[str, float]:
-    """Order `scores` as trec_eval: by score, equal ones by document id, the greater first; the best `keep`."""
-    ordered = sorted(sorted(scores.items(), reverse=True), key=lambda item: -item[1])
-    return dict(ordered[:keep])
+def best_first(scores: Mapping[str, float]) -> dict[str, float]:
+    """Order `scores` as trec_eval: by score, equal ones by document id, the greater first."""
+    return dict(sorted(sorted(scores.items(), reverse=True), key=lambda item: -item[1]))
 
 
 def write_run(
@@ -126,13 +121,11 @@ def write_run(
     """Write rankings so that trec_eval, which looks at scores only, finds the documents in this very order.
 
     Args:
-        path: Gzipped if it ends in ``.gz``.
+        path: Gzipped if it ends in ``.gz``; a ConfigError if it can't be written, or an id has a space in it.
         rankings: Query id to (document id, score), best first. Scores are written in single precision, which is what
             trec_eval reads; one that is no smaller than the one before becomes the next smaller number, and documents
             without a score follow in steps of 1.
         tag: The last column, the system's name.
-
-    A ConfigError says that an id has a space in it, which this layout can't hold, or the file can't be written.
     """
     path, tag = Path(path), "_".join(tag.split()) or "-"
     zipped = path.suffix == ".gz"
@@ -141,9 +134,8 @@ def write_run(
             for query, ranking in rankings.items():
                 scores = _falling(score for _, score in ranking)
                 for rank, ((document, _), score) in enumerate(zip(ranking, scores, strict=True), 1):
-                    for name in (query, document):
-                        if name.split() != [name]:
-                            raise ConfigError(f"the id {name!r} can't stand in a TREC run: it has spaces or no letters")
+                    if wrong := [name for name in (query, document) if name.split() != [name]]:
+                        raise ConfigError(f"the id {wrong[0]!r} can't stand in a TREC run: it has spaces or no letters")
                     file.write(f"{query} Q0 {document} {rank} {score} {tag}\n")
     except OSError as error:
         raise ConfigError(f"{path} can't be written: {error.strerror or error}") from error

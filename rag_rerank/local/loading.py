@@ -1,13 +1,13 @@
 """From settings to a model that is ready to score: finds out what a checkpoint is, and puts the parts together."""
 
 import json
-import os
 import re
 import threading
 from typing import Any
 
 from rag_rerank.errors import ConfigError
 from rag_rerank.families import find_family
+from rag_rerank.forking import held_over_forks
 from rag_rerank.local.checkpoint.checkpoint import Checkpoint
 from rag_rerank.local.checkpoint.files import Files
 from rag_rerank.local.embedders import EmbedderLoading
@@ -29,10 +29,7 @@ _NEGATIVE = re.compile(r"(?i)(no|not|non|false|negative|0)(?![a-z])|(ir|un|dis|n
 
 # Held while a model is loaded: transformers changes torch's default dtype for the whole process meanwhile, and of two
 # at a time one would put back the other's. A fork waits, so that a child has neither lock nor dtype left half-way.
-one_at_a_time = threading.RLock()
-if hasattr(os, "register_at_fork"):
-    release = one_at_a_time.release
-    os.register_at_fork(before=one_at_a_time.acquire, after_in_parent=release, after_in_child=release)
+one_at_a_time = held_over_forks(threading.RLock())
 
 
 def load(settings: Settings) -> Model:

@@ -61,9 +61,8 @@ class Background:
             if self._loop is None:
                 loop = asyncio.new_event_loop()
                 _look_up_in_daemon_threads(loop)
-                thread = threading.Thread(target=loop.run_forever, name="rag_rerank", daemon=True)
                 try:
-                    thread.start()
+                    threading.Thread(target=loop.run_forever, name="rag_rerank", daemon=True).start()
                 except RuntimeError:  # no thread to be had now; the next call tries again
                     loop.close()
                     raise
@@ -77,37 +76,22 @@ def _look_up_in_daemon_threads(loop: asyncio.AbstractEventLoop) -> None:
     asyncio's own threads are few, so that hanging lookups of one host hold up those of all others (eight did), and the
     process's end waits for them (15 s, measured).
     """
-    under_way: dict[Any, asyncio.Future[Any]] = {}
+    under_way: dict[Any, Future[Any]] = {}
 
-    def look_up(future: asyncio.Future[Any], asked: tuple[Any, ...]) -> None:
-        result: Any = None
-        error: Exception | None = None
+    def look_up(future: Future[Any], host: Any, port: Any, options: dict[str, int]) -> None:
         try:
-            result = socket.getaddrinfo(*asked)
-        except Exception as raised:  # noqa: BLE001 - passed on
-            error = raised
+            future.set_result(socket.getaddrinfo(host, port, **options))
+        except Exception as error:  # noqa: BLE001 - passed on
+            future.set_exception(error)
 
-        def tell() -> None:
-            del under_way[asked]
-            future.set_result(result) if error is None else future.set_exception(error)
-
-        loop.call_soon_threadsafe(tell)
-
-    async def getaddrinfo(
-        host: Any,
-        port: Any,
-        *,
-        family: int = 0,
-        type: int = 0,  # noqa: A002
-        proto: int = 0,
-        flags: int = 0,
-    ) -> Any:
-        asked = host, port, family, type, proto, flags
-        if asked not in under_way:
-            future = loop.create_future()
-            future.add_done_callback(lambda done: done.exception())  # told to nobody where all callers have gone
-            threading.Thread(target=look_up, args=(future, asked), name=f"look up {host!r}", daemon=True).start()
+    async def getaddrinfo(host: Any, port: Any, **options: int) -> Any:
+        asked = host, port, *options.items()
+        future = under_way.get(asked)
+        if future is None:
+            future = Future()
+            threading.Thread(target=look_up, args=(future, host, port, options), daemon=True).start()
             under_way[asked] = future
-        return await asyncio.shield(under_way[asked])
+            future.add_done_callback(lambda _: under_way.pop(asked))
+        return await asyncio.shield(asyncio.wrap_future(future))
 
     loop.getaddrinfo = getaddrinfo  # type: ignore[method-assign]

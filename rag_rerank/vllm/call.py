@@ -11,6 +11,7 @@ import re
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from rag_rerank.errors import BackendError, BackendRejected, BackendUnavailable, DocumentRejected
 from rag_rerank.inputs import NEUTRAL
@@ -30,6 +31,7 @@ PLAIN_PAIR_TOKENS = 8
 _TEMPLATE_TOKENS = 1024  # beside query and document, at most; a guess, only for whether to measure
 
 Inputs = Sequence[Prepared]
+Refusal = BackendRejected | BackendUnavailable
 
 
 @dataclass(slots=True)
@@ -49,7 +51,7 @@ class Call:
     _api: API = "score"
     _whole: bool = False  # whether all documents go in one request, for they are scored together
     _most_bytes: int = MAX_BYTES
-    _limits: list[int | None] = field(default_factory=list)  # by position, at how many tokens documents are cut
+    _limits: dict[int, int] = field(default_factory=dict)  # by position, at how many tokens documents are cut
     _scores: dict[int, float] = field(default_factory=dict)  # by position, as the refusals
     _refusals: dict[int, BackendRejected] = field(default_factory=dict)
     _accepted: set[bool] = field(default_factory=set)  # True: a request with an image; False: one with text only
@@ -58,10 +60,8 @@ class Call:
     async def score(self) -> list[float]:
         """Score each document, in order; DocumentRejected where the server takes the request, but not with these."""
         facts = await self.exchange.describe()
-        self._api = facts.form.api
+        self._api, self._most_bytes = facts.form.api, facts.most_bytes or MAX_BYTES
         self._whole = facts.listwise and len(self.queries) == 1
-        self._most_bytes = facts.most_bytes or MAX_BYTES
-        self._limits = [None] * len(self.documents)
         if self.fit and not self._whole:
             await self._fit(facts)
         positions = range(len(self.documents))
@@ -69,7 +69,7 @@ class Call:
         await self._side_by_side(chunks, lambda chunk: self._score_chunk(chunk, chunks))
         if self._refusals:
             raise self._rejected()
-        return [self._scores[position] for position in range(len(self.documents))]
+        return [self._scores[position] for position in positions]
 
     async def _side_by_side(
         self, work: deque[list[int]], do: Callable[[list[int]], Awaitable[None]], at_once: int | None = None
@@ -102,8 +102,9 @@ class Call:
         for position in positions:
             query, document = self._query(position), self.documents[position]
             alone = query if self._api != "score" or isinstance(query, Multimodal) else None
-            multimodal = self._text_limits(query, document) if self._is_multimodal(position) else None
-            groups.setdefault((self._limits[position], alone, multimodal), []).append(position)
+            text = isinstance(query, str) and isinstance(document, str)
+            cut = self._limits.get(position) if text else self._options(position)
+            groups.setdefault((text, cut, alone), []).append(position)
         chunks: list[list[int]] = []
         for group in groups.values():
             size = self._most_bytes + 1  # so that a chunk is begun
@@ -125,81 +126,74 @@ class Call:
         one = len(self.queries) == 1 or self._api != "score" or isinstance(self._query(chunk[0]), Multimodal)
         queries = [self._query(position) for position in (chunk[:1] if one else chunk)]
         documents = [self.documents[position] for position in chunk]
-        limit = self._limits[chunk[0]]
-        if any(self._limits[position] != limit for position in chunk):  # found out since it was planned
+        if len(set(map(self._limits.get, chunk))) > 1:  # found out since it was planned
             chunks.extendleft(self._chunks(chunk))
             return
-        options = self.options if limit is None else replace(self.options, max_tokens_per_doc=limit)
-        if self._is_multimodal(chunk[0]):
-            options = self._untruncated(queries[0], documents[0])
+        options = self._options(chunk[0])
         try:
             answer = await self._ask(queries, documents, options, chunk)
         except (BackendRejected, BackendUnavailable) as error:
             for link in _links([*queries, *documents]):  # vLLM quotes an address that it can't fetch
                 error.message = hidden(error.message, link.url)
                 error.body = error.body and hidden(error.body, link.url)
-            if self._is_multimodal(chunk[0]):
-                self._explain(error)
-            if self._whole:
-                error.remedy = "The model scores all documents of a query together: pass fewer, or shorter ones."
-                raise
-            if await self._fits_after_all(error, chunk, options):
-                chunks.extendleft(self._chunks(chunk))
-                return
-            blamed = await self._blames_documents(error, queries, documents)
-            if not blamed or isinstance(error, BackendUnavailable):
-                raise
-            if len(chunk) == 1:
-                self._refusals[chunk[0]] = error
-                self._encoded.pop(id(documents[0]), None)
-                return
-            if error.status == 413 and (size := sum(map(_size, documents))) > _LEAST_BYTES:
-                self._most_bytes = min(self._most_bytes, size // 2)
-                self.exchange.servers.remember(most_bytes=self._most_bytes)  # later calls need not meet the limit
-            # By length: over-long documents end up in the same half. Those to blame are found with fewer requests.
-            chunk.sort(key=lambda position: _size(self.documents[position]))
-            middle = len(chunk) // 2
-            chunks.extendleft([chunk[middle:], chunk[:middle]])
+            chunks.extendleft(await self._parts(error, chunk, options))
             return
         self._accepted.add(_has_image(documents))
         for position, score in zip(chunk, answer.scores, strict=True):
             self._scores[position] = score
             self._encoded.pop(id(self.documents[position]), None)
 
+    async def _parts(self, error: Refusal, chunk: list[int], sent: Options) -> list[list[int]]:
+        """Cut a refused chunk into what is to be asked instead, the last first; raise what concerns the whole call."""
+        if self._is_multimodal(chunk[0]):
+            self._explain(error)
+        if self._whole:
+            error.remedy = "The model scores all documents of a query together: pass fewer, or shorter ones."
+            raise error
+        if await self._fits_after_all(error, chunk, sent):
+            return self._chunks(chunk)
+        if not await self._blames_documents(error, chunk) or isinstance(error, BackendUnavailable):
+            raise error
+        size = sum(_size(self.documents[position]) for position in chunk)
+        if len(chunk) == 1:
+            self._refusals[chunk[0]] = error
+            self._encoded.pop(id(self.documents[chunk[0]]), None)
+            return []
+        if error.status == 413 and size > _LEAST_BYTES:
+            self._most_bytes = min(self._most_bytes, size // 2)
+            self.exchange.servers.remember(most_bytes=self._most_bytes)  # later calls need not meet the limit
+        # By length: over-long documents end up in the same half. Those to blame are found with fewer requests.
+        chunk.sort(key=lambda position: _size(self.documents[position]))
+        return [chunk[len(chunk) // 2 :], chunk[: len(chunk) // 2]]
+
     async def _fits_after_all(self, error: BackendError, chunk: list[int], sent: Options) -> bool:
         """Cut a chunk that is too long although it did not seem so: its template is long; False where that is known."""
         uncut = sent.truncate_prompt_tokens is None and sent.max_tokens_per_doc == self.options.max_tokens_per_doc
         if not (self.fit and uncut and "maximum context length" in error.message) or self._is_multimodal(chunk[0]):
             return False
-        if not self._is_cut(chunk[0]):  # by another branch meanwhile
+        if self._options(chunk[0]) == sent:  # else another branch has found out meanwhile
             await self._cut(chunk, at_once=1)
-        return self._is_cut(chunk[0])
+        return self._options(chunk[0]) != sent
 
-    def _is_cut(self, position: int) -> bool:
-        return self.options.truncate_prompt_tokens is not None or self._limits[position] is not None
-
-    def _explain(self, error: BackendRejected | BackendUnavailable) -> None:
+    def _explain(self, error: Refusal) -> None:
         """Give an error that concerns an image the remedy that fits; ContentError for a model that reads text only."""
         # vLLM 0.32, entrypoints/pooling/scoring: for models of text, and for jina-reranker-v3.
         if re.search("MultiModalParam is not supported|only supports text as input", error.message):
             raise text_only(self.exchange.model_name, self.queries, self.documents) from error
         if re.search("maximum (context|model) length", error.message):
-            error.remedy = (
-                "The text beside an image is cut only by max_tokens_per_doc=; or scale it down (max_pixels=)."
-            )
+            error.remedy = "Text beside an image is cut only by max_tokens_per_doc=; or scale it down (max_pixels=)."
         elif error.status == 500:  # vLLM's for an address out of reach, and for images that its model can't take in
             error.remedy = "Can the server reach its url, and does the model take in images of that shape?"
 
-    async def _blames_documents(
-        self, error: BackendRejected | BackendUnavailable, queries: Inputs, documents: Inputs
-    ) -> bool:
+    async def _blames_documents(self, error: Refusal, chunk: list[int]) -> bool:
         """Find out whether a request may have been refused for single documents, not for all of it.
 
         A server that fails (500) at any image, also at a blank one, fails as a whole.
         """
-        with_image = _has_image(documents) or (len(self.queries) > 1 and _has_image(queries))
+        changing = [self.documents, self.queries] if len(self.queries) > 1 else [self.documents]
+        with_image = any(_has_image([side[position] for position in chunk]) for side in changing)
         if isinstance(error, BackendRejected):
-            if error.status == 413 and len(documents) > 1:
+            if error.status == 413 and len(chunk) > 1:
                 return True  # less is always less; a single one may be refused for the query's size
             return error.status in (400, 413, 422) and await self._accepts_harmless(with_image)
         if error.status == 500 and with_image:
@@ -214,10 +208,8 @@ class Call:
         if with_image not in self._accepted:
             query = self.queries[0] if len(self.queries) == 1 else NEUTRAL
             document = Multimodal((BLANK,)) if with_image else NEUTRAL
-            multimodal = with_image or isinstance(query, Multimodal)
-            options = self._untruncated(query, document) if multimodal else self.options
             try:
-                await self._ask([query], [document], options)
+                await self._ask([query], [document], self._options_for(query, document))
             except BackendRejected:
                 return with_image in self._accepted  # another branch may know better by now
             self._accepted.add(with_image)
@@ -229,10 +221,10 @@ class Call:
         first = self._refusals[indices[0]]
         several = f" and {len(indices) - 1} more" if len(indices) > 1 else ""
         said = f"documents[{indices[0]}]{several} rejected: {first.message}"
-        error = self.exchange.error(DocumentRejected, said, first.remedy, cause=first)
-        error.indices, error.scores = tuple(indices), tuple(map(self._scores.get, range(len(self.documents))))
-        error.status, error.reason, error.endpoint = first.status, first.message, first.endpoint
-        return error
+        scores = [self._scores.get(position) for position in range(len(self.documents))]
+        facts: dict[str, Any] = {"indices": indices, "scores": scores, "reason": first.message, "status": first.status}
+        facts |= {"endpoint": first.endpoint, "__cause__": first}
+        return self.exchange.error(DocumentRejected, said, first.remedy, **facts)
 
     async def _fit(self, facts: ServerFacts) -> None:
         """Cut the documents that may be too long, where that can be known and does no harm."""
@@ -241,20 +233,26 @@ class Call:
         if self._api != "score" and facts.version is None:
             self.fit = False  # no vLLM server, as it seems: others may stumble over a field of vLLM's
             return
-        long = await self._long(facts.window)
+        many = len(self.documents) > MANY
+        long = await off_loop(many, self._long, facts.window)
         if long:
             facts = await self.exchange.describe(surely=True)
-            long = await self._long(facts.window)
+            long = await off_loop(many, self._long, facts.window)
         if long:
             await self._cut(long)
         elif facts.has_template is False:
             self.options = replace(self.options, truncate_prompt_tokens=-1)
 
-    async def _long(self, window: int | None) -> list[int]:
-        def long() -> list[int]:
-            return [position for position in range(len(self.documents)) if self._may_be_long(position, window)]
-
-        return await off_loop(len(self.documents) > MANY, long)
+    def _long(self, window: int | None) -> list[int]:
+        """List the pairs of texts that could exceed the window: no tokenizer makes more tokens than bytes."""
+        beside = _TEMPLATE_TOKENS + _bytes(self.options.instruction or "")
+        of_queries = list(map(_bytes, self.queries)) * (len(self.documents) // len(self.queries))
+        return [
+            position
+            for position, document in enumerate(self.documents)
+            if (window is None or beside + of_queries[position] + _bytes(document) > window)
+            and not self._is_multimodal(position)
+        ]
 
     async def _cut(self, long: Sequence[int], at_once: int | None = None) -> None:
         """Find at how many tokens to cut the documents of some pairs; as they are where the server can't tell."""
@@ -284,28 +282,17 @@ class Call:
             if limit is not None:
                 self._limits[position] = limit if given is None else min(limit, given)
 
-    def _may_be_long(self, position: int, window: int | None) -> bool:
-        """Tell whether a pair is to be cut, and could exceed the window: no tokenizer makes more tokens than bytes."""
-        query, document = self._query(position), self.documents[position]
-        if not (isinstance(query, str) and isinstance(document, str)):
-            return False
-        if window is None:
-            return True
-        size = sum(len(text.encode()) for text in (query, document, self.options.instruction or ""))
-        return size + _TEMPLATE_TOKENS > window
-
     async def _has_template(self, facts: ServerFacts) -> bool | None:
         """Find out whether the server puts pairs into a template: it shows in the number of tokens that it reads."""
         if facts.has_template is not None:
             return facts.has_template
         tokens = (await self._ask([NEUTRAL], [NEUTRAL], self.options)).prompt_tokens
-        if tokens is None:
-            return None  # a gateway that does not pass it on
-        self.exchange.servers.remember(has_template=tokens > PLAIN_PAIR_TOKENS)
-        return tokens > PLAIN_PAIR_TOKENS
+        has_template = None if tokens is None else tokens > PLAIN_PAIR_TOKENS  # a gateway may not pass it on
+        self.exchange.servers.remember(has_template=has_template)
+        return has_template
 
     async def _left_by(self, query: Prepared, window: int) -> int | None:
-        """Measure the tokens that template and query leave for a document."""
+        """Measure the tokens that template and query leave for a document; None where they are not told."""
         cause = None
         try:
             tokens = (await self._ask([query], [NEUTRAL], self.options)).prompt_tokens
@@ -338,21 +325,16 @@ class Call:
             self._encoded[id(value)] = Encoded.of(value)
         return self._encoded[id(value)]
 
-    def _untruncated(self, query: Prepared, document: Prepared) -> Options:
-        """Make the options for a pair with an image in it."""
-        of_query, of_document = self._text_limits(query, document)
-        return replace(
-            self.options, truncate_prompt_tokens=None, max_tokens_per_query=of_query, max_tokens_per_doc=of_document
-        )
+    def _options(self, position: int) -> Options:
+        return self._options_for(self._query(position), self.documents[position], self._limits.get(position))
 
-    def _text_limits(self, query: Prepared, document: Prepared) -> tuple[int | None, int | None]:
-        """Find at how many tokens to cut the text of each side of a pair with an image in it."""
-
-        def safe(limit: int | None, value: Prepared) -> int | None:
-            images = 0 if isinstance(value, str) else sum(not isinstance(part, str) for part in value.parts)
-            return None if limit is None or limit < IMAGE_TOKENS * images else limit
-
-        return safe(self.options.max_tokens_per_query, query), safe(self.options.max_tokens_per_doc, document)
+    def _options_for(self, query: Prepared, document: Prepared, limit: int | None = None) -> Options:
+        """Make the options for a pair, whose document is cut at that limit; or its texts, where images leave room."""
+        options = self.options
+        if isinstance(query, str) and isinstance(document, str):
+            return options if limit is None else replace(options, max_tokens_per_doc=limit)
+        of_query, of_doc = _room(options.max_tokens_per_query, query), _room(options.max_tokens_per_doc, document)
+        return replace(options, truncate_prompt_tokens=None, max_tokens_per_query=of_query, max_tokens_per_doc=of_doc)
 
     def _is_multimodal(self, position: int) -> bool:
         return isinstance(self._query(position), Multimodal) or isinstance(self.documents[position], Multimodal)
@@ -364,6 +346,18 @@ class Call:
 def _size(value: Prepared) -> int:
     """Estimate how many bytes it takes in a request."""
     return len(value) if isinstance(value, str) else value.size
+
+
+def _bytes(value: Prepared) -> int:
+    """Count the bytes of a text."""
+    text = value if isinstance(value, str) else ""
+    return len(text) if text.isascii() else len(text.encode())
+
+
+def _room(limit: int | None, value: Prepared) -> int | None:
+    """Give a limit of text that leaves room for the images' places; None where there is none."""
+    images = 0 if isinstance(value, str) else sum(not isinstance(part, str) for part in value.parts)
+    return None if limit is None or limit < IMAGE_TOKENS * images else limit
 
 
 def _links(inputs: Inputs) -> list[Link]:

@@ -10,12 +10,13 @@ from rag_rerank.template import Halves, Template
 from rag_rerank.vllm import wire
 from rag_rerank.vllm.call import PLAIN_PAIR_TOKENS, Call, Inputs
 from rag_rerank.vllm.exchange import Exchange, Rules, Send, Usage
+from rag_rerank.vllm.keys import Keys
 from rag_rerank.vllm.servers import Servers
 from rag_rerank.vllm.transport import Transport
 from rag_rerank.vllm.wire import API, Answer, Card, Failure, Form, Options, Reply, Request, ServerFacts, Version
 
-__all__ = ["Answer", "Card", "Client", "Failure", "Form", "Reply", "Request", "ServerFacts", "Servers", "Transport"]
-__all__ += ["PLAIN_PAIR_TOKENS", "Version", "wire"]
+__all__ = ["PLAIN_PAIR_TOKENS", "Answer", "Card", "Client", "Failure", "Form", "Keys", "Reply", "Request"]
+__all__ += ["ServerFacts", "Servers", "Transport", "Version", "wire"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +106,7 @@ class Client:
 
     def _exchange(self, until: float | None, usage: Usage | None = None) -> Exchange:
         rules, asked = self.rules, {"until": until, "model": self.model, "api": self.api}
-        return Exchange(self.transport, self.servers, rules, **asked, usage=usage or Usage())  # type: ignore[arg-type]
+        return Exchange(self.transport.send, self.servers, rules, **asked, usage=usage or Usage())  # type: ignore[arg-type]
 
 
 def check_sendable(name: str, value: object) -> None:

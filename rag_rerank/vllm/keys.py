@@ -1,9 +1,11 @@
 """What lets requests in: keys, and headers and query parameters such as gateways want."""
 
+import functools
+import inspect
 import os
 import pickle
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from typing import Any
 
 from rag_rerank.errors import BackendUnavailable, ConfigError
@@ -15,7 +17,7 @@ _OURS = {"content-type", "content-length", "accept-encoding", "transfer-encoding
 
 
 class Keys:
-    """The keys of some servers, by address, and what goes with each request.
+    """The keys of some servers, by address, and what goes with each request. A pickle carries nothing secret.
 
     The key None is read from the environment; an empty one is not sent. Raises ConfigError where no HTTP header can
     carry it, or where it would go unencrypted to another machine without `over_http`.
@@ -24,13 +26,13 @@ class Keys:
     def __init__(
         self,
         endpoints: Sequence[Endpoint],
-        api_key: Key | Mapping[str, Key] | None,
-        headers: Mapping[str, str],
-        query: Mapping[str, str],
+        api_key: Key | Mapping[str, Key] | None = None,
+        headers: Mapping[str, str] | None = None,
+        query: Mapping[str, str] | None = None,
         *,
-        over_http: bool,
+        over_http: bool = False,
     ) -> None:
-        self.headers, self.query = dict(headers), dict(query)
+        self.headers, self.query = dict(headers or {}), dict(query or {})
         named = [*self.headers.items(), *self.query.items()]
         for name, value in named:
             _checked(value, f"default_headers or default_query[{name!r}]")
@@ -38,6 +40,7 @@ class Keys:
             if not re.fullmatch(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+", name) or name.lower() in _OURS:
                 raise ConfigError(f"default_headers can't set {name!r}")
         self._secrets = [value for name, value in named if SECRET.search(name)]
+        self._remade_by = list(endpoints), api_key if inspect.isfunction(api_key) else None, over_http
         if api_key is None:
             api_key = os.environ.get("VLLM_API_KEY") or ""
         roots = [endpoint.root for endpoint in endpoints]
@@ -53,22 +56,24 @@ class Keys:
         for key in filter(None, self._keys.values()):
             if not callable(key):
                 _checked(key, "api_key")
-        exposed = [endpoint for endpoint in endpoints if not (over_http or endpoint.is_private)]
-        for endpoint in exposed:
-            if self._keys.get(endpoint.root) or self._secrets:
+        for endpoint in endpoints:
+            if (self._keys.get(endpoint.root) or self._secrets) and not (over_http or endpoint.is_private):
                 said = f"the key would go unencrypted to {endpoint.label}; use https, or pass send_key_over_http=True"
                 raise ConfigError(f"{said} where the network in between is trusted")
 
     def __bool__(self) -> bool:
         return any(self._keys.values()) or bool(self._secrets)
 
-    @property
-    def has_secrets(self) -> bool:
-        """Whether headers or query parameters seem to be secret, by their names."""
-        return bool(self._secrets)
+    def __reduce__(self) -> tuple[Any, ...]:
+        if self._secrets:
+            said = "default_headers or default_query hold a secret, by its name, which no pickle carries"
+            raise ConfigError(f"{said}; make the scorer in each process, or have http_client= send it")
+        endpoints, function, over_http = self._remade_by
+        remake = functools.partial(Keys, headers=self.headers, query=self.query, over_http=over_http)
+        return remake, (endpoints, portable("api_key", function))
 
-    def key(self, endpoint: Endpoint) -> str | None:
-        """Find the key for a server; a function is asked each time."""
+    def sign(self, headers: MutableMapping[str, str], endpoint: Endpoint) -> None:
+        """Put the key for a server among a request's headers; a function is asked for it each time."""
         key = self._keys.get(endpoint.root)
         if callable(key):
             try:
@@ -78,12 +83,14 @@ class Keys:
                 said = f"api_key= is a function, which failed: {type(error).__name__}"
                 raise BackendUnavailable(said, endpoint=endpoint.label, attempts=0) from error
             _checked(key, "what the function api_key= gave")
-        return key or None
+        if key:
+            headers["Authorization"] = f"Bearer {key}"
 
-    def scrub(self, text: bytes, key: str | None) -> bytes:
+    def scrub(self, text: bytes, headers: Mapping[str, str]) -> bytes:
         """Leave secrets out of what a server says: some gateways repeat the key that they refuse."""
-        for secret in _plausible([key or "", *self._secrets]):
-            text = text.replace(secret.encode(), b"[key]")
+        for secret in (headers.get("Authorization", "").removeprefix("Bearer "), *self._secrets):
+            if len(secret) >= 8:  # a short one ("k", "0") is in words and numbers
+                text = text.replace(secret.encode(), b"[key]")
         return text
 
 
@@ -94,10 +101,6 @@ def portable(name: str, function: object) -> Any:
     except (pickle.PicklingError, AttributeError, TypeError) as error:
         raise ConfigError(f"{name} can't go to another process: pass a function that a module defines") from error
     return function
-
-
-def _plausible(secrets: Iterable[str]) -> list[str]:
-    return [secret for secret in secrets if len(secret) >= 8]  # a short one ("k", "0") is in words and numbers
 
 
 def _checked(value: object, name: str) -> None:

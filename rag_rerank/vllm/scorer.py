@@ -18,7 +18,7 @@ from rag_rerank.vllm.call import Inputs
 from rag_rerank.vllm.client import Client, check_sendable
 from rag_rerank.vllm.endpoint import Endpoint
 from rag_rerank.vllm.exchange import Rules, Usage
-from rag_rerank.vllm.keys import SECRET, Key
+from rag_rerank.vllm.keys import SECRET, Key, Keys
 from rag_rerank.vllm.servers import Servers
 from rag_rerank.vllm.transport import Factory, Transport, limits_of
 from rag_rerank.vllm.wire import Options
@@ -40,9 +40,9 @@ class VLLMScorer(Scorer):
     Queries and documents may be images (`Image`, `Content`, see `Scorer.score`) where the server's model sees. Their
     prompts are never truncated: vLLM answers 500 where an image's place is cut off. `max_tokens_per_query` and
     `max_tokens_per_doc` cut the text beside images, where they leave 16 tokens for each image's place. `template`, and
-    a prompt for the side that an image is on, don't go with images: vLLM puts these before all text. A request has at
-    most 8 MiB, or one document. A server fetches addresses of images for itself; each goes in a request of its own. It
-    says 500 where it can't reach one: that is tried again as any 5xx, then that document is rejected.
+    a prompt for the side that an image is on, don't go with images. A request has at most 8 MiB, or one document. A
+    server fetches addresses of images for itself; each goes in a request of its own. Where it says 500, as it does for
+    one that it can't reach, that is tried again, then that document is rejected.
 
     Args:
         base_url: The server's address, with or without ``/v1`` or ``/score`` at its end; or several, which are asked
@@ -170,17 +170,10 @@ class VLLMScorer(Scorer):
         if renders and (options.truncate_prompt_tokens, max_tokens_per_doc, max_tokens_per_query) != (None,) * 3:
             raise ConfigError("a template that is rendered here can't be cut by the server: it would lose its end")
         endpoints = _endpoints(base_url)
+        keys = Keys(endpoints, api_key, default_headers, default_query, over_http=send_key_over_http)
         self.client = Client(
             servers=Servers(endpoints),
-            transport=Transport(
-                endpoints,
-                api_key,
-                http_client=http_client,
-                headers=default_headers,
-                query=default_query,
-                limits=limits,
-                over_http=send_key_over_http,
-            ),
+            transport=Transport(endpoints, keys, http_client, limits),
             rules=rules,
             options=options,
             api=endpoint,

@@ -2,38 +2,44 @@
 
 import logging
 import math
-from collections.abc import Collection, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from rag_rerank.backoff import BackOff
 from rag_rerank.vllm.endpoint import Endpoint
-from rag_rerank.vllm.wire import Connection, ServerFacts
+from rag_rerank.vllm.wire import ServerFacts
 
 logger = logging.getLogger("rag_rerank.vllm")
 
 LONGEST_ASKED_REST = 120.0  # seconds that a server may ask for (Retry-After) before it is tried again all the same
 
 
+@dataclass(eq=False)
 class Server:
     """One server, and what is known about it."""
 
-    def __init__(self, endpoint: Endpoint) -> None:
-        self.endpoint = endpoint
-        self.back_off = BackOff()
-        self.asked_until = -math.inf  # until when it asked to be left alone (Retry-After)
-        self.answered = self.answered_sent = -math.inf  # when it last gave scores; when the latest of these was sent
-        self.facts: ServerFacts | None = None  # None before it was asked, and after it was gone
-        self.asked_at = -math.inf  # when that was
-        self.connection: Connection | None = None  # over which it answered last
-        self.echoes_ids = False  # whether it has given a request's id back
+    endpoint: Endpoint
+    back_off: BackOff = field(default_factory=BackOff)
+    asked_until: float = -math.inf  # until when it asked to be left alone (Retry-After)
+    answered: float = -math.inf  # when it last gave scores
+    answered_sent: float = -math.inf  # when the latest of these requests was sent
+    facts: ServerFacts | None = None  # None before it was asked, and after it was gone
+    asked_at: float = -math.inf  # when that was
+    is_connected: Callable[[], bool] | None = None  # whether it has left open over what it answered last
+    echoes_ids: bool = False  # whether it has given a request's id back
+
+    @property
+    def label(self) -> str:
+        """How errors name it."""
+        return self.endpoint.label
 
     def failed(self, began: float, *, gone: bool = False) -> None:
         """Note that a request of that moment was not answered; if the server is gone, it may come back as another."""
         before = self.back_off.rest_ends
         self.back_off.failed(began)
         if self.back_off.rest_ends != before:
-            logger.info("%s rests: it does not answer, or not rightly", self.endpoint.label)
+            logger.info("%s rests: it does not answer, or not rightly", self.label)
         if gone:
             self.facts, self.echoes_ids = None, False
 
@@ -41,7 +47,7 @@ class Server:
         """Note that it asked to be left alone."""
         self.asked_until = now + seconds
         self.back_off.asked(min(seconds, LONGEST_ASKED_REST))
-        logger.info("%s asks to be left alone for %.3g s", self.endpoint.label, seconds)
+        logger.info("%s asks to be left alone for %.3g s", self.label, seconds)
 
     def worked(self) -> None:
         """Note that it answered."""
@@ -59,6 +65,11 @@ class Server:
         """
         return self.answered > now - share and self.answered_sent < sent + share / 2
 
+    def may_have_restarted(self, oldest: float) -> bool:
+        """Tell whether it closed what it answered over last, or told about itself before that moment."""
+        lost = self.is_connected is not None and not self.is_connected()
+        return self.facts is not None and (lost or self.asked_at < oldest)
+
 
 class Servers:
     """Several servers of the same model, asked in turn; those that do not answer rest for 1, 2, 4 ... 30 s.
@@ -69,6 +80,7 @@ class Servers:
 
     def __init__(self, endpoints: Sequence[Endpoint]) -> None:
         self.endpoints = tuple(endpoints)
+        self.label = ", ".join(endpoint.label for endpoint in endpoints)  # for errors that concern no single one
         self.down = False  # a request has failed in all its tries, and none was answered since: then each gets one try
         self._servers = [Server(endpoint) for endpoint in endpoints]
         self._turn = 0
@@ -104,14 +116,8 @@ class Servers:
         return min(server.asked_until for server in self._servers)
 
     def may_have_restarted(self, oldest: float) -> bool:
-        """Tell whether one has closed the connection over which it answered last, or was asked before that moment."""
-        known = [server for server in self._servers if server.facts is not None]
-        lost = (server.connection is not None and not server.connection.is_open for server in known)
-        return any(lost) or any(server.asked_at < oldest for server in known)
-
-    def facts_beside(self, asked: Server) -> ServerFacts | None:
-        """Give what another one told about itself."""
-        return next((other.facts for other in self._servers if other is not asked and other.facts is not None), None)
+        """Tell whether one of those that are known may be another by now."""
+        return any(server.may_have_restarted(oldest) for server in self._servers)
 
     def forget(self) -> None:
         """Have all servers asked again who they are."""
@@ -124,12 +130,11 @@ class Servers:
             if server.facts is not None:
                 server.facts = replace(server.facts, **learned)
 
+    def facts_beside(self, asked: Server | None) -> ServerFacts | None:
+        """Give what one told about itself, another one than that."""
+        return next((each.facts for each in self._servers if each is not asked and each.facts is not None), None)
+
     @property
     def facts(self) -> ServerFacts | None:
         """What one of them told about itself."""
-        return next((server.facts for server in self._servers if server.facts is not None), None)
-
-    @property
-    def label(self) -> str:
-        """All of them, for errors that concern no single one."""
-        return ", ".join(endpoint.label for endpoint in self.endpoints)
+        return self.facts_beside(None)

@@ -9,17 +9,18 @@ import functools
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, TypeVar
 
 from rag_rerank.errors import BadReply, ConfigError
 from rag_rerank.inputs.multimodal import Multimodal
 
+T = TypeVar("T")
 Version = tuple[int, int]
+# vLLM's; Jina's and Cohere's, which most other servers have; text-embeddings-inference's.
 API = Literal["score", "rerank", "tei"]
-"""vLLM's; Jina's and Cohere's, which most other servers have; text-embeddings-inference's."""
 
 
 class Form(NamedTuple):
@@ -43,14 +44,6 @@ class Request:
     id: str | None = None  # sent as X-Request-Id; vLLM gives it back in the answer
 
 
-class Connection(Protocol):
-    """What an answer came over."""
-
-    @property
-    def is_open(self) -> bool:
-        """Whether the server has left it open."""
-
-
 @dataclass(frozen=True, slots=True)
 class Reply:
     """A complete HTTP answer; header names in lower case."""
@@ -58,7 +51,12 @@ class Reply:
     status: int
     body: bytes
     headers: dict[str, str] = field(default_factory=dict)
-    connection: Connection | None = None
+    is_connected: Callable[[], bool] | None = None  # whether the server has left open what it came over
+
+    @property
+    def succeeded(self) -> bool:
+        """Whether the status is one of success."""
+        return 200 <= self.status < 300
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,9 +96,11 @@ class ServerFacts:
     model: str  # the name to ask for
     checkpoint: str | None = None  # the hub id or folder behind that name
     window: int | None = None  # how many tokens the model reads at most
-    has_template: bool | None = None  # whether it puts pairs into a score template; None before anybody has tried
-    most_bytes: int | None = None  # of the texts in a request; None before one was too large
-    form: Form = VLLM_SCORE
+    # Learned later, None before: whether it puts pairs into a score template; how many bytes the texts of a request may
+    # have, where one was too large.
+    has_template: bool | None = field(default=None, compare=False)
+    most_bytes: int | None = field(default=None, compare=False)
+    form: Form = field(default=VLLM_SCORE, compare=False)
 
     @property
     def listwise(self) -> bool:
@@ -110,9 +110,8 @@ class ServerFacts:
 
 @functools.lru_cache(64)
 def _is_listwise(model: str) -> bool:
-    config = Path(model, "config.json")
     with contextlib.suppress(OSError, ValueError):  # it may lie on another machine, or be a hub id
-        if config.is_file() and b"JinaForRanking" in config.read_bytes():
+        if b"JinaForRanking" in Path(model, "config.json").read_bytes():
             return True
     return "jina-reranker-v3" in model.lower()
 
@@ -126,14 +125,17 @@ class Options:
     max_tokens_per_query: int | None = None
     max_tokens_per_doc: int | None = None
     instruction: str | None = None
-    chat_template_kwargs: Mapping[str, Any] | None = None
+    chat_template_kwargs: Mapping[str, Any] | None = field(default=None, hash=False)
     priority: int | None = None
-    extra_body: Mapping[str, Any] | None = None
+    extra_body: Mapping[str, Any] | None = field(default=None, hash=False)
+
+    def given(self) -> dict[str, Any]:
+        """List the fields that say something, but for `extra_body`."""
+        return {name: getattr(self, name) for name in SINCE if getattr(self, name) is not None}
 
     def fields(self, version: Version | None) -> dict[str, Any]:
         """Make fields of a request to a server of this version; ConfigError where it does not know one of them."""
-        version = version or (1, 0)
-        given = {name: getattr(self, name) for name in SINCE if getattr(self, name) is not None}
+        version, given = version or (1, 0), self.given()
         if given.get("truncate_prompt_tokens") == -1 and version < (0, 9):
             del given["truncate_prompt_tokens"]  # -1 came with 0.9; without it, over-long pairs are refused, not missed
         for name in given:
@@ -146,7 +148,7 @@ class Options:
 
     def tei_fields(self) -> dict[str, Any]:
         """Make fields of a request to text-embeddings-inference; ConfigError for what it can't be told."""
-        given = {name: getattr(self, name) for name in SINCE if getattr(self, name) is not None}
+        given = self.given()
         fields = {"raw_scores": True} if given.pop("use_activation", True) is False else {}
         if given.get("truncate_prompt_tokens") == -1:
             fields["truncate"] = bool(given.pop("truncate_prompt_tokens"))
@@ -181,7 +183,7 @@ class Encoded:
         return cls(encoded, 2 * len(encoded) + 12 * len(value.text) + 1024)
 
 
-Sent = Sequence[str | Encoded]  # queries or documents in a request
+Sent = list[str | Encoded]  # queries or documents in a request
 
 
 def scoring_request(
@@ -190,21 +192,20 @@ def scoring_request(
     """Make a request in the server's form; one query only, but to a score API, and without ``top_n``."""
     # An entry of a score answer takes about 60 bytes; a rerank answer echoes the documents, up to 12 bytes a character.
     reply_limit = (64 << 10) + 256 * len(documents)
-    api, body = facts.form.api, {"model": _json(facts.model)}
+    api = facts.form.api
+    body: dict[str, Any] = {} if api == "tei" else {"model": facts.model}
     if api == "score":
-        body |= {"text_1": _json(queries[0]) if len(queries) == 1 else _list(queries), "text_2": _list(documents)}
+        body |= {"text_1": queries[0] if len(queries) == 1 else queries, "text_2": documents}
     elif len(queries) > 1:
         raise ConfigError(f"one of the servers is asked by {facts.form.path}, another otherwise; pass endpoint=")
     else:
-        body = {} if api == "tei" else body
-        body |= {"query": _json(queries[0]), "texts" if api == "tei" else "documents": _list(documents)}
+        body |= {"query": queries[0], "texts" if api == "tei" else "documents": documents}
         reply_limit += sum(12 * len(each) if isinstance(each, str) else each.echo for each in documents)
-    fields = options.tei_fields() if api == "tei" else options.fields(facts.version)
-    body |= {name: _json(value) for name, value in fields.items()}
+    body |= options.tei_fields() if api == "tei" else options.fields(facts.version)
     if request_id is not None and facts.version is not None and facts.version >= (0, 16):
         # Where the field is known, in the body too: a gateway may replace the header by an id of its own.
-        body["request_id"] = _json(request_id)
-    content = b"{" + b", ".join(_json(name) + b": " + value for name, value in body.items()) + b"}"
+        body["request_id"] = request_id
+    content = b"{" + b", ".join(_json(name) + b": " + _json(value) for name, value in body.items()) + b"}"
     return Request("POST", facts.form.path, content, reply_limit, request_id)
 
 
@@ -212,13 +213,11 @@ _to_json = json.JSONEncoder(ensure_ascii=False).encode
 
 
 def _json(value: Any) -> bytes:
-    return value.json if isinstance(value, Encoded) else _to_json(value).encode()
-
-
-def _list(inputs: Sent) -> bytes:
-    if all(isinstance(each, str) for each in inputs):
-        return _json(list(inputs))  # at once: a tenth of the time
-    return b"[" + b", ".join(map(_json, inputs)) + b"]"
+    if isinstance(value, Encoded):
+        return value.json
+    if isinstance(value, list) and any(isinstance(each, Encoded) for each in value):
+        return b"[" + b", ".join(map(_json, value)) + b"]"
+    return _to_json(value).encode()  # lists of text at once: a tenth of the time
 
 
 def read_answer(api: API, body: bytes, positions: Sequence[int]) -> Answer:
@@ -227,22 +226,20 @@ def read_answer(api: API, body: bytes, positions: Sequence[int]) -> Answer:
         return Answer(_scores(_parsed(body), positions, "score"))
     content = _object(body)
     usage = content.get("usage")
-    answer_id, model = content.get("id"), content.get("model")
     list_name, score_name = ("data", "score") if api == "score" else ("results", "relevance_score")
     entries = content.get(list_name)
     if not isinstance(entries, list):
-        said = f": {error_text(body)}" if content.keys() & {"error", "message", "detail"} else ""
-        raise BadReply(f"the answer has no list {list_name!r}{said}")
+        raise _no_answer(body, f"has no list {list_name!r}")
     return Answer(
         scores=_scores(entries, positions, score_name),
-        id=answer_id if isinstance(answer_id, str) else None,
-        model=model if isinstance(model, str) else None,
-        prompt_tokens=_int(usage.get("prompt_tokens")) if isinstance(usage, dict) else None,
+        id=_of(str, content.get("id")),
+        model=_of(str, content.get("model")),
+        prompt_tokens=_of(int, usage.get("prompt_tokens")) if isinstance(usage, dict) else None,
     )
 
 
-def _int(value: object) -> int | None:
-    return value if type(value) is int else None
+def _of(kind: type[T], value: object) -> T | None:
+    return value if type(value) is kind else None
 
 
 def _scores(entries: list[Any], positions: Sequence[int], score_name: str) -> list[float]:
@@ -268,10 +265,7 @@ def _scores(entries: list[Any], positions: Sequence[int], score_name: str) -> li
 
 def read_version(body: bytes) -> Version | None:
     """Read major and minor version from ``/version``; None where the answer doesn't tell."""
-    try:
-        match = re.match(r"(\d{1,9})\.(\d{1,9}+)(?!\.dev)", str(_object(body).get("version")))
-    except BadReply:
-        return None
+    match = re.match(r"(\d{1,9})\.(\d{1,9}+)(?!\.dev)", str(_fields(body).get("version")))
     return (int(match[1]), int(match[2])) if match else None
 
 
@@ -279,30 +273,28 @@ def read_models(body: bytes) -> list[Card]:
     """Read the entries of ``/v1/models``, or text-embeddings-inference's ``/info``; BadReply for anything else."""
     content = _object(body)
     if isinstance(model := content.get("model_id"), str):
-        return [Card(model, model, _int(content.get("max_input_length")), "text-embeddings-inference")]
+        return [Card(model, model, _of(int, content.get("max_input_length")), "text-embeddings-inference")]
     entries = content.get("data")
     if not isinstance(entries, list) or not all(isinstance(entry, dict) and "id" in entry for entry in entries):
-        raise BadReply("the answer of /v1/models is no model list")
-    cards = (
-        (str(each["id"]), str(each.get("root") or each["id"]), _int(each.get("max_model_len")), each.get("owned_by"))
-        for each in entries
-    )
-    return [Card(*card) for card in cards]
+        raise _no_answer(body, "of /v1/models is no model list")
+    cards = []
+    for each in entries:
+        name, window = str(each["id"]), _of(int, each.get("max_model_len"))
+        cards.append(Card(name, str(each.get("root") or name), window, each.get("owned_by")))
+    return cards
 
 
 def error_text(body: bytes) -> str:
     """Find the server's own words in an error answer, in one short printable line."""
-    try:
-        content = _object(body)
-    except BadReply:
+    content = _fields(body)
+    # Known are {"error": {"message"}}, {"error": "text"}, {"message"} (before 0.10.2) and FastAPI's {"detail"}.
+    error = content.get("error")
+    nested = error.get("message") if isinstance(error, dict) else error
+    text = str(nested or content.get("message") or content.get("detail") or content)
+    if not content:
         text = body[:1000].decode("utf-8", "replace")
         page = re.search(r"(?is)<(title|h1)[^>]*>(.*?)</\1>", text)  # a proxy's, nginx's say
         text = page[2] if page else text
-    else:
-        # Known are {"error": {"message"}}, {"error": "text"}, {"message"} (before 0.10.2) and FastAPI's {"detail"}.
-        error = content.get("error")
-        nested = error.get("message") if isinstance(error, dict) else error
-        text = str(nested or content.get("message") or content.get("detail") or content)
     return printable(text)
 
 
@@ -315,11 +307,21 @@ def printable(text: str) -> str:
 
 def is_model_missing(body: bytes) -> bool:
     """Tell a 404 for an unknown model (an ``error`` object) from one for a path (``{"detail": "Not Found"}``)."""
-    try:
-        content = _object(body)
-    except BadReply:
-        return False
+    content = _fields(body)
     return isinstance(content.get("error"), dict) or content.get("object") == "error"
+
+
+def _no_answer(body: bytes, said: str) -> BadReply:
+    """Make the error for an answer that is none; with its words where it is an error, which some send as a success."""
+    is_error = _fields(body).keys() & {"error", "message", "detail"}
+    return BadReply(f"the answer {said}" + (f": {error_text(body)}" if is_error else ""))
+
+
+def _fields(body: bytes) -> dict[str, Any]:
+    """Read a JSON object; anything else has no fields."""
+    with contextlib.suppress(BadReply):
+        return _object(body)
+    return {}
 
 
 def _parsed(body: bytes) -> Any:

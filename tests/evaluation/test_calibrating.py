@@ -23,6 +23,7 @@ from rag_rerank.evaluation.calibrating import (
     quality,
     target,
 )
+from tests.evaluation.test_report import Page
 from tests.scorers import Answers, WordOverlap
 
 RELEVANT = {
@@ -170,7 +171,7 @@ class TestCommand:
         ]
         (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
         command = [sys.executable, "-m", "rag_rerank", "calibrate", "pairs.jsonl", "--json", "figures.json"]
-        command += ["--model", str(minilm_folder()), "--dtype", "float32"]
+        command += ["--html", "report.html", "--model", str(minilm_folder()), "--dtype", "float32"]
         environment = {**os.environ, "COLUMNS": "100", "XDG_CACHE_HOME": str(tmp_path)}
         done = subprocess.run(
             command, capture_output=True, text=True, check=False, env=environment, cwd=tmp_path, timeout=300
@@ -185,6 +186,10 @@ class TestCommand:
         ):
             assert said in done.stdout
         assert "pooler-config" not in done.stdout  # MiniLM is no cross-encoder
+        page = Page((tmp_path / "report.html").read_text())
+        for said in ("Predicted against relevant", "6 queries, 36 candidates", "score_threshold=0.5", "80 % precision"):
+            assert said in page.words
+        assert [attributes["class"] for tag, attributes in page.tags if tag == "svg"] == ["plot"]
         with LocalScorer(minilm_folder(), dtype="float32") as scorer:
             right, wrong = Calibrated(scorer, tmp_path / "relevance.json").score(
                 "where does honey come from", ["Bees make honey.", "Hamlet is a play."]

@@ -15,13 +15,14 @@ from typing import Any
 
 import pytest
 
-from rag_rerank import VLLMScorer
+from rag_rerank import LocalScorer, VLLMScorer
 from rag_rerank.cli import evaluating
 from rag_rerank.evaluation import DEFAULT_MEASURES, Collection, evaluate, read_run
 from rag_rerank.identity import PROBES
 from rag_rerank.inputs import NEUTRAL
 from tests.evaluation.collections import JUDGMENTS, QUERIES, write_small
 from tests.faulty_server import FaultyServer, Request, Steps, http, on_scores, right, scores
+from tests.test_calibration import calibration
 from tests.vllm_server import VLLMServer
 
 
@@ -70,6 +71,27 @@ class TestCommand:
         assert "\n0 pairs scored" in second.stdout
         again = json.loads((tmp_path / "x.json").read_text())
         assert again["systems"][0]["depths"] == written["systems"][0]["depths"]
+
+    def test_a_calibrated_model_s_policies_are_compared(self, tmp_path: Path, folder: Path, cross_encoder: Path):
+        """One file for each model; with another number of files nothing is scored."""
+        with LocalScorer(cross_encoder, dtype="float32") as scorer:
+            calibration(scorer, scale="logit").save(tmp_path / "relevance.json")
+        arguments = [
+            folder,
+            "--model",
+            cross_encoder,
+            "--dtype",
+            "float32",
+            "--calibration",
+            tmp_path / "relevance.json",
+        ]
+        result = run(tmp_path, *arguments, "--policy", "min_precision=0.2 top_n=2", "--json", tmp_path / "x.json")
+        assert result.returncode == 0, result.stderr
+        assert "min_precision=0.2 top_n=2" in result.stdout
+        [system] = json.loads((tmp_path / "x.json").read_text())["systems"]
+        assert [each["policy"] for each in system["kept"]] == ["min_precision=0.2 top_n=2"]
+        result = run(tmp_path, *arguments, "--model", cross_encoder)
+        assert (result.returncode, "1 --calibration for 2 models" in result.stderr) == (2, True)
 
     def test_a_run_alone_is_measured_as_it_is(self, tmp_path: Path):
         """With its judgments, no text and no model."""

@@ -7,7 +7,7 @@ from html.parser import HTMLParser
 import pytest
 
 from rag_rerank.evaluation import Collection, Evaluation, evaluate
-from rag_rerank.evaluation.report import render, worst_and_best
+from rag_rerank.evaluation.report import render
 from tests.evaluation.collections import small
 from tests.scorers import Answers, WordOverlap
 
@@ -185,6 +185,12 @@ class TestHonesty:
         assert "Nothing was reranked" in words
         assert "Query by query" not in words
 
+    def test_what_policies_keep(self):
+        """For each reranker."""
+        words = Page(render(evaluation(3))).words
+        assert "What a prompt gets to read: scorer 0" in words
+        assert "top_n=3" in words
+
     def test_the_rerankers_are_compared(self):
         """Where there are several."""
         assert "The rerankers compared" in Page(render(evaluation(3, systems=2))).words
@@ -203,34 +209,30 @@ class TestCases:
     """What happened to single queries."""
 
     def test_those_that_lost_most_come_first(self):
-        """Up to as many as are wanted; those that changed nothing are no case."""
-        worst, best = worst_and_best(found := evaluation(10, better=4, worse=3), found.systems[0], most=2)
-        assert [case.name for case in worst] == ["q4", "q5"]
-        assert [case.after - case.before > 0 for case in best] == [True, True]
-        worst, best = worst_and_best(found, found.systems[0])
-        assert (len(worst), len(best)) == (3, 4)
+        """And those that changed nothing are no case."""
+        words = Page(render(evaluation(10, better=4, worse=3))).words
+        assert re.findall(r"· query q(\d)", words) == ["4", "5", "6", "3", "2", "1", "0"]
+        assert "All 3 that lost" in words
+        assert "All 4 that gained" in words
 
     def test_a_case_has_the_texts_and_the_ranks(self):
         """Of what is relevant, and of what was and is on top."""
-        found = evaluation(10, better=4, worse=3)
-        case = worst_and_best(found, found.systems[0])[0][0]
-        (relevant,) = case.relevant
-        assert (relevant.name, relevant.before, relevant.after, relevant.text) == ("q4a", 1, 2, "text a of q4")
-        assert [document.name for document in case.top_before] == ["q4a", "q4b"]
-        assert [document.name for document in case.top_after] == ["q4b", "q4a"]
-        assert (case.text, case.before, case.after > 0.6) == ("query q4?", 1.0, True)
-        html = render(found)
-        assert "text a of q4" in html
+        words = Page(render(evaluation(10, better=4, worse=3))).words
+        case = words[words.index("query q4?") :].partition("query q5?")[0]
+        relevant, _, tops = case.partition("On top after reranking")
+        assert "nDCG@10 1.0000 → 0.6309 · query q4" in relevant
+        assert "✓ relevant 1 → 2 score 0.0000 text a of q4" in relevant
+        after, _, before = tops.partition("On top before")
+        assert re.findall(r"text [ab] of q4", after)[::2] == ["text b of q4", "text a of q4"]
+        assert re.findall(r"text [ab] of q4", before)[::2] == ["text a of q4", "text b of q4"]
 
     def test_long_texts_are_cut_and_missing_ones_are_said(self):
         """A relevant document that the first stage did not find has no ranks."""
         collection = Collection({"a": "y" * 5000, "b": "x"}, {"q": "x?"}, {"q": {"a": 1, "gone": 1, "b": 0}})
         run = {"q": {"a": 2.0, "b": 1.0}}
         found = evaluate(collection, Answers(lambda texts: [-float(len(text)) for text in texts]), run=run, cache=False)
-        ((case,), _) = worst_and_best(found, found.systems[0])
-        assert [(document.name, document.before, document.after) for document in case.relevant] == [
-            ("a", 1, 2),
-            ("gone", None, None),
-        ]
-        assert len(case.relevant[0].text) == 1502
-        assert "not found → not found" in Page(render(found)).words
+        page = Page(render(found))
+        assert "✓ relevant 1 → 2" in page.words
+        assert "✓ relevant not found → not found" in page.words
+        assert f"{'y' * 1500} …" in page.text
+        assert "y" * 1591 not in page.text  # 90 are the summary's

@@ -9,12 +9,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rag_rerank import ConfigError, LocalScorer, Scorer
+from rag_rerank import Calibrated, ConfigError, LocalScorer, Scorer
 from rag_rerank.embedded import collection_folder
-from rag_rerank.evaluation import Collection, Evaluation, evaluate, read_run, write_run
+from rag_rerank.evaluation import Collection, Evaluation, Kept, evaluate, read_run, write_run
 from rag_rerank.evaluation.results import ideal, reranked
 from tests.evaluation.collections import SHARED, small
 from tests.scorers import Answers, WordOverlap
+from tests.test_calibration import calibration
 
 
 class Known(Scorer):
@@ -229,6 +230,48 @@ class TestEvaluate:
         again = WordOverlap()
         assert evaluate(small(), again).systems[0].pairs_scored == 0
         assert again.calls == []
+
+    def test_policies_are_compared_by_what_a_prompt_gets(self):
+        """Two queries: two of three kept documents are relevant, and two of the three relevant candidates are kept."""
+        texts = {"x": "a" * 40, "y": "b" * 80, "z": "é" * 10}
+        collection = Collection(texts, {"q": "q?", "r": "r?"}, {"q": {"x": 1, "y": 2, "gone": 1}, "r": {"z": 1}})
+        run = {"q": {"x": 2.0, "y": 1.0}, "r": {"x": 2.0, "z": 1.0}}
+        scorer = Known(
+            {("q?", texts["x"]): 0.9, ("q?", texts["y"]): 0.4, ("r?", texts["x"]): 0.8, ("r?", texts["z"]): 0.6}
+        )
+        scorer.calibrated = True
+        policies = ["score_threshold=0.5", "min_precision=0.75", "score_threshold=0.85", "top_n=1 score_threshold=0.95"]
+        found = evaluate(collection, scorer, run=run, policies=policies, cache=False)
+        by_policy = {each.policy: each for each in found.systems[0].kept}
+        assert list(by_policy) == policies
+        assert by_policy["score_threshold=0.5"] == Kept("score_threshold=0.5", 2 / 3, 2 / 3, 1.5, 100 / 4 / 2, 0)
+        assert by_policy["min_precision=0.75"] == Kept("min_precision=0.75", 1 / 2, 1 / 3, 1.0, 80 / 4 / 2, 0)
+        assert by_policy["score_threshold=0.85"] == Kept("score_threshold=0.85", 1.0, 1 / 3, 0.5, 40 / 4 / 2, 1)
+        assert by_policy[policies[3]] == Kept(policies[3], None, 0.0, 0.0, 0.0, 2)
+        assert found.as_json()["systems"][0]["kept"][0]["tokens"] == 12.5
+
+    @pytest.mark.parametrize(
+        ("policy", "words"),
+        [
+            ("top_n=0", "'top_n=0' is no policy.*top_n must be at least 1"),
+            ("best=3", "'best=3' is no policy"),
+            ("top_n", "'top_n' is no policy"),
+            ("top_n=many", "'top_n=many' is no policy"),
+            ("min_precision=0.8", "min_precision needs probabilities"),
+        ],
+    )
+    def test_a_policy_that_can_not_be_is_told_before_anything_is_scored(self, policy: str, words: str):
+        scorer = WordOverlap()
+        with pytest.raises(ConfigError, match=words):
+            evaluate(small(), scorer, policies=[policy], cache=False)
+        assert scorer.calls == []
+
+    def test_policies_of_probabilities_are_shown_where_there_are_any(self):
+        raw = evaluate(small(), {"raw": WordOverlap()}, cache=False).systems[0]
+        made = Calibrated(WordOverlap(), calibration(WordOverlap()))
+        calibrated = evaluate(small(), {"calibrated": made}, cache=False).systems[0]
+        assert [each.policy for each in raw.kept] == ["top_n=3", "top_n=5", "top_n=10"]
+        assert {"score_threshold=0.5", "min_precision=0.8"} < {each.policy for each in calibrated.kept}
 
     def test_as_json_it_is_complete(self):
         """Every depth, measure and query, and how it was measured; nothing that JSON has no word for."""

@@ -10,16 +10,17 @@ from typing import Any
 
 import pytest
 from langchain_core.documents import Document
-from langchain_core.runnables import ConfigurableField, RunnableConfig
+from langchain_core.runnables import ConfigurableField, RunnableConfig, RunnableLambda
 from llama_index.core.schema import NodeWithScore, TextNode
 
 import langchain_rag_rerank as langchain
 import llama_index.postprocessor.rag_rerank as llama_index
 import rag_rerank.local.scorer
-from rag_rerank import Calibrated, ConfigError, LocalScorer
+from rag_rerank import Calibrated, ConfigError, FallbackScorer, LocalScorer, RerankError, VLLMScorer
+from rag_rerank.calibration import Curve
 from tests.faulty_server import FaultyServer
 from tests.models import CORPUS
-from tests.test_calibration import calibration
+from tests.test_calibration import PLATT, STEPS, calibration
 
 QUERY = "why are python strings immutable"
 
@@ -175,6 +176,61 @@ def test_one_calibration_file_serves_both_frameworks(scorer: LocalScorer, texts:
         assert ranked == [(int(each.node.node_id), each.score) for each in results]
         assert [index for index, _ in ranked] == [index for index, _ in right]
         assert [score for _, score in ranked] == pytest.approx([score for _, score in right], abs=1e-6)
+
+
+def test_calibrated_and_plain_components_share_the_model(cross_encoder: Path, loads: list[object], tmp_path: Path):
+    """It is closed with the last of them, whichever that is; each calibration is its own."""
+    with LocalScorer(cross_encoder, dtype="float32", max_length=48) as fitted:
+        for name, curve in (("a", PLATT), ("b", STEPS)):
+            calibration(fitted, curve, scale="logit").save(tmp_path / name)
+    loads.clear()
+    settings: dict[str, Any] = {"model": str(cross_encoder), "dtype": "float32", "max_length": 48}
+    for closed_last in range(3):
+        files = [None, tmp_path / "a", tmp_path / "b"]
+        components: list[Any] = [langchain.LocalReranker(**settings, calibration=file) for file in files]
+        components += [llama_index.LocalReranker(**settings, calibration=file) for file in files]
+        scores = [each.scorer.score(QUERY, ["bread"]) for each in components]
+        assert scores[:3] == scores[3:]
+        assert len({score for (score,) in scores}) == 3
+        last = components.pop(closed_last)
+        for each in components:
+            each.close()
+        assert last.scorer.score(QUERY, ["bread"]) == scores[closed_last]
+        assert len(loads) == 1 + closed_last
+        model = last.scorer
+        last.close()
+        with pytest.raises(RerankError, match="closed"):
+            model.score(QUERY, ["bread"])
+
+
+def test_one_threshold_holds_for_whichever_scorer_answers(scorer: LocalScorer, tmp_path: Path):
+    """A server and a model, each calibrated: what LangChain's retriever and LlamaIndex keep has p >= 0.5."""
+    documents, files = ["a b", "a", "c"], [tmp_path / "server.json", tmp_path / "local.json"]
+    with FaultyServer() as server:
+        with VLLMScorer(server.base_url) as remote:
+            calibration(remote, Curve("platt", [(0.0, -1.0), (1.0, 1.0)])).save(files[0])
+            raw = remote.score("a b", documents)
+        middle = sorted(scorer.score("a b", documents))[1]
+        calibration(scorer, Curve("platt", [(middle - 1, -4.0), (middle + 1, 4.0)])).save(files[1])
+        local = LocalScorer(scorer.model_name, dtype="float32")
+        both = FallbackScorer(
+            Calibrated(VLLMScorer(server.base_url, max_retries=0), files[0]), Calibrated(local, files[1])
+        )
+        right = [{text for text, score in zip(documents, raw, strict=True) if score >= 0.5}]
+        right += [{text for text in documents if scorer.score("a b", text)[0] >= middle}]
+        found = RunnableLambda(lambda query: [Document(text) for text in documents])
+        reranker = langchain.ScorerReranker(scorer=both, score_threshold=0.5, top_n=None)
+        retriever = reranker.as_retriever(found)
+        processor = llama_index.ScorerReranker(scorer=both, score_threshold=0.5, top_n=None)
+        nodes = [NodeWithScore(node=TextNode(text=text)) for text in documents]
+        with both:
+            for kept in right:
+                ranked = retriever.invoke("a b")
+                assert {each.page_content for each in ranked} == kept
+                assert all(0.5 <= each.metadata["relevance_score"] <= 1 for each in ranked)
+                assert {each.node.text for each in processor.postprocess_nodes(nodes, query_str="a b")} == kept
+                assert retriever.invoke("a b", min_precision=0.5, score_threshold=None)
+                server.kill()
 
 
 @pytest.mark.parametrize("framework", [langchain, llama_index])

@@ -5,7 +5,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from llama_index.core.schema import NodeWithScore, TextNode
 
+import langchain_rag_rerank as langchain
+import llama_index.postprocessor.rag_rerank as llama_index
 from rag_rerank import Calibrated, LocalScorer, VLLMScorer
 from rag_rerank.calibration import Calibration, Curve
 from rag_rerank.evaluation.calibrating import pooler_options
@@ -45,6 +48,22 @@ def test_a_servers_probabilities_are_those_of_this_process(
         remote = VLLMScorer(server.base_url, api_key=server.api_key, use_activation=use_activation)
         with Calibrated(remote, fitted) as scorer:
             assert scorer.score(*pairs()) == pytest.approx(right, abs=TOLERANCE)
+
+
+def test_both_frameworks_give_them(vllm_cross_encoder: VLLMServer, fitted: Path, right: list[float]):
+    server, (queries, documents) = vllm_cross_encoder, pairs()
+    asked = [place for place, query in enumerate(queries) if query == queries[0]]
+    settings = {"base_url": server.base_url, "api_key": server.api_key, "calibration": fitted, "top_n": None}
+    with (
+        langchain.VLLMReranker(**settings) as compressor,
+        llama_index.VLLMReranker(**settings) as postprocessor,
+    ):
+        ranked = compressor.rerank([documents[place] for place in asked], queries[0])
+        nodes = [NodeWithScore(node=TextNode(text=documents[place], id_=str(place))) for place in asked]
+        results = postprocessor.postprocess_nodes(nodes, query_str=queries[0])
+    of_langchain = {asked[each["index"]]: each["relevance_score"] for each in ranked}
+    assert of_langchain == {int(each.node.node_id): each.score for each in results}
+    assert of_langchain == pytest.approx({place: right[place] for place in asked}, abs=TOLERANCE)
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@
 import itertools
 from collections.abc import Collection
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
 
@@ -418,7 +417,7 @@ class TestFitting:
             for is_open, seconds in ((False, 1), (True, 61)):
                 world = fitted(Server(window=64), "q", ["x" * 100])
                 world.answer = restarted
-                world.each_server[0].connection = SimpleNamespace(is_open=is_open)
+                world.each_server[0].is_connected = lambda: is_open  # noqa: B023
                 world.now += seconds
                 right = oracle("q", "x" * 42) if restarted.template else oracle("q", "x" * 100)
                 assert world.score("q", ["x" * 100], fit=True) == [right]

@@ -798,7 +798,7 @@ class TestIdentity:
     def test_ids_are_random_and_ours(self):
         """Two processes make different ones."""
         servers = Servers([World().each_server[0].endpoint])
-        exchanges = [Exchange(World(), servers, Rules(), until=None) for _ in range(2)]
+        exchanges = [Exchange(World().send, servers, Rules(), until=None) for _ in range(2)]
         ids = [exchange.new_id() for exchange in exchanges]
         assert ids[0] != ids[1]
         assert all(name.startswith(ID_PREFIX) and len(name) == len(ID_PREFIX) + 32 for name in ids)

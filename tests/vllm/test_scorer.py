@@ -1,15 +1,19 @@
 """Who a scorer's servers are, and an instruction for a call."""
 
+import asyncio
 import json
 import math
 import pickle
+import threading
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 
 from rag_rerank import BackendUnavailable, ConfigError, DeadlineExceeded, VLLMScorer
-from tests.faulty_server import HANG, FaultyServer, Request, Steps, http, on_scores, refusal, right, scores
+from rag_rerank.inputs import preparing
+from rag_rerank.inputs.preparing import MANY
+from tests.faulty_server import HANG, FaultyServer, Request, Steps, http, on_scores, oracle, refusal, right, scores
 from tests.vllm.faults.common import closed_port
 
 TEMPLATE = '{{ instruction or "Judge." }}\nQ: {{ messages[0].content }}\nD: {{ messages[1].content }}\n'
@@ -226,3 +230,23 @@ class TestInstruction:
             assert [request.content["text_1"] for request in server.score_requests] == [
                 f"task {number}\nQ: q\n" for number in range(100)
             ]
+
+
+def test_an_event_loop_runs_on_while_many_documents_are_prepared(monkeypatch: pytest.MonkeyPatch):
+    """In a thread: here each waits there for what is set in the loop meanwhile."""
+    turned, documents = threading.Event(), ["d"] * (2 * MANY)
+
+    def cleaning(text: str) -> str:
+        assert turned.wait(30)
+        return text
+
+    async def call(url: str) -> list[float]:
+        async with VLLMScorer(url, chunk_size=MANY) as scorer:
+            asking = asyncio.ensure_future(scorer.ascore("q", documents))
+            await asyncio.sleep(0.01)
+            turned.set()
+            return await asking
+
+    monkeypatch.setattr(preparing, "clean", cleaning)
+    with FaultyServer() as server:
+        assert asyncio.run(call(server.base_url)) == [oracle("q", "d")] * len(documents)

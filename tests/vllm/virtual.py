@@ -290,7 +290,7 @@ class World:
             if server.facts is not None:
                 server.facts = replace(server.facts, form=server.endpoint.forms(api)[0])
         return Exchange(
-            self,
+            self.send,
             self.servers,
             self.rules,
             until=None if self.deadline is None else self.now + self.deadline,

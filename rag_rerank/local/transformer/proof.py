@@ -3,8 +3,8 @@
 Whether an architecture can be run end to end in a row, or padded, is seen on the model itself: a short sequence beside
 a long one comes out as it does alone, or it doesn't. A small copy of the model is tried, in float32 on the CPU, where
 rounding hides nothing: of equal layers it has two, for those of one kind compute alike, and of a vocabulary the words
-that occur. Of loading Qwen3-0.6B's shape that is 7 % more in float32 and 21 % in bfloat16 (CPU seconds, no AMX); in
-bfloat16 itself it was four times the loading.
+that occur. For Qwen3-0.6B's shape that takes 0.25 s of CPU, beside 2.3 s (float32) or 1.0 s (bfloat16) of loading; in
+bfloat16 itself, without AMX, it took 3.2 s.
 """
 
 import copy

@@ -34,7 +34,8 @@ def server(request: pytest.FixtureRequest, serve: Serve, monkeypatch: pytest.Mon
 
 def held(scorer: VLLMScorer) -> tuple[int, int]:
     """Requests in its pools, and connections that are neither idle nor closed."""
-    pools = [client._transport._pool for client, _ in scorer.client.transport._clients.values()]
+    clients = [client for client, _ in scorer.client.transport._clients.values()]
+    pools = [transport._pool for client in clients for transport in client.transports.values()]
     busy = sum(not (each.is_idle() or each.is_closed()) for pool in pools for each in pool.connections)
     return sum(len(pool._requests) for pool in pools), busy
 

@@ -2,6 +2,8 @@
 
 import contextlib
 import json
+import os
+import resource
 import socket
 import ssl
 import threading
@@ -87,6 +89,21 @@ class TestConnections:
             score(connect(hanging_lookup, connect_timeout=0.1))
         with at_least(0.3), pytest.raises(DeadlineExceeded):
             score(connect(hanging_lookup, timeout=0.3))
+
+    def test_no_file_is_left_for_a_connection(self, serve: Serve, connect: Connect, score: Score):
+        """The process is to blame, not the server: it is asked again as soon as there is one."""
+        server = serve()
+        score(connect(server), FEW)  # what is needed but once is there
+        scorer = connect(server, model="m", max_retries=0)
+        limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+        os.close(lowest := os.dup(0))
+        resource.setrlimit(resource.RLIMIT_NOFILE, (lowest, limits[1]))
+        try:
+            with pytest.raises(BackendUnavailable, match=r"no file left .* Allow more \(ulimit -n\)"):
+                score(scorer, FEW)
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+        assert score(scorer, FEW) == EXACT[:5]
 
     def test_nobody_accepts(self, connect: Connect, score: Score):
         """Row 3: a full backlog swallows the SYN; each try ends after connect_timeout."""

@@ -122,6 +122,18 @@ class TestReplies:
         assert score(connect(server), FEW) == EXACT[:5]
         assert len(server.score_requests) == 4 + 2
 
+    @pytest.mark.parametrize(
+        "error", [{"error": {"message": "no GPU left"}}, {"error": "no GPU left"}, {"detail": "no GPU left"}], ids=str
+    )
+    def test_an_error_with_a_status_of_success(self, serve: Serve, connect: Connect, score: Score, error: dict):
+        """As some gateways send them: tried again, and the error has the server's words, once."""
+        server = serve(on_scores(lambda request: [http(json.dumps(error))]))
+        with pytest.raises(BadReply, match=r"no list 'data': no GPU left \(.*5 attempts") as caught:
+            score(connect(server, model="m"), FEW[:1])
+        assert (caught.value.status, caught.value.body) == (200, json.dumps(error))
+        server.behave = on_scores(lambda request: [http(json.dumps(error))], times=1)
+        assert score(connect(server), FEW) == EXACT[:5]
+
     def test_an_answer_with_one_index_twice(self, serve: Serve, connect: Connect, score: Score):
         """Row 30: three tries; nothing of it is used, and what is asked for alone can't be mixed up so."""
 
