@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import CONFIG_MAPPING, AutoModelForSequenceClassification, PreTrainedTokenizerFast
+from transformers import CONFIG_MAPPING, AutoModel, AutoModelForSequenceClassification, PreTrainedTokenizerFast
 
 from tests.causal_models import byte_level_tokenizer
 from tests.encoder_models import roberta_tokenizer
@@ -131,9 +131,94 @@ def make_nemotron(folder: Path, **fields: object) -> Path:
     )
 
 
-def _random(kind: str, fields: Mapping[str, Any]) -> dict[str, Tensor]:
+COLBERT = {
+    "query_token_id": "[QueryMarker]",
+    "doc_token_id": "[DocumentMarker]",
+    "query_maxlen": 20,
+    "doc_maxlen": 60,
+    "attend_to_mask_tokens": False,
+    "mask_punctuation": True,
+}
+
+
+def make_jina_colbert(folder: Path, plain: Path | None = None) -> Path:
+    """Save a jina-colbert-v2: an XLM-RoBERTa with a rope, a projection, and ColBERT's settings.
+
+    The same goes into `plain` as transformers and ColBERT's authors have it.
+    """
+    tokenizer = roberta_tokenizer()
+    tokenizer.add_tokens([COLBERT["query_token_id"], COLBERT["doc_token_id"]])
+    special = {"pad_token_id": tokenizer.pad_token_id, "max_position_embeddings": MAX_LENGTH, "type_vocab_size": 1}
+    sizes = {**SIZES, **special, "vocab_size": len(tokenizer)}
+    rope = {"rope_type": "default", "rope_theta": 500.0}
+    weights = _random("jina_embeddings_v3", {**sizes, "rope_parameters": rope}, AutoModel)
+    weights = {name: weight for name, weight in weights.items() if not name.startswith("pooler")}
+    projection = {"linear.weight": torch.randn(48, 64, generator=torch.Generator().manual_seed(1)) / 64}
+    names = {
+        "self_attn": "mixer",
+        "mixer.o_proj": "mixer.out_proj",
+        "^layers": "encoder.layers",
+        r"embeddings\.LayerNorm": "emb_ln",
+        "post_attention_layernorm": "norm1",
+        "post_mlp_layernorm": "norm2",
+        "^": "roberta.",
+    }
+    named = _renamed(_joined(weights, r"self_attn\.{}_proj", "qkv", "self_attn.Wqkv"), names)
+    own = {"architectures": ["HF_ColBERT"], "hidden_act": "gelu", "layer_norm_eps": 1e-05}
+    lora = {"lora_alpha": 1, "lora_rank": 4}  # of adapters that this model has not
+    rotary = {"position_embedding_type": "rotary", "rotary_emb_base": 500.0, "use_flash_attn": True}
+    config = {**sizes, **own, **lora, **rotary}
+    code = "configuration_xlm_roberta.XLMRobertaFlashConfig"
+    _save(folder, tokenizer, config, {**named, **projection}, code, "xlm-roberta")
+    if plain is not None:
+        tokenizer.save_pretrained(plain)
+        fields = {**sizes, **own, "model_type": "jina_embeddings_v3", "rope_parameters": rope}
+        (plain / "config.json").write_text(json.dumps(fields), encoding="utf-8")
+        native = {f"roberta.{name}": weight for name, weight in weights.items()}
+        save_file({**native, **projection}, plain / "model.safetensors", metadata={"format": "pt"})
+    for each in (folder, plain or folder):
+        (each / "artifact.metadata").write_text(json.dumps(COLBERT), encoding="utf-8")
+    return folder
+
+
+def make_lfm2_colbert(folder: Path) -> Path:
+    """Save an LFM2-ColBERT-350M: PyLate's layout around a decoder of convolutions and attention."""
+    tokenizer = byte_level_tokenizer("llama")
+    tokenizer.model_max_length = MAX_LENGTH
+    tokenizer.add_tokens(["[Q] ", "[D] "])
+    fields = {**SIZES, "num_key_value_heads": 1, "vocab_size": len(tokenizer), "max_position_embeddings": MAX_LENGTH}
+    special = {f"{name}_token_id": tokenizer.pad_token_id for name in ("pad", "bos", "eos")}
+    layers = {"layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False}
+    layers |= {"block_dim": 64, "conv_dim": 64, "conv_dim_out": 64}  # which vLLM reads
     torch.manual_seed(0)
-    model = AutoModelForSequenceClassification.from_config(CONFIG_MAPPING[kind](**fields, num_labels=1))
+    model = AutoModel.from_config(CONFIG_MAPPING["lfm2"](**fields, **special, **layers))
+    widen(model, 8.0)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    identity = "torch.nn.modules.linear.Identity"
+    kinds = {"": "sentence_transformers.models.Transformer", "1_Dense": "pylate.models.Dense.Dense"}
+    modules = [
+        {"idx": place, "name": f"{place}", "path": path, "type": kind}
+        for place, (path, kind) in enumerate(kinds.items())
+    ]
+    dense = {"in_features": 64, "out_features": 48, "bias": False, "activation_function": identity}
+    recipe = {"query_prefix": "[Q] ", "document_prefix": "[D] ", "query_length": 20, "document_length": 60}
+    recipe |= {"model_type": "ColBERT", "attend_to_expansion_tokens": False, "skiplist_words": [",", "."]}
+    (folder / "1_Dense").mkdir()
+    for path, content in {
+        "modules.json": modules,
+        "1_Dense/config.json": dense,
+        "config_sentence_transformers.json": {**recipe, "similarity_fn_name": "MaxSim", "prompts": {}},
+    }.items():
+        (folder / path).write_text(json.dumps(content), encoding="utf-8")
+    projection = torch.randn(48, 64, generator=torch.Generator().manual_seed(1)) / 64
+    save_file({"linear.weight": projection}, folder / "1_Dense" / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def _random(kind: str, fields: Mapping[str, Any], auto: Any = AutoModelForSequenceClassification) -> dict[str, Tensor]:
+    torch.manual_seed(0)
+    model = auto.from_config(CONFIG_MAPPING[kind](**fields, num_labels=1))
     widen(model, 8.0)
     return dict(model.state_dict())
 

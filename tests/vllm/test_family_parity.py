@@ -19,7 +19,7 @@ from tests.encoder_models import (
     make_pylate_colbert,
 )
 from tests.models import MAX_LENGTH
-from tests.native_models import make_gte, make_jina_reranker, make_nemotron
+from tests.native_models import make_gte, make_jina_colbert, make_jina_reranker, make_lfm2_colbert, make_nemotron
 from tests.pairs import largest_difference, pairs
 from tests.vllm_server import VLLMServer, serving
 
@@ -64,6 +64,20 @@ FAMILIES = {
     "jina-reranker-v2": Family(make_jina_reranker, 1, ("--trust-remote-code",)),
     "llama-nemotron-rerank-1b-v2": Family(
         make_nemotron, 1, ("--trust-remote-code", "--chat-template", f"{SHIPPED / 'nemotron-rerank.jinja'}")
+    ),
+    "jina-colbert-v2": Family(
+        make_jina_colbert,
+        10,
+        ("--trust-remote-code", "--hf-overrides", json.dumps({"architectures": ["ColBERTJinaRobertaModel"]})),
+    ),
+    # On a CPU, the server's own kernel for ropes misreads this model's queries.
+    "LFM2-ColBERT-350M": Family(
+        make_lfm2_colbert,
+        10,
+        (
+            *("--hf-overrides", json.dumps({"architectures": ["ColBERTLfm2Model"]})),
+            *("--compilation-config", json.dumps({"custom_ops": ["-rotary_embedding"]})),
+        ),
     ),
 }
 

@@ -1,8 +1,9 @@
 """What sentence-transformers puts behind a transformer: pooling, Dense, LayerNorm, activations; all in float32."""
 
 import functools
+import json
 from collections.abc import Callable, Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 from rag_rerank.errors import ConfigError
 from rag_rerank.local.checkpoint.declaration import IDENTITY, SIGMOID, Layer, Pooling
-from rag_rerank.local.checkpoint.files import opened
+from rag_rerank.local.checkpoint.files import INDEX, WEIGHTS, opened
 from rag_rerank.local.transformer.transformer import States, largest_of_each
 
 if TYPE_CHECKING:
@@ -80,8 +81,7 @@ class _Normalize(nn.Module):
 def _module(file: Callable[[str], Path | None], layer: Layer) -> nn.Module:
     if layer.kind == "Normalize":
         return _Normalize()
-    path = f"{layer.folder}/model.safetensors".removeprefix("/")
-    weights = _weights(path, file(path))
+    path, weights = str(PurePosixPath(layer.folder, WEIGHTS)), _weights(file, layer.folder)
     if layer.kind == "LayerNorm":
         norm = nn.LayerNorm(len(weights["norm.weight"]))
         norm.load_state_dict({name.removeprefix("norm."): weight for name, weight in weights.items()})
@@ -104,12 +104,23 @@ def _linear(path: str, weights: dict[str, Tensor], prefixes: Sequence[str]) -> n
     return linear
 
 
-def _weights(name: str, path: Path | None) -> dict[str, Tensor]:
-    if path is None:
-        raise ConfigError(f"the checkpoint has no {name}; only safetensors weights are read, pickle can run code")
-    with opened(path) as tensors:
-        names = [key for key in tensors.keys() if key.partition(".")[0] in _OWN]  # noqa: SIM118
-        return {key: tensors.get_tensor(key).float() for key in names}
+def _weights(file: Callable[[str], Path | None], folder: str) -> dict[str, Tensor]:
+    """Read the weights of a folder that are modules' own, from its one file or from those that its index lists."""
+    name = str(PurePosixPath(folder, WEIGHTS))
+    index = None if file(name) else file(str(PurePosixPath(folder, INDEX)))
+    names = {name}
+    if index is not None:
+        shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+        names = {str(PurePosixPath(folder, shard)) for shard in shards}
+    found: dict[str, Tensor] = {}
+    for name in sorted(names):
+        path = file(name)
+        if path is None:
+            raise ConfigError(f"the checkpoint has no {name}; only safetensors weights are read, pickle can run code")
+        with opened(path) as tensors:
+            own = [key for key in tensors.keys() if key.partition(".")[0] in _OWN]  # noqa: SIM118
+            found |= {key: tensors.get_tensor(key).float() for key in own}
+    return found
 
 
 def pool(states: States, pooling: Pooling, skip: int = 0) -> Tensor:

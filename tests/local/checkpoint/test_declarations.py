@@ -172,15 +172,15 @@ class TestClassifiers:
         edit(folder, "sentence_bert_config.json", processing_kwargs={"text": {"max_length": 30}})
         assert_alike(ours(folder, texts), predicted(folder, texts))
 
-    @pytest.mark.parametrize("kind", ["bert", "qwen3"])
+    @pytest.mark.parametrize("kind", ["bert", "electra", "qwen3"])
     def test_of_two_labels_the_second_is_relevance(self, kind: str, base, folder: str, tmp_path: Path, texts):
-        """Its probability, and as a logit the difference."""
+        """Its probability, and as a logit the difference; monoELECTRA is such a model."""
         if kind == "qwen3":
             source = make_decoder_classifier(tmp_path / "source", kind, num_labels=2)
         else:
             source = base(kind, AutoModelForSequenceClassification, num_labels=2)
         CrossEncoder(str(source)).save_pretrained(folder)
-        options = {} if kind == "bert" else {"template": None}
+        options = {"template": None} if kind == "qwen3" else {}
         theirs = predicted(folder, texts, apply_softmax=True)[:, 1]
         assert_alike(ours(folder, texts, **options), theirs, spread=0)
         logits = predicted(folder, texts)

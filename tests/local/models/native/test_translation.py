@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from sentence_transformers import MultiVectorEncoder
 
 from rag_rerank import ConfigError, LocalScorer
-from tests.native_models import make_gte, make_jina_reranker, make_nemotron
+from tests.native_models import make_gte, make_jina_colbert, make_jina_reranker, make_lfm2_colbert, make_nemotron
 
 MAKERS: dict[str, Callable[..., Path]] = {
     "gte-multilingual-reranker-base": make_gte,
@@ -99,6 +100,47 @@ class TestNemotron:
         vector = {"avg": states.mean(0), "cls": states[0], "last": states[-1]}[pooling]
         return float(vector @ weights["score.weight"][0])
 
+    def test_its_weights_may_be_in_several_files(self, tmp_path: Path):
+        """The head is in one of them."""
+        folder = make_nemotron(tmp_path / "llama-nemotron-rerank-1b-v2")
+        with loaded(folder) as scorer:
+            expected = scorer.score(*PAIRS)
+        weights = load_file(folder / "model.safetensors")
+        (folder / "model.safetensors").unlink()
+        homes = {name: f"model-0000{1 + (name > 'model.layers.1')}-of-00002.safetensors" for name in weights}
+        for home in set(homes.values()):
+            save_file({name: weights[name] for name in weights if homes[name] == home}, folder / home, {"format": "pt"})
+        index = json.dumps({"metadata": {}, "weight_map": homes})
+        (folder / "model.safetensors.index.json").write_text(index, encoding="utf-8")
+        with loaded(folder) as scorer:
+            assert scorer.score(*PAIRS) == expected
+
     def test_its_prompt_must_be_known(self, tmp_path: Path):
         with pytest.raises(ConfigError, match="the score template of .* is not known"):
             loaded(make_nemotron(tmp_path / "renamed")).score("q", ["d"])
+
+
+class TestColBERTs:
+    """By the recipes that their folders declare, as sentence-transformers goes by them."""
+
+    def test_jina_colbert_is_scored_without_its_code(self, tmp_path: Path):
+        """Markers, queries filled up, lengths, punctuation; its rope's base is its own."""
+        folder = make_jina_colbert(tmp_path / "jina-colbert-v2", tmp_path / "plain")
+        self.assert_alike(folder, tmp_path / "plain")
+
+    def test_lfm2_colbert_needs_no_translation(self, tmp_path: Path):
+        """A decoder with convolutions is padded."""
+        folder = make_lfm2_colbert(tmp_path / "LFM2-ColBERT-350M")
+        self.assert_alike(folder, folder)
+        with loaded(folder) as scorer:
+            scorer.score("q", ["d"])
+            assert scorer.proof().path != "unpadded"
+
+    def assert_alike(self, folder: Path, plain: Path) -> None:
+        texts = [*PAIRS[0], "short"], [*PAIRS[1], "One, two. " * 40]
+        model = MultiVectorEncoder(str(plain), device="cpu")
+        theirs = model.similarity_pairwise(model.encode_query(texts[0]), model.encode_document(texts[1])).tolist()
+        with LocalScorer(folder, dtype="float32") as scorer:
+            got = scorer.score(*texts)
+        assert max(theirs) - min(theirs) > 0.5
+        assert got == pytest.approx(theirs, abs=1e-4)
