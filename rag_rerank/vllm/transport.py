@@ -214,7 +214,7 @@ class Transport:
 
 
 class _Client:
-    """A client of our own: as httpx's, but for what is not needed here, which takes 0.15 ms a request.
+    """A client of our own: as httpx's, but for what is not needed here, which takes 0.07 ms a request.
 
     It knows no cookies (one server's would go to another), no redirects, and no proxies but those of its arguments, by
     the address of the server that they are for.
