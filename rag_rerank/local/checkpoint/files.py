@@ -8,12 +8,14 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
-from huggingface_hub import try_to_load_from_cache
+from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
+from huggingface_hub.errors import HfHubHTTPError
 from safetensors import SafetensorError, safe_open
 from transformers.utils.hub import cached_file
 
 from rag_rerank.errors import ConfigError
 
+_FIRST_FILES = ("config.json", "modules.json", "adapter_config.json")  # every model has one of them
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 ONLY_SAFETENSORS = (
@@ -37,9 +39,11 @@ class Files:
         if not folder.is_dir():
             if folder.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
                 raise ConfigError(f"there is no folder {name!r}; pass an existing folder or a hub id such as org/name")
+            if not (self.local_files_only or constants.HF_HUB_OFFLINE or self._cached):
+                self._reach_hub()
         elif Path(name, "snapshots").is_dir():
             raise ConfigError(f"{name!r} is a folder of the hub's cache; pass the one in its snapshots, or the hub id")
-        elif not any((folder / file).is_file() for file in ("config.json", "modules.json", "adapter_config.json")):
+        elif not any((folder / file).is_file() for file in _FIRST_FILES):
             raise ConfigError(f"the folder {name!r} holds no model: neither config.json nor modules.json is in it")
 
     @property
@@ -52,11 +56,31 @@ class Files:
         """The name; with `local_files_only` the folder in the cache, for the hub's client asks for things even then."""
         if not self.local_files_only or Path(self.name).is_dir():
             return self.name
-        for file in ("config.json", "modules.json", "adapter_config.json"):
+        if self._cached is not None:
+            return self._cached
+        raise ConfigError(f"{self.name!r} can't be loaded: it is not in the hub's cache, and local_files_only is True")
+
+    @property
+    def _cached(self) -> str | None:
+        """The folder in the hub's cache, if the model is there."""
+        for file in _FIRST_FILES:
             found = try_to_load_from_cache(self.name, file, self.cache_dir, self.revision)
             if isinstance(found, str):
                 return str(Path(found).parent)
-        raise ConfigError(f"{self.name!r} can't be loaded: it is not in the hub's cache, and local_files_only is True")
+        return None
+
+    def _reach_hub(self) -> None:
+        """Raise ConfigError where the hub doesn't answer. Its client tries six times for each file: that is minutes."""
+        url = hf_hub_url(self.name, _FIRST_FILES[0], revision=self.revision)
+        try:
+            get_hf_file_metadata(url)
+        except HfHubHTTPError:  # an answer: what it means is told by whoever reads the files
+            pass
+        except Exception as error:
+            raise ConfigError(
+                f"{self.name!r} is not on this machine, and {constants.ENDPOINT} can't be reached: {error}. Pass a "
+                "model's folder, set HF_ENDPOINT to a mirror, or fetch it where there is a network (hf download)."
+            ) from error
 
     def read(self, reader: Any, *args: Any, **options: Any) -> Any:
         """Call a reader of transformers; ConfigError where it fails."""

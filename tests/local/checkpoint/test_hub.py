@@ -41,3 +41,10 @@ def test_local_files_only_asks_nobody(cross_encoder: Path, tmp_path: Path, asked
     with pytest.raises(ConfigError, match="'org/other' can't be loaded: it is not in the hub's cache"):
         LocalScorer("org/other", **options).score("q", "d")
     assert asked == []
+
+
+def test_a_hub_out_of_reach_is_told_at_once(tmp_path: Path, asked: list[str]):
+    """Its client would try each file six times, three minutes in all."""
+    with pytest.raises(ConfigError, match=r"'org/other' is not on this machine, and .* can't be reached: no network"):
+        LocalScorer("org/other", cache_dir=tmp_path).score("q", "d")
+    assert len(asked) <= 2  # one request
