@@ -1,4 +1,4 @@
-"""The command line, run in a process of its own that need not import torch first: 0.3 s of a core instead of 5."""
+"""The command line, run in a process of its own that need not import torch first, which takes seconds."""
 
 import os
 import subprocess
