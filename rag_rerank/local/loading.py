@@ -47,8 +47,7 @@ def load(settings: Settings) -> Model:
     device = choose_device(settings.device)
     family = find_family(checkpoint.name, checkpoint.architectures)
     if family is not None and not family.local:
-        flags = family.vllm_flags.replace("{template}", f"{family.template}")
-        raise ConfigError(f"{checkpoint.name!r} runs on vLLM only: vllm serve {checkpoint.name} {flags}")
+        raise ConfigError(f"{checkpoint.name!r} runs on vLLM only: {'; '.join(family.serve(checkpoint.name))}")
     kind = _kind(checkpoint)
     loads = PairLoading if checkpoint.declaration.kind == "cross-encoder" else EmbedderLoading
     loading = loads(checkpoint, settings, family, device)
