@@ -1,5 +1,6 @@
 """Cross-encoders: loaded as the checkpoint is made, with their prompts and the scale of their scores."""
 
+import functools
 import hashlib
 import json
 import logging
@@ -77,9 +78,10 @@ class PairLoading(Loading):
         model = self.load(AutoModel)
         self._choose_template(needed=not self.checkpoint.declaration.modular)
         share = cast("Pooling", route.pooling).modes == ("lasttoken",)  # there is but one state of each shared token
+        head_on = functools.cache(functools.partial(self.head, route, self.settings.query_prompt))  # read once a device
 
         def take_apart(model: PreTrainedModel) -> Parts:
-            head = self.head(route, self.settings.query_prompt, model.device)
+            head = head_on(model.device)
             return self.parts(model, lambda states: relevance(head(states)), share=share)
 
         return self._pair_model(model, take_apart)
