@@ -56,8 +56,8 @@ class Files:
         """The name; with `local_files_only` the folder in the cache, for the hub's client asks for things even then."""
         if not self.local_files_only or Path(self.name).is_dir():
             return self.name
-        if self._cached is not None:
-            return self._cached
+        if (cached := self._cached) is not None:
+            return cached
         raise ConfigError(f"{self.name!r} can't be loaded: it is not in the hub's cache, and local_files_only is True")
 
     @property
