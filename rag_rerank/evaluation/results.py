@@ -60,7 +60,8 @@ def keep(
     policy: str, collection: Collection, candidates: Mapping[str, Sequence[str]], scores: Mapping[str, Scores]
 ) -> Kept:
     """Say what a policy keeps of the candidates that have been scored, all queries together."""
-    ranked = {query: ranking(policy).rank(row) for query, row in scores.items()}
+    wanted = ranking(policy)
+    ranked = {query: wanted.rank(row) for query, row in scores.items()}
     kept = [(query, candidates[query][each.index]) for query, best in ranked.items() for each in best]
     scored = [(query, name) for query, row in scores.items() for name in candidates[query][: len(row)]]
     grades = collection.judgments
