@@ -9,8 +9,9 @@ from rag_rerank.inputs.multimodal import Prepared
 from rag_rerank.template import Halves, Template
 from rag_rerank.vllm import wire
 from rag_rerank.vllm.call import PLAIN_PAIR_TOKENS, Call, Inputs
-from rag_rerank.vllm.exchange import Exchange, Rules, Send, Usage
+from rag_rerank.vllm.exchange import Exchange
 from rag_rerank.vllm.keys import Keys
+from rag_rerank.vllm.sending import Rules, Send, Usage
 from rag_rerank.vllm.servers import Servers
 from rag_rerank.vllm.transport import Transport
 from rag_rerank.vllm.wire import API, Answer, Card, Failure, Form, Options, Reply, Request, ServerFacts, Version

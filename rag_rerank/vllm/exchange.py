@@ -10,11 +10,9 @@ from typing import Any, TypeVar, cast
 
 from rag_rerank.errors import BadReply
 from rag_rerank.vllm.facts import LONGEST_AGE, described, missing
-from rag_rerank.vllm.sending import MayPass, ModelMissing, Rules, Send, Sending, Usage
+from rag_rerank.vllm.sending import MayPass, ModelMissing, Sending
 from rag_rerank.vllm.servers import Server, logger
 from rag_rerank.vllm.wire import Answer, Request, ServerFacts, printable
-
-__all__ = ["ID_PREFIX", "Exchange", "Rules", "Send", "Usage"]
 
 T = TypeVar("T")
 
