@@ -38,6 +38,13 @@ class TestScoreCache:
             assert cache.scores("a", ["bc"]) == [None]
             assert cache.scores("ab", ["c ", "C", "\ud800", ""]) == [None, None, 2.0, 3.0]
 
+    def test_many_documents_at_a_time(self, tmp_path: Path):
+        """More than sqlite takes in one statement."""
+        texts = [str(number) for number in range(1203)]
+        with closing(ScoreCache(tmp_path, ME)) as cache:
+            cache.keep("q", texts, [float(text) for text in texts])
+            assert cache.scores("q", texts) == [float(text) for text in texts]
+
     @pytest.mark.parametrize(
         ("other", "words"),
         [

@@ -215,6 +215,13 @@ class TestCases:
         assert "All 3 that lost" in words
         assert "All 4 that gained" in words
 
+    def test_only_so_many_are_shown(self):
+        """Of those that lost, and of those that gained."""
+        words = Page(render(evaluation(50, better=22, worse=21))).words
+        assert len(re.findall(r"· query q\d", words)) == 40
+        assert "The 20 that lost most" in words
+        assert "The 20 that gained most" in words
+
     def test_a_case_has_the_texts_and_the_ranks(self):
         """Of what is relevant, and of what was and is on top."""
         words = Page(render(evaluation(10, better=4, worse=3))).words

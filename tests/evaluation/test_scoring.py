@@ -18,7 +18,7 @@ from rag_rerank import (
     Scorer,
     VLLMScorer,
 )
-from rag_rerank.evaluation import scoring
+from rag_rerank.evaluation import System, scoring
 from rag_rerank.evaluation.scoring import Latency, ScoringRun
 from rag_rerank.identity import Identity
 from tests.faulty_server import FaultyServer, Request, Steps, http, on_scores, scores
@@ -148,6 +148,7 @@ class TestScores:
             with scoring_run(scorer, tmp_path) as made:
                 made.add("q", "a", TEXTS)
             assert made.scores["q"] == [0.5 * 2, 0.0, None, 1.0]
+            assert System("choosy", (), made.scores, 0, 0, ()).rejected == 1
             assert pairs_of(scorer) == expected
 
     def test_an_error_is_raised(self):
@@ -177,6 +178,7 @@ class TestScores:
             with scoring_run(Odd(), tmp_path) as made:
                 made.add("q", "a", texts)
             assert made.scores["q"] == [None if text == "bad" else overlap("a", text) for text in texts]
+            assert System("odd", (), made.scores, 0, 0, ()).rejected == texts.count("bad")
             assert made.pairs_scored == pairs
 
     def test_a_scorer_that_fails_later_is_not_taken_for_bad_documents(self):
