@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from rag_rerank.errors import BackendError, BackendRejected, BackendUnavailable, DocumentRejected
+from rag_rerank.families import LIST_DOCUMENT_TOKENS, LIST_QUERY_TOKENS
 from rag_rerank.inputs import NEUTRAL
 from rag_rerank.inputs.images import BLANK
 from rag_rerank.inputs.multimodal import Link, Multimodal, Prepared, hidden
@@ -62,7 +63,9 @@ class Call:
         facts = await self.exchange.describe()
         self._api, self._most_bytes = facts.form.api, facts.most_bytes or MAX_BYTES
         self._whole = facts.listwise and len(self.queries) == 1
-        if self.fit and not self._whole:
+        if self.fit and facts.listwise:
+            self._cut_listwise()
+        elif self.fit:
             await self._fit(facts)
         positions = range(len(self.documents))
         chunks = deque(await off_loop(len(positions) > MANY, self._chunks, positions))
@@ -242,6 +245,15 @@ class Call:
             await self._cut(long)
         elif facts.has_template is False:
             self.options = replace(self.options, truncate_prompt_tokens=-1)
+
+    def _cut_listwise(self) -> None:
+        """Have texts cut as the code of listwise models does; no tokenizer makes more tokens than bytes."""
+        of_query, of_doc = self.options.max_tokens_per_query, self.options.max_tokens_per_doc
+        if any(_bytes(query) > LIST_QUERY_TOKENS for query in self.queries):
+            of_query = min(LIST_QUERY_TOKENS, of_query or LIST_QUERY_TOKENS)
+        if any(_bytes(document) > LIST_DOCUMENT_TOKENS for document in self.documents):
+            of_doc = min(LIST_DOCUMENT_TOKENS, of_doc or LIST_DOCUMENT_TOKENS)
+        self.options = replace(self.options, max_tokens_per_query=of_query, max_tokens_per_doc=of_doc)
 
     def _long(self, window: int | None) -> list[int]:
         """List the pairs of texts that could exceed the window: no tokenizer makes more tokens than bytes."""
