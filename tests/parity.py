@@ -12,7 +12,7 @@ PARITY: dict[str, tuple[float, str]] = {
     "qwen3-reranker": (3e-5, _TEMPLATES),
     "qwen3-reranker-seq-cls": (3e-5, _TEMPLATES),
     "qwen3-vl-reranker": (3e-5, _IMAGES),
-    "jina-reranker-v3": (1e-8, _FAMILIES),
+    "jina-reranker-v3": (1e-5, _FAMILIES),
     "jina-reranker-m0": (6e-5, _IMAGES),
     "mxbai-rerank-v2": (7e-5, _TEMPLATES),
     "bge-reranker-v2-gemma": (4e-5, _TEMPLATES),
