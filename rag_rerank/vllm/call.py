@@ -11,16 +11,28 @@ import re
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeVar, cast
 
 from rag_rerank.errors import BackendError, BackendRejected, BackendUnavailable, DocumentRejected
-from rag_rerank.families import LIST_DOCUMENT_TOKENS, LIST_QUERY_TOKENS
+from rag_rerank.families import LIST_DOCUMENT_TOKENS, LIST_DOCUMENTS, LIST_QUERY_TOKENS
 from rag_rerank.inputs import NEUTRAL
 from rag_rerank.inputs.images import BLANK
 from rag_rerank.inputs.multimodal import Link, Multimodal, Prepared, hidden
 from rag_rerank.inputs.preparing import MANY, off_loop, text_only
 from rag_rerank.vllm.exchange import Exchange
-from rag_rerank.vllm.wire import API, SINCE, Answer, Encoded, Options, ServerFacts, read_answer, scoring_request
+from rag_rerank.vllm.listwise import Vector, check_options, compared
+from rag_rerank.vllm.wire import (
+    API,
+    SINCE,
+    Answer,
+    Encoded,
+    Options,
+    ServerFacts,
+    read_answer,
+    read_vectors,
+    scoring_request,
+    vectors_request,
+)
 
 # Of one request, where it has more than one document: about 10 ms of encoding, in which an event loop stands still.
 MAX_BYTES = 8 << 20
@@ -31,6 +43,9 @@ IMAGE_TOKENS = 16
 PLAIN_PAIR_TOKENS = 8
 _TEMPLATE_TOKENS = 1024  # beside query and document, at most; a guess, only for whether to measure
 
+_LISTWISE = "The model scores all documents of a query together: pass fewer, or shorter ones."
+
+_T = TypeVar("_T")
 Inputs = Sequence[Prepared]
 Refusal = BackendRejected | BackendUnavailable
 
@@ -63,6 +78,8 @@ class Call:
         facts = await self.exchange.describe()
         self._api, self._most_bytes = facts.form.api, facts.most_bytes or MAX_BYTES
         self._whole = facts.listwise and len(self.queries) == 1
+        if self._whole and len(self.documents) > LIST_DOCUMENTS:
+            return await self._score_blocks()
         if self.fit and facts.listwise:
             self._cut_listwise()
         elif self.fit:
@@ -74,8 +91,32 @@ class Call:
             raise self._rejected()
         return [self._scores[position] for position in positions]
 
+    async def _score_blocks(self) -> list[float]:
+        """Score a list that is too long for one prompt of a listwise model."""
+        check_options(self.options)
+        if any(map(self._is_multimodal, range(len(self.documents)))):
+            raise text_only(self.exchange.model_name, self.queries, self.documents)
+        starts = range(0, len(self.documents), LIST_DOCUMENTS)
+        vectors: dict[int, Sequence[Vector]] = {}
+
+        async def ask(start: int) -> None:
+            texts = cast("list[str]", [*self.documents[start : start + LIST_DOCUMENTS], self.queries[0]])
+            answer = await self.exchange.ask(
+                lambda facts, request_id: vectors_request(facts, texts, request_id),
+                lambda body: read_vectors(body, len(texts)),
+            )
+            size = len(answer.scores) // len(texts)
+            vectors[start] = [answer.scores[first : first + size] for first in range(0, len(answer.scores), size)]
+
+        try:
+            await self._side_by_side(deque(starts), ask)
+        except BackendRejected as error:
+            error.remedy = _LISTWISE
+            raise
+        return compared([vectors[start] for start in starts])
+
     async def _side_by_side(
-        self, work: deque[list[int]], do: Callable[[list[int]], Awaitable[None]], at_once: int | None = None
+        self, work: deque[_T], do: Callable[[_T], Awaitable[None]], at_once: int | None = None
     ) -> None:
         """Do all work, also what is added to it meanwhile, so much at once, or as much as is allowed."""
 
@@ -151,7 +192,7 @@ class Call:
         if self._is_multimodal(chunk[0]):
             self._explain(error)
         if self._whole:
-            error.remedy = "The model scores all documents of a query together: pass fewer, or shorter ones."
+            error.remedy = _LISTWISE
             raise error
         if await self._fits_after_all(error, chunk, sent):
             return self._chunks(chunk)
