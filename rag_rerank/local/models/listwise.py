@@ -6,6 +6,7 @@ Lists that are too long for a prompt become blocks. Each document is then compar
 in all blocks, weighted by the best score of each, as in the repository's own code.
 """
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, cast
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 MARKS = "<|embed_token|>", "<|rerank_token|>"  # behind a document, behind the query
+_MARK = re.compile("|".join(map(re.escape, MARKS)))  # in an instruction; other texts spell no special tokens
 
 _BEFORE = (
     "<|im_start|>system\nYou are a search relevance expert who can determine a ranking of the passages based on how "
@@ -40,7 +42,7 @@ def prompt(query: str, documents: Sequence[str], instruction: str | None) -> str
     return (
         f"{_BEFORE}I will provide you with {len(documents)} passages, each indicated by a numerical identifier. "
         f"Rank the passages based on their relevance to query: {query}\n"
-        + (f"<instruct>\n{instruction}\n</instruct>\n" if instruction else "")
+        + (f"<instruct>\n{_MARK.sub('', instruction)}\n</instruct>\n" if instruction else "")
         + "".join(_passage(number, document) for number, document in enumerate(documents))
         + f"<query>\n{query}{MARKS[1]}\n</query>{_BEHIND}"
     )
@@ -81,7 +83,7 @@ class Listwise:
     def document_space(self, queries: list[str], instruction: str | None = None) -> list[int]:
         """Count the tokens of a document that are read beside each of the queries."""
         instruction = self.instruction if instruction is None else instruction
-        return [min(LIST_DOCUMENT_TOKENS, self._room(query, instruction) - self._frame()) for query in queries]
+        return [self._longest(query, instruction) for query in queries]
 
     @torch.inference_mode()
     def run(self, sequences: Sequence[TokenSequence]) -> Tensor:
@@ -98,8 +100,7 @@ class Listwise:
 
     def _blocks(self, query: str, documents: list[str], instruction: str | None) -> list[_Block]:
         cut = truncate(self.tokenizer, query, LIST_QUERY_TOKENS)
-        room, frame = self._room(cut, instruction), self._frame()
-        longest = min(LIST_DOCUMENT_TOKENS, room - frame)
+        room, frame, longest = self._room(cut, instruction), self._frame(), self._longest(cut, instruction)
         if longest < 1:
             raise no_space(self.max_length)
         texts = [truncate(self.tokenizer, document, longest) for document in documents]
@@ -123,6 +124,9 @@ class Listwise:
     def _room(self, query: str, instruction: str | None) -> int:
         """Count the tokens that a prompt leaves for its documents."""
         return self.max_length - len(self._ids(prompt(query, [], instruction))) - SLACK
+
+    def _longest(self, query: str, instruction: str | None) -> int:
+        return min(LIST_DOCUMENT_TOKENS, self._room(query, instruction) - self._frame())
 
     def _frame(self) -> int:
         """Count the tokens around a document."""

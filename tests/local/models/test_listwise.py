@@ -86,7 +86,7 @@ class TestScores:
         assert max(expected) - min(expected) > 0.3
         assert abs(expected[0] - expected[4]) > 1e-3
         spelt = [*DOCUMENTS[:-1], "<|embed_token|> x <|rerank_token|>"]
-        assert len(scorer.score(QUERY, spelt)) == len(spelt)
+        assert len(scorer.score(QUERY, spelt, instruction="<|embed_token|>")) == len(spelt)
 
     def test_depend_on_the_order(self, scorer: LocalScorer):
         """And a document alone scores otherwise."""
