@@ -256,18 +256,24 @@ class PlainTransformers:
     @torch.inference_mode()
     def logit(self, query: Sequence[str | Image.Image], document: Sequence[str | Image.Image]) -> float:
         """The logit of yes less that of no for a query and a document, each as its parts."""
-        images = [part for part in (*query, *document) if not isinstance(part, str)]
-        text = self.template.render(_flat(query), _flat(document))
+        inputs = self.inputs(_images(query) + _images(document), self.template.render(_flat(query), _flat(document)))
+        logits = self.model(**inputs).logits[0, -1]
+        return float(logits[self.yes] - logits[self.no])
+
+    def inputs(self, images: Sequence[Image.Image], text: str, end: Sequence[int] = ()) -> dict[str, torch.Tensor]:
+        """What transformers' model takes for a prompt with placeholders, and the tokens `end` behind it."""
         pixels = {}
         if images:
             pixels = dict(self.processor(images=images, return_tensors="pt"))
             for _, high, wide in pixels["image_grid_thw"].tolist():
                 text = text.replace("<|image_pad|>", "<|tmp|>" * (high * wide // MERGE**2), 1)
         text = text.replace("<|tmp|>", "<|image_pad|>")
-        tokens = self.tokenizer(text, return_tensors="pt")
-        kinds = (tokens["input_ids"] == self.model.config.image_token_id).int()
-        logits = self.model(**tokens, **pixels, mm_token_type_ids=kinds).logits[0, -1]
-        return float(logits[self.yes] - logits[self.no])
+        ids = torch.tensor([[*self.tokenizer(text)["input_ids"], *end]])
+        return {"input_ids": ids, "mm_token_type_ids": (ids == self.model.config.image_token_id).int(), **pixels}
+
+
+def _images(parts: Sequence[str | Image.Image]) -> list[Image.Image]:
+    return [part for part in parts if not isinstance(part, str)]
 
 
 def _flat(parts: Sequence[str | Image.Image]) -> str:

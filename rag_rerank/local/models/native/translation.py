@@ -45,13 +45,11 @@ _POOLINGS = {"avg": "mean", "cls": "cls", "last": "lasttoken"}
 def translated_config(name: str, content: Mapping[str, Any] | None) -> PreTrainedConfig | None:
     """Make a config of transformers' of a ``config.json`` for other code; None where it needs no translation."""
     content = content or {}
-    code = str((content.get("auto_map") or {}).get("AutoConfig")).rpartition(".")[2]
-    kinds = content.get("model_type"), code, *(content.get("architectures") or ())
-    translate = next((_CONFIGS[kind] for kind in kinds if kind in _CONFIGS), None)
-    if translate is None:
-        return None
     try:
-        return _config(content, *translate(content))
+        code = str((content.get("auto_map") or {}).get("AutoConfig")).rpartition(".")[2]
+        kinds = content.get("model_type"), code, *(content.get("architectures") or ())
+        translate = next((_CONFIGS[kind] for kind in kinds if kind in _CONFIGS), None)
+        return None if translate is None else _config(content, *translate(content))
     except (AttributeError, ArithmeticError, KeyError, TypeError, ValueError) as error:
         raise ConfigError(f"{name!r} can't be loaded: config.json: {error}") from error
 
