@@ -91,9 +91,6 @@ def _read() -> tuple[Family, ...]:
 FAMILIES = _read()
 """All families. Where two match a name equally well, the first is it."""
 
-LIST_DOCUMENTS, LIST_DOCUMENT_TOKENS, LIST_QUERY_TOKENS = 125, 2048, 512
-"""Of a listwise model: most documents in a prompt; at how many tokens a document and the query are cut."""
-
 _BY_NAME = {family.name: family for family in FAMILIES}
 
 

@@ -71,9 +71,7 @@ class Failure:
 class Answer:
     """What a score or rerank API answered."""
 
-    # One for each document, in their order; not finite where the server gave null or such a number. Or the numbers of
-    # all vectors, one behind the other.
-    scores: list[float]
+    scores: list[float]  # one for each document, in their order; not finite where the server gave null or such a number
     id: str | None = None  # of the request that it answers, as the server has it
     model: str | None = None
     prompt_tokens: int | None = None  # how many tokens the model read
@@ -202,13 +200,6 @@ def scoring_request(
     return Request("POST", facts.form.path, content, reply_limit, request_id)
 
 
-def vectors_request(facts: ServerFacts, texts: Sequence[str], request_id: str) -> Request:
-    """Ask a listwise model for the vectors that it compares: of documents and, the last, of their query."""
-    content = _to_json({"model": facts.model, "task": "token_embed", "input": texts}).encode()
-    # 512 numbers a text, each of about 22 bytes.
-    return Request("POST", "/pooling", content, (64 << 10) * (1 + len(texts)), request_id)
-
-
 _to_json = json.JSONEncoder(ensure_ascii=False).encode
 
 
@@ -238,22 +229,11 @@ def read_answer(api: API, body: bytes, positions: Sequence[int]) -> Answer:
     )
 
 
-def read_vectors(body: bytes, count: int) -> Answer:
-    """Read so many vectors of equal size; BadReply for anything else."""
-    content = _object(body)
-    entries = content.get("data")
-    found = entries[0].get("data") if isinstance(entries, list) and entries and isinstance(entries[0], dict) else None
-    rows = found if isinstance(found, list) and all(isinstance(row, list) and row for row in found) else []
-    if len(rows) != count or len({len(row) for row in rows}) != 1:
-        raise _no_answer(body, f"has no {count} vectors of one size")
-    numbers = [number for row in rows for number in row]
-    if not all(type(number) in {int, float} for number in numbers):
-        raise _no_answer(body, "has vectors of something else than numbers")
-    return Answer(numbers, id=_of(str, content.get("id")), model=_of(str, content.get("model")))
-
-
 def _of(kind: type[T], value: object) -> T | None:
     return value if type(value) is kind else None
+
+
+_NUMBERS = {int, float, type(None)}
 
 
 def _scores(entries: list[Any], positions: Sequence[int], score_name: str) -> list[float]:
@@ -268,7 +248,7 @@ def _scores(entries: list[Any], positions: Sequence[int], score_name: str) -> li
             raise BadReply(f"the answer has the index {printable(repr(index))} for {expected} documents")
         if index in scores:
             raise BadReply(f"the answer has two scores for documents[{positions[index]}]")
-        if score_name not in fields or type(score) not in {int, float, type(None)}:
+        if score_name not in fields or type(score) not in _NUMBERS:
             raise BadReply(f"documents[{positions[index]}] got the score {printable(repr(score))}")
         try:
             scores[index] = math.nan if score is None else float(score)

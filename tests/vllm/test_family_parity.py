@@ -117,8 +117,8 @@ class TestFamilies:
         assert ours != scored(vllm_family, *texts)[0]
 
     @pytest.mark.parametrize("vllm_family", ["jina-reranker-v3"], indirect=True)
-    def test_long_lists_are_cut_into_the_same_blocks(self, vllm_family: VLLMServer, texts):
-        """More documents than one prompt holds."""
+    def test_long_lists_are_equal(self, vllm_family: VLLMServer, texts):
+        """More documents than the model's own code puts into a prompt."""
         documents = [f"{text[:60]} {number}" for number, text in enumerate(texts[1][:43] * 6)]
         ours, theirs = scored(vllm_family, "How do I copy a file?", documents)
         assert largest_difference(ours, theirs) <= largest_known(vllm_family.name, TOLERANCE)

@@ -2,19 +2,19 @@
 
 The score of a document is the cosine of two vectors: of the state at a mark behind the document, and of the one at a
 mark behind the query. A document's score depends on those before it, so their order and company change it.
-Lists that are too long for a prompt become blocks. Each document is then compared with the mean of the query's vectors
-in all blocks, weighted by the best score of each, as in the repository's own code.
+Lists that are too long for the window become blocks. Each document is then compared with the mean of the query's
+vectors in all blocks, weighted by the best score of each, as in the repository's own code.
 """
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor
 
-from rag_rerank.families import LIST_DOCUMENT_TOKENS, LIST_DOCUMENTS, LIST_QUERY_TOKENS
+from rag_rerank.inputs import NEUTRAL
 from rag_rerank.local.models.encoding import truncate
 from rag_rerank.local.models.model import Inputs
 from rag_rerank.local.models.prompts import SLACK, no_space
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 MARKS = "<|embed_token|>", "<|rerank_token|>"  # behind a document, behind the query
+# Where a list is too long for one prompt: most documents in each, and where texts are cut.
+BLOCK, DOCUMENT_TOKENS, QUERY_TOKENS = 125, 2048, 512
 _MARK = re.compile("|".join(map(re.escape, MARKS)))  # in an instruction; other texts spell no special tokens
 
 _BEFORE = (
@@ -81,9 +83,9 @@ class Listwise:
         return Inputs(blocks, lambda _: [score for each in lists for score in _scores(each)])
 
     def document_space(self, queries: list[str], instruction: str | None = None) -> list[int]:
-        """Count the tokens of a document that are read beside each of the queries."""
+        """Count the tokens of a document that are read beside each of the queries, measured as on a server."""
         instruction = self.instruction if instruction is None else instruction
-        return [self._longest(query, instruction) for query in queries]
+        return [self.max_length - len(self._ids(prompt(query, [NEUTRAL], instruction))) for query in queries]
 
     @torch.inference_mode()
     def run(self, sequences: Sequence[TokenSequence]) -> Tensor:
@@ -99,38 +101,37 @@ class Listwise:
         return torch.stack([own.sum().unsqueeze(0) for own in vectors])
 
     def _blocks(self, query: str, documents: list[str], instruction: str | None) -> list[_Block]:
-        cut = truncate(self.tokenizer, query, LIST_QUERY_TOKENS)
-        room, frame, longest = self._room(cut, instruction), self._frame(), self._longest(cut, instruction)
-        if longest < 1:
+        """Make one block where the window holds it, as a vLLM server does; else those of the repository's code."""
+        whole = self._block(query, documents, instruction)
+        if len(whole.ids) <= self.max_length:
+            return [whole]
+        many = len(documents) > 1
+        asked = truncate(self.tokenizer, query, QUERY_TOKENS) if many else query
+        [space] = self.document_space([asked], instruction)
+        if space < 1:
             raise no_space(self.max_length)
+        longest = min(DOCUMENT_TOKENS, space) if many else space
         texts = [truncate(self.tokenizer, document, longest) for document in documents]
-        sizes = [frame + len(self._ids(text)) for text in texts]
+        frame = len(self._ids(_passage(BLOCK, "")))
         groups: list[list[int]] = []
         left = 0
-        for position, size in enumerate(sizes):
-            if size > left or len(groups[-1]) == LIST_DOCUMENTS:
+        for position, text in enumerate(texts):
+            size = len(self._ids(text)) + frame
+            if size > left or len(groups[-1]) == BLOCK:
                 groups.append([])
-                left = room
+                left = space + frame - SLACK
             groups[-1].append(position)
             left -= size
         blocks = []
         for group in groups:
-            ids = self._ids(prompt(cut, [texts[position] for position in group], instruction))
-            truncated = (cut != query) + sum(texts[position] != documents[position] for position in group)
-            marks = [place for place, token in enumerate(ids) if token in self.marks]
-            blocks.append(_Block(ids=ids, truncated=truncated, marks=marks))
+            cut = (asked != query) + sum(texts[position] != documents[position] for position in group)
+            block = self._block(asked, [texts[position] for position in group], instruction)
+            blocks.append(replace(block, truncated=cut))
         return blocks
 
-    def _room(self, query: str, instruction: str | None) -> int:
-        """Count the tokens that a prompt leaves for its documents."""
-        return self.max_length - len(self._ids(prompt(query, [], instruction))) - SLACK
-
-    def _longest(self, query: str, instruction: str | None) -> int:
-        return min(LIST_DOCUMENT_TOKENS, self._room(query, instruction) - self._frame())
-
-    def _frame(self) -> int:
-        """Count the tokens around a document."""
-        return len(self._ids(_passage(LIST_DOCUMENTS, "")))
+    def _block(self, query: str, documents: list[str], instruction: str | None) -> _Block:
+        ids = self._ids(prompt(query, documents, instruction))
+        return _Block(ids=ids, marks=[place for place, token in enumerate(ids) if token in self.marks])
 
     def _ids(self, text: str) -> list[int]:
         ids: list[int] = self.tokenizer(text, verbose=False)["input_ids"]

@@ -22,6 +22,8 @@ from tests.pairs import largest_difference, pairs
 QUERY = "How do I copy a file?"
 DOCUMENTS = ["With shutil.", "Ask a question. " * 20, "", "A list is mutable.", "With shutil.", "naïve café"]
 
+MANY = [f"{text[:20]} {number}" for number, text in enumerate(pairs()[1][:43] * 6)]
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -96,17 +98,20 @@ class TestScores:
         assert largest_difference(forth, alone) > 1e-3
         assert alone == pytest.approx([scorer.score(QUERY, [each])[0] for each in DOCUMENTS], abs=1e-5)
 
-    def test_of_a_list_that_is_too_long_come_from_blocks(self, scorer: LocalScorer, folder: Path):
+    def test_of_a_list_come_from_one_prompt_as_long_as_it_fits(self, scorer: LocalScorer, folder: Path):
+        """Also of more than 125 documents, as on a server."""
+        assert scorer.score(QUERY, MANY) == pytest.approx(Plain(folder).scores(QUERY, [MANY]), abs=1e-5)
+
+    def test_of_a_list_that_is_too_long_come_from_blocks(self, folder: Path):
         """Of 125 documents, as in the repository's code; or of as many as the window holds."""
-        documents = [f"{text[:60]} {number}" for number, text in enumerate(pairs()[1][:43] * 6)]
-        expected = Plain(folder).scores(QUERY, [documents[start : start + 125] for start in (0, 125, 250)])
-        assert scorer.score(QUERY, documents) == pytest.approx(expected, abs=1e-5)
+        expected = Plain(folder).scores(QUERY, [MANY[start : start + 125] for start in (0, 125, 250)])
+        with LocalScorer(folder, dtype="float32", max_length=6000) as scorer:
+            assert scorer.score(QUERY, MANY) == pytest.approx(expected, abs=1e-5)
         with LocalScorer(folder, dtype="float32", max_length=600) as short:
-            got = short.score(QUERY, documents[:20])
-            lengths = [len(each.ids) for each in short._engine.model.inputs([QUERY], documents[:20]).sequences]
+            assert len(short.score(QUERY, MANY[:20])) == 20
+            lengths = [len(each.ids) for each in short._engine.model.inputs([QUERY], MANY[:20]).sequences]
         assert 1 < len(lengths) < 20
         assert max(lengths) <= 600
-        assert largest_difference(got, scorer.score(QUERY, documents[:20])) > 1e-4
 
     def test_each_query_of_a_batch_has_its_own_list(self, folder: Path):
         """From the first call on, before the model is loaded."""
@@ -118,16 +123,21 @@ class TestScores:
 
 
 class TestLimits:
-    def test_long_texts_are_cut(self, folder: Path, monkeypatch: pytest.MonkeyPatch):
-        """A query at 512 tokens, a document at 2,048, or at what a short window leaves."""
-        monkeypatch.setattr(listwise, "LIST_QUERY_TOKENS", 4)
-        monkeypatch.setattr(listwise, "LIST_DOCUMENT_TOKENS", 6)
-        with LocalScorer(folder, dtype="float32") as scorer:
-            assert scorer.score("one one one one one", ["two " * 9, "x"]) == pytest.approx(
-                scorer.score("one one one one", ["two " * 50, "x"]), abs=1e-6
-            )
+    def test_long_texts_are_cut_where_there_are_blocks(self, folder: Path, monkeypatch: pytest.MonkeyPatch):
+        """A query at 512 tokens, a document at 2,048."""
+        monkeypatch.setattr(listwise, "QUERY_TOKENS", 4)
+        monkeypatch.setattr(listwise, "DOCUMENT_TOKENS", 6)
         with LocalScorer(folder, dtype="float32", max_length=300) as scorer:
-            assert len(scorer.score(QUERY, ["word " * 500, "x"])) == 2
+            got = scorer.score("one one one one one", ["two " * 300, "x"])
+            assert got == pytest.approx(scorer.score("one one one one", ["two " * 400, "x"]), abs=1e-6)
+
+    def test_a_document_alone_is_cut_at_the_window(self, folder: Path):
+        """As one for a server is."""
+        with LocalScorer(folder, dtype="float32", max_length=300) as scorer:
+            scorer.warmup()
+            [block] = scorer._engine.model.inputs([QUERY], ["word " * 500]).sequences
+            assert 290 < len(block.ids) <= 300
+            assert block.truncated == 1
 
     def test_what_leaves_no_room_is_refused(self, folder: Path):
         with LocalScorer(folder, max_length=300) as scorer, pytest.raises(BackendRejected, match="leaves no room"):
