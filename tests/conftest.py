@@ -96,13 +96,9 @@ def require_server(*, sees: bool = False) -> None:
         pytest.skip(reason)
 
 
-def needs_server(item: pytest.Item) -> bool:
+def servers(item: pytest.Item) -> list[str]:
     """By name: every fixture that starts a server is called vllm_ and what it serves."""
-    return any(name.startswith("vllm_") for name in getattr(item, "fixturenames", ()))
-
-
-_needs_server: set[str] = set()
-_passed: set[str] = set()
+    return sorted(name for name in getattr(item, "fixturenames", ()) if name.startswith("vllm_"))
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -110,19 +106,25 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Fast tests first: those that need a server, which takes half a minute to start, come last."""
+    """Put tests of a server, or of a file, into one process of `pytest -n 2 --dist loadgroup`."""
     if config.getoption("--without-server"):
-        items[:] = [item for item in items if not needs_server(item)]
+        items[:] = [item for item in items if not servers(item)]
     for item in items:
-        if needs_server(item):
-            _needs_server.add(item.nodeid)
-            item.extra_keyword_matches.add("vllm_")  # -k "not vllm_"
-    items.sort(key=lambda item: item.nodeid in _needs_server)
+        if servers(item):
+            item.add_marker("real_server")
+        item.add_marker(pytest.mark.xdist_group((servers(item) or [item.path.name])[0]))
+    items.sort(key=lambda item: bool(servers(item)))
+
+
+_needs_server: set[str] = set()
+_passed: set[str] = set()
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
-    if report.when == "call" and report.passed and report.nodeid in _needs_server:
-        _passed.add(report.nodeid)
+    if "real_server" in report.keywords:
+        _needs_server.add(report.nodeid)
+        if report.when == "call" and report.passed:
+            _passed.add(report.nodeid)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

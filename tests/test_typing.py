@@ -15,6 +15,8 @@ from rag_rerank import VLLMScorer
 VLLMScorer(top_k=3)
 VLLMScorer().score("q", [None])
 langchain_rag_rerank.LocalReranker(model=3)
+langchain_rag_rerank.LocalReranker(top_k=3)
+langchain_rag_rerank.LocalReranker().rerank(["a"], "q", top_k=3)
 """
 
 
@@ -37,7 +39,7 @@ def test_what_users_write_is_understood(said: list[str]):
     assert not [line for line in said if line.startswith("right.py")]
 
 
-@pytest.mark.parametrize("line", [5, 6, 7])
+@pytest.mark.parametrize("line", range(5, 10))
 def test_what_is_wrong_is_told(said: list[str], line: int):
-    """A wrong setting of a scorer, a wrong document, and a wrong setting of an adapter."""
+    """An unknown setting and a wrong document of a scorer; an adapter's wrong and unknown settings."""
     assert any(text.startswith(f"wrong.py:{line}: error") for text in said)
