@@ -17,6 +17,7 @@ settings.load_profile("no deadline")
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # tests never ask a hub; set before transformers is imported
+os.environ["OMP_WAIT_POLICY"] = "PASSIVE"  # threads that wait for each other leave the cores to the other processes
 
 from rag_rerank import LocalScorer
 from tests import released, vllm_server
