@@ -107,14 +107,17 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Put tests of a server, or of a file, into one process of `pytest -n 2 --dist loadgroup`."""
+    """Put tests of a server, or of a file, into one process of `pytest -n 2 --dist loadgroup`.
+
+    Those of servers, which take half a minute to start, come first there, while the other process works; else last.
+    """
     if config.getoption("--without-server"):
         items[:] = [item for item in items if not servers(item)]
     for item in items:
         if servers(item):
             item.add_marker("real_server")
         item.add_marker(pytest.mark.xdist_group((servers(item) or [item.path.name])[0]))
-    items.sort(key=lambda item: bool(servers(item)))
+    items.sort(key=lambda item: bool(servers(item)), reverse="PYTEST_XDIST_WORKER" in os.environ)
 
 
 _needs_server: set[str] = set()
