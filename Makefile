@@ -13,8 +13,8 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 WORKERS ?= 2
-# Tests of one server, or of one file, share a process. A process that dies fails its test and ends the run.
-IN_PARALLEL := --numprocesses $(WORKERS) --dist loadgroup --max-worker-restart 0
+# The tests of a file share a process. One that dies fails the test that it was at, and ends the run.
+IN_PARALLEL := --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder --max-worker-restart 0
 PROJECTS := pyproject.toml integrations/langchain/pyproject.toml integrations/llama_index/pyproject.toml
 
 ifeq ($(shell uname -sm),Linux x86_64)

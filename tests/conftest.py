@@ -97,9 +97,9 @@ def require_server(*, sees: bool = False) -> None:
         pytest.skip(reason)
 
 
-def servers(item: pytest.Item) -> list[str]:
+def needs_server(item: pytest.Item) -> bool:
     """By name: every fixture that starts a server is called vllm_ and what it serves."""
-    return sorted(name for name in getattr(item, "fixturenames", ()) if name.startswith("vllm_"))
+    return any(name.startswith("vllm_") for name in getattr(item, "fixturenames", ()))
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -107,17 +107,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Put tests of a server, or of a file, into one process of `pytest -n 2 --dist loadgroup`.
-
-    Those of servers, which take half a minute to start, come first there, while the other process works; else last.
-    """
+    """Put the tests that need a server last; where two processes share the tests, first: while one waits, one works."""
     if config.getoption("--without-server"):
-        items[:] = [item for item in items if not servers(item)]
-    for item in items:
-        if servers(item):
-            item.add_marker("real_server")
-        item.add_marker(pytest.mark.xdist_group((servers(item) or [item.path.name])[0]))
-    items.sort(key=lambda item: bool(servers(item)), reverse="PYTEST_XDIST_WORKER" in os.environ)
+        items[:] = [item for item in items if not needs_server(item)]
+    for item in filter(needs_server, items):
+        item.add_marker("real_server")
+    items.sort(key=needs_server, reverse="PYTEST_XDIST_WORKER" in os.environ)
 
 
 _needs_server: set[str] = set()
