@@ -18,7 +18,7 @@ langchain_rag_rerank.LocalReranker(model=3)
 langchain_rag_rerank.LocalReranker(top_k=3)
 langchain_rag_rerank.LocalReranker().rerank(["a"], "q", top_k=3)
 """
-# A third of the time that it takes with these, of which no signature says anything.
+# With these, which no public signature names, it takes three times as long.
 CONFIG = """
 [mypy]
 strict = true
