@@ -30,8 +30,8 @@ QUERY = "How do I copy a file?"
 
 @pytest.fixture(scope="module")
 def documents() -> list[str]:
-    """60 real documents of all lengths, and an empty one."""
-    return [*list(Collection.load(collection_folder()).documents.values())[::11][:60], ""]
+    """20 real documents of all lengths, and an empty one."""
+    return [*list(Collection.load(collection_folder()).documents.values())[::33][:20], ""]
 
 
 def largest_difference(first: list[float], second: list[float]) -> float:
