@@ -22,7 +22,7 @@ from rag_rerank.local.transformer.transformer import (
     Path,
     States,
     Transformer,
-    from_transformers,
+    can_unpad,
     prepare,
     rope_limit,
     tested,
@@ -79,13 +79,13 @@ class Loading:
     ) -> tuple[Transformer, Head]:
         """Choose the fastest way to run a model that gives what plain transformers give, and take it; see `prove`."""
         checkpoint, asked, verify = checkpoint or self.checkpoint, self.settings.max_length, self.settings.verify
-        body = take_apart(model).body
+        parts = take_apart(model)
+        body = parts.body
         prepare(body)
         longest = max_length(checkpoint, body, None, None)
         limit = rope_limit(body, asked or longest)
         # What is not to be proven, tests must have proven.
-        if not tested(body) and not (verify and from_transformers(body)):
-            unpadded = False
+        unpadded = unpadded and parts.head is not None and can_unpad(body) and (verify or tested(body))
         ways: dict[Path, bool] = {"unpadded": unpadded, "padded": verify, "equal lengths": True}
         paths = [path for path, possible in ways.items() if possible]
         differences: Mapping[Path, float] = {}
@@ -100,7 +100,7 @@ class Loading:
                 architecture = (*checkpoint.architectures, type(body).__name__)[0]
                 raise kind(f"{checkpoint.name!r} is a {architecture} that can't be scored: {raised}{error}") from error
             paths, differences = [proof.path], proof.differences
-        transformer, head = next(way for path in paths if (way := take_apart(model).way(path)))
+        transformer, head = take_apart(model).way(paths[0])
         self.proofs.append(Proof(transformer.path, differences))
         return replace(transformer, limit=limit), head
 
