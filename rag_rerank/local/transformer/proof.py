@@ -99,9 +99,10 @@ def prove(
 
     `limit` is that of `rope_limit`. `Unproven` if there is none; what transformers raise where they can't run it.
     """
-    own = model.device, model.dtype
+    parts = take_apart(model)
+    own = parts.body.device, parts.body.dtype  # not the model's: its head may compute in float32
     config = model.config.get_text_config().to_dict().items()
-    words = {take_apart(model).plain.pad_id, *(word for sequence in sequences for word in sequence.ids)}
+    words = {parts.plain.pad_id, *(word for sequence in sequences for word in sequence.ids)}
     words |= {word for name, word in config if name.endswith("_token_id") and isinstance(word, int)}
     differences: dict[Path, float] = {}
     for path in paths:
@@ -115,8 +116,9 @@ def prove(
         except FAILURES:  # not every model can be shortened, or computes in another format than its own
             small, tolerance = _copy(model), _FORMATS.get(own[1], TOLERANCE)
             expected = _alone(take_apart(small), sequences)
-        precise = (small.device, small.dtype) == own
-        way = take_apart(small).way(path, packed=precise)
+        parts = take_apart(small)
+        precise = (parts.body.device, parts.body.dtype) == own
+        way = parts.way(path, packed=precise)
         if way[0].path != path:
             continue
         outputs, states = _run(*way, sequences, limit)
@@ -211,7 +213,7 @@ def _precise(tensor: Tensor, words: list[int], owner: nn.Module) -> Tensor:
     dtype = torch.float32 if tensor.is_floating_point() else tensor.dtype
     if (tensor.device.type, tensor.dtype) == ("cpu", dtype):
         return tensor
-    if isinstance(owner, nn.Embedding) and len(tensor) >= _VOCABULARY:
+    if isinstance(owner, nn.Embedding) and tensor.dim() == 2 and len(tensor) >= _VOCABULARY:
         memory = mmap.mmap(-1, 4 * tensor.numel())  # what nobody touches is not used; numpy's zeros have huge pages
         made = torch.frombuffer(memory, dtype=torch.float32).view(tensor.shape)
         rows = [word for word in words if 0 <= word < len(made)]
