@@ -8,7 +8,7 @@ and cuts its end otherwise. Texts beside images are cut where asked for, with to
 
 import asyncio
 import re
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -18,6 +18,7 @@ from rag_rerank.inputs import NEUTRAL
 from rag_rerank.inputs.images import BLANK
 from rag_rerank.inputs.multimodal import Link, Multimodal, Prepared, hidden
 from rag_rerank.inputs.preparing import MANY, off_loop, text_only
+from rag_rerank.isolation import Outcome
 from rag_rerank.vllm.exchange import Exchange
 from rag_rerank.vllm.wire import API, SINCE, Answer, Encoded, Options, ServerFacts, read_answer, scoring_request
 
@@ -50,26 +51,31 @@ class Call:
     fit: bool = False
     _api: API = "score"
     _whole: bool = False  # whether all documents go in one request, for they are scored together
+    _is_text: bool = False  # whether there is nothing but text
     _most_bytes: int = MAX_BYTES
     _limits: dict[int, int] = field(default_factory=dict)  # by position, at how many tokens documents are cut
-    _scores: dict[int, float] = field(default_factory=dict)  # by position, as the refusals
+    _outcomes: dict[int, Outcome] = field(default_factory=dict)  # by position, as the refusals
     _refusals: dict[int, BackendRejected] = field(default_factory=dict)
     _accepted: set[bool] = field(default_factory=set)  # True: a request with an image; False: one with text only
     _encoded: dict[int, Encoded] = field(default_factory=dict)  # by id of what stands in queries and documents
 
-    async def score(self) -> list[float]:
-        """Score each document, in order; DocumentRejected where the server takes the request, but not with these."""
-        facts = await self.exchange.describe()
-        self._api, self._most_bytes = facts.form.api, facts.most_bytes or MAX_BYTES
-        self._whole = facts.listwise and len(self.queries) == 1
+    async def score(self) -> list[Outcome]:
+        """Score each document, in order; one that the server rejects has its DocumentRejected there."""
+        server = await self.exchange.describe()
+        self._api, self._most_bytes = server.form.api, server.most_bytes or MAX_BYTES
+        self._whole = server.listwise and len(self.queries) == 1
+        self._is_text = all(isinstance(each, str) for inputs in (self.queries, self.documents) for each in inputs)
         if self.fit and not self._whole:
-            await self._fit(facts)
+            await self._fit(server)
         positions = range(len(self.documents))
         chunks = deque(await off_loop(len(positions) > MANY, self._chunks, positions))
         await self._side_by_side(chunks, lambda chunk: self._score_chunk(chunk, chunks))
-        if self._refusals:
-            raise self._rejected()
-        return [self._scores[position] for position in positions]
+        for position, why in self._refusals.items():
+            facts: dict[str, Any] = {"reason": why.message, "status": why.status, "endpoint": why.endpoint}
+            self._outcomes[position] = self.exchange.error(
+                DocumentRejected, why.message, why.remedy, __cause__=why, **facts
+            )
+        return [self._outcomes[position] for position in positions]
 
     async def _side_by_side(
         self, work: deque[list[int]], do: Callable[[list[int]], Awaitable[None]], at_once: int | None = None
@@ -98,19 +104,21 @@ class Call:
         """
         if self._whole:
             return [list(positions)]
-        groups: dict[object, list[int]] = {}
-        for position in positions:
-            query, document = self._query(position), self.documents[position]
-            alone = query if self._api != "score" or isinstance(query, Multimodal) else None
-            text = isinstance(query, str) and isinstance(document, str)
-            cut = self._limits.get(position) if text else self._options(position)
-            groups.setdefault((text, cut, alone), []).append(position)
+        groups: dict[object, list[int]] = defaultdict(list)
+        if self._is_text and self._api == "score" and not self._limits:
+            groups[None] += positions  # what most calls are, in half the time
+        else:
+            for position in positions:
+                query, is_multimodal = self._query(position), self._is_multimodal(position)
+                alone = query if self._api != "score" or isinstance(query, Multimodal) else None
+                cut = self._options(position) if is_multimodal else self._limits.get(position)
+                groups[is_multimodal, cut, alone].append(position)
         chunks: list[list[int]] = []
         for group in groups.values():
             size = self._most_bytes + 1  # so that a chunk is begun
             for position in group:
                 more = _size(self.documents[position]) + (0 if len(self.queries) == 1 else _size(self._query(position)))
-                fetched = not isinstance(self.documents[position], str) and bool(_links([self.documents[position]]))
+                fetched = not self._is_text and bool(_links([self.documents[position]]))
                 if fetched or size + more > self._most_bytes or len(chunks[-1]) == self.exchange.rules.chunk_size:
                     chunks.append([])
                     size = 0
@@ -126,7 +134,7 @@ class Call:
         one = len(self.queries) == 1 or self._api != "score" or isinstance(self._query(chunk[0]), Multimodal)
         queries = [self._query(position) for position in (chunk[:1] if one else chunk)]
         documents = [self.documents[position] for position in chunk]
-        if len(set(map(self._limits.get, chunk))) > 1:  # found out since it was planned
+        if self._limits and len(set(map(self._limits.get, chunk))) > 1:  # found out since it was planned
             chunks.extendleft(self._chunks(chunk))
             return
         options = self._options(chunk[0])
@@ -138,10 +146,9 @@ class Call:
                 error.body = error.body and hidden(error.body, link.url)
             chunks.extendleft(await self._parts(error, chunk, options))
             return
-        self._accepted.add(_has_image(documents))
-        for position, score in zip(chunk, answer.scores, strict=True):
-            self._scores[position] = score
-            self._encoded.pop(id(self.documents[position]), None)
+        self._accepted.add(not self._is_text and _has_image(documents))
+        self._outcomes.update(zip(chunk, answer.scores, strict=True))
+        self._forget(chunk)
 
     async def _parts(self, error: Refusal, chunk: list[int], sent: Options) -> list[list[int]]:
         """Cut a refused chunk into what is to be asked instead, the last first; raise what concerns the whole call."""
@@ -157,7 +164,7 @@ class Call:
         size = sum(_size(self.documents[position]) for position in chunk)
         if len(chunk) == 1:
             self._refusals[chunk[0]] = error
-            self._encoded.pop(id(self.documents[chunk[0]]), None)
+            self._forget(chunk)
             return []
         if error.status == 413 and size > _LEAST_BYTES:
             self._most_bytes = min(self._most_bytes, size // 2)
@@ -214,17 +221,6 @@ class Call:
                 return with_image in self._accepted  # another branch may know better by now
             self._accepted.add(with_image)
         return True
-
-    def _rejected(self) -> DocumentRejected:
-        """Make the error for documents that can't be scored, with the scores of the others."""
-        indices = sorted(self._refusals)
-        first = self._refusals[indices[0]]
-        several = f" and {len(indices) - 1} more" if len(indices) > 1 else ""
-        said = f"documents[{indices[0]}]{several} rejected: {first.message}"
-        scores = [self._scores.get(position) for position in range(len(self.documents))]
-        facts: dict[str, Any] = {"indices": indices, "scores": scores, "reason": first.message, "status": first.status}
-        facts |= {"endpoint": first.endpoint, "__cause__": first}
-        return self.exchange.error(DocumentRejected, said, first.remedy, **facts)
 
     async def _fit(self, facts: ServerFacts) -> None:
         """Cut the documents that may be too long, where that can be known and does no harm."""
@@ -324,6 +320,10 @@ class Call:
         if id(value) not in self._encoded:
             self._encoded[id(value)] = Encoded.of(value)
         return self._encoded[id(value)]
+
+    def _forget(self, chunk: Sequence[int]) -> None:
+        for position in chunk if self._encoded else ():
+            self._encoded.pop(id(self.documents[position]), None)
 
     def _options(self, position: int) -> Options:
         return self._options_for(self._query(position), self.documents[position], self._limits.get(position))

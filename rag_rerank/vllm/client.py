@@ -1,23 +1,19 @@
-"""What `VLLMScorer` and `rag_rerank.check` both hold: servers, connections, rules and options, and ways to ask."""
+"""What `VLLMScorer` and `rag_rerank.check` both hold: servers, connections, rules and options, and the way to ask."""
 
 import json
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from rag_rerank.errors import ConfigError, ContentError
 from rag_rerank.inputs.multimodal import Prepared
+from rag_rerank.isolation import Outcome
 from rag_rerank.template import Halves, Template
-from rag_rerank.vllm import wire
-from rag_rerank.vllm.call import PLAIN_PAIR_TOKENS, Call, Inputs
+from rag_rerank.vllm.call import Call, Inputs
 from rag_rerank.vllm.exchange import Exchange
-from rag_rerank.vllm.keys import Keys
-from rag_rerank.vllm.sending import Rules, Send, Usage
+from rag_rerank.vllm.sending import Rules, Usage
 from rag_rerank.vllm.servers import Servers
 from rag_rerank.vllm.transport import Transport
-from rag_rerank.vllm.wire import API, Answer, Card, Failure, Form, Options, Reply, Request, ServerFacts, Version
-
-__all__ = ["PLAIN_PAIR_TOKENS", "Answer", "Card", "Client", "Failure", "Form", "Keys", "Reply", "Request"]
-__all__ += ["ServerFacts", "Servers", "Transport", "Version", "wire"]
+from rag_rerank.vllm.wire import API, Options
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,22 +31,18 @@ class Client:
     variables: dict[str, Any]  # of the template; one is its instruction
     prompts: tuple[str | None, str | None]  # to put before each query and each document
     timeout: float  # seconds that a call may take
-    _halves: dict[str | None, Halves] = field(default_factory=dict)  # by instruction; to split takes 0.2 ms
 
     def __post_init__(self) -> None:
         self.halves()  # a template that can't be used is told at once
 
     def halves(self, instruction: str | None = None) -> Halves | None:
         """Split the template with its variables, if it is rendered here; ConfigError if that can't be done."""
-        halves = self._halves.get(instruction)
-        if halves is None and self.template is not None:
-            variables = self.variables if instruction is None else self.variables | {"instruction": instruction}
-            if variables["instruction"] is not None and not self.template.takes("instruction"):
-                raise ConfigError(f"the template {self.template.name!r} has no place for an instruction")
-            if len(self._halves) >= 64:
-                self._halves.clear()
-            self._halves[instruction] = halves = self.template.split(variables)
-        return halves
+        if self.template is None:
+            return None
+        variables = self.variables if instruction is None else self.variables | {"instruction": instruction}
+        if variables["instruction"] is not None and not self.template.takes("instruction"):
+            raise ConfigError(f"the template {self.template.name!r} has no place for an instruction")
+        return self.template.split(variables)  # 0.2 ms
 
     async def call(
         self,
@@ -59,7 +51,7 @@ class Client:
         until: float | None,
         instruction: str | None = None,
         usage: Usage | None = None,
-    ) -> list[float]:
+    ) -> list[Outcome]:
         """Score, see `Scorer._score`; a score that is not finite stays in its place."""
         options = self.options
         check_sendable("instruction", instruction)
@@ -71,41 +63,10 @@ class Client:
             documents = [halves.of("", _text(document))[1] for document in documents]
         elif instruction is not None:
             options = replace(options, instruction=instruction)
-        return await Call(self._exchange(until, usage), queries, documents, options, self.fit).score()
+        return await Call(self.exchange(until, usage), queries, documents, options, self.fit).score()
 
-    @property
-    def form(self) -> Form:
-        """How the first server is asked for scores, as far as is known."""
-        facts = self.servers.facts
-        return self.servers.endpoints[0].forms(self.api)[0] if facts is None else facts.form
-
-    def describe(self, until: float | None) -> ServerFacts:
-        """Learn what one of the servers tells about itself, asked once; waits."""
-        return self.transport.run(self._exchange(until).describe(), until)
-
-    def ask(self, until: float | None) -> Answer:
-        """Get "a" and "a" scored as they are, with no prompt or template around them; waits."""
-        return self.transport.run(self._exchange(until).ask(self._request, self.read), until)
-
-    def request(self, request_id: str) -> Request:
-        """Make the request of `ask`, for `send`, to a server that is known already."""
-        facts = self.servers.facts or ServerFacts(None, self.model or "", form=self.form)
-        return self._request(facts, request_id)
-
-    def read(self, body: bytes) -> Answer:
-        """Read the answer to such a request; raises BadReply."""
-        return wire.read_answer(self.form.api, body, [0])
-
-    def send(self, request: Request) -> Reply | Failure:
-        """Send one request to the first server, once, and take whatever comes; waits."""
-        connect = min(self.rules.connect_timeout, self.timeout)
-        send = Send(self.servers.endpoints[0], request, self.timeout, connect, lambda _: True)
-        return self.transport.run(self.transport.send(send))
-
-    def _request(self, facts: ServerFacts, request_id: str) -> Request:
-        return wire.scoring_request(facts, ["a"], ["a"], self.options, request_id)
-
-    def _exchange(self, until: float | None, usage: Usage | None = None) -> Exchange:
+    def exchange(self, until: float | None, usage: Usage | None = None) -> Exchange:
+        """Begin the requests of one call."""
         rules, asked = self.rules, {"until": until, "model": self.model, "api": self.api}
         return Exchange(self.transport.send, self.servers, rules, **asked, usage=usage or Usage())  # type: ignore[arg-type]
 

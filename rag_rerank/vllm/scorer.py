@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from rag_rerank.errors import ConfigError
 from rag_rerank.identity import Identity
+from rag_rerank.isolation import Outcome
 from rag_rerank.scorer import Scorer
 from rag_rerank.template import Template
 from rag_rerank.vllm.call import Inputs
@@ -55,9 +56,10 @@ class VLLMScorer(Scorer):
             The key is in no repr, error or pickle: an unpickled copy reads the environment again, unless the key is a
             function that a module defines.
         http_client: A function that makes an `httpx.AsyncClient`, called once for each event loop. Its transport, TLS
-            settings, proxy, HTTP/2 and hooks are used as they are; redirects are never followed. A copy for another
-            process needs a function that a module defines. None: a client of our own, with the proxies and authorities
-            that the environment names; this machine is never asked through a proxy.
+            settings, proxy, HTTP/2 and hooks are used as they are, and its ``auth`` or ``Authorization`` where no
+            `api_key` is given; redirects are never followed. A copy for another process needs a function that a module
+            defines. None: a client of our own, with the proxies and authorities that the environment names; this
+            machine is never asked through a proxy.
         default_headers, default_query: Go with each request. What is secret by its name is treated as the key is; a
             scorer that has such can't be pickled. ``Authorization`` takes the key's place.
         template: A score template (see `Template.load`) to render here, for a server without ``--chat-template``: the
@@ -207,13 +209,13 @@ class VLLMScorer(Scorer):
 
     def _score(
         self, queries: Inputs, documents: Inputs, until: float | None, instruction: str | None = None
-    ) -> list[float]:
+    ) -> list[Outcome]:
         _usage.set(usage := Usage())
         return self.client.transport.run(self.client.call(queries, documents, until, instruction, usage), until)
 
     async def _ascore(
         self, queries: Inputs, documents: Inputs, until: float | None, instruction: str | None = None
-    ) -> list[float]:
+    ) -> list[Outcome]:
         try:
             asyncio.get_running_loop()
         except RuntimeError:
@@ -232,7 +234,7 @@ class VLLMScorer(Scorer):
 
     def _facts(self, until: float | None) -> dict[str, str]:
         client, options = self.client, self.client.options
-        served = client.describe(until)
+        served = client.transport.run(client.exchange(until).describe(), until)
         facts: dict[str, object] = asdict(options) | {
             "checkpoint": served.checkpoint,
             "window": served.window,
