@@ -57,10 +57,12 @@ class Loading:
         self.facts |= {"dtype": str(model.dtype).removeprefix("torch."), "device": model.device.type}
         return model
 
-    def plain(self, model: PreTrainedModel, checkpoint: Checkpoint | None = None) -> Padded:
+    def plain(
+        self, model: PreTrainedModel, checkpoint: Checkpoint | None = None, run_by: type[Padded] = Padded
+    ) -> Padded:
         """Run a transformer as transformers wrote it."""
         pad_id = (checkpoint or self.checkpoint).tokenizer.pad_token_id
-        return Padded(model, pad_id or 0, choose_batching(self.device))
+        return run_by(model, pad_id or 0, choose_batching(self.device))
 
     def parts(
         self, model: PreTrainedModel, head: Head, checkpoint: Checkpoint | None = None, *, share: bool = True
@@ -115,8 +117,8 @@ class Loading:
 
     def head(self, route: Route, own_prompt: str | None, device: torch.device, dimensions: int | None = None) -> Head:
         """Make a vector of a text's states; of a cross-encoder's, logits."""
-        layers = read_layers(self.checkpoint.file, route.layers).to(device)
-        token_layers = read_layers(self.checkpoint.file, route.token_layers).to(device)
+        layers = read_layers(self.checkpoint.files, route.layers).to(device)
+        token_layers = read_layers(self.checkpoint.files, route.token_layers).to(device)
         pooling, tokenizer = cast("Pooling", route.pooling), self.checkpoint.at(route).tokenizer
         prompt = route.prompt if own_prompt is None else own_prompt
         skip = 0
