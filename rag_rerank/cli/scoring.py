@@ -19,7 +19,7 @@ from rag_rerank.display import Reranked, described, one_line
 from rag_rerank.errors import ConfigError
 from rag_rerank.files.rows import Line, Options, is_blank, parse
 from rag_rerank.inputs.content import Image, Input
-from rag_rerank.ranking import Ranked
+from rag_rerank.ranking import Ranked, RankOptions
 from rag_rerank.ray_data import Pool
 from rag_rerank.ray_data.run import SHARD_LINES
 from rag_rerank.scorer import Scorer
@@ -96,12 +96,13 @@ def rerank(
     With --in and --out, each line of a file is itself with its "ranked" or "score". A run that was interrupted
     continues where it stopped, if model, options and input are the same.
     """
-    options = Options(top_n, score_threshold, min_precision, reorder=reorder)
+    limits: RankOptions = {"top_n": top_n, "score_threshold": score_threshold, "min_precision": min_precision}
+    options = Options(**limits, reorder=reorder)
     if (num_actors, cpus_per_actor, gpus_per_actor, shard_lines) != (None, None, None, SHARD_LINES) and engine != "ray":
         raise ConfigError("--num-actors, --cpus-per-actor, --gpus-per-actor and --shard-lines go with --engine ray")
     if source is None and target is None and not (reorder or restart or strict or engine == "ray"):
         with chosen.make() as scorer:
-            rank = partial(scorer.rerank, **options.limits())
+            rank = partial(scorer.rerank, **limits)
             answer = partial(_answer, scorer, query, _read(documents, as_text=text), options, as_json=as_json)
             answer(lambda query, documents: {"ranked": list(map(asdict, rank(query, documents)))}, _ranked_table)
         return
@@ -109,12 +110,12 @@ def rerank(
         raise ConfigError("pass both --in and --out; --reorder, --restart, --strict and --engine ray go with them only")
     if query is not None or as_json:
         raise ConfigError("pass either a query and documents, or --in and --out, which write JSON by themselves")
-    more: dict[str, Any] = {"restart": restart}
+    more: dict[str, Any] = {**limits, "reorder": reorder, "restart": restart}
     if engine == "ray":
         gpus = 0.0 if chosen.device == "cpu" and gpus_per_actor is None else gpus_per_actor
         more |= {"pool": Pool(num_actors, cpus_per_actor, gpus), "shard_lines": shard_lines}
     with chosen.make() as scorer:
-        rerank_files(scorer, source, target, asdict(options) | more, ray=engine == "ray", strict=strict)
+        rerank_files(scorer, source, target, more, ray=engine == "ray", strict=strict)
 
 
 def _read(documents: list[str] | None, *, as_text: bool) -> list[Input] | None:
