@@ -119,7 +119,7 @@ def calibrate(
     kept as by eval: what was interrupted goes on where it was.
     """
     _check("calibrate", out, as_json, html=html)
-    from rag_rerank.cli.evaluation_tables import show_calibration
+    from rag_rerank.cli.evaluation_tables import show
     from rag_rerank.evaluation import read_labelled
     from rag_rerank.evaluation.calibrating import calibrate as fit
 
@@ -133,7 +133,7 @@ def calibrate(
         scorer = stack.enter_context(chosen.make())
         found = fit(measured(collection, scorer, run=candidates, depths=[depth]), scorer)
     found.calibration.save(out)
-    show_calibration(found, str(out), console())
+    show(found, console(), str(out))
     typer.echo(f"wrote {out}", err=True)
     _write(found, as_json, html)
 
