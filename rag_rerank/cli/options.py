@@ -95,6 +95,13 @@ def console() -> Console:
     return Console(highlight=False, width=None if sys.stdout.isatty() or os.environ.get("COLUMNS") else 1000)
 
 
+def check_files(*files: Path | None) -> None:
+    """Refuse, before hours of scoring, files that could not be written after them."""
+    for path in filter(None, files):
+        if path.is_dir() or not path.absolute().parent.is_dir():
+            raise ConfigError(f"{path} can't be written: {'it is a' if path.is_dir() else 'there is no such'} folder")
+
+
 def write_json(path: Path | None, figures: Any) -> None:
     """Write all figures, if there is a file for them."""
     if path is not None:
