@@ -45,15 +45,7 @@ class ImageFile:
         return f"ImageFile({self.media_type}, {self.width}x{self.height})"
 
 
-BLANK = ImageFile(
-    base64.b64decode(
-        "iVBORw0KGgoAAAANSUhEUgAAAEAAAABACAAAAACPAi4CAAAAK0lEQVR42u3MMREAAAgEoNf+nTWEmwcBqMlNRyAQCAQCgUAgEAgEAsHzYAFQLQF/"
-        "OJ8+2wAAAABJRU5ErkJggg=="
-    ),
-    "image/png",
-    64,
-    64,
-)
+BLANK = ImageFile((Path(__file__).parent / "blank.png").read_bytes(), "image/png", 64, 64)
 """A white square, which no model that sees refuses."""
 
 
