@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import Progress
 
-from rag_rerank.cli.options import JSONFileOption, ScorerOptions, check_files, takes_scorer, write_json
+from rag_rerank.cli.options import JSONFileOption, ScorerOptions, check_files, show, takes_scorer, write_json
 from rag_rerank.errors import ConfigError
 from rag_rerank.scorer import Scorer
 
@@ -52,7 +52,6 @@ def demo(
 def run_demo(scorer: Scorer, console: Console, *, model: str, queries: int) -> "Evaluation":
     """Rerank passages of the embedded collection, for one question and then for `queries` of its 170, and show it."""
     try:
-        from rag_rerank.cli.evaluation_tables import show
         from rag_rerank.embedded import collection_folder
         from rag_rerank.evaluation import BM25, Collection, evaluate
     except ModuleNotFoundError as error:
@@ -85,7 +84,7 @@ def run_demo(scorer: Scorer, console: Console, *, model: str, queries: int) -> "
             cache=False,
             progress=lambda name, done, total: bar.update(task, description=name, completed=done, total=total),
         )
-    show(evaluation, console)
+    show(evaluation, on=console)
     console.print(
         "nDCG@10 is 1 where the right answer is at the top, less further down, 0 where it is not among the first ten. "
         "P@1 is the share of questions with it at the top."

@@ -21,8 +21,8 @@ from rag_rerank.cli.options import (
     JSONFileOption,
     ScorerOptions,
     check_files,
-    console,
     said_what_is_kept,
+    show,
     takes_scorer,
     write_json,
 )
@@ -74,7 +74,6 @@ def evaluate(
     """
     _check("eval", as_json, trec_run, html=html)
     from rag_rerank import evaluation as package
-    from rag_rerank.cli.evaluation_tables import show
 
     depths = tuple(depth or package.DEFAULT_DEPTHS)
     collection, candidates = _collection(folder, run, qrels, max(depths))
@@ -86,7 +85,7 @@ def evaluate(
         names = measures.replace(",", " ").split()
         options = {"run": candidates, "depths": depths, "measures": names, "policies": policy, "language": language}
         evaluation = measured(collection, scorers, **options)
-    show(evaluation, console())
+    show(evaluation)
     _write(evaluation, as_json, html)
     if trec_run is not None:
         for system in evaluation.systems:
@@ -117,7 +116,6 @@ def calibrate(
     kept as by eval: what was interrupted goes on where it was.
     """
     _check("calibrate", out, as_json, html=html)
-    from rag_rerank.cli.evaluation_tables import show
     from rag_rerank.evaluation import read_labelled
     from rag_rerank.evaluation.calibrating import calibrate as fit
 
@@ -131,7 +129,7 @@ def calibrate(
         scorer = stack.enter_context(chosen.make())
         found = fit(measured(collection, scorer, run=candidates, depths=[depth]), scorer)
     found.calibration.save(out)
-    show(found, console(), str(out))
+    show(found, str(out))
     typer.echo(f"wrote {out}", err=True)
     _write(found, as_json, html)
 

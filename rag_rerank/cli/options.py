@@ -8,11 +8,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from functools import wraps
-from itertools import chain
+from itertools import chain, groupby
 from pathlib import Path
 from typing import Annotated, Any
 
+from rich import box
 from rich.console import Console
+from rich.markup import escape
+from rich.table import Column, Table
 from typer import Option
 
 from rag_rerank.embedded import minilm_folder
@@ -93,6 +96,31 @@ def _header(text: str) -> tuple[str, str]:
 def console() -> Console:
     """Make a console on stdout whose tables are cut to a terminal's width, but not where they are piped or kept."""
     return Console(highlight=False, width=None if sys.stdout.isatty() or os.environ.get("COLUMNS") else 1000)
+
+
+def show(found: Any, file: str = "", *, on: Console | None = None) -> None:
+    """Print an `Evaluation` or a `Calibrating` as text; lines of cells between bars become tables.
+
+    Args:
+        found: What is shown.
+        file: Where the calibration was written.
+        on: Where to print; stdout if none.
+    """
+    from rag_rerank.evaluation.report import render
+
+    on = on or console()
+    text = render(found, "txt", escape=escape, file=repr(file))
+    for is_table, lines in groupby(text.splitlines(), key=lambda line: line.startswith("│")):
+        if not is_table:
+            for line in lines:
+                on.print(line, soft_wrap=line.startswith("--"))  # options, to be copied
+            continue
+        heads, *rows = ([cell[1:-1] for cell in line.split("│")[1:-1]] for line in lines)
+        columns = [Column(head, justify="right" if place else "left", no_wrap=True) for place, head in enumerate(heads)]
+        table = Table(*columns, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
+        for row in rows:
+            table.add_row(*row)
+        on.print(table)
 
 
 def check_files(*files: Path | None) -> None:

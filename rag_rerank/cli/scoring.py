@@ -10,17 +10,19 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
-from rag_rerank.cli.options import ScorerOptions, console, takes_scorer
-from rag_rerank.cli.scoring_files import rerank_files
+from rag_rerank.cli.options import ScorerOptions, console, said_what_is_kept, takes_scorer
 from rag_rerank.display import Reranked, described, one_line
 from rag_rerank.errors import ConfigError
-from rag_rerank.files.rows import Line, Options, is_blank, parse
+from rag_rerank.files import Tally, partial_of, rejects_of, rerank_file
+from rag_rerank.files.rows import Line, Options, is_blank, likely_cause, parse
 from rag_rerank.inputs.content import Image, Input
 from rag_rerank.ranking import Ranked, RankOptions
-from rag_rerank.ray_data import Pool
+from rag_rerank.ray_data import Pool, rejects_in, rerank_folder
 from rag_rerank.ray_data.run import SHARD_LINES
 from rag_rerank.scorer import Scorer
 
@@ -115,7 +117,7 @@ def rerank(
         gpus = 0.0 if chosen.device == "cpu" and gpus_per_actor is None else gpus_per_actor
         more |= {"pool": Pool(num_actors, cpus_per_actor, gpus), "shard_lines": shard_lines}
     with chosen.make() as scorer:
-        rerank_files(scorer, source, target, more, ray=engine == "ray", strict=strict)
+        _rerank_files(scorer, source, target, more, ray=engine == "ray", strict=strict)
 
 
 def _read(documents: list[str] | None, *, as_text: bool) -> list[Input] | None:
@@ -218,3 +220,45 @@ def _show_example(scorer: Scorer) -> None:
         prompt = {"model": scorer.model_name, "text_1": text_1, "text_2": text_2}
         response = {"data": [{"index": index, "score": value} for index, value in enumerate(scores)]}
         typer.echo(f"\nPrompt when {title}:\n{pprint.pformat(prompt)}\n\nScore Response:\n{pprint.pformat(response)}")
+
+
+def _rerank_files(
+    scorer: Scorer, source: Path, target: Path, options: dict[str, Any], *, ray: bool, strict: bool
+) -> None:
+    """Rerank a file, or with Ray a folder; show a bar, and on stderr what came of it or how to continue."""
+    on = Console(stderr=True, highlight=False, soft_wrap=True, markup=False, emoji=False)
+    columns = TextColumn("{task.fields[done]}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn()
+    with Progress(*columns, console=on, transient=True, disable=not on.is_terminal) as bar:
+        task = bar.add_task("", total=1.0, done="starting")
+
+        def show(tally: Tally, fraction: float) -> None:
+            if tally.resumed == tally.lines > 0:
+                on.print(f"{tally.lines:,} lines of {source} were finished before.")
+            bar.update(task, completed=fraction, done=f"{tally.lines:,} lines, {tally.documents:,} documents")
+
+        def kept() -> str:
+            what, path = ("shards", target) if ray else ("lines", partial_of(target))
+            told = f"The finished {what} are kept in {path}: the same command continues behind them.\n"
+            return told if path.exists() else ""
+
+        with said_what_is_kept(kept):
+            tally = (rerank_folder if ray else rerank_file)(scorer, source, target, **options, progress=show)
+    _summarise(on, tally, target, rejects_in(target) if ray else rejects_of(target), strict=strict)
+
+
+def _summarise(on: Console, tally: Tally, target: Path, rejects: Path, *, strict: bool) -> None:
+    """Say what became of every line; exit with 1 if all were rejected, or under `strict` any."""
+    blank = f", {tally.blank:,} blank" if tally.blank else ""
+    on.print(
+        f"{tally.lines:,} lines: {tally.ranked:,} reranked ({tally.documents:,} documents), "
+        f"{tally.rejected:,} rejected{blank}; written to {target}."
+    )
+    if not tally.rejected:
+        return
+    on.print(f"warning: {tally.rejected:,} rejected, see {rejects}", style="yellow")
+    if not tally.ranked:
+        first = min(path for path in rejects.rglob("*") if path.is_file()) if rejects.is_dir() else rejects
+        with first.open("rb") as file:
+            on.print(f"error: every line was rejected: {likely_cause(file.readline())}", style="red")
+    if strict or not tally.ranked:
+        raise typer.Exit(1)
