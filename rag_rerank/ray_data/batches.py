@@ -11,7 +11,7 @@ from rag_rerank.scorer import Scorer
 
 
 class ScoreBatch:
-    """Scores batches of a Ray Dataset, as Arrow tables; each actor of `score_dataset`, which describes it, makes one."""
+    """Scores batches of a Ray Dataset, as Arrow tables; each actor of `score_dataset` makes one."""
 
     def __init__(self, scorer: Scorer, **options: Any) -> None:
         self._options = Options(**options)
