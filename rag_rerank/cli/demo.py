@@ -14,9 +14,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import Progress
 
-from rag_rerank.cli.options import JSONFileOption, ScorerOptions, check_files, show, takes_scorer, write_json
+from rag_rerank.cli.options import JSONFileOption, ScorerOptions, check_files, progress, show, takes_scorer, write_json
 from rag_rerank.errors import ConfigError
 from rag_rerank.scorer import Scorer
 
@@ -72,8 +71,7 @@ def run_demo(scorer: Scorer, console: Console, *, model: str, queries: int) -> "
         f"\n[bold]Was that luck? {count} questions[/], one right answer each. This takes about "
         f"{_duration(seconds * count)} ..."
     )
-    with Progress(console=console, transient=True) as bar:
-        task = bar.add_task("")
+    with progress() as (_, move):
         evaluation = evaluate(
             replace(whole, queries=asked, judgments={name: whole.judgments[name] for name in chosen}),
             {"Reranking": scorer},
@@ -82,7 +80,7 @@ def run_demo(scorer: Scorer, console: Console, *, model: str, queries: int) -> "
             depths=[DEPTH],
             measures=["nDCG@10", "P@1"],
             cache=False,
-            progress=lambda name, done, total: bar.update(task, description=name, completed=done, total=total),
+            progress=move,
         )
     show(evaluation, on=console)
     console.print(

@@ -13,15 +13,13 @@ from typing import TYPE_CHECKING, Annotated
 from urllib.parse import urlsplit
 
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from typer import Argument, Option
 
 from rag_rerank.cli.options import (
     JSONFileOption,
     ScorerOptions,
     check_files,
-    said_what_is_kept,
+    progress,
     show,
     takes_scorer,
     write_json,
@@ -151,20 +149,10 @@ def _scoring(
     from rag_rerank.evaluation import evaluate
 
     where: Path | bool = not no_cache if cache is None or no_cache else cache
-    told = "What was scored is kept: the same command goes on from there.\n" if where else "Nothing was kept.\n"
-    columns = TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    tasks: dict[str, TaskID] = {}
-    stderr = Console(stderr=True)
-    bar = Progress(*columns, console=stderr, transient=True, disable=not stderr.is_terminal)
-
-    def report(task: str, done: int, total: int) -> None:
-        if task not in tasks:
-            tasks[task] = bar.add_task(task, total=total)
-        bar.update(tasks[task], completed=done)
-
+    kept = "What was scored is kept: the same command goes on from there." if where else "Nothing was kept."
     first_stage = None if run is None else run.name
-    with said_what_is_kept(lambda: told), ExitStack() as stack, bar:
-        yield stack, partial(evaluate, first_stage=first_stage, limit=queries, cache=where, progress=report)
+    with progress(kept) as (_, move), ExitStack() as stack:
+        yield stack, partial(evaluate, first_stage=first_stage, limit=queries, cache=where, progress=move)
 
 
 def _collection(folder: File, run: File, qrels: File, deepest: int) -> "tuple[Collection, Run | None]":
@@ -183,18 +171,17 @@ def _scorers(
     models: Names, urls: Names, calibrations: Sequence[Path], options: ScorerOptions
 ) -> Iterator[tuple[str, Scorer]]:
     """Yield (name, scorer) of each model and each server; a server that does not answer fails now."""
-    local, remote = options.split() if models and urls else (options, options)
     asked = [
-        (Path(model).resolve().name if Path(model).is_dir() else model, replace(local, model=model))
+        (Path(model).resolve().name if Path(model).is_dir() else model, replace(options, model=model))
         for model in models or ()
     ]
     if not (models or urls):
-        asked = [("all-MiniLM-L6-v2", replace(local, model="embedded"))]
-    asked += [("", replace(remote, base_url=[url])) for url in urls or ()]
+        asked = [("all-MiniLM-L6-v2", replace(options, model="embedded"))]
+    asked += [("", replace(options, base_url=[url])) for url in urls or ()]
     if calibrations and len(calibrations) != len(asked):
         raise ConfigError(f"{len(calibrations)} --calibration for {len(asked)} models and servers: one each, in order")
     for (name, chosen), calibration in zip_longest(asked, calibrations):
-        scorer = replace(chosen, calibration=calibration).make()
+        scorer = replace(chosen, calibration=calibration).make(beside_others=bool(models and urls))
         if chosen.base_url:
             scorer.score(NEUTRAL, NEUTRAL)
         host = urlsplit((chosen.base_url or [""])[0]).netloc.rpartition("@")[2]

@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from functools import wraps
 from itertools import chain, groupby
 from pathlib import Path
@@ -15,6 +15,7 @@ from typing import Annotated, Any
 from rich import box
 from rich.console import Console
 from rich.markup import escape
+from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Column, Table
 from typer import Option
 
@@ -53,8 +54,11 @@ class ScorerOptions:
     logits: Annotated[bool, Option("--logits", help="Raw logits instead of the model's own scale.")] = False
     calibration: Annotated[Path | None, Option(help="A file of rag-rerank calibrate, for probabilities.")] = None
 
-    def make(self) -> Scorer:
-        """Make the scorer that they ask for: remote as soon as one of them says where."""
+    def make(self, *, beside_others: bool = False) -> Scorer:
+        """Make the scorer that they ask for: remote as soon as one of them says where.
+
+        Where it is made `beside_others`, options that are not for its kind are for theirs.
+        """
         from rag_rerank import Calibrated, LocalScorer, VLLMScorer
 
         urls, names_host = self.base_url, self.host is not None or self.port is not None
@@ -65,7 +69,9 @@ class ScorerOptions:
         given: dict[str, Any] = {
             each.name: value for each in fields(self) if (value := getattr(self, each.name)) != each.default
         }
-        if wrong := [f"--{name.replace('_', '-')}" for name in (_LOCAL if urls else _REMOTE) if name in given]:
+        others = [name for name in (_LOCAL if urls else _REMOTE) if given.pop(name, None) is not None]
+        if others and not beside_others:
+            wrong = [f"--{name.replace('_', '-')}" for name in others]
             place = "local models; a server has chosen its own" if urls else "a server: pass --base-url"
             raise ConfigError(f"{' and '.join(wrong)} {'is' if len(wrong) == 1 else 'are'} for {place}")
         for name in ("base_url", "host", "port", "calibration", *(() if urls else ("send_key_over_http",))):
@@ -78,12 +84,6 @@ class ScorerOptions:
             given["default_headers"] = dict(map(_header, given.pop("header")))
         scorer = VLLMScorer(urls, **given) if urls else LocalScorer(**given)
         return scorer if self.calibration is None else Calibrated(scorer, self.calibration)
-
-    def split(self) -> tuple["ScorerOptions", "ScorerOptions"]:
-        """Give those for a local model and those for a server, where both are asked for."""
-        plain: dict[str, Any] = {each.name: each.default for each in fields(self)}
-        local, remote = ({name: plain[name] for name in names} for names in (_REMOTE, _LOCAL))
-        return replace(self, **local), replace(self, **remote)
 
 
 def _header(text: str) -> tuple[str, str]:
@@ -138,12 +138,27 @@ def write_json(path: Path | None, figures: Any) -> None:
 
 
 @contextmanager
-def said_what_is_kept(kept: Callable[[], str]) -> Iterator[None]:
-    """Say what is kept for the next run, where this one ends early; after Ctrl-C with exit code 130, as shells do."""
+def progress(kept: str = "", kept_in: Path | None = None) -> Iterator[tuple[Console, Callable[..., None]]]:
+    """Yield a console on stderr, and what moves a bar there: name, done, total, and perhaps other words for the name.
+
+    A block that ends early says what is `kept` for the next run, unless there is no such file; after Ctrl-C, the exit
+    code is 130, as in shells.
+    """
+    on = Console(stderr=True, highlight=False, soft_wrap=True, markup=False, emoji=False)
+    columns = TextColumn("{task.description}", markup=False), BarColumn(), TaskProgressColumn(), TimeRemainingColumn()
+    tasks: dict[str, TaskID] = {}
+
+    def move(name: str, done: float, total: float, words: str | None = None) -> None:
+        if name not in tasks:
+            tasks[name] = bar.add_task(name)
+        bar.update(tasks[name], completed=done, total=total, description=words)
+
     try:
-        yield
+        with Progress(*columns, console=on, transient=True, disable=not on.is_terminal) as bar:
+            yield on, move
     except (KeyboardInterrupt, BackendError, OSError) as error:
-        sys.stderr.write(kept())
+        if kept and (kept_in is None or kept_in.exists()):
+            on.print(kept)
         if isinstance(error, KeyboardInterrupt):
             raise SystemExit(130) from None
         raise

@@ -11,11 +11,10 @@ from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
-from rag_rerank.cli.options import ScorerOptions, console, said_what_is_kept, takes_scorer
+from rag_rerank.cli.options import ScorerOptions, console, progress, takes_scorer
 from rag_rerank.display import Reranked, described, one_line
 from rag_rerank.errors import ConfigError
 from rag_rerank.files import Tally, partial_of, rejects_of, rerank_file
@@ -226,23 +225,16 @@ def _rerank_files(
     scorer: Scorer, source: Path, target: Path, options: dict[str, Any], *, ray: bool, strict: bool
 ) -> None:
     """Rerank a file, or with Ray a folder; show a bar, and on stderr what came of it or how to continue."""
-    on = Console(stderr=True, highlight=False, soft_wrap=True, markup=False, emoji=False)
-    columns = TextColumn("{task.fields[done]}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn()
-    with Progress(*columns, console=on, transient=True, disable=not on.is_terminal) as bar:
-        task = bar.add_task("", total=1.0, done="starting")
+    what, path = ("shards", target) if ray else ("lines", partial_of(target))
+    kept = f"The finished {what} are kept in {path}: the same command continues behind them."
+    with progress(kept, path) as (on, move):
 
         def show(tally: Tally, fraction: float) -> None:
             if tally.resumed == tally.lines > 0:
                 on.print(f"{tally.lines:,} lines of {source} were finished before.")
-            bar.update(task, completed=fraction, done=f"{tally.lines:,} lines, {tally.documents:,} documents")
+            move("", fraction, 1.0, f"{tally.lines:,} lines, {tally.documents:,} documents")
 
-        def kept() -> str:
-            what, path = ("shards", target) if ray else ("lines", partial_of(target))
-            told = f"The finished {what} are kept in {path}: the same command continues behind them.\n"
-            return told if path.exists() else ""
-
-        with said_what_is_kept(kept):
-            tally = (rerank_folder if ray else rerank_file)(scorer, source, target, **options, progress=show)
+        tally = (rerank_folder if ray else rerank_file)(scorer, source, target, **options, progress=show)
     _summarise(on, tally, target, rejects_in(target) if ray else rejects_of(target), strict=strict)
 
 
