@@ -1,7 +1,7 @@
 """Measures as ir-measures has them; and whether a difference is more than luck: the paired bootstrap."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import ir_measures
@@ -71,6 +71,7 @@ class Comparison:
         gain: The mean over all queries of the second one's value less the first one's.
         low, high: Its 95 % confidence interval: percentiles of 10,000 means, each over as many queries drawn anew.
         wins, losses, ties: On how many queries the second one was better, worse, equal.
+        verdict: ``"helps"`` or ``"hurts"`` where the interval excludes 0.
     """
 
     gain: float
@@ -79,11 +80,11 @@ class Comparison:
     wins: int
     losses: int
     ties: int
+    verdict: Literal["helps", "no clear difference", "hurts"] = field(init=False)
 
-    @property
-    def verdict(self) -> Literal["helps", "no clear difference", "hurts"]:
-        """``"helps"`` or ``"hurts"`` where the interval excludes 0."""
-        return "helps" if self.low > _ROUNDING else "hurts" if self.high < -_ROUNDING else "no clear difference"
+    def __post_init__(self) -> None:
+        verdict = "helps" if self.low > _ROUNDING else "hurts" if self.high < -_ROUNDING else "no clear difference"
+        object.__setattr__(self, "verdict", verdict)  # past frozen
 
 
 def compare(differences: Sequence[Sequence[float]], *, resamples: int = RESAMPLES) -> list[Comparison]:
