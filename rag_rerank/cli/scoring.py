@@ -80,7 +80,6 @@ def rerank(
     as_json: JSONOption = False,
     source: Annotated[Path | None, _file_option("--in", help=_IN_HELP)] = None,
     target: Annotated[Path | None, _file_option("--out", help=_OUT_HELP)] = None,
-    reorder: Annotated[bool, _file_option("--reorder", help="Put the documents themselves in the new order.")] = False,
     restart: Annotated[bool, _file_option("--restart", help="Discard what an interrupted run has left.")] = False,
     strict: Annotated[bool, _file_option("--strict", help="Exit with 1 if lines were rejected.")] = False,
     engine: Annotated[Literal["local", "ray"], _ray_option(help="ray: --in and --out may be folders.")] = "local",
@@ -98,20 +97,20 @@ def rerank(
     continues where it stopped, if model, options and input are the same.
     """
     limits: RankOptions = {"top_n": top_n, "score_threshold": score_threshold, "min_precision": min_precision}
-    options = Options(**limits, reorder=reorder)
+    options = Options(**limits)
     if (num_actors, cpus_per_actor, gpus_per_actor, shard_lines) != (None, None, None, SHARD_LINES) and engine != "ray":
         raise ConfigError("--num-actors, --cpus-per-actor, --gpus-per-actor and --shard-lines go with --engine ray")
-    if source is None and target is None and not (reorder or restart or strict or engine == "ray"):
+    if source is None and target is None and not (restart or strict or engine == "ray"):
         with chosen.make() as scorer:
             rank = partial(scorer.rerank, **limits)
             answer = partial(_answer, scorer, query, _read(documents, as_text=text), options, as_json=as_json)
             answer(lambda query, documents: {"ranked": list(map(asdict, rank(query, documents)))}, _ranked_table)
         return
     if source is None or target is None:
-        raise ConfigError("pass both --in and --out; --reorder, --restart, --strict and --engine ray go with them only")
+        raise ConfigError("pass both --in and --out; --restart, --strict and --engine ray go with them only")
     if query is not None or as_json:
         raise ConfigError("pass either a query and documents, or --in and --out, which write JSON by themselves")
-    more: dict[str, Any] = {**limits, "reorder": reorder, "restart": restart}
+    more: dict[str, Any] = {**limits, "restart": restart}
     if engine == "ray":
         gpus = 0.0 if chosen.device == "cpu" and gpus_per_actor is None else gpus_per_actor
         more |= {"pool": Pool(num_actors, cpus_per_actor, gpus), "shard_lines": shard_lines}

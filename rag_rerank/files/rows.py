@@ -32,7 +32,6 @@ class Options(Ranking):
 
     on_error: str = field(default="raise", init=False)
     may_return: bool = field(default=False, init=False)
-    reorder: bool = False
     group: int = GROUP
 
     def check(self, scorer: Scorer) -> None:
@@ -46,7 +45,7 @@ class Options(Ranking):
     def refuse_pair(self, name: str) -> None:
         """Refuse options that mean nothing for a query with one document, with a ConfigError."""
         if self != Options(instruction=self.instruction, deadline=self.deadline, group=self.group):
-            limits = "top_n, score_threshold, min_precision, min_n and reorder"
+            limits = "top_n, score_threshold, min_precision and min_n"
             raise ConfigError(f'{name} of a query and a document: {limits} are for lines with "documents"')
 
     def facts(self) -> dict[str, str]:
@@ -77,12 +76,9 @@ class Line:
         ranked = [{"index": item.index, "score": item.score} for item in self.ranked or ()]
         return {"score": ranked[0]["score"]} if self.is_pair else {"ranked": ranked}
 
-    def result(self, *, reorder: bool) -> bytes:
+    def result(self) -> bytes:
         """Write the line of the output."""
-        added = self.added()
-        if reorder:
-            added["documents"] = [self.row["documents"][item["index"]] for item in added["ranked"]]
-        return encode(self.row | added)
+        return encode(self.row | self.added())
 
     def reject(self) -> bytes:
         """Write the line of the rejects."""
@@ -182,13 +178,13 @@ def _reason(error: RerankError, line: Line) -> str:
     return f"{names} {'' if isinstance(error, BadReply) else 'rejected: '}{error.reason or error.message}"
 
 
-def results(lines: Sequence[Line], *, reorder: bool) -> tuple[list[bytes], list[bytes], int]:
+def results(lines: Sequence[Line]) -> tuple[list[bytes], list[bytes], int]:
     """Write lines for the output and lines for the rejects, and count the documents of the former."""
     ranked, rejects, documents = list[bytes](), list[bytes](), 0
     for line in lines:
         if line.error is None:
             try:
-                ranked.append(line.result(reorder=reorder))
+                ranked.append(line.result())
                 documents += len(line.documents)
                 continue
             except RecursionError as error:  # nested as deep as could just be read

@@ -22,7 +22,6 @@ def rerank_file(
     source: Path,
     target: Path,
     *,
-    reorder: bool = False,
     restart: bool = False,
     group: int = GROUP,
     part: Part = WHOLE,
@@ -45,8 +44,6 @@ def rerank_file(
             http(s) URLs, which the server fetches; no file is read for one.
         target: What to write, with such an ending, in the same order: the same objects with ``"ranked": [{"index",
             "score"}]``. An existing file is replaced at the end.
-        reorder: Put the documents themselves in the order of ``ranked``, those that it has; its ``index`` still
-            counts the documents of the input.
         restart: Discard what an interrupted run has left.
         group: Documents of one call to the scorer.
         part: Which lines of the input, to share a file between processes.
@@ -65,7 +62,7 @@ def rerank_file(
         BackendError: No scores, and not through the fault of single lines; what was finished stays for the next run.
         OSError: A file can't be read or written.
     """
-    options = Options(reorder=reorder, group=group, **ranking)
+    options = Options(group=group, **ranking)
     options.check(scorer)
     _check_files(source, target)
     before = input_facts(source)
@@ -92,7 +89,7 @@ def rerank_file(
             if probed.probes and probed.differences(known):
                 refuse_changes(target, partial.record.scorer, scorer.identity(deadline=options.deadline_of(scorer)))
                 known = probed
-            partial.add(*results(lines, reorder=reorder), lines=number)
+            partial.add(*results(lines), lines=number)
             progress(partial.record.tally, reader.fraction)
         if input_facts(source) != before:
             raise ConfigError(f"{source} was changed while it was read; {START_OVER}")

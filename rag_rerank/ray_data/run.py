@@ -72,7 +72,7 @@ def rerank_folder(
         restart: Discard what an earlier run has left or made.
         shard_lines: Lines of a shard.
         progress: Called at the start and after each shard, with the fraction of the shards that are finished.
-        **options: Of `rerank_file`: what limits its results, `instruction`, `reorder`, `deadline`, `group`.
+        **options: Of `rerank_file`: what limits its results, `instruction`, `deadline`, `group`.
 
     Returns:
         The count of everything, as of `rerank_file`; `resumed` are lines of shards that earlier runs have finished.
