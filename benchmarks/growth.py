@@ -3,16 +3,22 @@
     .venv/bin/python -m benchmarks.growth                # make bench runs it; about ten minutes
     .venv/bin/python -m benchmarks.growth --most 10000   # only what is that large, in one or two
     .venv/bin/python -m benchmarks.growth --event-loop   # only how long `ascore` keeps an event loop from other work
+    .venv/bin/python -m benchmarks.growth --fine         # every number from 1 to 1,024, and 5,000 calls on every path
 
 LocalScorer with dtype="auto": the MiniLM shape with passages of about 200 tokens, in one call; and, for the largest
 numbers, a tiny model with short documents, in calls of 1,000 as users would make them, and in one call of 100,000.
 Passages repeat, with a number put before each so that none is like another. Linear means: every row costs the same per
 pair as the row of 1,000 above it. Peak memory includes the documents and scores of one call, but not a second call's.
+
+`--fine` looks for steps: MiniLM's shape in float32 with documents of 6 words, each number of documents in random order.
+The smooth curve that times are compared with is a cost of the call and one of each document. And it looks for growth:
+5,000 calls of 1 to 8 documents of any length to a tiny model of each path.
 """
 
 import argparse
 import asyncio
 import statistics
+import tempfile
 import time
 from collections.abc import Coroutine, Iterator, Sequence
 from dataclasses import dataclass
@@ -20,6 +26,7 @@ from itertools import cycle
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
@@ -32,6 +39,8 @@ from benchmarks.texts import Call, Texts
 from rag_rerank import LocalScorer, Scorer
 
 SHORT = 20  # words
+FINE, SHORTEST = 1024, 6  # documents in a call at most; words
+CALLS = 5000
 REFERENCE = 1000  # pairs of the row that the others of a series are compared with
 AT_LEAST = 5  # rounds of what is small
 
@@ -185,13 +194,81 @@ async def event_loop(texts: Texts, progress: Progress) -> Table:
     return shown_table
 
 
+def steps(texts: Texts, progress: Progress, rounds: int) -> Table:
+    """How far the cost of each number of documents is from a smooth curve: the best of some rounds."""
+    documents = _documents(texts, SHORTEST)
+    numbers = np.random.default_rng(0).permuted(np.tile(np.arange(1, FINE + 1), (rounds, 1)), axis=1).ravel().tolist()
+    best = np.full((2, FINE + 1), np.inf)
+    with LocalScorer(folder("minilm"), dtype="float32") as scorer:
+        scorer.score(texts.questions[0], [next(documents) for _ in range(256)])
+        for number in progress.track(numbers, description="1 to 1,024 documents"):
+            asked = [next(documents) for _ in range(number)]
+            began = time.perf_counter(), time.process_time()
+            scorer.score(texts.questions[0], asked)
+            taken = time.perf_counter() - began[0], time.process_time() - began[1]
+            best[:, number] = np.minimum(best[:, number], taken)
+    shown_table = Table("time", "of a call, ms", "of a document, ms", "furthest above", "below", "outside 25 %")
+    numbers_of = np.arange(1, FINE + 1)
+    for name, seconds in zip(("wall", "processor"), best[:, 1:], strict=True):
+        # Least squares of relative errors, so that few documents count as much as many.
+        columns = np.stack([np.ones(FINE), numbers_of], axis=1) / seconds[:, None]
+        (of_call, of_document), *_ = np.linalg.lstsq(columns, np.ones(FINE), rcond=None)
+        off = seconds / (of_call + of_document * numbers_of) - 1
+        outside = [int(number) for number in numbers_of[abs(off) > 0.25]]
+        shown_table.add_row(
+            name,
+            f"{1000 * of_call:.2f}",
+            f"{1000 * of_document:.3f}",
+            f"{off.max():+.0%} at {numbers_of[off.argmax()]}",
+            f"{off.min():+.0%} at {numbers_of[off.argmin()]}",
+            f"{len(outside)}: {', '.join(map(str, outside[:8]))}".removesuffix(": "),
+        )
+    return shown_table
+
+
+def resident_mb() -> float:
+    """Memory resident now."""
+    status = Path("/proc/self/status").read_text(encoding="utf-8")
+    return int(status.partition("VmRSS:")[2].split()[0]) / 1024
+
+
+def memory(texts: Texts, progress: Progress) -> Table:
+    """Whether calls of random lengths leave something behind, on each path."""
+    from tests.encoder_models import make_bi_encoder, make_colbert, make_random_cross_encoder
+
+    words, draw = " ".join(texts.documents.values()).split(), np.random.default_rng(0)
+    shown_table = Table("model", "path", "MB after 500 calls", f"after {CALLS:,}")
+    with tempfile.TemporaryDirectory() as temporary:
+        root = Path(temporary)
+        models = {kind: make_random_cross_encoder(root / kind, kind) for kind in ("bert", "deberta-v2")}
+        models |= {"bi-encoder": make_bi_encoder(root / "bi", "mean"), "ColBERT": make_colbert(root / "colbert")}
+        # What is not verified runs in equal lengths, unless tests cover it.
+        for name, verify in [*((name, True) for name in models), ("deberta-v2", False)]:
+            with LocalScorer(models[name], dtype="float32", verify=verify) as scorer:
+                for number in progress.track(range(CALLS), description=name):
+                    starts = draw.integers(len(words) - 200, size=draw.integers(1, 9))
+                    found = [" ".join(words[at : at + draw.integers(1, 200)]) for at in starts]
+                    scorer.score(texts.questions[number % len(texts.questions)], found)
+                    if number == 499:
+                        early = resident_mb()
+                shown_table.add_row(name, scorer.proof().path, f"{early:,.0f}", f"{resident_mb():,.0f}")
+    return shown_table
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--most", type=int, default=1_000_000, metavar="PAIRS", help="leave out what is larger")
     parser.add_argument("--event-loop", action="store_true", help="only how long `ascore` keeps an event loop")
+    parser.add_argument(
+        "--fine", type=int, nargs="?", const=2, metavar="ROUNDS", help="only steps and growth; 2 rounds"
+    )
     arguments = parser.parse_args()
     console, texts = Console(width=130), Texts("passages")
     with shown(console) as progress:
+        if arguments.fine:
+            console.print(steps(texts, progress, arguments.fine))
+            console.print(memory(texts, progress))
+            return
         console.print(asyncio.run(event_loop(texts, progress)))
         if arguments.event_loop:
             return

@@ -35,7 +35,7 @@ from benchmarks.peers import CONTESTANTS, REFERENCES, NotThere, Peer
 from benchmarks.process import Worker, WorkerError
 from benchmarks.report import Result, Row
 from benchmarks.roofline import Counter
-from benchmarks.texts import LOADS, Call, Load, Texts
+from benchmarks.texts import LOADS, LONGEST, Call, Load, Texts
 
 GAP = 0.8  # seconds between contestants: vLLM's OpenMP threads spin on for 0.2 s and would slow whoever comes next
 OUT = ROOT / ".benchmarks"
@@ -199,7 +199,7 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--contestants", type=lambda text: re.compile(text, re.IGNORECASE), default="", metavar="REGEX")
-    parser.add_argument("--documents", choices=("passages", "whole"), default="passages")
+    parser.add_argument("--documents", choices=LONGEST, default="passages")
     parser.add_argument("--json", type=Path, default=OUT / "rerank.json")
     parser.add_argument("--plot", type=Path, default=OUT / "rerank.png")
     return parser.parse_args()

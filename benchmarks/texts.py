@@ -1,7 +1,8 @@
 """What is scored: passages of the embedded collection, as a RAG splitter leaves them, found with BM25.
 
 Questions are the collection's own. `passages` are its documents cut at paragraph ends into pieces of at most about
-1,000 characters, about 200 tokens a pair; `whole` are the documents as they are, about 400 tokens each.
+1,000 characters, about 200 tokens a pair; `short` ones have 250 characters, about 60 tokens a pair; `whole` are the
+documents as they are, about 400 tokens each.
 """
 
 from collections.abc import Iterator
@@ -11,7 +12,7 @@ from itertools import cycle, islice
 from rag_rerank.embedded import collection_folder
 from rag_rerank.evaluation import BM25, Collection
 
-PASSAGE = 1000  # characters
+LONGEST = {"short": 250, "passages": 1000, "whole": None}  # characters
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +59,7 @@ class Texts:
     """Questions and what BM25 finds for them.
 
     Args:
-        kind: ``passages`` or ``whole``.
+        kind: One of `LONGEST`.
     """
 
     kind: str
@@ -67,7 +68,8 @@ class Texts:
 
     def __post_init__(self) -> None:
         collection = Collection.load(collection_folder())
-        self.documents = collection.documents if self.kind == "whole" else dict(passages(collection.documents))
+        longest = LONGEST[self.kind]
+        self.documents = collection.documents if longest is None else dict(passages(collection.documents, longest))
         self._bm25 = BM25(self.documents)
         deepest = max(load.depth for load in LOADS.values())
         self.questions = [text for text in collection.queries.values() if len(self._found(text, deepest)) == deepest]
@@ -83,24 +85,24 @@ class Texts:
         return [self.documents[name] for name in self._bm25.retrieve(query, depth)]
 
 
-def passages(documents: dict[str, str]) -> Iterator[tuple[str, str]]:
+def passages(documents: dict[str, str], longest: int) -> Iterator[tuple[str, str]]:
     """Every document in pieces: paragraphs, sentences or words joined while they fit."""
     for name, text in documents.items():
-        for number, piece in enumerate(split(text)):
+        for number, piece in enumerate(split(text, longest)):
             yield f"{name}#{number}", piece
 
 
-def split(text: str, marks: tuple[str, ...] = ("\n\n", "\n", ". ", " ")) -> list[str]:
-    """Pieces of at most about `PASSAGE` characters, cut at the coarsest mark that makes them fit."""
-    if len(text) <= PASSAGE or not marks:
+def split(text: str, longest: int, marks: tuple[str, ...] = ("\n\n", "\n", ". ", " ")) -> list[str]:
+    """Pieces of at most about `longest` characters, cut at the coarsest mark that makes them fit."""
+    if len(text) <= longest or not marks:
         return [text] if text.strip() else []
     pieces: list[str] = []
     current = ""
     for part in text.split(marks[0]):
-        if len(part) > PASSAGE:
-            pieces += [current, *split(part, marks[1:])]
+        if len(part) > longest:
+            pieces += [current, *split(part, longest, marks[1:])]
             current = pieces.pop()
-        elif len(current) + len(part) > PASSAGE:
+        elif len(current) + len(part) > longest:
             pieces.append(current)
             current = part
         else:

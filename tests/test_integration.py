@@ -93,7 +93,7 @@ class TestSettings:
         """In the clear only there."""
         remote = Remote()
         remote.api_key = Secret()
-        assert remote.scorer.client.transport.has_key
+        assert remote.scorer.client.transport.keys
 
     @pytest.mark.parametrize("close", [Remote.close, lambda remote: asyncio.run(remote.aclose())])
     def test_closing_closes_the_scorer(self, close: Callable[[Remote], None]):

@@ -3,15 +3,19 @@
 The reranker that they name is on a hub; here they get the released one's folder.
 """
 
+import ast
 import math
 import re
 import sys
+from importlib.metadata import packages_distributions, requires
 from pathlib import Path
 from typing import Any
 
 import nbformat
 import pytest
 from nbclient import NotebookClient
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from tests import released
 from tests.vllm_server import VLLMServer
@@ -105,6 +109,36 @@ def test_is_fit_to_be_committed(name: str) -> None:
         assert cell.execution_count == number  # run from top to bottom
         assert set(cell.metadata) <= {"tags"}  # no times
         assert all(output.get("name") != "stderr" and output.output_type != "error" for output in cell.outputs)
+
+
+def installed_by(requirement: Requirement, found: set[tuple[str, str]]) -> None:
+    """Add the distributions that it brings to what is found, each with the extra that asks for it."""
+    for extra in ("", *requirement.extras):
+        name = canonicalize_name(requirement.name)
+        if (name, extra) not in found:
+            found.add((name, extra))
+            for line in requires(name) or ():
+                needed = Requirement(line)
+                if needed.marker is None or needed.marker.evaluate({"extra": extra}):
+                    installed_by(needed, found)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_installs_all_that_it_imports(name: str) -> None:
+    """Where there is no checkout, as on Colab: what its first cell installs brings every module of the other cells."""
+    first, *others = code_cells(read(name))
+    found: set[tuple[str, str]] = set()
+    for line in re.findall(r"%pip install --quiet (.*)", first.source):
+        for word in line.replace('"', "").split():
+            installed_by(Requirement(word), found)
+    distributions = packages_distributions()  # not those installed as editable, which are called as their module is
+    brought = {distribution for distribution, _ in found} | {"ipython"}  # which every notebook runs in
+    for cell in others:
+        for node in ast.walk(ast.parse(re.sub(r"^\s*[%!].*", "", cell.source, flags=re.MULTILINE))):
+            modules = [each.name for each in node.names] if isinstance(node, ast.Import) else []
+            modules += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            for module in {each.split(".")[0] for each in modules} - sys.stdlib_module_names:
+                assert brought & set(map(canonicalize_name, distributions.get(module, [module]))), (module, name)
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name != WITH_SERVER])

@@ -15,6 +15,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -102,6 +103,8 @@ def serving(
         else:
             process = _STARTERS[sees].start(arguments, output=server.log, environment=environment, folder=folder.parent)
     kept = True
+    if alone and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # what ends us ends the server, too
     try:
         _wait(process, server)
         yield server

@@ -9,7 +9,8 @@ from rag_rerank.check.checked_server import CheckedServer
 from rag_rerank.check.finding import Finding, Verdict, failure, sentence
 from rag_rerank.check.texts import known_pairs
 from rag_rerank.errors import AuthError, BackendRejected, BadReply, ConfigError, RerankError
-from rag_rerank.vllm.client import Card, Failure, Reply, Request, Version, wire
+from rag_rerank.vllm import wire
+from rag_rerank.vllm.wire import Card, Failure, Reply, Request, Version
 
 OLDEST: Version = (0, 8)
 TEMPLATES_SINCE: Version = (0, 14)  # the version from which --chat-template is used for scores
@@ -59,7 +60,7 @@ def reach(server: CheckedServer) -> Finding:
 def _timed(server: CheckedServer) -> tuple[float, Reply | Failure]:
     """Get seconds until there was an answer to a request that is no work for the server, and the answer."""
     began = time.perf_counter()
-    outcome = server.client.send(Request("GET", "/version"))
+    outcome = server.send(Request("GET", "/version"))
     return time.perf_counter() - began, outcome
 
 
@@ -97,7 +98,7 @@ def _program(server: CheckedServer, listed: Reply, cards: Sequence[Card]) -> str
     if not any(card.owner == "vllm" for card in cards):
         # LiteLLM's header is on answers to scoring requests only; one without a query costs nobody a score.
         path = server.client.servers.endpoints[0].forms("rerank")[0].path
-        replies.append(server.client.send(Request("POST", path, b"{}")))
+        replies.append(server.send(Request("POST", path, b"{}")))
     headers = {header for reply in replies if isinstance(reply, Reply) for header in reply.headers}
     named = [name for header, name in _BY_HEADER.items() if header in headers]
     named += [_BY_OWNER[owner] for card in cards if (owner := str(card.owner)) in _BY_OWNER]
@@ -148,15 +149,15 @@ def api(server: CheckedServer) -> Finding:
         return _without_api(server, error)
     except RerankError as error:
         return failure("Score API", error)
-    return Finding("Score API", "good", f"POST {server.client.form.path} gives scores.")
+    return Finding("Score API", "good", f"POST {server.told.form.path} gives scores.")
 
 
 def _without_api(server: CheckedServer, error: BackendRejected) -> Finding:
     """Make the finding that it has no such API: where else scores may be had."""
-    asked, endpoint = server.client.form, server.client.servers.endpoints[0]
+    asked, endpoint = server.told.form, server.client.servers.endpoints[0]
     for form in endpoint.forms("auto"):
         request = wire.scoring_request(replace(server.told, form=form), ["a"], ["a"], wire.Options())
-        if form != asked and _gives_scores(server.client.send(request)):
+        if form != asked and _gives_scores(server.send(request)):
             said = f"It has no {asked.api} API at {asked.path}, but a {form.api} API at {form.path}."
             where = f", with the address {endpoint.root}{form.path}" if form not in endpoint.forms(form.api) else ""
             remedy = f'Pass --endpoint {form.api} (endpoint="{form.api}" in Python){where}.'
@@ -181,18 +182,19 @@ def serve(server: CheckedServer) -> str:
 
 def _refused(server: CheckedServer, why: str) -> Finding:
     said, remedy = "It wants a key, and none is set", "Set VLLM_API_KEY (api_key= in Python)."
-    if server.client.transport.has_key:
+    if server.client.transport.keys:
         said, remedy = "It refuses the key", "Set VLLM_API_KEY to the key that the server was started with."
     return Finding("Key", "problem", sentence(f"{said}: {why}"), remedy)
 
 
 def key(server: CheckedServer) -> Finding:
     """See whether the key guards anything. It was accepted, if there is one."""
-    if not server.client.transport.has_key:
+    if not server.client.transport.keys:
         return Finding("Key", "note", "It wants no key: whoever reaches the server may use it.")
-    request = server.client.request("rag-rerank-check")
+    request = server.request("rag-rerank-check")
     path, open_path = request.path, request.path.removeprefix("/v1")
-    inside, outside = map(server.send_without_key, (request, replace(request, path=open_path)))
+    inside = server.send(request, without_key=True)
+    outside = server.send(replace(request, path=open_path), without_key=True)
     if _gives_scores(inside):
         said = "It takes the key, but gives scores without one, too: whoever reaches the server may use it."
         remedy = "Start it with --api-key if it is to be guarded, or unset VLLM_API_KEY."

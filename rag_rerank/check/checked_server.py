@@ -8,7 +8,12 @@ from typing import Any
 
 from rag_rerank.errors import BackendUnavailable, BadReply
 from rag_rerank.families import Family, find_family
-from rag_rerank.vllm.client import Answer, Client, Failure, Keys, Reply, Request, ServerFacts, Servers, Transport
+from rag_rerank.vllm.client import Client
+from rag_rerank.vllm.keys import Keys
+from rag_rerank.vllm.sending import Send
+from rag_rerank.vllm.servers import Servers
+from rag_rerank.vllm.transport import Transport
+from rag_rerank.vllm.wire import Answer, Failure, Reply, Request, ServerFacts, read_answer, scoring_request
 
 
 class CheckedServer:
@@ -18,7 +23,8 @@ class CheckedServer:
         endpoint = client.servers.endpoints[position]
         self.client = replace(client, servers=Servers([endpoint]))  # the same for this server alone
         self.label = endpoint.label
-        self.facts = ServerFacts(None, client.model or "")  # what is known so far
+        # What is known so far.
+        self.facts = ServerFacts(None, client.model or "", form=endpoint.forms(client.api)[0])
         self.program: str | None = None  # what answers, where it is known and not vLLM
 
     @property
@@ -31,24 +37,40 @@ class CheckedServer:
         """What it has told while it was scoring; before that, what is known of it."""
         return self.client.servers.facts or self.facts
 
-    def send_without_key(self, request: Request) -> Reply | Failure:
-        """Send one request without the scorer's key, and take whatever comes."""
-        transport = Transport(self.client.servers.endpoints, Keys(self.client.servers.endpoints, ""))
+    def send(self, request: Request, *, without_key: bool = False) -> Reply | Failure:
+        """Send one request, once, and take whatever comes."""
+        client, endpoints = self.client, self.client.servers.endpoints
+        connect = min(client.rules.connect_timeout, client.timeout)
+        send = Send(endpoints[0], request, client.timeout, connect, lambda _: True)
+        transport = Transport(endpoints, Keys(endpoints, "")) if without_key else client.transport
         try:
-            return replace(self.client, transport=transport).send(request)
+            return transport.run(transport.send(send))
         finally:
-            transport.close()
+            if without_key:
+                transport.close()
 
     def get(self, path: str) -> Reply:
         """Get a path, whatever the status; BackendUnavailable where there was no answer."""
-        outcome = self.client.send(Request("GET", path))
+        outcome = self.send(Request("GET", path))
         if isinstance(outcome, Failure):
             raise BackendUnavailable(outcome.text, endpoint=self.label, remedy="See the server's log.")
         return outcome
 
     def ask(self) -> Answer:
         """Get "a" and "a" scored as they are, with the scorer's retries; raises as `Scorer.score`."""
-        return self.client.ask(self._until())
+        until = self._until()
+        return self.client.transport.run(self.client.exchange(until).ask(self._request, self.read), until)
+
+    def request(self, request_id: str) -> Request:
+        """Make the request of `ask`, for `send`."""
+        return self._request(self.told, request_id)
+
+    def read(self, body: bytes) -> Answer:
+        """Read the answer to such a request; raises BadReply."""
+        return read_answer(self.told.form.api, body, [0])
+
+    def _request(self, facts: ServerFacts, request_id: str) -> Request:
+        return scoring_request(facts, ["a"], ["a"], self.client.options, request_id)
 
     def score(
         self, queries: str | Sequence[str], documents: Sequence[str], *, together: int = 1, **changed: Any

@@ -9,7 +9,7 @@ from rag_rerank.check.checked_server import CheckedServer
 from rag_rerank.check.finding import Finding, Verdict, failure
 from rag_rerank.check.texts import CANDIDATES, KNOWN, QUESTIONS, TWINS, known_pairs, over_long
 from rag_rerank.errors import BackendError, BackendRejected, ConfigError, DeadlineExceeded
-from rag_rerank.vllm.client import PLAIN_PAIR_TOKENS
+from rag_rerank.vllm.call import PLAIN_PAIR_TOKENS
 
 Scale = Literal["cosine", "MaxSim", "sigmoid", "bounded", "raw"]
 

@@ -8,7 +8,7 @@ from rag_rerank.check.checked_server import CheckedServer
 from rag_rerank.check.finding import Finding, failure
 from rag_rerank.check.texts import KNOWN, known_pairs, passages
 from rag_rerank.errors import BackendError, BadReply, DeadlineExceeded
-from rag_rerank.vllm.client import Failure
+from rag_rerank.vllm.wire import Failure
 
 _ROUNDS, _COUNTS, _BATCH = 3, (1, 10, 100), 32
 
@@ -38,9 +38,9 @@ def batches(server: CheckedServer) -> Finding:
 def request_ids(server: CheckedServer) -> Finding:
     """See whether answers carry the id of their request."""
     sent = "rag-rerank-check"
-    outcome = server.client.send(server.client.request(sent))
+    outcome = server.send(server.request(sent))
     try:
-        answer_id = "" if isinstance(outcome, Failure) else server.client.read(outcome.body).id or ""
+        answer_id = "" if isinstance(outcome, Failure) else server.read(outcome.body).id or ""
     except BadReply:
         answer_id = ""
     if answer_id.endswith(sent):

@@ -50,6 +50,7 @@ class Call:
     fit: bool = False
     _api: API = "score"
     _whole: bool = False  # whether all documents go in one request, for they are scored together
+    _is_text: bool = False  # whether there is nothing but text
     _most_bytes: int = MAX_BYTES
     _limits: dict[int, int] = field(default_factory=dict)  # by position, at how many tokens documents are cut
     _scores: dict[int, float] = field(default_factory=dict)  # by position, as the refusals
@@ -62,6 +63,7 @@ class Call:
         facts = await self.exchange.describe()
         self._api, self._most_bytes = facts.form.api, facts.most_bytes or MAX_BYTES
         self._whole = facts.listwise and len(self.queries) == 1
+        self._is_text = all(isinstance(each, str) for inputs in (self.queries, self.documents) for each in inputs)
         if self.fit and not self._whole:
             await self._fit(facts)
         positions = range(len(self.documents))
@@ -98,19 +100,21 @@ class Call:
         """
         if self._whole:
             return [list(positions)]
-        groups: dict[object, list[int]] = {}
-        for position in positions:
-            query, document = self._query(position), self.documents[position]
-            alone = query if self._api != "score" or isinstance(query, Multimodal) else None
-            text = isinstance(query, str) and isinstance(document, str)
-            cut = self._limits.get(position) if text else self._options(position)
-            groups.setdefault((text, cut, alone), []).append(position)
+        groups: dict[object, Sequence[int]] = {}
+        if self._is_text and self._api == "score" and not self._limits:
+            groups[None] = positions  # what most calls are, in half the time
+        else:
+            for position in positions:
+                query, is_multimodal = self._query(position), self._is_multimodal(position)
+                alone = query if self._api != "score" or isinstance(query, Multimodal) else None
+                cut = self._options(position) if is_multimodal else self._limits.get(position)
+                groups.setdefault((is_multimodal, cut, alone), []).append(position)  # type: ignore[attr-defined]
         chunks: list[list[int]] = []
         for group in groups.values():
             size = self._most_bytes + 1  # so that a chunk is begun
             for position in group:
                 more = _size(self.documents[position]) + (0 if len(self.queries) == 1 else _size(self._query(position)))
-                fetched = not isinstance(self.documents[position], str) and bool(_links([self.documents[position]]))
+                fetched = not self._is_text and bool(_links([self.documents[position]]))
                 if fetched or size + more > self._most_bytes or len(chunks[-1]) == self.exchange.rules.chunk_size:
                     chunks.append([])
                     size = 0
@@ -126,7 +130,7 @@ class Call:
         one = len(self.queries) == 1 or self._api != "score" or isinstance(self._query(chunk[0]), Multimodal)
         queries = [self._query(position) for position in (chunk[:1] if one else chunk)]
         documents = [self.documents[position] for position in chunk]
-        if len(set(map(self._limits.get, chunk))) > 1:  # found out since it was planned
+        if self._limits and len(set(map(self._limits.get, chunk))) > 1:  # found out since it was planned
             chunks.extendleft(self._chunks(chunk))
             return
         options = self._options(chunk[0])
@@ -138,10 +142,9 @@ class Call:
                 error.body = error.body and hidden(error.body, link.url)
             chunks.extendleft(await self._parts(error, chunk, options))
             return
-        self._accepted.add(_has_image(documents))
-        for position, score in zip(chunk, answer.scores, strict=True):
-            self._scores[position] = score
-            self._encoded.pop(id(self.documents[position]), None)
+        self._accepted.add(not self._is_text and _has_image(documents))
+        self._scores.update(zip(chunk, answer.scores, strict=True))
+        self._forget(chunk)
 
     async def _parts(self, error: Refusal, chunk: list[int], sent: Options) -> list[list[int]]:
         """Cut a refused chunk into what is to be asked instead, the last first; raise what concerns the whole call."""
@@ -157,7 +160,7 @@ class Call:
         size = sum(_size(self.documents[position]) for position in chunk)
         if len(chunk) == 1:
             self._refusals[chunk[0]] = error
-            self._encoded.pop(id(self.documents[chunk[0]]), None)
+            self._forget(chunk)
             return []
         if error.status == 413 and size > _LEAST_BYTES:
             self._most_bytes = min(self._most_bytes, size // 2)
@@ -324,6 +327,10 @@ class Call:
         if id(value) not in self._encoded:
             self._encoded[id(value)] = Encoded.of(value)
         return self._encoded[id(value)]
+
+    def _forget(self, chunk: Sequence[int]) -> None:
+        for position in chunk if self._encoded else ():
+            self._encoded.pop(id(self.documents[position]), None)
 
     def _options(self, position: int) -> Options:
         return self._options_for(self._query(position), self.documents[position], self._limits.get(position))

@@ -1,4 +1,4 @@
-"""What `VLLMScorer` and `rag_rerank.check` both hold: servers, connections, rules and options, and ways to ask."""
+"""What `VLLMScorer` and `rag_rerank.check` both hold: servers, connections, rules and options, and the way to ask."""
 
 import json
 from dataclasses import dataclass, field, replace
@@ -7,17 +7,12 @@ from typing import Any, Literal
 from rag_rerank.errors import ConfigError, ContentError
 from rag_rerank.inputs.multimodal import Prepared
 from rag_rerank.template import Halves, Template
-from rag_rerank.vllm import wire
-from rag_rerank.vllm.call import PLAIN_PAIR_TOKENS, Call, Inputs
+from rag_rerank.vllm.call import Call, Inputs
 from rag_rerank.vllm.exchange import Exchange
-from rag_rerank.vllm.keys import Keys
-from rag_rerank.vllm.sending import Rules, Send, Usage
+from rag_rerank.vllm.sending import Rules, Usage
 from rag_rerank.vllm.servers import Servers
 from rag_rerank.vllm.transport import Transport
-from rag_rerank.vllm.wire import API, Answer, Card, Failure, Form, Options, Reply, Request, ServerFacts, Version
-
-__all__ = ["PLAIN_PAIR_TOKENS", "Answer", "Card", "Client", "Failure", "Form", "Keys", "Reply", "Request"]
-__all__ += ["ServerFacts", "Servers", "Transport", "Version", "wire"]
+from rag_rerank.vllm.wire import API, Options
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,41 +66,10 @@ class Client:
             documents = [halves.of("", _text(document))[1] for document in documents]
         elif instruction is not None:
             options = replace(options, instruction=instruction)
-        return await Call(self._exchange(until, usage), queries, documents, options, self.fit).score()
+        return await Call(self.exchange(until, usage), queries, documents, options, self.fit).score()
 
-    @property
-    def form(self) -> Form:
-        """How the first server is asked for scores, as far as is known."""
-        facts = self.servers.facts
-        return self.servers.endpoints[0].forms(self.api)[0] if facts is None else facts.form
-
-    def describe(self, until: float | None) -> ServerFacts:
-        """Learn what one of the servers tells about itself, asked once; waits."""
-        return self.transport.run(self._exchange(until).describe(), until)
-
-    def ask(self, until: float | None) -> Answer:
-        """Get "a" and "a" scored as they are, with no prompt or template around them; waits."""
-        return self.transport.run(self._exchange(until).ask(self._request, self.read), until)
-
-    def request(self, request_id: str) -> Request:
-        """Make the request of `ask`, for `send`, to a server that is known already."""
-        facts = self.servers.facts or ServerFacts(None, self.model or "", form=self.form)
-        return self._request(facts, request_id)
-
-    def read(self, body: bytes) -> Answer:
-        """Read the answer to such a request; raises BadReply."""
-        return wire.read_answer(self.form.api, body, [0])
-
-    def send(self, request: Request) -> Reply | Failure:
-        """Send one request to the first server, once, and take whatever comes; waits."""
-        connect = min(self.rules.connect_timeout, self.timeout)
-        send = Send(self.servers.endpoints[0], request, self.timeout, connect, lambda _: True)
-        return self.transport.run(self.transport.send(send))
-
-    def _request(self, facts: ServerFacts, request_id: str) -> Request:
-        return wire.scoring_request(facts, ["a"], ["a"], self.options, request_id)
-
-    def _exchange(self, until: float | None, usage: Usage | None = None) -> Exchange:
+    def exchange(self, until: float | None, usage: Usage | None = None) -> Exchange:
+        """Begin the requests of one call."""
         rules, asked = self.rules, {"until": until, "model": self.model, "api": self.api}
         return Exchange(self.transport.send, self.servers, rules, **asked, usage=usage or Usage())  # type: ignore[arg-type]
 

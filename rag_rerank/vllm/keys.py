@@ -19,8 +19,8 @@ _OURS = {"content-type", "content-length", "accept-encoding", "transfer-encoding
 class Keys:
     """The keys of some servers, by address, and what goes with each request. A pickle carries nothing secret.
 
-    The key None is read from the environment; an empty one is not sent. Raises ConfigError where no HTTP header can
-    carry it, or where it would go unencrypted to another machine without `over_http`.
+    The key None is read from the environment (`is_default`); an empty one is not sent. Raises ConfigError where no HTTP
+    header can carry it, or where it would go unencrypted to another machine without `over_http`.
     """
 
     def __init__(
@@ -41,6 +41,7 @@ class Keys:
                 raise ConfigError(f"default_headers can't set {name!r}")
         self._secrets = [value for name, value in named if SECRET.search(name)]
         self._remade_by = list(endpoints), api_key if inspect.isfunction(api_key) else None, over_http
+        self.is_default = api_key is None
         if api_key is None:
             api_key = os.environ.get("VLLM_API_KEY") or ""
         roots = [endpoint.root for endpoint in endpoints]
@@ -88,7 +89,7 @@ class Keys:
 
     def scrub(self, text: bytes, headers: Mapping[str, str]) -> bytes:
         """Leave secrets out of what a server says: some gateways repeat the key that they refuse."""
-        for secret in (headers.get("Authorization", "").removeprefix("Bearer "), *self._secrets):
+        for secret in (headers.get("Authorization", "").rpartition(" ")[2], *self._secrets):
             if len(secret) >= 8:  # a short one ("k", "0") is in words and numbers
                 text = text.replace(secret.encode(), b"[key]")
         return text

@@ -55,9 +55,10 @@ class VLLMScorer(Scorer):
             The key is in no repr, error or pickle: an unpickled copy reads the environment again, unless the key is a
             function that a module defines.
         http_client: A function that makes an `httpx.AsyncClient`, called once for each event loop. Its transport, TLS
-            settings, proxy, HTTP/2 and hooks are used as they are; redirects are never followed. A copy for another
-            process needs a function that a module defines. None: a client of our own, with the proxies and authorities
-            that the environment names; this machine is never asked through a proxy.
+            settings, proxy, HTTP/2 and hooks are used as they are, and its ``auth`` or ``Authorization`` where no
+            `api_key` is given; redirects are never followed. A copy for another process needs a function that a module
+            defines. None: a client of our own, with the proxies and authorities that the environment names; this
+            machine is never asked through a proxy.
         default_headers, default_query: Go with each request. What is secret by its name is treated as the key is; a
             scorer that has such can't be pickled. ``Authorization`` takes the key's place.
         template: A score template (see `Template.load`) to render here, for a server without ``--chat-template``: the
@@ -232,7 +233,7 @@ class VLLMScorer(Scorer):
 
     def _facts(self, until: float | None) -> dict[str, str]:
         client, options = self.client, self.client.options
-        served = client.describe(until)
+        served = client.transport.run(client.exchange(until).describe(), until)
         facts: dict[str, object] = asdict(options) | {
             "checkpoint": served.checkpoint,
             "window": served.window,

@@ -85,19 +85,14 @@ class Transport:
         if http_client is not None and (isinstance(http_client, httpx.AsyncClient) or not callable(http_client)):
             said = "http_client must be a function that makes a new httpx.AsyncClient, one for each event loop"
             raise ConfigError(f"{said}, such as lambda: httpx.AsyncClient(verify=False)")
-        self._endpoints, self._keys, self._factory, self._limits = tuple(endpoints), keys, http_client, limits
+        self._endpoints, self.keys, self._factory, self._limits = tuple(endpoints), keys, http_client, limits
         # Of the user's client, its own proxies hold.
         self._proxies = {} if http_client else {endpoint.root: proxy_for(endpoint) for endpoint in endpoints}
         self._closed = False
         self._clients: _Clients = {}
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Transport, (self._endpoints, self._keys, portable("http_client", self._factory), self._limits)
-
-    @property
-    def has_key(self) -> bool:
-        """Whether a key is sent."""
-        return bool(self._keys)
+        return Transport, (self._endpoints, self.keys, portable("http_client", self._factory), self._limits)
 
     def start(self) -> None:
         """Begin with no connection. Those of a parent process are kept: to be closed they are still its own."""
@@ -132,19 +127,21 @@ class Transport:
 
     async def _send(self, client: "httpx.AsyncClient | _Client", ending: "_Ending", send: Send) -> Reply | Failure:
         limits = self._limits or httpx.Timeout(send.timeout, connect=send.connect_timeout, pool=None)
-        url, headers = _url(send.endpoint.root + send.request.path), _HEADERS | self._keys.headers
+        url, headers = _url(send.endpoint.root + send.request.path), _HEADERS | self.keys.headers
         if send.request.id is not None:
             headers["X-Request-Id"] = send.request.id
         try:
             request = client.build_request(
                 send.request.method,
                 url,
-                params=self._keys.query or None,
+                params=self.keys.query or None,
                 content=send.request.body,
                 headers=headers,
                 extensions={"timeout": limits.as_dict(), "trace": ending.trace},
             )
-            self._keys.sign(request.headers, send.endpoint)
+            own = client.auth is not None or "authorization" in request.headers
+            if not (own and self.keys.is_default):  # what the user's client brings goes before VLLM_API_KEY
+                self.keys.sign(request.headers, send.endpoint)
             auth = None if "authorization" in request.headers else httpx.USE_CLIENT_DEFAULT
             with ending.scope:
                 # A redirect would send every document, and the headers, to another host.
@@ -161,7 +158,7 @@ class Transport:
                         await stream.aclose()  # in HTTP/2, answers have numbers
                     if judged and reply.status == _OK:
                         return reply
-                    return replace(reply, body=self._keys.scrub(reply.body, request.headers))
+                    return replace(reply, body=self.keys.scrub(reply.body, request.headers))
             return Failure("timeout", "timed out")
         except Exception as error:
             if self._closed:
@@ -221,6 +218,7 @@ class _Client:
     """
 
     build_request = staticmethod(httpx.Request)
+    auth = None
 
     def __init__(self, proxies: Mapping[str, str | None]) -> None:
         # Getting ready for https takes 20-40 ms of every event loop.

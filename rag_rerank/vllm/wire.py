@@ -242,6 +242,9 @@ def _of(kind: type[T], value: object) -> T | None:
     return value if type(value) is kind else None
 
 
+_NUMBERS = {int, float, type(None)}
+
+
 def _scores(entries: list[Any], positions: Sequence[int], score_name: str) -> list[float]:
     expected = len(positions)
     if len(entries) != expected:
@@ -254,7 +257,7 @@ def _scores(entries: list[Any], positions: Sequence[int], score_name: str) -> li
             raise BadReply(f"the answer has the index {printable(repr(index))} for {expected} documents")
         if index in scores:
             raise BadReply(f"the answer has two scores for documents[{positions[index]}]")
-        if score_name not in fields or type(score) not in {int, float, type(None)}:
+        if score_name not in fields or type(score) not in _NUMBERS:
             raise BadReply(f"documents[{positions[index]}] got the score {printable(repr(score))}")
         try:
             scores[index] = math.nan if score is None else float(score)

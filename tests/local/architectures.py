@@ -197,7 +197,7 @@ what it gives for a short and a long text in a batch must be what plain transfor
 - **unpadded**: texts lie end to end in one row, and each attends to itself only.
 - **padded**: texts lie side by side, filled up to the longest.
 - **equal lengths**: side by side, but only those of the same length, for the model sees what it is filled up with.
-- **refused**: a `ConfigError` when the model loads. No way gives what the model gives for a text alone.
+- **refused**: a `ConfigError` when the model loads. In all three ways some text scores otherwise than alone.
 
 This is what a test saw with transformers {version}: a tiny random model of every architecture that has a class for
 sequence classification, scored in float32 alone and beside a document 20 times as long, each score compared with plain

@@ -61,6 +61,28 @@ class TestClient:
             scorer.score("q", ["a"])
         assert seen == ["/version", "/v1/models", "/v1/score"]
 
+    @pytest.mark.parametrize(
+        ("brings", "sent"),
+        [
+            ({"auth": ("me", "canary-1")}, "Basic "),
+            ({"headers": {"Authorization": "Bearer canary-2"}}, "Bearer canary-2"),
+        ],
+    )
+    @pytest.mark.parametrize("settings", [{}, {"api_key": "canary-3"}])
+    def test_its_own_authorization(
+        self, brings: dict[str, Any], sent: str, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    ):
+        """Goes before VLLM_API_KEY, but not before a key that is given; no error has it."""
+        monkeypatch.setenv("VLLM_API_KEY", "canary-4")
+        behave = on_scores(lambda request: refusal(401, f"wrong: {request.headers['authorization']}"))
+        settings = {"http_client": lambda: httpx.AsyncClient(**brings), **settings}
+        with FaultyServer(behave) as server, VLLMScorer(server.base_url, **settings) as scorer:
+            with pytest.raises(AuthError, match="wrong") as caught:
+                scorer.score("q", ["a"])
+            authorization = server.requests[-1].headers["authorization"]
+        assert authorization.startswith("Bearer canary-3" if "api_key" in settings else sent)
+        assert authorization.split()[1] not in f"{caught.value} {caught.value.body}"
+
     @pytest.mark.parametrize("wrong", [httpx.AsyncClient(), 3, lambda: 3, httpx.Client])
     def test_anything_else_is_refused(self, wrong: Any):
         """As early as it shows."""

@@ -106,9 +106,9 @@ class TestSecrets:
         """Never from that of another service."""
         monkeypatch.setenv("OPENAI_API_KEY", KEY)
         monkeypatch.delenv("VLLM_API_KEY", raising=False)
-        assert not VLLMReranker().scorer.client.transport.has_key
+        assert not VLLMReranker().scorer.client.transport.keys
         monkeypatch.setenv("VLLM_API_KEY", KEY)
-        assert VLLMReranker().scorer.client.transport.has_key
+        assert VLLMReranker().scorer.client.transport.keys
 
 
 class TestDumps:
