@@ -46,8 +46,8 @@ class _Shared:
 
 
 _all_shared: "weakref.WeakSet[_Shared]" = weakref.WeakSet()  # components hold them: the last one takes its scorer along
-# Held for comparisons only, never while a scorer is built or closed. Reentrant: meanwhile the garbage collector may run
-# a user's __del__, which may close a component.
+# Held for comparisons and while a calibration is read, never while a scorer is built or closed. Reentrant: meanwhile the
+# garbage collector may run a user's __del__, which may close a component.
 _sharing = held_over_forks(threading.RLock())
 
 
@@ -89,8 +89,9 @@ class ScorerSettings(Closeable):
         build = self._scorer_class()
         names = _parameters(build)
         settings = {name: _comparable(getattr(self, name)) for name in names}
-        if isinstance(self._built, tuple):
-            shared, calibration, scorer = self._built
+        used = self._built  # another thread may close it meanwhile
+        if isinstance(used, tuple):
+            shared, calibration, scorer = used
             if calibration == self.calibration and shared.made_of[1] == settings and id(self) in shared.users:
                 return scorer
         made_of = build, settings, self._surroundings()
