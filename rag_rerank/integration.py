@@ -46,8 +46,8 @@ class _Shared:
 
 
 _all_shared: "weakref.WeakSet[_Shared]" = weakref.WeakSet()  # components hold them: the last one takes its scorer along
-# Held for comparisons and while a calibration is read, never while a scorer is built or closed. Reentrant: meanwhile the
-# garbage collector may run a user's __del__, which may close a component.
+# Held for comparisons and while a calibration is read, never while a scorer is built or closed. Reentrant: meanwhile
+# the garbage collector may run a user's __del__, which may close a component.
 _sharing = held_over_forks(threading.RLock())
 
 
