@@ -151,7 +151,7 @@ def _scoring(
     where: Path | bool = not no_cache if cache is None or no_cache else cache
     kept = "What was scored is kept: the same command goes on from there." if where else "Nothing was kept."
     first_stage = None if run is None else run.name
-    with progress(kept) as (_, move), ExitStack() as stack:
+    with progress(lambda: kept) as (_, move), ExitStack() as stack:
         yield stack, partial(evaluate, first_stage=first_stage, limit=queries, cache=where, progress=move)
 
 

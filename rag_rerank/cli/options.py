@@ -138,11 +138,11 @@ def write_json(path: Path | None, figures: Any) -> None:
 
 
 @contextmanager
-def progress(kept: str = "", kept_in: Path | None = None) -> Iterator[tuple[Console, Callable[..., None]]]:
+def progress(kept: Callable[[], str] = str) -> Iterator[tuple[Console, Callable[..., None]]]:
     """Yield a console on stderr, and what moves a bar there: name, done, total, and perhaps other words for the name.
 
-    A block that ends early says what is `kept` for the next run, unless there is no such file; after Ctrl-C, the exit
-    code is 130, as in shells.
+    A block that ends early says what is `kept` for the next run, if anything; after Ctrl-C, the exit code is 130, as in
+    shells.
     """
     on = Console(stderr=True, highlight=False, soft_wrap=True, markup=False, emoji=False)
     columns = TextColumn("{task.description}", markup=False), BarColumn(), TaskProgressColumn(), TimeRemainingColumn()
@@ -157,8 +157,8 @@ def progress(kept: str = "", kept_in: Path | None = None) -> Iterator[tuple[Cons
         with Progress(*columns, console=on, transient=True, disable=not on.is_terminal) as bar:
             yield on, move
     except (KeyboardInterrupt, BackendError, OSError) as error:
-        if kept and (kept_in is None or kept_in.exists()):
-            on.print(kept)
+        if told := kept():
+            on.print(told)
         if isinstance(error, KeyboardInterrupt):
             raise SystemExit(130) from None
         raise

@@ -224,9 +224,13 @@ def _rerank_files(
     scorer: Scorer, source: Path, target: Path, options: dict[str, Any], *, ray: bool, strict: bool
 ) -> None:
     """Rerank a file, or with Ray a folder; show a bar, and on stderr what came of it or how to continue."""
-    what, path = ("shards", target) if ray else ("lines", partial_of(target))
-    kept = f"The finished {what} are kept in {path}: the same command continues behind them."
-    with progress(kept, path) as (on, move):
+
+    def kept() -> str:
+        what, path = ("shards", target) if ray else ("lines", partial_of(target))
+        told = f"The finished {what} are kept in {path}: the same command continues behind them."
+        return told if path.exists() else ""
+
+    with progress(kept) as (on, move):
 
         def show(tally: Tally, fraction: float) -> None:
             if tally.resumed == tally.lines > 0:
