@@ -73,6 +73,7 @@ load: .venv/.installed-bench $(VLLM)
 	$(BIN)/python -m benchmarks.load
 
 soak: .venv/.installed-dev $(VLLM)
+	ABANDONED_CALLS=2000 $(BIN)/pytest -q tests/vllm/faults/test_abandoned.py
 	$(BIN)/python -m tests.soak
 
 # What was newest yesterday may not be today, so it is installed each time. pip takes a torch for CPUs only where its index

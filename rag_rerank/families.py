@@ -5,7 +5,9 @@ and ``rag-rerank template list`` and the guide print it. It holds facts of the m
 not in it is never guessed at.
 """
 
+import contextlib
 import difflib
+import functools
 import re
 import shlex
 import tomllib
@@ -17,7 +19,7 @@ from typing import Any, Literal
 
 from rag_rerank.errors import ConfigError
 
-Method = Literal["head", "two-token", "single-token", "bi-encoder", "late-interaction"]
+Method = Literal["head", "two-token", "single-token", "bi-encoder", "late-interaction", "listwise"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,29 +29,34 @@ class Family:
     Attributes:
         name: Unique; where the family has a template of its own, that template's name too.
         models: Hub ids, with the wildcards of `fnmatch`.
-        card: The model card that prompt and score are taken from.
+        card: The model card that prompt, score and licence are taken from.
+        licence: Of the weights.
+        size: How many parameters its models have.
         architectures: What ``architectures`` in the checkpoint's config.json says; empty where it may say anything.
         template: The file in ``rag_rerank/templates``, which `Template.load` finds; None where query and document are
             encoded as a pair, or alone.
         method: Where the score comes from: a classification ``head``; the next token's logits, ``two-token`` for
-            logit(true) - logit(false) and ``single-token`` for logit(true); the cosine of two embeddings; or the sum
-            of every query token's best match.
+            logit(true) - logit(false) and ``single-token`` for logit(true); the cosine of two embeddings; the sum of
+            every query token's best match; or ``listwise``, the cosine of two states in a prompt of all documents.
         tokens: (false, true) or (true,), as ``classifier_from_token`` wants them: each one vocabulary entry.
         instruction: What the template says when no instruction is given; None where it then says nothing.
         logit_scale: The score is sigmoid(logit * logit_scale + logit_bias).
         logit_bias: See `logit_scale`. A vLLM server that applies the two does so under use_activation=false as well.
         max_length: How many tokens of prompt the card's code keeps, else how many the model takes; None where models
             of the family differ.
-        local: Whether `LocalScorer` runs it; if not, it needs a vLLM server.
+        local: In which way `LocalScorer` runs it, as `Proof.path`; empty where it needs a vLLM server.
         served: Whether vLLM serves it.
         vllm_flags: What follows ``vllm serve MODEL``. ``{template}`` stands for the template's path; put it in with
             `str.replace`, since the JSON in the flags has braces too.
+        by_architecture: Whether the architecture alone tells the family, whatever the model is called.
         note: What else to know.
     """
 
     name: str
     models: tuple[str, ...]
     card: str
+    licence: str
+    size: str
     method: Method
     architectures: tuple[str, ...] = ()
     template: str | None = None
@@ -58,9 +65,10 @@ class Family:
     logit_scale: float = 1.0
     logit_bias: float = 0.0
     max_length: int | None = None
-    local: bool = True
+    local: Literal["unpadded", "padded", ""] = "unpadded"
     served: bool = True
     vllm_flags: str = ""
+    by_architecture: bool = False
     note: str = ""
 
     def serve(self, model: str) -> list[str]:
@@ -95,11 +103,13 @@ def find_family(model_name: str, architectures: Sequence[str] = ()) -> Family | 
             namesake from the model that is meant. Empty where not known yet.
 
     Returns:
-        None for a model that is not in the table: similar names mean nothing.
+        None for a model that is not in the table: similar names mean nothing, but some architectures are one family's.
     """
     name = _own_name(model_name)
     best, best_length = None, 0
     for family in FAMILIES:
+        if family.by_architecture and set(architectures) & set(family.architectures):
+            return family
         if architectures and family.architectures and not set(architectures) & set(family.architectures):
             continue
         for pattern in map(_own_name, family.models):
@@ -120,6 +130,15 @@ def family(name: str) -> Family:
     similar = difflib.get_close_matches(name.lower(), _BY_NAME, n=1)
     meant = f" Did you mean {similar[0]!r}?" if similar else ""
     raise ConfigError(f"there is no family {name!r}.{meant} Known are {', '.join(_BY_NAME)}")
+
+
+@functools.lru_cache(64)
+def is_listwise(model: str) -> bool:
+    """Tell whether a model scores the documents of a query together: by the folder's config.json, else by its name."""
+    with contextlib.suppress(OSError, ValueError):  # it may lie on another machine, or be a hub id
+        if b"JinaForRanking" in Path(model, "config.json").read_bytes():
+            return True
+    return "jina-reranker-v3" in model.lower()
 
 
 def _own_name(model_name: str) -> str:

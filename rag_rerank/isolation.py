@@ -1,6 +1,7 @@
 """Whose fault a failure is: found out by asking again with less, the same for every back end.
 
-A back end that knows which documents it refused says so (`DocumentRejected` with scores). Any other failure that one
+A back end that knows which documents are to blame says so: it gives their errors in the place of their scores, or
+raises one error with `indices` and `scores`. Any other failure that one
 pair may have caused is narrowed down: first to queries, then to the documents of one. Whether it is the server or the
 model that fails is asked once, with a text that nothing refuses.
 """
@@ -46,7 +47,7 @@ class Asking:
         self.pairs: Pairs | None = next(self._steps) if documents else None
         self.outcomes: list[Outcome] = []
 
-    def take(self, reply: Sequence[float] | RerankError) -> None:
+    def take(self, reply: Sequence[Outcome] | RerankError) -> None:
         """Take what came of `pairs`."""
         try:
             self.pairs = self._steps.send(reply)
@@ -68,7 +69,7 @@ class Asking:
 
 def _isolate(
     queries: Contents, documents: Contents, *, listwise: Callable[[], bool], located: bool
-) -> Generator[Pairs, Sequence[float] | RerankError, list[Outcome]]:
+) -> Generator[Pairs, Sequence[Outcome] | RerankError, list[Outcome]]:
     """Yield what to ask, take what came of it; one pair of n that fails costs about 2 log2(n) questions more."""
     outcomes: list[Outcome] = [math.nan] * len(documents)
     works = False  # whether a neutral pair is known to get a score
@@ -111,9 +112,10 @@ def failure(outcomes: Sequence[Outcome]) -> RerankError | None:
     whole = next((error for error in errors if not _may_be_one_pairs(error)), None)
     if whole is not None:
         return whole
-    if len(errors) == 1 and len(failed) == len(outcomes) and not getattr(first, "scores", ()):
-        return first
     if not isinstance(first, BackendError):
+        return first
+    located = isinstance(first, DocumentRejected) or bool(first.scores)  # by the back end, see above
+    if len(errors) == 1 and len(failed) == len(outcomes) and not located:
         return first
     scores = [outcome if isinstance(outcome, float) else None for outcome in outcomes]
     if len(errors) == 1 and first.scores == tuple(scores):
@@ -125,7 +127,7 @@ def failure(outcomes: Sequence[Outcome]) -> RerankError | None:
         joined: BackendError = BadReply(f"{places} {first.reason or f'got no score: {first.message}'}", facts)
     else:
         joined = DocumentRejected(f"{places} rejected: {first.reason or first.message}", facts)
-    joined.__cause__ = first.__cause__ if first.scores else first
+    joined.__cause__ = first.__cause__ if located else first
     return joined
 
 
@@ -150,11 +152,11 @@ def _pairs(queries: Contents, documents: Contents, positions: Sequence[int]) -> 
     return asked, documents if whole else [documents[position] for position in positions]
 
 
-def _outcomes(reply: Sequence[float] | RerankError, count: int) -> list[Outcome] | RerankError:
+def _outcomes(reply: Sequence[Outcome] | RerankError, count: int) -> list[Outcome] | RerankError:
     """Read the outcomes off a reply; or give an error back that does not say whose fault it is."""
     if not isinstance(reply, RerankError):
         if len(reply) == count:
-            return [_finite(float(score)) for score in reply]
+            return [each if isinstance(each, RerankError) else _finite(float(each)) for each in reply]
         wrong = BadReply(f"the back end gave {len(reply)} scores for {count} documents")
         return [wrong] * count  # its own fault whatever it is asked: not to be mended by asking for less
     if isinstance(reply, BackendError) and reply.indices and len(reply.scores) == count:

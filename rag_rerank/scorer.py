@@ -79,7 +79,7 @@ class Scorer(Closeable, ABC):
     @abstractmethod
     def _score(
         self, queries: Contents, documents: Contents, until: float | None, instruction: str | None = None
-    ) -> Sequence[float]:
+    ) -> Sequence[Outcome]:
         """Score the pairs; called with checked input only.
 
         Args:
@@ -89,12 +89,13 @@ class Scorer(Closeable, ABC):
             instruction: The call's own; passed only where there is one, and only if `accepts_instruction`.
 
         Returns:
-            One score per document, in order. The base class checks number and finiteness.
+            One score per document, in order; or the error of one that the back end knows to be to blame. The base class
+            checks number and finiteness.
         """
 
     async def _ascore(
         self, queries: Contents, documents: Contents, until: float | None, instruction: str | None = None
-    ) -> Sequence[float]:
+    ) -> Sequence[Outcome]:
         """Score the pairs for a caller in an event loop. By default it runs `_score` in a worker thread."""
         own = {} if instruction is None else {"instruction": instruction}
         return await asyncio.to_thread(self._score, queries, documents, until, **own)

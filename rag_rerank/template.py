@@ -118,6 +118,12 @@ class Template:
         """Tell whether the prompt changes with a variable, such as ``"instruction"``."""
         return self.render("q", "d", {variable: _QUERY}) != self.render("q", "d", {variable: _DOCUMENT})
 
+    @property
+    def document_first(self) -> bool:
+        """Whether the document stands before the query."""
+        rendered = self.render(_QUERY, _DOCUMENT)
+        return rendered.index(_DOCUMENT.strip()) < rendered.index(_QUERY.strip())
+
     def split(self, variables: Mapping[str, Any] | None = None) -> "Halves":
         """Split the prompt in two halves, for servers that have no template and join query and document themselves.
 

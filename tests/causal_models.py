@@ -179,7 +179,8 @@ _ARCHITECTURES: dict[str, dict[str, Any]] = {
     "phi3": {"sliding_window": None},
     "qwen2": {"use_sliding_window": True, "sliding_window": 24, "max_window_layers": 1},
     "qwen3": {"head_dim": 32},
-    # Of the 16 pairs in a head, those that turn with time, height and width; for text the three are the same.
+    # Of the pairs in a head, those that turn with time, height and width; for text the three are the same.
+    "qwen2_vl_text": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}},
     "qwen3_vl_text": {
         "head_dim": 32,
         "rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0, "mrope_section": [6, 5, 5]},

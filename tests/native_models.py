@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
+from tokenizers import Tokenizer as Tokens
 from torch import Tensor
 from transformers import CONFIG_MAPPING, AutoModel, AutoModelForSequenceClassification, PreTrainedTokenizerFast
 
@@ -213,6 +214,51 @@ def make_lfm2_colbert(folder: Path) -> Path:
         (folder / path).write_text(json.dumps(content), encoding="utf-8")
     projection = torch.randn(48, 64, generator=torch.Generator().manual_seed(1)) / 64
     save_file({"linear.weight": projection}, folder / "1_Dense" / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+V3_LENGTH = 32768
+V3_MARKS = {"<|embed_token|>": 151670, "<|rerank_token|>": 151671}  # vLLM knows them by these ids
+
+
+def make_jina_v3(folder: Path) -> Path:
+    """Save a jina-reranker-v3: a Qwen3 with the output matrix of its base and a projector of two layers."""
+    plain = json.loads(byte_level_tokenizer("qwen3").backend_tokenizer.to_str())
+    for mark, number in V3_MARKS.items():
+        plain["model"]["vocab"][mark] = number
+        plain["added_tokens"].append({**plain["added_tokens"][0], "id": number, "content": mark})
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokens.from_str(json.dumps(plain)),
+        model_max_length=V3_LENGTH,
+        model_input_names=["input_ids", "attention_mask"],
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        additional_special_tokens=["<|im_start|>", *V3_MARKS],
+    )
+    config = {
+        **SIZES,
+        "architectures": ["JinaForRanking"],
+        "auto_map": {"AutoModel": "modeling.JinaForRanking"},
+        "model_type": "qwen3",
+        "hidden_size": 32,
+        "head_dim": 32,
+        "num_key_value_heads": 1,
+        "max_position_embeddings": V3_LENGTH,
+        "rms_norm_eps": 1e-06,
+        "rope_theta": 1000000,
+        "tie_word_embeddings": True,
+        "torch_dtype": "float32",
+        "vocab_size": 151672,
+    }
+    own = {"architectures", "auto_map", "model_type", "torch_dtype"}
+    weights = _random("qwen3", {key: config[key] for key in config.keys() - own}, AutoModel)
+    shapes = {"0": (16, 32), "2": (512, 16)}
+    projector = {f"projector.{layer}.weight": torch.randn(shape) for layer, shape in shapes.items()}
+    tokenizer.save_pretrained(folder)
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    (folder / "modeling.py").write_text("raise AssertionError('code of the repository is run')", encoding="utf-8")
+    named = {f"model.{name}": weight for name, weight in weights.items()}
+    save_file({**named, **projector}, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
 
 

@@ -254,6 +254,7 @@ class TestFinding:
             ("Qwen/Qwen3-VL-Reranker-2B", "qwen3-vl-reranker"),
             ("mixedbread-ai/mxbai-rerank-base-v2", "mxbai-rerank-v2"),
             ("mixedbread-ai/mxbai-rerank-large-v2", "mxbai-rerank-v2"),
+            ("mixedbread-ai/mxbai-rerank-large-v1", "mxbai-rerank-v1"),
             ("BAAI/bge-reranker-v2-gemma", "bge-reranker-v2-gemma"),
             ("zeroentropy/zerank-2", "zerank-2"),
             ("zeroentropy/zerank-2-reranker", "zerank-2"),
@@ -264,6 +265,7 @@ class TestFinding:
             ("nvidia/llama-nemotron-rerank-1b-v2", "nemotron-rerank"),
             ("nvidia/llama-nemotron-rerank-vl-1b-v2", "nemotron-rerank-vl"),
             ("jinaai/jina-reranker-m0", "jina-reranker-m0"),
+            ("jinaai/jina-reranker-v3", "jina-reranker-v3"),
             ("castorini/monot5-base-msmarco-10k", "monot5"),
             ("unicamp-dl/mt5-base-mmarco-v2", "mt5-mmarco"),
             ("Alibaba-NLP/gte-multilingual-reranker-base", "gte-multilingual-reranker"),
@@ -298,11 +300,9 @@ class TestFinding:
             "Qwen/Qwen3-0.6B",
             "Qwen/Qwen3-Embedding-0.6B",
             "me/my-Qwen3-Reranker-0.6B",
-            "mixedbread-ai/mxbai-rerank-base-v1",
             "BAAI/bge-reranker-v2-minicpm-layerwise",
             "BAAI/bge-reranker-v2.5-gemma2-lightweight",
             "/data/Qwen3-Reranker-0.6B/checkpoint-500",
-            "jinaai/jina-reranker-v3",
             "BAAI/bge-reranker-v2-m3",  # its files say all
         ],
     )
@@ -319,6 +319,11 @@ class TestFinding:
     def test_a_namesake_of_another_architecture_is_not_found(self):
         """Whatever it is, it isn't that model."""
         assert find_family("me/bge-reranker-v2-gemma", ["BertForSequenceClassification"]) is None
+
+    def test_some_architectures_are_a_family_of_their_own(self):
+        """Under any name: vLLM has prompt and scale built in, too."""
+        assert find_family("/models/mine", ["JinaVLForRanking"]) is family("jina-reranker-m0")
+        assert find_family("/models/mine", ["JinaForRanking"]) is family("jina-reranker-v3")
 
     def test_an_unknown_name_is_answered_with_the_known_ones(self):
         """And with the one that was meant."""

@@ -13,9 +13,10 @@ import pytest
 from rag_rerank import LocalScorer, embedded
 from rag_rerank.evaluation import Collection
 from rag_rerank.evaluation.retrieval import BM25
-from rag_rerank.families import FAMILIES
+from rag_rerank.families import FAMILIES, family
 from tests import released
 from tests.examples import ROOT, examples, hub_with, printed_by
+from tests.parity import PARITY, SAME
 
 PAGES = [
     ROOT / "README.md",
@@ -87,18 +88,24 @@ def test_the_readme_begins_with_what_reranking_does():
 
 
 def family_table() -> str:
-    """The guide's table of models, from the one in rag_rerank.families."""
-    score = {"head": "head", "bi-encoder": "cosine", "late-interaction": "MaxSim"}
-    rows = ["| model | template; score from | `LocalScorer` | `vllm serve MODEL` and |", "|---|---|---|---|"]
-    for family in FAMILIES:
-        models = "<br>".join(family.models).replace("*", "\\*")
-        source = score.get(family.method) or " against ".join(f"`{token}`" for token in reversed(family.tokens))
-        template = f"{family.template.removesuffix('.jinja')}; " if family.template else ""
-        flags = family.vllm_flags.replace("{template}", family.template or "")
-        local = "yes" if family.local else "no"
-        served = (f"`{flags}`" if flags else "") if family.served else "not served by vLLM"
-        rows.append(f"| {models} | {template}{source} | {local} | {served} |")
-    return "\n".join(rows)
+    """The guide's table of models, from the one in rag_rerank.families and what tests saw."""
+    titles = "model", "licence", "size", "window", "local", "vLLM", "parity"
+    rows = [titles, ["---"] * len(titles)]
+    for each in FAMILIES:
+        models = "<br>".join(each.models).replace("*", "\\*")
+        window = f"{each.max_length:,}" if each.max_length else ""
+        flags = each.vllm_flags.replace("{template}", each.template or "")
+        served = f"`{f'vllm serve MODEL {flags}'.strip()}`" if each.served else "no"
+        local = each.local or f"no: {each.note.partition('. ')[0]}"
+        rows.append([models, each.licence, each.size, window, local, served, _parity(each.name)])
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def _parity(name: str) -> str:
+    if name in PARITY:
+        largest, test = PARITY[name]
+        return f"{largest:.0e}, `{test}`".replace("e-0", "e-")
+    return f"as {family(SAME[name]).models[0]}".replace("*", "\\*") if name in SAME else ""
 
 
 def test_the_table_of_models_is_that_of_the_package():

@@ -79,11 +79,7 @@ def make_vision_reranker(folder: Path, *, seed: int = 0) -> Path:
     )
     torch.manual_seed(seed)
     model = AutoModelForImageTextToText.from_config(config, dtype=torch.float32)
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            if weight.dim() > 1:
-                # As in tests.causal_models; and pictures that outshout the words around them no more than words do.
-                weight.normal_(std=0.35 if "embed_tokens" in name else 0.1 if "visual" in name else 0.25)
+    _widen(model)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     processor = {
@@ -115,6 +111,90 @@ def make_vision_classifier(folder: Path, *, seed: int = 0) -> Path:
     config |= {"architectures": ["Qwen3VLForSequenceClassification"], "id2label": {"0": "relevant"}}
     (folder / "config.json").write_text(json.dumps(config | {"label2id": {"relevant": 0}, "num_labels": 1}))
     return folder
+
+
+def make_jina_m0(folder: Path, *, seed: int = 0) -> Path:
+    """Save a jina-reranker-m0 as its repository has it: a Qwen2-VL under its first names, a head of two layers."""
+    tokenizer = _tokenizer()
+    ids = dict(zip(_SPECIALS, tokenizer.convert_tokens_to_ids(list(_SPECIALS)), strict=True))
+    config = {
+        "architectures": ["JinaVLForRanking"],
+        "auto_map": {"AutoModel": "modeling.JinaVLForRanking"},
+        "model_type": "qwen2_vl",
+        "attention_dropout": 0.0,
+        "bos_token_id": ids["<|endoftext|>"],
+        "eos_token_id": ids["<|im_end|>"],
+        "hidden_act": "silu",
+        "hidden_size": 64,
+        "image_token_id": ids["<|image_pad|>"],
+        "intermediate_size": 128,
+        "max_position_embeddings": MAX_POSITIONS,
+        "max_window_layers": 2,
+        "num_attention_heads": 2,
+        "num_hidden_layers": 2,
+        "num_key_value_heads": 1,
+        "rms_norm_eps": 1e-06,
+        "rope_scaling": {"mrope_section": [4, 6, 6], "rope_type": "default", "type": "default"},
+        "rope_theta": 1000000.0,
+        "sliding_window": 32768,
+        "tie_word_embeddings": True,
+        "torch_dtype": "float32",
+        "use_sliding_window": False,
+        "video_token_id": ids["<|video_pad|>"],
+        "vision_config": {
+            "depth": 2,
+            "embed_dim": 64,
+            "hidden_size": 64,
+            "in_chans": 3,
+            "mlp_ratio": 2,
+            "model_type": "qwen2_vl",
+            "num_heads": 2,
+            "patch_size": PATCH,
+            "spatial_merge_size": MERGE,
+            "spatial_patch_size": PATCH,
+            "temporal_patch_size": 2,
+        },
+        "vision_end_token_id": ids["<|vision_end|>"],
+        "vision_start_token_id": ids["<|vision_start|>"],
+        "vision_token_id": ids["<|video_pad|>"],
+        "vocab_size": len(tokenizer),
+    }
+    torch.manual_seed(seed)
+    given = {name: value for name, value in config.items() if name not in ("architectures", "auto_map", "model_type")}
+    model = AutoModelForImageTextToText.from_config(CONFIG_MAPPING["qwen2_vl"](**given), dtype=torch.float32)
+    _widen(model)
+    weights = {
+        name.replace("model.language_model.", "model.").replace("model.visual.", "visual."): weight
+        for name, weight in model.state_dict().items()
+        if name != "lm_head.weight"  # tied
+    }
+    for name, shape in {"0.weight": (64, 64), "0.bias": (64,), "2.weight": (1, 64), "2.bias": (1,)}.items():
+        weights[f"score.{name}"] = torch.randn(shape) / 4
+    tokenizer.save_pretrained(folder)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    (folder / "modeling.py").write_text("raise AssertionError('code of the repository is run')", encoding="utf-8")
+    processor = {
+        "image_processor_type": "Qwen2VLImageProcessor",
+        "processor_class": "Qwen2VLProcessor",
+        "min_pixels": LEAST,
+        "max_pixels": MOST,
+        "patch_size": PATCH,
+        "merge_size": MERGE,
+        "temporal_patch_size": 2,
+        "image_mean": [0.48145466, 0.4578275, 0.40821073],
+        "image_std": [0.26862954, 0.26130258, 0.27577711],
+    }
+    (folder / "preprocessor_config.json").write_text(json.dumps(processor), encoding="utf-8")
+    return folder
+
+
+def _widen(model: PreTrainedModel) -> None:
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if weight.dim() > 1:
+                # As in tests.causal_models; and pictures that outshout the words around them no more than words do.
+                weight.normal_(std=0.35 if "embed_tokens" in name else 0.1 if "visual" in name else 0.25)
 
 
 @cache
@@ -176,18 +256,24 @@ class PlainTransformers:
     @torch.inference_mode()
     def logit(self, query: Sequence[str | Image.Image], document: Sequence[str | Image.Image]) -> float:
         """The logit of yes less that of no for a query and a document, each as its parts."""
-        images = [part for part in (*query, *document) if not isinstance(part, str)]
-        text = self.template.render(_flat(query), _flat(document))
+        inputs = self.inputs(_images(query) + _images(document), self.template.render(_flat(query), _flat(document)))
+        logits = self.model(**inputs).logits[0, -1]
+        return float(logits[self.yes] - logits[self.no])
+
+    def inputs(self, images: Sequence[Image.Image], text: str, end: Sequence[int] = ()) -> dict[str, torch.Tensor]:
+        """What transformers' model takes for a prompt with placeholders, and the tokens `end` behind it."""
         pixels = {}
         if images:
             pixels = dict(self.processor(images=images, return_tensors="pt"))
             for _, high, wide in pixels["image_grid_thw"].tolist():
                 text = text.replace("<|image_pad|>", "<|tmp|>" * (high * wide // MERGE**2), 1)
         text = text.replace("<|tmp|>", "<|image_pad|>")
-        tokens = self.tokenizer(text, return_tensors="pt")
-        kinds = (tokens["input_ids"] == self.model.config.image_token_id).int()
-        logits = self.model(**tokens, **pixels, mm_token_type_ids=kinds).logits[0, -1]
-        return float(logits[self.yes] - logits[self.no])
+        ids = torch.tensor([[*self.tokenizer(text)["input_ids"], *end]])
+        return {"input_ids": ids, "mm_token_type_ids": (ids == self.model.config.image_token_id).int(), **pixels}
+
+
+def _images(parts: Sequence[str | Image.Image]) -> list[Image.Image]:
+    return [part for part in parts if not isinstance(part, str)]
 
 
 def _flat(parts: Sequence[str | Image.Image]) -> str:

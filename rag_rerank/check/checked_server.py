@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from rag_rerank.errors import BackendUnavailable, BadReply
+from rag_rerank.errors import BackendUnavailable, BadReply, RerankError
 from rag_rerank.families import Family, find_family
 from rag_rerank.vllm.client import Client
 from rag_rerank.vllm.keys import Keys
@@ -80,7 +80,11 @@ class CheckedServer:
         options = replace(self.client.options, **changed)
         client, until = replace(self.client, rules=rules, options=options), self._until()
         queries = [queries] if isinstance(queries, str) else queries
-        scores = client.transport.run(client.call(queries, documents, until), until)
+        outcomes = client.transport.run(client.call(queries, documents, until), until)
+        scores = [outcome for outcome in outcomes if isinstance(outcome, float)]
+        for error in outcomes:
+            if isinstance(error, RerankError):
+                raise error
         if not all(map(math.isfinite, scores)):
             raise BadReply("a document got a score that is not finite", endpoint=self.label)
         return scores

@@ -1,8 +1,10 @@
 """What an examination finds."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
+from rag_rerank.check.texts import KNOWN
 from rag_rerank.errors import BackendError
 
 Verdict = Literal["good", "note", "warning", "problem"]
@@ -24,6 +26,18 @@ class Finding:
     verdict: Verdict
     says: str
     remedy: str | None = None
+
+
+def listwise(score: Callable[[str, list[str]], list[float]]) -> Finding:
+    """See how much the order of documents changes the scores of a model that reads those of a query together."""
+    question, documents = KNOWN[0][0], [answer for _, answer in KNOWN]
+    scores = zip(score(question, documents), reversed(score(question, documents[::-1])), strict=True)
+    apart = max(abs(forth - back) for forth, back in scores)
+    said = "It scores the documents of a query together (listwise): all of a call, which is never split. "
+    said += f"In the opposite order, {len(documents)} documents score up to {apart:.1g} otherwise."
+    return Finding(
+        "Batches", "note", said, "Compare scores within a call only: each depends on the others, and on their order."
+    )
 
 
 def failure(title: str, error: Exception) -> Finding:

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 from rag_rerank import LocalScorer
-from rag_rerank.check.finding import Finding, failure
+from rag_rerank.check.finding import Finding, failure, listwise
 from rag_rerank.errors import RerankError
 from rag_rerank.local.checkpoint.declaration import Declaration, Layer, Route
 
@@ -18,7 +18,12 @@ def check_local(scorer: LocalScorer) -> Iterator[Finding]:
     what = f"{scorer.model_name} is a {declared.kind}, run as {facts['score type']}"
     yield Finding("Model", "good", f"{what} in {facts['dtype']} on {facts['device']}.")
     yield _files(declared)
-    if declared.kind == "cross-encoder":
+    if scorer.listwise:
+        try:
+            yield listwise(scorer.score)
+        except RerankError as error:
+            yield failure("Batches", error)
+    elif declared.kind == "cross-encoder":
         yield _scores(declared, facts["activation"])
         made = "read as a pair" if facts["template"] == "none" else "put into a score template"
         own = {"prompt": declared.document.prompt or None, "instruction": declared.instruction}

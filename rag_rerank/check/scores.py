@@ -100,6 +100,9 @@ def sample(server: CheckedServer) -> Sample:
         return Sample(scores, None, twins)
 
 
+_EMBEDDED = {"bi-encoder", "late-interaction", "listwise"}  # methods that compare vectors
+
+
 def scale(server: CheckedServer, sample: Sample) -> Finding:
     """Say what kind of scores it gives, and what that means for a threshold."""
     kind, family = sample.scale, server.family
@@ -107,7 +110,7 @@ def scale(server: CheckedServer, sample: Sample) -> Finding:
         said = "All scores are 1 or -1, cosines of single numbers: a cross-encoder is served as an embedding model."
         checkpoint = shlex.quote(server.facts.checkpoint or server.facts.model)
         return Finding("Scores", "problem", said, f"Serve what this makes: rag-rerank convert {checkpoint} OUT")
-    if kind == "cosine" and family is not None and family.method not in {"bi-encoder", "late-interaction"}:
+    if kind == "cosine" and family is not None and family.method not in _EMBEDDED:
         said = f"The scores are cosines of embeddings, but {family.name} is a reranker: its head is not in use."
         return Finding("Scores", "problem", said, serve(server))
     if kind == "bounded" and server.client.options.use_activation is False:

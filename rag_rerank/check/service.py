@@ -5,7 +5,7 @@ import time
 
 from rag_rerank.check.access import ROUGHLY_ROUNDED, ROUNDED, largest_difference
 from rag_rerank.check.checked_server import CheckedServer
-from rag_rerank.check.finding import Finding, failure
+from rag_rerank.check.finding import Finding, failure, listwise
 from rag_rerank.check.texts import KNOWN, known_pairs, passages
 from rag_rerank.errors import BackendError, BadReply, DeadlineExceeded
 from rag_rerank.vllm.wire import Failure
@@ -16,8 +16,7 @@ _ROUNDS, _COUNTS, _BATCH = 3, (1, 10, 100), 32
 def batches(server: CheckedServer) -> Finding:
     """See whether a pair's score depends on what it is scored with."""
     if server.facts.listwise:
-        said = "It scores the documents of a query together (listwise): all of a call go in one request, never split."
-        return Finding("Batches", "note", said, "Compare scores within a call only: each depends on the others.")
+        return listwise(server.score)
     queries, documents = (texts[:_BATCH] for texts in known_pairs())
     chosen = range(0, _BATCH, 8)
     alone = [server.score(queries[position], [documents[position]])[0] for position in chosen]

@@ -24,6 +24,13 @@ _NO_FACTS = (
 )
 
 
+_KINDS = {
+    "ForCausalLM": "causal",
+    "T5ForConditionalGeneration": "sequence-to-sequence",
+    "JinaForRanking": "listwise",
+    "JinaVLForRanking": "vision",
+}
+
 # Names of labels that say "not relevant".
 _NEGATIVE = re.compile(r"(?i)(no|not|non|false|negative|0)(?![a-z])|(ir|un|dis|non|not)(relev|relat|simil|match)")
 
@@ -54,7 +61,7 @@ def load(settings: Settings) -> Model:
     score_type: ScoreType = getattr(loading, kind.replace("-", "_"))()
     template = loading.template
     asked = f"{checkpoint.name!r}, without a template," if template is None else f"the template {template.name!r}"
-    takes = template is not None and template.takes("instruction")
+    takes = kind == "listwise" or (template is not None and template.takes("instruction"))
     no_instruction = None if takes else f"{asked} has no place for an instruction"
     if no_instruction is not None and settings.instruction is not None:
         raise ConfigError(no_instruction)
@@ -71,7 +78,8 @@ def load(settings: Settings) -> Model:
         no_instruction=no_instruction,
         max_tokens_per_query=settings.max_tokens_per_query,
         max_tokens_per_doc=settings.max_tokens_per_doc,
-        special=None if template is None else special_tokens(checkpoint.tokenizer),
+        special=None if template is None and kind != "listwise" else special_tokens(checkpoint.tokenizer),
+        listwise=kind == "listwise",
         passages=settings.long_documents == "max-passage",
         document_prompt=settings.document_prompt or "",
         declaration=checkpoint.declaration,
@@ -103,12 +111,11 @@ def _kind(checkpoint: Checkpoint) -> str:
         return "modular"
     architecture = (*checkpoint.architectures, "(none)")[0]
     reads_images = checkpoint.config.model_type in MODEL_TYPES
-    if architecture.endswith("ForCausalLM"):
-        return "causal"
+    for ending, kind in _KINDS.items():
+        if architecture.endswith(ending):
+            return kind
     if architecture.endswith("ForConditionalGeneration") and reads_images:
         return "vision"
-    if architecture.endswith("T5ForConditionalGeneration"):
-        return "sequence-to-sequence"
     if not architecture.endswith("ForSequenceClassification"):
         raise ConfigError(
             f"{checkpoint.name!r} is a {architecture}: neither a *ForSequenceClassification nor a *ForCausalLM nor a "

@@ -25,15 +25,23 @@ from rag_rerank.local.models.cross_encoder import (
     Activation,
     PairModel,
     classifier_parts,
-    last_token_head,
     make_head_precise,
     relevance,
     whole_parts,
 )
-from rag_rerank.local.models.decoder import answer_head, causal_parts, keep_answers, score_row, token_ids
+from rag_rerank.local.models.decoder import (
+    answer_head,
+    causal_parts,
+    keep_answers,
+    stored_head,
+    stored_layers,
+    token_ids,
+)
 from rag_rerank.local.models.encoding import Truncation
 from rag_rerank.local.models.layers import activation, config_activation
+from rag_rerank.local.models.listwise import MARKS, Listwise
 from rag_rerank.local.models.model import ScoreType
+from rag_rerank.local.models.native.translation import ENDS
 from rag_rerank.local.models.prompts import ChatPrompts, Prompts
 from rag_rerank.local.models.sequence_to_sequence import FirstStep
 from rag_rerank.local.models.vision.processor import ImageProcessor
@@ -89,9 +97,9 @@ class PairLoading(Loading):
     def vision(self) -> ScoreType:
         """Load a model that reads images, and answers with a word or has a head that transformers has no class for."""
         processor = ImageProcessor.of(self.checkpoint)
-        if self.checkpoint.architectures[0].endswith("ForSequenceClassification"):
+        if not self.checkpoint.architectures[0].endswith("ForConditionalGeneration"):
             self._choose_template(needed=True)
-            head = last_token_head(score_row(self.checkpoint))
+            head = stored_head(self.checkpoint)
             model = self.load(AutoModel)
         else:
             ids = self._answers()
@@ -102,6 +110,21 @@ class PairLoading(Loading):
         text, _ = self.run(body.language_model, lambda decoder: self.parts(decoder, head))
         transformer = VisionTransformer.of(body, processor, text)
         return PairModel(ImagePrompts(self._prompts(model), transformer.tower), self._activation(), transformer, head)
+
+    def listwise(self) -> ScoreType:
+        """Load a model that reads the documents of a query together."""
+        if self.settings.long_documents == "max-passage":
+            raise ConfigError('a listwise model reads documents together; long_documents="max-passage" scores parts')
+        projector = stored_layers(self.checkpoint, "projector.0", "projector.2")
+        tokenizer = self.checkpoint.tokenizer
+        marks = cast("list[int | None]", tokenizer.convert_tokens_to_ids(list(MARKS)))
+        if None in marks or tokenizer.unk_token_id in marks:
+            raise ConfigError(f"the tokenizer of {self.checkpoint.name!r} has no {' and '.join(MARKS)}")
+        model = self.load(AutoModel)
+        transformer, _ = self.run(model, lambda body: self.parts(body, lambda states: projector(states.last().float())))
+        limit = self.max_length(model, self.checkpoint.declaration.document)
+        instruction = self.settings.variables["instruction"]
+        return Listwise(tokenizer, limit, instruction, cast("tuple[int, int]", tuple(marks)), transformer, projector)
 
     def _pair_model(self, model: PreTrainedModel, take_apart: Callable[[Any], Parts]) -> PairModel:
         transformer, head = self.run(model, take_apart)
@@ -134,7 +157,8 @@ class PairLoading(Loading):
         limit = self.max_length(model, declared.document)
         if not isinstance(self.template, ChatTemplate):
             prompt = declared.document.prompt if self.settings.query_prompt is None else ""
-            return Prompts(tokenizer, limit, self.template, variables, truncation, prompt)
+            end = next((ENDS[each] for each in self.checkpoint.architectures if each in ENDS), ())
+            return Prompts(tokenizer, limit, self.template, variables, truncation, prompt, end)
         if self.template.system and variables.get("instruction") is None:
             variables["instruction"] = declared.instruction
         return ChatPrompts(tokenizer, limit, self.template, variables, truncation)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rag_rerank.errors import ContentError, DeadlineExceeded, short_name
+from rag_rerank.families import is_listwise
 from rag_rerank.inputs.multimodal import Link, Prepared
 from rag_rerank.inputs.preparing import MANY, off_loop
 from rag_rerank.local.engine.engine import Engine
@@ -158,6 +159,12 @@ class LocalScorer(Scorer):
         """Whether the model reads images; True until it is loaded."""
         model = self._engine.model if self._process else None
         return model is None or model.text_only is None
+
+    @property
+    def listwise(self) -> bool:  # type: ignore[override]  # of a class that is asked, not told
+        """Whether the documents of a query are scored together; until it is loaded, by its config.json or name."""
+        model = self._engine.model if self._process else None
+        return is_listwise(self.model_name) if model is None else model.listwise
 
     def warmup(self) -> None:
         """Load the model and score a pair now, so that the first call doesn't pay for it.

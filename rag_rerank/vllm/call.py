@@ -8,7 +8,7 @@ and cuts its end otherwise. Texts beside images are cut where asked for, with to
 
 import asyncio
 import re
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -18,6 +18,7 @@ from rag_rerank.inputs import NEUTRAL
 from rag_rerank.inputs.images import BLANK
 from rag_rerank.inputs.multimodal import Link, Multimodal, Prepared, hidden
 from rag_rerank.inputs.preparing import MANY, off_loop, text_only
+from rag_rerank.isolation import Outcome
 from rag_rerank.vllm.exchange import Exchange
 from rag_rerank.vllm.wire import API, SINCE, Answer, Encoded, Options, ServerFacts, read_answer, scoring_request
 
@@ -53,25 +54,28 @@ class Call:
     _is_text: bool = False  # whether there is nothing but text
     _most_bytes: int = MAX_BYTES
     _limits: dict[int, int] = field(default_factory=dict)  # by position, at how many tokens documents are cut
-    _scores: dict[int, float] = field(default_factory=dict)  # by position, as the refusals
+    _outcomes: dict[int, Outcome] = field(default_factory=dict)  # by position, as the refusals
     _refusals: dict[int, BackendRejected] = field(default_factory=dict)
     _accepted: set[bool] = field(default_factory=set)  # True: a request with an image; False: one with text only
     _encoded: dict[int, Encoded] = field(default_factory=dict)  # by id of what stands in queries and documents
 
-    async def score(self) -> list[float]:
-        """Score each document, in order; DocumentRejected where the server takes the request, but not with these."""
-        facts = await self.exchange.describe()
-        self._api, self._most_bytes = facts.form.api, facts.most_bytes or MAX_BYTES
-        self._whole = facts.listwise and len(self.queries) == 1
+    async def score(self) -> list[Outcome]:
+        """Score each document, in order; one that the server rejects has its DocumentRejected there."""
+        server = await self.exchange.describe()
+        self._api, self._most_bytes = server.form.api, server.most_bytes or MAX_BYTES
+        self._whole = server.listwise and len(self.queries) == 1
         self._is_text = all(isinstance(each, str) for inputs in (self.queries, self.documents) for each in inputs)
         if self.fit and not self._whole:
-            await self._fit(facts)
+            await self._fit(server)
         positions = range(len(self.documents))
         chunks = deque(await off_loop(len(positions) > MANY, self._chunks, positions))
         await self._side_by_side(chunks, lambda chunk: self._score_chunk(chunk, chunks))
-        if self._refusals:
-            raise self._rejected()
-        return [self._scores[position] for position in positions]
+        for position, why in self._refusals.items():
+            facts: dict[str, Any] = {"reason": why.message, "status": why.status, "endpoint": why.endpoint}
+            self._outcomes[position] = self.exchange.error(
+                DocumentRejected, why.message, why.remedy, __cause__=why, **facts
+            )
+        return [self._outcomes[position] for position in positions]
 
     async def _side_by_side(
         self, work: deque[list[int]], do: Callable[[list[int]], Awaitable[None]], at_once: int | None = None
@@ -100,15 +104,15 @@ class Call:
         """
         if self._whole:
             return [list(positions)]
-        groups: dict[object, Sequence[int]] = {}
+        groups: dict[object, list[int]] = defaultdict(list)
         if self._is_text and self._api == "score" and not self._limits:
-            groups[None] = positions  # what most calls are, in half the time
+            groups[None] += positions  # what most calls are, in half the time
         else:
             for position in positions:
                 query, is_multimodal = self._query(position), self._is_multimodal(position)
                 alone = query if self._api != "score" or isinstance(query, Multimodal) else None
                 cut = self._options(position) if is_multimodal else self._limits.get(position)
-                groups.setdefault((is_multimodal, cut, alone), []).append(position)  # type: ignore[attr-defined]
+                groups[is_multimodal, cut, alone].append(position)
         chunks: list[list[int]] = []
         for group in groups.values():
             size = self._most_bytes + 1  # so that a chunk is begun
@@ -143,7 +147,7 @@ class Call:
             chunks.extendleft(await self._parts(error, chunk, options))
             return
         self._accepted.add(not self._is_text and _has_image(documents))
-        self._scores.update(zip(chunk, answer.scores, strict=True))
+        self._outcomes.update(zip(chunk, answer.scores, strict=True))
         self._forget(chunk)
 
     async def _parts(self, error: Refusal, chunk: list[int], sent: Options) -> list[list[int]]:
@@ -217,17 +221,6 @@ class Call:
                 return with_image in self._accepted  # another branch may know better by now
             self._accepted.add(with_image)
         return True
-
-    def _rejected(self) -> DocumentRejected:
-        """Make the error for documents that can't be scored, with the scores of the others."""
-        indices = sorted(self._refusals)
-        first = self._refusals[indices[0]]
-        several = f" and {len(indices) - 1} more" if len(indices) > 1 else ""
-        said = f"documents[{indices[0]}]{several} rejected: {first.message}"
-        scores = [self._scores.get(position) for position in range(len(self.documents))]
-        facts: dict[str, Any] = {"indices": indices, "scores": scores, "reason": first.message, "status": first.status}
-        facts |= {"endpoint": first.endpoint, "__cause__": first}
-        return self.exchange.error(DocumentRejected, said, first.remedy, **facts)
 
     async def _fit(self, facts: ServerFacts) -> None:
         """Cut the documents that may be too long, where that can be known and does no harm."""

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from rag_rerank.errors import ConfigError
 from rag_rerank.identity import Identity
+from rag_rerank.isolation import Outcome
 from rag_rerank.scorer import Scorer
 from rag_rerank.template import Template
 from rag_rerank.vllm.call import Inputs
@@ -208,13 +209,13 @@ class VLLMScorer(Scorer):
 
     def _score(
         self, queries: Inputs, documents: Inputs, until: float | None, instruction: str | None = None
-    ) -> list[float]:
+    ) -> list[Outcome]:
         _usage.set(usage := Usage())
         return self.client.transport.run(self.client.call(queries, documents, until, instruction, usage), until)
 
     async def _ascore(
         self, queries: Inputs, documents: Inputs, until: float | None, instruction: str | None = None
-    ) -> list[float]:
+    ) -> list[Outcome]:
         try:
             asyncio.get_running_loop()
         except RuntimeError:

@@ -5,16 +5,15 @@ fields out instead of sending null, and goes to ``/v1/score``: ``--api-key`` gua
 """
 
 import contextlib
-import functools
 import json
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar
 
 from rag_rerank.errors import BadReply, ConfigError
+from rag_rerank.families import is_listwise
 from rag_rerank.inputs.multimodal import Multimodal
 
 T = TypeVar("T")
@@ -105,15 +104,7 @@ class ServerFacts:
     @property
     def listwise(self) -> bool:
         """Whether the documents of a query are scored together: known by the model's name or architecture."""
-        return any(map(_is_listwise, filter(None, (self.model, self.checkpoint))))
-
-
-@functools.lru_cache(64)
-def _is_listwise(model: str) -> bool:
-    with contextlib.suppress(OSError, ValueError):  # it may lie on another machine, or be a hub id
-        if b"JinaForRanking" in Path(model, "config.json").read_bytes():
-            return True
-    return "jina-reranker-v3" in model.lower()
+        return any(map(is_listwise, filter(None, (self.model, self.checkpoint))))
 
 
 @dataclass(frozen=True, slots=True)

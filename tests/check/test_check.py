@@ -705,6 +705,7 @@ class TestService:
         """Known by its name: it is not half precision that makes scores differ."""
         found = examine(Fake(models={"m": "jinaai/jina-reranker-v3"}))["Batches"]
         assert (found.verdict, "listwise" in found.says) == ("note", True)
+        assert "In the opposite order, 12 documents score up to 0 otherwise" in found.says  # by this server
 
     def test_a_listwise_model_of_another_name(self):
         """Seen in documents of one query, whose scores change each other's."""

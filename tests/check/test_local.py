@@ -1,6 +1,7 @@
 """The examination of a model in this process: its declaration, and the proof that it is run rightly."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from rag_rerank.check.local import check_local
 from tests.causal_models import make_causal_lm
 from tests.commands import run
 from tests.encoder_models import make_bi_encoder, make_encoder_cross_encoder, make_pylate_colbert, modular_modules
+from tests.native_models import make_jina_v3
 
 
 def examine(folder: Path, **options: object) -> dict[str, Finding]:
@@ -93,6 +95,14 @@ def test_embeddings(tmp_path: Path):
     found = examine(colbert)["Scores"]
     assert "maxsim, query prompt '[Q] ', queries filled up to 20, skipped words 32; vLLM takes" in found.says
     assert 'late_interaction="vllm"' in str(found.remedy)
+
+
+def test_a_listwise_model(tmp_path: Path):
+    """How much the order of the documents matters is tried out."""
+    found = examine(make_jina_v3(tmp_path / "jina-reranker-v3"))
+    assert found["Model"].says.startswith(str(tmp_path))
+    assert found["Batches"].verdict == "note"
+    assert 0.001 < float(re.search(r"score up to ([\d.e-]+) otherwise", found["Batches"].says)[1]) < 2
 
 
 @pytest.mark.parametrize("as_json", [True, False])

@@ -411,6 +411,23 @@ class TestFitting:
         world = fitted(Server(template=1500, window=4000), "q", ["a", document])
         assert world.scores == [oracle("q", "a"), oracle("q", document[:2498])]
 
+    @pytest.mark.parametrize("at_once", [1, 2])
+    def test_it_is_found_out_once_for_all_requests_of_a_query(self, at_once: int):
+        """Those that are planned are cut anew, each pair at what its own query leaves; those under way are repeated."""
+        server, queries = Server(template=1500, window=4000), ["q", "q", "q", "query"]
+        documents = [letter * 2900 for letter in "abc"] + ["d"]
+
+        def answer(send: Send, now: float) -> tuple[float, Outcome]:
+            second = send.request.body is not None and documents[2] in documents_of(send)
+            return 5.0 if second else 0.01, server.reply(send)
+
+        world = World(answer, known=False, chunk_size=2, max_concurrency=at_once)
+        assert world.score(queries, documents, fit=True) == [
+            oracle(query, document[:2498]) for query, document in zip(queries, documents, strict=True)
+        ]
+        measured = [sent.content["text_1"] for sent in world.score_requests if sent.documents == ["a"]]
+        assert measured == ["a", "q"]
+
     def test_a_server_that_may_have_restarted_is_asked_anew_before_a_document_is_cut(self):
         """Now with a template, or another window: its connections are gone, or it was asked long ago."""
         for restarted in (Server(window=64, template=20), Server(window=32)):
@@ -444,6 +461,8 @@ class TestFitting:
         assert world.servers.facts.has_template is False
         world.score("q", ["z" * 100], fit=True)
         assert len(world.score_requests) == 3
+        world.score("q", ["z"], fit=True)
+        assert world.sent[-1].content["truncate_prompt_tokens"] == -1
 
     def test_with_a_template_documents_are_cut_at_what_it_and_the_query_leave(self):
         """64 tokens, of which template, query and one more take 26: the end of the prompt stays whole."""

@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 
 from rag_rerank import LocalScorer, VLLMScorer
-from rag_rerank.template import SHIPPED
 from tests.conftest import require_server
 from tests.encoder_models import (
     make_bi_encoder,
@@ -19,8 +18,16 @@ from tests.encoder_models import (
     make_pylate_colbert,
 )
 from tests.models import MAX_LENGTH
-from tests.native_models import make_gte, make_jina_colbert, make_jina_reranker, make_lfm2_colbert, make_nemotron
+from tests.native_models import (
+    make_gte,
+    make_jina_colbert,
+    make_jina_reranker,
+    make_jina_v3,
+    make_lfm2_colbert,
+    make_nemotron,
+)
 from tests.pairs import largest_difference, pairs
+from tests.parity import flags, largest_known, model_name
 from tests.vllm_server import VLLMServer, serving
 
 TOLERANCE = 1e-4
@@ -33,7 +40,7 @@ class Family:
     Attributes:
         make: Saves it into a folder.
         spread: How far its scores must be apart at least, or equality would say little.
-        options: What its server must be told.
+        options: What its server must be told, beside the flags of our table.
     """
 
     make: Callable[[Path], Path]
@@ -48,36 +55,15 @@ FAMILIES = {
     "bi-encoder-cls": Family(partial(make_bi_encoder, pooling="cls_token"), 0.2),
     "bi-encoder-last": Family(partial(make_bi_encoder, pooling="lasttoken"), 0.2),
     "colbert-bert": Family(make_colbert, 10),
-    # A PyLate folder calls itself a ModernBertModel; the server must be told what it is.
-    "colbert-modernbert": Family(
-        make_pylate_colbert, 10, ("--hf-overrides", json.dumps({"architectures": ["ColBERTModernBertModel"]}))
-    ),
-    # Without a limit the server takes its rope's factor times as many tokens, and scores those beyond with NaN.
-    "gte-multilingual-reranker": Family(
-        make_gte,
-        1,
-        (
-            *("--trust-remote-code", "--max-model-len", f"{MAX_LENGTH}"),
-            *("--hf-overrides", json.dumps({"architectures": ["GteNewForSequenceClassification"]})),
-        ),
-    ),
-    "jina-reranker-v2": Family(make_jina_reranker, 1, ("--trust-remote-code",)),
-    "llama-nemotron-rerank-1b-v2": Family(
-        make_nemotron, 1, ("--trust-remote-code", "--chat-template", f"{SHIPPED / 'nemotron-rerank.jinja'}")
-    ),
-    "jina-colbert-v2": Family(
-        make_jina_colbert,
-        10,
-        ("--trust-remote-code", "--hf-overrides", json.dumps({"architectures": ["ColBERTJinaRobertaModel"]})),
-    ),
+    "colbert-modernbert": Family(make_pylate_colbert, 10),
+    "gte-multilingual-reranker": Family(make_gte, 1, ("--max-model-len", f"{MAX_LENGTH}")),
+    "jina-reranker-v2": Family(make_jina_reranker, 1),
+    "nemotron-rerank": Family(make_nemotron, 1),
+    "jina-reranker-v3": Family(make_jina_v3, 0.2),
+    "jina-colbert-v2": Family(make_jina_colbert, 10),
     # On a CPU, the server's own kernel for ropes misreads this model's queries.
-    "LFM2-ColBERT-350M": Family(
-        make_lfm2_colbert,
-        10,
-        (
-            *("--hf-overrides", json.dumps({"architectures": ["ColBERTLfm2Model"]})),
-            *("--compilation-config", json.dumps({"custom_ops": ["-rotary_embedding"]})),
-        ),
+    "lfm2-colbert": Family(
+        make_lfm2_colbert, 10, ("--compilation-config", json.dumps({"custom_ops": ["-rotary_embedding"]}))
     ),
 }
 
@@ -86,8 +72,9 @@ FAMILIES = {
 def vllm_family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[VLLMServer]:
     """A server for one model after the other."""
     require_server()
-    folder = FAMILIES[request.param].make(tmp_path_factory.mktemp("models") / request.param)
-    with serving(folder, *FAMILIES[request.param].options) as server:
+    name, family = request.param, FAMILIES[request.param]
+    folder = family.make(tmp_path_factory.mktemp("models") / model_name(name))
+    with serving(folder, *flags(name), *family.options, name=name) as server:
         yield server
 
 
@@ -115,16 +102,23 @@ class TestFamilies:
     def test_scores_without_activation_are_equal(self, vllm_family: VLLMServer, texts):
         """Logits of a cross-encoder, plain dot products of a ColBERT, a bi-encoder's cosines as ever."""
         ours, theirs = scored(vllm_family, *texts, use_activation=False)
-        assert largest_difference(ours, theirs) <= TOLERANCE
+        assert largest_difference(ours, theirs) <= largest_known(vllm_family.name, TOLERANCE)
         assert max(ours) - min(ours) > FAMILIES[vllm_family.name].spread
 
     def test_one_query_for_all_is_equal(self, vllm_family: VLLMServer, texts):
         """As a reranker asks."""
         ours, theirs = scored(vllm_family, "How do I copy a file?", texts[1])
-        assert largest_difference(ours, theirs) <= TOLERANCE
+        assert largest_difference(ours, theirs) <= largest_known(vllm_family.name, TOLERANCE)
 
     def test_texts_are_cut_at_the_same_place(self, vllm_family: VLLMServer, texts):
         """max_tokens_per_query and max_tokens_per_doc mean the same on both sides, for every kind of model."""
         ours, theirs = scored(vllm_family, *texts, max_tokens_per_query=12, max_tokens_per_doc=30)
         assert largest_difference(ours, theirs) <= TOLERANCE
         assert ours != scored(vllm_family, *texts)[0]
+
+    @pytest.mark.parametrize("vllm_family", ["jina-reranker-v3"], indirect=True)
+    def test_long_lists_are_equal(self, vllm_family: VLLMServer, texts):
+        """More documents than the model's own code puts into a prompt."""
+        documents = [f"{text[:60]} {number}" for number, text in enumerate(texts[1][:43] * 6)]
+        ours, theirs = scored(vllm_family, "How do I copy a file?", documents)
+        assert largest_difference(ours, theirs) <= largest_known(vllm_family.name, TOLERANCE)

@@ -1,6 +1,6 @@
-"""The same score here and there for images: LocalScorer and a real vLLM server, with the same template file.
+"""The same score here and there for images: LocalScorer and a real vLLM server, with the flags of our table.
 
-A tiny Qwen3-VL in float32; files of several kinds, shapes and sizes, most of which are scaled on the way to the model.
+Tiny models in float32; files of several kinds, shapes and sizes, most of which are scaled on the way to the model.
 """
 
 import json
@@ -12,23 +12,21 @@ import pytest
 from PIL import Image as PillowImage
 
 from rag_rerank import Content, Image, Input, LocalScorer, VLLMScorer
+from rag_rerank.families import family
 from rag_rerank.inputs.multimodal import Multimodal
 from rag_rerank.inputs.preparing import prepare
 from rag_rerank.local.loading import load
-from rag_rerank.template import SHIPPED
+from rag_rerank.template import Template
 from tests import vllm_server
 from tests.conftest import require_server
-from tests.pairs import largest_difference
-from tests.vision_models import MAX_POSITIONS, NAME, make_vision_reranker, picture, png
+from tests.pairs import largest_difference, pairs
+from tests.parity import flags, largest_known, model_name
+from tests.vision_models import MAX_POSITIONS, make_jina_m0, make_vision_reranker, picture, png
 from tests.vllm_server import VLLMServer
 
-TOLERANCE = 1e-4  # of logits that span several units; seen: 1.2e-5
+TOLERANCE = 1e-4  # of logits that span several units
 QUERY = "How do I copy a file?"
-OVERRIDES = {
-    "architectures": ["Qwen3VLForSequenceClassification"],
-    "classifier_from_token": ["no", "yes"],
-    "is_original_qwen3_reranker": True,
-}
+MODELS = {"qwen3-vl-reranker": make_vision_reranker, "jina-reranker-m0": make_jina_m0}
 
 
 def turned() -> bytes:
@@ -65,13 +63,13 @@ QUERIES = {
 }
 
 
-@pytest.fixture(scope="module")
-def vllm_sees(tmp_path_factory: pytest.TempPathFactory) -> Iterator[VLLMServer]:
-    """The tiny Qwen3-VL on a real server, prompted with the shipped file."""
+@pytest.fixture(scope="module", params=MODELS)
+def vllm_sees(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[VLLMServer]:
+    """A tiny model on a real server."""
     require_server(sees=True)
-    folder = make_vision_reranker(tmp_path_factory.mktemp("models") / NAME)
-    options = ["--chat-template", str(SHIPPED / "qwen3-vl-reranker.jinja"), "--max-model-len", str(MAX_POSITIONS)]
-    with vllm_server.serving(folder, *options, "--hf-overrides", json.dumps(OVERRIDES), sees=True) as server:
+    folder = MODELS[request.param](tmp_path_factory.mktemp("models") / model_name(request.param))
+    options = [*flags(request.param), "--max-model-len", str(MAX_POSITIONS)]
+    with vllm_server.serving(folder, *options, name=request.param, sees=True) as server:
         yield server
 
 
@@ -100,14 +98,25 @@ def test_logits_are_equal(query: str, vllm_sees: VLLMServer, local: LocalScorer)
     documents = list(DOCUMENTS.values())
     ours = local.score(QUERIES[query], documents)
     with VLLMScorer(vllm_sees.base_url, use_activation=False, timeout=120) as remote:
-        assert largest_difference(ours, remote.score(QUERIES[query], documents)) <= TOLERANCE
-    assert max(ours) - min(ours) > 3
+        theirs = remote.score(QUERIES[query], documents)
+    assert largest_difference(ours, theirs) <= largest_known(vllm_sees.name, TOLERANCE)
+    assert max(ours) - min(ours) > 2
+
+
+def test_logits_of_texts_are_equal(vllm_sees: VLLMServer, local: LocalScorer):
+    """60 pairs, over-long ones and odd ones among them."""
+    with VLLMScorer(vllm_sees.base_url, use_activation=False, timeout=120) as remote:
+        ours, theirs = local.score(*pairs()), remote.score(*pairs())
+    assert largest_difference(ours, theirs) <= largest_known(vllm_sees.name, TOLERANCE)
+    assert max(ours) - min(ours) > 2
+    assert local.proof().path == family(vllm_sees.name).local
 
 
 def test_scores_are_equal(vllm_sees: VLLMServer):
     """With the default activation and another instruction; N:N."""
     queries, documents = list(QUERIES.values()), list(DOCUMENTS.values())[:4]
-    options = {"instruction": "Find what is red."}
+    takes = Template.load(family(vllm_sees.name).template).takes("instruction")
+    options = {"instruction": "Find what is red."} if takes else {}
     with (
         LocalScorer(vllm_sees.folder, dtype="float32", **options) as scorer,
         VLLMScorer(vllm_sees.base_url, timeout=120, **options) as remote,
@@ -139,7 +148,7 @@ def test_limits_are_equal(vllm_sees: VLLMServer):
 
 def test_another_model_scores_otherwise(vllm_sees: VLLMServer, tmp_path: Path):
     """The comparison is not of what any weights would give."""
-    other = make_vision_reranker(tmp_path / NAME, seed=1)
+    other = MODELS[vllm_sees.name](tmp_path / vllm_sees.folder.name, seed=1)
     with (
         LocalScorer(other, dtype="float32", use_activation=False) as scorer,
         VLLMScorer(vllm_sees.base_url, use_activation=False, timeout=120) as remote,

@@ -8,136 +8,93 @@ import contextlib
 import json
 import urllib.request
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from pathlib import Path
 
 import pytest
 
 from rag_rerank import LocalScorer, VLLMScorer
+from rag_rerank.families import family
 from rag_rerank.inputs.cleaning import clean
 from rag_rerank.local.loading import load
-from rag_rerank.template import SHIPPED, Template
+from rag_rerank.template import Template
 from tests import vllm_server
 from tests.causal_models import MAX_POSITIONS, make_causal_lm, make_decoder_classifier
 from tests.conftest import require_server
 from tests.pairs import largest_difference, pairs
+from tests.parity import flags, largest_known, model_name
 from tests.vllm_server import VLLMServer
 
 TOLERANCE = 1e-4  # of logits that span several units
 CUTS = {"max_tokens_per_query": 60, "max_tokens_per_doc": 150}
 
 
-@dataclass(frozen=True)
-class Case:
-    """A way of serving a reranker, and the local arguments that mean the same."""
-
-    kind: str
-    template: str
-    overrides: dict[str, object] = field(default_factory=dict)
-    tokens: tuple[str, ...] | None = None
-
-    def make(self, folder: Path) -> Path:
-        return make_causal_lm(folder, self.kind) if self.tokens else make_decoder_classifier(folder, self.kind)
-
-    def options(self) -> list[str]:
-        return ["--hf-overrides", json.dumps(self.overrides)] if self.overrides else []
-
-
 CASES = {
-    "Qwen3, two words": Case(
-        "qwen3",
-        "qwen3-reranker",
-        {
-            "architectures": ["Qwen3ForSequenceClassification"],
-            "classifier_from_token": ["no", "yes"],
-            "is_original_qwen3_reranker": True,
-        },
-        ("no", "yes"),
-    ),
-    "Qwen2, two words, as mxbai": Case(
-        "qwen2",
-        "mxbai-rerank-v2",
-        {
-            "architectures": ["Qwen2ForSequenceClassification"],
-            "classifier_from_token": ["0", "1"],
-            "method": "from_2_way_softmax",
-        },
-        ("0", "1"),
-    ),
-    "Gemma, one word": Case(
-        "gemma",
-        "bge-reranker-v2-gemma",
-        {
-            "architectures": ["GemmaForSequenceClassification"],
-            "classifier_from_token": ["Yes"],
-            "method": "no_post_processing",
-        },
-        ("Yes",),
-    ),
-    "Llama classifier, as nemotron": Case("llama", "nemotron-rerank"),
-    "Qwen3 classifier": Case("qwen3", "qwen3-reranker"),
+    "qwen3-reranker": "qwen3",
+    "mxbai-rerank-v2": "qwen2",
+    "bge-reranker-v2-gemma": "gemma",
+    "zerank-2": "qwen3",
+    "qwen3-reranker-seq-cls": "qwen3",
 }
+"""From families of our table to the kind of a decoder; served with the flags of the table."""
 
 
 @pytest.fixture(scope="module", params=CASES)
 def vllm_decoder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[VLLMServer]:
     """A case's model on a real server, prompted with the shipped file."""
     require_server()
-    case = CASES[request.param]
-    folder = case.make(tmp_path_factory.mktemp("models") / case.kind)
-    options = ["--chat-template", str(SHIPPED / f"{case.template}.jinja"), "--max-model-len", str(MAX_POSITIONS)]
-    with vllm_server.serving(folder, *options, *case.options()) as server:
+    make = make_decoder_classifier if family(request.param).method == "head" else make_causal_lm
+    folder = make(tmp_path_factory.mktemp("models") / model_name(request.param), CASES[request.param])
+    options = [*flags(request.param), "--max-model-len", str(MAX_POSITIONS)]
+    with vllm_server.serving(folder, *options, name=request.param) as server:
         yield server
 
 
-@pytest.fixture
-def case(request: pytest.FixtureRequest) -> Case:
-    """The one whose model the server has."""
-    return CASES[request.node.callspec.params["vllm_decoder"]]
-
-
 @contextlib.contextmanager
-def both(case: Case, server: VLLMServer, **options: object) -> Iterator[tuple[LocalScorer, VLLMScorer]]:
-    local_options = {"dtype": "float32", "template": case.template, "classifier_tokens": case.tokens}
+def both(server: VLLMServer, **options: object) -> Iterator[tuple[LocalScorer, VLLMScorer]]:
+    """Ours finds template, answers and scale by the folder's name."""
     with (
-        LocalScorer(server.folder, **local_options, **options) as local,
+        LocalScorer(server.folder, dtype="float32", **options) as local,
         VLLMScorer(server.base_url, **options, timeout=120) as remote,
     ):
         yield local, remote
 
 
-def test_logits_are_equal(case: Case, vllm_decoder: VLLMServer):
+def template_of(server: VLLMServer) -> Template:
+    return Template.load(family(server.name).template)
+
+
+def test_logits_are_equal(vllm_decoder: VLLMServer):
     """On 60 pairs: odd texts, empty ones, and long ones that both sides cut at the same place."""
-    with both(case, vllm_decoder, use_activation=False, **CUTS) as (local, remote):
+    with both(vllm_decoder, use_activation=False, **CUTS) as (local, remote):
         ours, theirs = local.score(*pairs()), remote.score(*pairs())
-    assert largest_difference(ours, theirs) <= TOLERANCE
-    assert max(ours) - min(ours) > 2
+        assert local.proof().path == family(vllm_decoder.name).local
+    assert largest_difference(ours, theirs) <= largest_known(vllm_decoder.name, TOLERANCE)
+    assert max(ours) - min(ours) > 2 * family(vllm_decoder.name).logit_scale
 
 
-def test_over_long_documents_are_cut_alike_by_default(case: Case, vllm_decoder: VLLMServer):
+def test_over_long_documents_are_cut_alike_by_default(vllm_decoder: VLLMServer):
     """Around each query and template, whose end the server alone would cut off: pairs of all lengths near the limit."""
     query = "How do I copy a file?"
     documents = ["word " * count for count in (10, *range(MAX_POSITIONS - 150, MAX_POSITIONS + 8, 3), 3000)]
-    with both(case, vllm_decoder, use_activation=False) as (local, remote):
+    with both(vllm_decoder, use_activation=False) as (local, remote):
         ours, theirs = local.score(query, documents), remote.score(query, documents)
         assert largest_difference(ours, theirs) <= TOLERANCE
         real = [text[:200] for text in pairs()[0][:20]], pairs()[1][:20]
         assert largest_difference(local.score(*real), remote.score(*real)) <= TOLERANCE
 
 
-def test_scores_are_equal(case: Case, vllm_decoder: VLLMServer):
+def test_scores_are_equal(vllm_decoder: VLLMServer):
     """With the default activation, and another instruction where the template has a place for one."""
-    takes = Template.load(case.template).takes("instruction")
-    with both(case, vllm_decoder, **({"instruction": "Find bread."} if takes else {}), **CUTS) as (local, remote):
+    takes = template_of(vllm_decoder).takes("instruction")
+    with both(vllm_decoder, **({"instruction": "Find bread."} if takes else {}), **CUTS) as (local, remote):
         assert largest_difference(local.score(*pairs()), remote.score(*pairs())) <= TOLERANCE
 
 
-def test_prompts_have_the_same_tokens(case: Case, vllm_decoder: VLLMServer):
+def test_prompts_have_the_same_tokens(vllm_decoder: VLLMServer):
     """Ours, and what the server's tokenizer makes of the rendered template; and as many as the server counts."""
     queries, documents = ([clean(text[:100]) for text in texts[:5] + texts[-12:-6]] for texts in pairs())
-    with both(case, vllm_decoder, **CUTS) as (local, _):
+    with both(vllm_decoder, **CUTS) as (local, _):
         model = load(local._settings)
-        template = Template.load(case.template)
+        template = template_of(vllm_decoder)
         for query, document in zip(queries, documents, strict=True):
             [sequence] = model.inputs([query], [document]).sequences
             rendered = template.render(query, document)

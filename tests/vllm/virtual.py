@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from rag_rerank.backoff import BackOff
+from rag_rerank.isolation import failure
 from rag_rerank.vllm.call import Call
 from rag_rerank.vllm.endpoint import Endpoint
 from rag_rerank.vllm.exchange import ID_PREFIX, Exchange
@@ -309,7 +310,10 @@ class World:
     ) -> list[float]:
         """A call, from beginning to end."""
         queries = [queries] if isinstance(queries, str) else queries
-        return await Call(self.exchange(api), queries, documents, Options(**options), fit).score()
+        outcomes = await Call(self.exchange(api), queries, documents, Options(**options), fit).score()
+        if error := failure(outcomes):
+            raise error
+        return outcomes
 
     def score(self, *arguments: Any, **options: Any) -> list[float]:
         """A call in an event loop."""

@@ -97,7 +97,12 @@ class WaitingCall:
         return taken
 
     def _tokenise(self, model: Model) -> None:
-        pairs, one = self._different[0][self._begun : self._begun + PART], len(self._given["queries"]) == 1
+        one, end = len(self._given["queries"]) == 1, self._begun + PART
+        if model.listwise:  # all at once, and equal ones in their places
+            documents = self._given["documents"]
+            pairs = list(zip(itertools.cycle(self._given["queries"]), documents, strict=False))
+            self._different, end = (pairs, list(range(len(pairs)))), len(pairs)
+        pairs = self._different[0][self._begun : end]
         queries = [query for query, _ in pairs[: 1 if one else None]]
         try:
             inputs = model.inputs(queries, [document for _, document in pairs], self._instruction)

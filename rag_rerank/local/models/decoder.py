@@ -6,7 +6,7 @@ computed.
 """
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -23,8 +23,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from rag_rerank.local.checkpoint.checkpoint import Checkpoint
-
-_SCORE = "score.weight"
 
 LOGIT_OPTIONS = (  # what a causal model's config may do to its logits behind the output matrix
     *("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap"),
@@ -90,9 +88,28 @@ def answer_head(model: "PreTrainedModel") -> Head:
     return head
 
 
-def score_row(checkpoint: "Checkpoint") -> Tensor:
-    """Read the weight of a classifier's head with one label from the checkpoint's files; float32."""
-    row = checkpoint.stored([_SCORE]).get(_SCORE)
-    if row is None or row.shape[0] != 1:
-        raise ConfigError(f"{checkpoint.name!r} has no {_SCORE} for one label: not a reranker with a head")
-    return row
+def stored_head(checkpoint: "Checkpoint") -> Head:
+    """Read a classifier's head with one label from the checkpoint's files: a matrix, or two with a ReLU between."""
+    layers = ("score.0", "score.2") if checkpoint.stored(["score.0.weight"]) else ("score",)
+    name = f"{layers[-1]}.weight"
+    if [len(rows) for rows in checkpoint.stored([name]).values()] != [1]:
+        raise ConfigError(f"{checkpoint.name!r} has no {name} for one label: not a reranker with a head")
+    run = stored_layers(checkpoint, *layers)
+    return lambda states: run(states.last().float())
+
+
+def stored_layers(checkpoint: "Checkpoint", *layers: str) -> Callable[[Tensor], Tensor]:
+    """Read linear layers from the checkpoint's files; between them is a ReLU, and all compute in float32."""
+    weights = checkpoint.stored([f"{layer}.{kind}" for layer in layers for kind in ("weight", "bias")])
+    missing = [f"{layer}.weight" for layer in layers if f"{layer}.weight" not in weights]
+    if missing:
+        raise ConfigError(f"{checkpoint.name!r} has no weights for {', '.join(missing)}")
+
+    def run(vectors: Tensor) -> Tensor:
+        own = {name: weight.to(vectors.device) for name, weight in weights.items()}
+        for layer in layers:
+            vectors = vectors if layer == layers[0] else vectors.relu()
+            vectors = torch.nn.functional.linear(vectors, own[f"{layer}.weight"], own.get(f"{layer}.bias"))
+        return vectors
+
+    return run

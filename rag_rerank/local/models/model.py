@@ -1,7 +1,8 @@
 """A loaded model: the seam between the engine, which knows time and threads, and the score types, which know models.
 
 A cross-encoder makes one sequence per pair and one logit of each; a bi-encoder one sequence per text and an embedding
-of each; late interaction one sequence per document and, in `run`, its score against the query that it refers to.
+of each; late interaction one sequence per document and, in `run`, its score against the query that it refers to; a
+listwise model one sequence for many documents.
 """
 
 import re
@@ -77,6 +78,7 @@ class Model:
     no_instruction: str | None = None  # why a call can't bring an instruction
     max_tokens_per_query: int | None = None
     max_tokens_per_doc: int | None = None
+    listwise: bool = False  # whether the documents of a query are read together, in their order
     passages: bool = False  # whether a document longer than the window is scored as passages, by the best of them
     special: re.Pattern[str] | None = None  # first characters of what a prompt's tokenizer takes for a special token
     document_prompt: str = ""  # what `LocalScorer` puts before each document, and so before each passage

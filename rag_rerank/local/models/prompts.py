@@ -32,6 +32,7 @@ class Prompts:
     variables: Mapping[str, Any] = field(default_factory=dict)  # for the template, such as the instruction
     truncation: Truncation = "longest_first"  # from which of a plain pair the tokens beyond `max_length` are cut
     prompt: str = ""  # before the query of a plain pair
+    end: tuple[int, ...] = ()  # tokens behind a rendered template
 
     def instructed(self, instruction: str | None) -> Self:
         """Give the same with a call's own instruction; None keeps the scorer's."""
@@ -46,7 +47,7 @@ class Prompts:
         prompts = [self.template.render(query, document, self.variables) for query, document in pairs]
         spaces: dict[str, int] = {}
         sequences = []
-        for ids, query, document in zip(self._ids(prompts), rows, documents, strict=True):
+        for ids, query, document in zip(self._prompt_ids(prompts), rows, documents, strict=True):
             fitting = ids
             if len(ids) + SLACK > self.max_length:
                 if query not in spaces:
@@ -68,7 +69,7 @@ class Prompts:
         else:
             # Measured with a document rather than without, because that is what can be measured on a server, too.
             prompts = [self.template.render(query, NEUTRAL, self.variables) for query in queries]
-            taken = [len(ids) for ids in self._ids(prompts)]
+            taken = [len(ids) for ids in self._prompt_ids(prompts)]
         return [self.max_length - tokens for tokens in taken]
 
     def _pairs(self, queries: list[str], documents: list[str]) -> list[TokenSequence]:
@@ -91,10 +92,13 @@ class Prompts:
                 raise no_space(self.max_length)
             beginning = truncate(self.tokenizer, document, space)
             if len(beginning) < len(document):
-                ids = self._ids([template.render(query, beginning, self.variables)])[0]
+                ids = self._prompt_ids([template.render(query, beginning, self.variables)])[0]
             if len(ids) <= self.max_length:
                 return ids
             space -= len(ids) - self.max_length
+
+    def _prompt_ids(self, prompts: list[str]) -> list[list[int]]:
+        return [[*ids, *self.end] for ids in self._ids(prompts)]
 
     def _ids(self, texts: list[str], *, add_special_tokens: bool = True) -> list[list[int]]:
         ids: list[list[int]] = self.tokenizer(

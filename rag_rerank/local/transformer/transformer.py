@@ -27,7 +27,12 @@ if TYPE_CHECKING:
 ENCODERS = frozenset(
     {"bert", "camembert", "distilbert", "electra", "eurobert", "gte", "modernbert", "roberta", "xlm-roberta"}
 )
-DECODERS = frozenset({"gemma", "gemma2", "gemma3_text", "llama", "mistral", "phi3", "qwen2", "qwen3", "qwen3_vl_text"})
+DECODERS = frozenset(
+    {
+        *("gemma", "gemma2", "gemma3_text", "llama", "mistral", "phi3"),
+        *("qwen2", "qwen2_vl_text", "qwen3", "qwen3_vl_text"),
+    }
+)
 
 Path = Literal["unpadded", "padded", "equal lengths"]
 

@@ -15,6 +15,8 @@ from rag_rerank.local.transformer.batching import TokenSequence
 class Pairs:
     """A model that scores a pair by both lengths; keeps what it was asked to tokenise and to run."""
 
+    listwise = False
+
     def __init__(self, round_tokens: int = 100) -> None:
         self.round_tokens = round_tokens
         self.tokenised: list[tuple[list[str], list[str]]] = []
@@ -65,6 +67,16 @@ def run(items: list[Item] | Exception, model: Pairs) -> None:
 
 
 TEXTS = st.lists(st.text("ab", max_size=4), min_size=1, max_size=40)
+
+
+def test_documents_that_are_read_together_are_tokenised_together():
+    """However many there are, equal ones in their places."""
+    model = Pairs()
+    model.listwise = True
+    call = WaitingCall(["q"], ["a", "bb", "a"] * PART)
+    play([call], model)
+    assert model.tokenised == [(["q"], ["a", "bb", "a"] * PART)]
+    assert call.future.result() == [1001.0, 1002.0, 1001.0] * PART
 
 
 class TestDuplicates:

@@ -24,6 +24,8 @@ from rag_rerank.local.transformer.batching import by_length as batches
 class Lengths:
     """A model that scores a document by its length; keeps what it was asked to run."""
 
+    listwise = False
+
     def __init__(self, token_budget: int = 10) -> None:
         self.batching = Batching(token_budget)
         self.score_type = self.transformer = self  # all in one

@@ -72,6 +72,8 @@ class TestWorkers:
 class SideBySide:
     """Two batches at a time, which wait for each other; scores are lengths."""
 
+    listwise = False
+
     def __init__(self) -> None:
         self.batching = Batching(10_000, parallel=2)
         self.score_type = self.transformer = self  # all in one

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import os
 import random
 import ssl
 from collections.abc import Iterator
@@ -10,11 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from rag_rerank import RerankError, VLLMScorer
+from rag_rerank import AuthError, RerankError, VLLMScorer
 from tests.faulty_server import FaultyServer, Request, Steps, on_scores, refusal, right
 from tests.vllm.faults.common import EXACT, FEW, QUERY, TLS, Connect, Serve, soon
 
 AT_ONCE = 40
+COUNT = int(os.environ.get("ABANDONED_CALLS", "400"))  # `make soak` has 2,000
 
 
 def later(request: Request) -> Steps:
@@ -59,13 +61,13 @@ async def give_up(scorer: VLLMScorer, count: int, *, cancelled: bool) -> None:
 
 @pytest.mark.parametrize("cancelled", [True, False], ids=["cancelled", "late"])
 def test_in_an_event_loop(server: FaultyServer, connect: Connect, cancelled: bool):
-    """400 calls, each given up while it connects, sends, waits, reads or closes."""
+    """Each call is given up while it connects, sends, waits, reads or closes."""
     scorer = connect(server)
 
     async def calls() -> None:
         await scorer.ascore(QUERY, FEW)
         before = descriptors() - 2 * server.open_connections
-        await give_up(scorer, 400, cancelled=cancelled)
+        await give_up(scorer, COUNT, cancelled=cancelled)
         assert await asyncio.to_thread(soon, lambda: held(scorer) == (0, 0))
         assert await scorer.ascore(QUERY, FEW) == EXACT[:5]
         # Both ends of a connection are in this process; idle ones are kept, 32 at most.
@@ -83,27 +85,40 @@ def test_in_threads(server: FaultyServer, connect: Connect):
 
     def call(number: int) -> None:
         with contextlib.suppress(RerankError):
-            scorer.score("q", ["d"], deadline=0.001 + 0.012 * number / 400)
+            scorer.score("q", ["d"], deadline=0.001 + 0.012 * number / COUNT)
 
     with ThreadPoolExecutor(AT_ONCE) as pool:
-        list(pool.map(call, range(400)))
+        list(pool.map(call, range(COUNT)))
     assert scorer.score(QUERY, FEW) == EXACT[:5]
     assert soon(lambda: held(scorer) == (0, 0))
     assert soon(lambda: descriptors() - 2 * server.open_connections <= before)
     assert soon(lambda: server.open_connections <= 32)
 
 
-def test_requests_beside_one_that_fails(server: FaultyServer, connect: Connect):
-    """100 calls of four requests, one of which is refused while the others are under way."""
+@pytest.mark.parametrize("in_threads", [False, True], ids=["async", "sync"])
+def test_requests_beside_one_that_fails(server: FaultyServer, connect: Connect, in_threads: bool):
+    """Calls of four requests, one of which is refused while the others are under way."""
     scorer = connect(server, chunk_size=1)
+    documents = ["a", "b", "c", "d"]
+
+    def call(_: int) -> None:
+        with pytest.raises(AuthError):
+            scorer.score("q", documents)
+
+    async def at_once() -> None:
+        errors = await asyncio.gather(*(scorer.ascore("q", documents) for _ in range(10)), return_exceptions=True)
+        assert {type(error) for error in errors} == {AuthError}
 
     async def calls() -> None:
-        await scorer.ascore(QUERY, FEW)
+        await asyncio.gather(scorer.ascore(QUERY, FEW), asyncio.to_thread(scorer.score, QUERY, FEW))
         before = descriptors() - 2 * server.open_connections
         server.behave = on_scores(lambda request: refusal(401) if request.documents == ["d"] else later(request))
-        for _ in range(10):
-            tasks = (scorer.ascore("q", ["a", "b", "c", "d"]) for _ in range(10))
-            assert all(isinstance(error, RerankError) for error in await asyncio.gather(*tasks, return_exceptions=True))
+        if in_threads:
+            with ThreadPoolExecutor(10) as pool:
+                await asyncio.to_thread(lambda: list(pool.map(call, range(COUNT // 4))))
+        else:
+            for _ in range(COUNT // 40):
+                await at_once()
         assert await asyncio.to_thread(soon, lambda: held(scorer) == (0, 0))
         assert await asyncio.to_thread(soon, lambda: descriptors() - 2 * server.open_connections <= before)
 

@@ -59,6 +59,19 @@ class TestRefusals:
             ((i, s) for i, s in enumerate(EXACT) if i != 57), key=lambda pair: -pair[1]
         )
 
+    def test_bad_documents_of_two_queries(self, serve: Serve, connect: Connect):
+        """Each query's error has the reason of its own."""
+        whys = {"long": "too long", "odd": "odd letters"}
+
+        def behave(request: Request) -> Steps | None:
+            return next((refusal(400, why) for bad, why in whys.items() if bad in request.documents), None)
+
+        scorer = connect(serve(on_scores(behave)))
+        errors = scorer.rerank_batch(["q", "r"], [["a", "long"], ["odd", "b"]], on_error="return")
+        assert [error.indices for error in errors] == [(1,), (0,)]
+        assert [error.reason for error in errors] == [f"the server answered 400: {why}" for why in whys.values()]
+        assert [error.scores for error in errors] == [(oracle("q", "a"), None), (None, oracle("r", "b"))]
+
     def test_a_request_that_is_refused_with_any_document(self, serve: Serve, connect: Connect, score: Score):
         """Row 19: one request more tells that it is not the documents; the server says what it is."""
         server = serve(on_scores(lambda request: refusal(400, "the query is too long")))

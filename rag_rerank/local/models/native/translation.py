@@ -45,12 +45,11 @@ _POOLINGS = {"avg": "mean", "cls": "cls", "last": "lasttoken"}
 def translated_config(name: str, content: Mapping[str, Any] | None) -> PreTrainedConfig | None:
     """Make a config of transformers' of a ``config.json`` for other code; None where it needs no translation."""
     content = content or {}
-    code = str((content.get("auto_map") or {}).get("AutoConfig")).rpartition(".")[2]
-    translate = _CONFIGS.get(content.get("model_type", "")) or _CONFIGS.get(code)
-    if translate is None:
-        return None
     try:
-        return _config(content, *translate(content))
+        code = str((content.get("auto_map") or {}).get("AutoConfig")).rpartition(".")[2]
+        kinds = content.get("model_type"), code, *(content.get("architectures") or ())
+        translate = next((_CONFIGS[kind] for kind in kinds if kind in _CONFIGS), None)
+        return None if translate is None else _config(content, *translate(content))
     except (AttributeError, ArithmeticError, KeyError, TypeError, ValueError) as error:
         raise ConfigError(f"{name!r} can't be loaded: config.json: {error}") from error
 
@@ -97,11 +96,20 @@ def _bidirectional_llama(content: Mapping[str, Any]) -> tuple[str, dict[str, Any
     return "llama", {"is_causal": False}
 
 
+def _listwise(content: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    _only(content, model_type="qwen3")
+    return "qwen3", {}
+
+
 _CONFIGS: Mapping[str, Callable[[Mapping[str, Any]], tuple[str, dict[str, Any]]]] = {
     "new": _gte,
     "XLMRobertaFlashConfig": _jina_roberta,
     "llama_bidirec": _bidirectional_llama,
+    "JinaForRanking": _listwise,
+    "JinaVLForRanking": lambda _: ("qwen2_vl", {}),
 }
+ENDS = {"JinaVLForRanking": (100,)}
+"""By architecture, tokens that follow a prompt and that no text spells."""
 
 
 def translated_declaration(config: PreTrainedConfig, declared: Declaration) -> Declaration:

@@ -60,6 +60,8 @@ class ImagePrompts:
 
     def _sequence(self, query: Prepared, document: Prepared) -> TokenSequence:
         images = self._images("queries", query) + self._images("documents", document)
+        if self.prompts.template is not None and self.prompts.template.document_first:
+            images = images[::-1]  # as vLLM has it for jina-reranker-m0, several of one document, too
         # The same prompt, with a placeholder for each image, in what the images leave.
         space = self.prompts.max_length - _extra_tokens(images)
         try:

@@ -46,7 +46,7 @@ class Features:
 class Tower:
     """A vision tower."""
 
-    model: "PreTrainedModel"  # transformers' Qwen3VLVisionModel
+    model: "PreTrainedModel"  # transformers' Qwen3VLVisionModel and the like
     processor: ImageProcessor
     budget: int  # most patches that go through it at a time; a larger image goes alone
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
@@ -101,7 +101,7 @@ class Tower:
         pixels = torch.cat(patches).to(self.model.device, self.model.dtype)
         sizes = to_device([(1, *grid) for grid in grids], self.model.device)
         out = self.model(pixels, grid_thw=sizes, return_dict=True)
-        states = torch.stack([out.pooler_output, *out.deepstack_features])
+        states = torch.stack([out.pooler_output, *getattr(out, "deepstack_features", ())])
         parts = torch.split(states, [image.tokens for image in images], dim=1)
         merge = self.processor.merge
         return [

@@ -1,4 +1,4 @@
-"""Rerankers that read images: a vision tower before a decoder, as in Qwen3-VL.
+"""Rerankers that read images: a vision tower before a decoder, as in Qwen2-VL and Qwen3-VL.
 
 The decoder reads an image's vectors like words, at positions in two dimensions (M-RoPE,
 https://arxiv.org/abs/2409.12191). Beside a plain transformers loop on two busy cores, with 8 layers of 512 on both
@@ -32,12 +32,12 @@ from rag_rerank.local.transformer.transformer import (
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-MODEL_TYPES = frozenset({"qwen3_vl"})  # as transformers calls them
+MODEL_TYPES = frozenset({"qwen2_vl", "qwen3_vl"})  # as transformers calls them
 
 
 @dataclass(frozen=True, slots=True)
 class VisionTransformer:
-    """A vision tower and a decoder, of Qwen3-VL's kind, without a head."""
+    """A vision tower and a decoder, of Qwen's kind, without a head."""
 
     tower: Tower
     text: Transformer  # the decoder, for sequences without images
@@ -45,7 +45,7 @@ class VisionTransformer:
 
     @classmethod
     def of(cls, model: Any, processor: ImageProcessor, text: Transformer) -> "VisionTransformer":
-        """Run a ``Qwen3VLModel``, whose decoder `text` runs; the tower's layers may be replaced by faster ones."""
+        """Run a ``Qwen3VLModel`` or the like, whose decoder `text` runs; the tower's layers may be replaced."""
         budget = text.batching.token_budget
         pack(model.visual, budget)
         # As many patches as tokens: they are a quarter of the tokens, but have wider layers.
@@ -103,11 +103,11 @@ class VisionTransformer:
         # First the place in the row, which the mask is made by, then time, height and width.
         order = torch.arange(ids.shape[1]).expand(1, len(rows), -1)
         positions = torch.cat([order, torch.stack([row.positions for row in rows], dim=1)])
+        if len(features) > 1:
+            options |= {"visual_pos_masks": of_images, "deepstack_visual_embeds": list(features[1:])}
         states: Tensor = self.decoder(
             inputs_embeds=embeddings,
             position_ids=positions.to(self.decoder.device),
-            visual_pos_masks=of_images,
-            deepstack_visual_embeds=list(features[1:]),
             **options,
         ).last_hidden_state
         return states

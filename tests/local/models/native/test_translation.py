@@ -14,12 +14,23 @@ from safetensors.torch import load_file, save_file
 from sentence_transformers import MultiVectorEncoder
 
 from rag_rerank import ConfigError, LocalScorer
-from tests.native_models import make_gte, make_jina_colbert, make_jina_reranker, make_lfm2_colbert, make_nemotron
+from rag_rerank.families import family, find_family
+from tests.native_models import (
+    make_gte,
+    make_jina_colbert,
+    make_jina_reranker,
+    make_jina_v3,
+    make_lfm2_colbert,
+    make_nemotron,
+)
+from tests.vision_models import make_jina_m0
 
 MAKERS: dict[str, Callable[..., Path]] = {
     "gte-multilingual-reranker-base": make_gte,
     "jina-reranker-v2-base-multilingual": make_jina_reranker,
     "llama-nemotron-rerank-1b-v2": make_nemotron,
+    "jina-reranker-m0": make_jina_m0,
+    "jina-reranker-v3": make_jina_v3,
 }
 PAIRS = ["how is a file copied?"] * 3, ["With shutil.", "Ask a question. " * 20, "A list is mutable."]
 
@@ -35,7 +46,7 @@ class TestAllOfThem:
         with loaded(MAKERS[name](tmp_path / name)) as scorer:
             scores = scorer.score(*PAIRS)
             assert max(scores) - min(scores) > 0.1
-            assert scorer.proof().path == "unpadded"
+            assert scorer.proof().path == find_family(name).local
             assert scorer.score(PAIRS[0][:1], PAIRS[1][:1]) == pytest.approx(scores[:1], abs=1e-5)
 
     def test_score_the_same_with_trust_in_remote_code(self, name: str, tmp_path: Path):
@@ -62,6 +73,7 @@ class TestAllOfThem:
         ("gte-multilingual-reranker-base", "hidden_size", "wide"),
         ("llama-nemotron-rerank-1b-v2", "pooling", "max"),
         ("llama-nemotron-rerank-1b-v2", "temperature", 0.02),
+        ("jina-reranker-v3", "model_type", "llama"),
     ],
 )
 def test_what_is_asked_for_and_cannot_be_done_is_refused(name: str, field: str, value: object, tmp_path: Path):
@@ -134,7 +146,7 @@ class TestColBERTs:
         self.assert_alike(folder, folder)
         with loaded(folder) as scorer:
             scorer.score("q", ["d"])
-            assert scorer.proof().path != "unpadded"
+            assert scorer.proof().path == family("lfm2-colbert").local
 
     def assert_alike(self, folder: Path, plain: Path) -> None:
         texts = [*PAIRS[0], "short"], [*PAIRS[1], "One, two. " * 40]

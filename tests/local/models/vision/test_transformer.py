@@ -27,6 +27,7 @@ from tests.vision_models import (
     NAME,
     SIDE,
     PlainTransformers,
+    make_jina_m0,
     make_vision_classifier,
     make_vision_reranker,
     picture,
@@ -85,6 +86,25 @@ def scorer(folder: Path) -> Iterator[LocalScorer]:
 def expected(plain: PlainTransformers, query: Parts, document: Parts) -> float:
     spaced = [part.replace("<|", "< |") if isinstance(part, str) else part for part in document]
     return plain.logit(query, spaced)
+
+
+@torch.inference_mode()
+def test_jina_m0_is_scored_as_its_repository_does(tmp_path: Path):
+    """The document first, behind the prompt a token that no text spells, two layers, a shift."""
+    folder = make_jina_m0(tmp_path / "jina-reranker-m0")
+    plain, weights = PlainTransformers(folder, "jina-reranker-m0"), load_file(folder / "model.safetensors")
+    marks = "<|vision_start|><|image_pad|><|vision_end|>"
+    cases: dict[str, tuple[Parts, Parts, list[PillowImage.Image], str]] = {
+        "text": (["q"], ["d"], [], "**Document**:\nd\n**Query**:\nq"),
+        "image": (["q"], [A], [A], f"**Document**:\n{marks}\n**Query**:\nq"),
+        "both": ([B], [A, "d"], [A, B], f"**Document**:\n{marks}d\n**Query**:\n{marks}"),
+    }
+    with LocalScorer(folder, dtype="float32", use_activation=False) as scorer:
+        for query, document, images, prompt in cases.values():
+            states = plain.model.model(**plain.inputs(images, prompt, [100])).last_hidden_state[0, -1]
+            hidden = (weights["score.0.weight"] @ states + weights["score.0.bias"]).relu()
+            expected = weights["score.2.weight"] @ hidden + weights["score.2.bias"] - 2.65
+            assert scorer.score(content(query), [content(document)]) == pytest.approx(expected.tolist(), abs=LOGITS)
 
 
 class TestScores:
