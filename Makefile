@@ -12,6 +12,9 @@
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+WORKERS ?= 2
+# The tests of a file share a process. One that dies fails the test that it was at, and ends the run.
+IN_PARALLEL := --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder --max-worker-restart 0
 PROJECTS := pyproject.toml integrations/langchain/pyproject.toml integrations/llama_index/pyproject.toml
 
 ifeq ($(shell uname -sm),Linux x86_64)
@@ -37,12 +40,12 @@ notebooks: .venv/.installed-dev $(RELEASED)
 	RERANKER=$(CURDIR)/$(RELEASED) $(BIN)/jupyter lab notebooks
 
 test: .venv/.installed-dev .venv-lowest/.installed $(VLLM) $(LITELLM) .venv/.browser $(RELEASED)
-	$(BIN)/pytest
+	$(BIN)/pytest $(IN_PARALLEL)
 	.venv-lowest/bin/pytest tests/integrations tests/vllm/test_transport.py --without-server
 
 # Without servers, a browser and notebooks: for before each commit.
 test-fast: .venv/.installed-dev $(RELEASED)
-	$(BIN)/pytest --without-server --ignore tests/test_browser.py --ignore tests/test_notebooks.py
+	$(BIN)/pytest $(IN_PARALLEL) --without-server --ignore tests/test_browser.py --ignore tests/test_notebooks.py
 
 check: .venv/.installed-dev
 	$(BIN)/ruff format --check .
@@ -83,7 +86,7 @@ newest:
 	.venv-newest/bin/python -m pip install --quiet --disable-pip-version-check --upgrade pip
 	.venv-newest/bin/pip install --quiet --upgrade --upgrade-strategy eager --group test --group check \
 		--editable '.[demo]' --editable integrations/langchain --editable integrations/llama_index langchain-classic
-	.venv-newest/bin/pytest --without-server --ignore tests/test_browser.py --ignore tests/test_notebooks.py
+	.venv-newest/bin/pytest $(IN_PARALLEL) --without-server --ignore tests/test_browser.py --ignore tests/test_notebooks.py
 
 vllm: .venv-vllm/.installed .venv-vllm/vision/.installed
 

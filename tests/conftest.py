@@ -17,6 +17,7 @@ settings.load_profile("no deadline")
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # tests never ask a hub; set before transformers is imported
+os.environ["OMP_WAIT_POLICY"] = "PASSIVE"  # threads that wait for each other leave the cores to the other processes
 
 from rag_rerank import LocalScorer
 from tests import released, vllm_server
@@ -101,28 +102,28 @@ def needs_server(item: pytest.Item) -> bool:
     return any(name.startswith("vllm_") for name in getattr(item, "fixturenames", ()))
 
 
-_needs_server: set[str] = set()
-_passed: set[str] = set()
-
-
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--without-server", action="store_true", help="leave out the tests that need a vLLM server")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Fast tests first: those that need a server, which takes half a minute to start, come last."""
+    """Put the tests that need a server last; where two processes share the tests, first: while one waits, one works."""
     if config.getoption("--without-server"):
         items[:] = [item for item in items if not needs_server(item)]
-    for item in items:
-        if needs_server(item):
-            _needs_server.add(item.nodeid)
-            item.extra_keyword_matches.add("vllm_")  # -k "not vllm_"
-    items.sort(key=lambda item: item.nodeid in _needs_server)
+    for item in filter(needs_server, items):
+        item.add_marker("real_server")
+    items.sort(key=needs_server, reverse="PYTEST_XDIST_WORKER" in os.environ)
+
+
+_needs_server: set[str] = set()
+_passed: set[str] = set()
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
-    if report.when == "call" and report.passed and report.nodeid in _needs_server:
-        _passed.add(report.nodeid)
+    if "real_server" in report.keywords:
+        _needs_server.add(report.nodeid)
+        if report.when == "call" and report.passed:
+            _passed.add(report.nodeid)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

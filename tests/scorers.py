@@ -2,13 +2,30 @@
 
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from rag_rerank import Scorer
+import pytest
+
+from rag_rerank import LocalScorer, Scorer
 from rag_rerank.errors import BackendUnavailable, DocumentRejected
 from rag_rerank.identity import PROBES
+
+
+def held(scorer: LocalScorer, monkeypatch: pytest.MonkeyPatch) -> threading.Event:
+    """Load its model, which runs from now on only when the event is set: nobody who waits for it gets on before."""
+    scorer.warmup()
+    go, kind = threading.Event(), type(scorer._engine.model.score_type)
+    run = kind.run
+
+    def running(*arguments: object) -> object:
+        assert go.wait(60)
+        return run(*arguments)
+
+    monkeypatch.setattr(kind, "run", running)
+    return go
 
 
 class WordOverlap(Scorer):

@@ -207,6 +207,27 @@ class TestOneQuery:
         assert caught.value is own
         assert len(scorer.calls) == 1
 
+    @pytest.mark.parametrize("documents", [["long"], ["a", "long", "cc", "odd"]])
+    def test_errors_in_the_place_of_scores_are_not_asked_about_again(
+        self, documents: list[str], run: Callable[..., Any]
+    ):
+        """They become one error, with the first one's reason; in a batch, each query has its own."""
+
+        class Knowing(Moody):
+            def _score(self, queries: Any, documents: Any, until: Any) -> list[Any]:
+                self.calls.append((queries, documents))
+                own = {"long": DocumentRejected("too long"), "odd": DocumentRejected("odd letters", reason="odd")}
+                return [own.get(document, 1.0) for document in documents]
+
+        scorer = Knowing()
+        with pytest.raises(DocumentRejected, match=r"^documents\[\d\].* rejected: too long") as caught:
+            run(scorer, "score", "q", documents)
+        assert caught.value.indices == tuple(i for i, document in enumerate(documents) if document in ("long", "odd"))
+        assert caught.value.scores == tuple(1.0 if document in ("a", "cc") else None for document in documents)
+        errors = run(scorer, "rerank_batch", ["q", "r"], [documents, ["odd", "b"]], on_error="return")
+        assert [error.message.split(": ")[-1] for error in errors] == ["too long", "odd"]
+        assert len(scorer.calls) == 2
+
     def test_one_document_is_not_looked_into(self, run: Callable[..., Any]):
         """There is nothing to find out: its error is raised as it came."""
         own = BackendRejected("odd")

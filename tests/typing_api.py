@@ -1,5 +1,6 @@
 """Type-checked by tests/test_typing.py, never run: what users write must be understood by their type checkers."""
 
+from langchain_core.documents import Document
 from llama_index.core.schema import NodeWithScore
 
 import langchain_rag_rerank as langchain
@@ -32,9 +33,15 @@ def same(scorer: Scorer, before: Identity) -> bool:
 
 
 def settings() -> tuple[str, list[str] | str | None]:
-    local = langchain.LocalReranker(model="m", device="cpu", top_n=None, score_threshold=0.1)
-    remote = langchain.VLLMReranker(base_url=["http://a:8000"], instruction="Find it.", max_retries=0)
+    local = langchain.LocalReranker(model="m", device="cpu", top_n=None, document_formatter=lambda d: d.page_content)
+    remote = langchain.VLLMReranker(base_url=["http://a:8000"], instruction="Find it.", on_error="passthrough")
+    langchain.ScorerReranker(scorer=scorers(), score_threshold=0.5)
     return local.model, remote.base_url
+
+
+def documents(local: langchain.LocalReranker) -> tuple[list[Document], list[langchain.RerankResult]]:
+    local.warmup()
+    return local.invoke({"query": "q", "documents": []}, top_n=3), local.rerank(["a"], "q", top_n=3)
 
 
 def nodes(found: list[NodeWithScore]) -> list[NodeWithScore]:

@@ -50,7 +50,8 @@ class LocalScorer(Scorer):
     Args:
         model: A hub id or a folder. A ``*ForSequenceClassification`` checkpoint with one label is a cross-encoder, and
             so is a ``*ForCausalLM`` that answers with a known word; a sentence-transformers folder (``modules.json``)
-            is a bi-encoder, scored by cosine; ColBERT is late interaction, scored by MaxSim.
+            is a bi-encoder, scored by cosine; ColBERT is late interaction, scored by MaxSim; jina-reranker-v3 reads all
+            documents of a query together (`listwise`).
         device: ``"cuda"``, ``"cuda:1"``, ``"mps"``, ``"cpu"``, ... None takes the first there is, in this order.
         dtype: ``"float32"``, ``"bfloat16"``, ``"float16"``, or ``"auto"``: the fastest that the device runs natively
             (bfloat16 on recent GPUs and on CPUs with AMX, float16 on older GPUs, else float32).

@@ -236,8 +236,6 @@ class Call:
             long = await off_loop(many, self._long, facts.window)
         if long:
             await self._cut(long)
-        elif facts.has_template is False:
-            self.options = replace(self.options, truncate_prompt_tokens=-1)
 
     def _long(self, window: int | None) -> list[int]:
         """List the pairs of texts that could exceed the window: no tokenizer makes more tokens than bytes."""

@@ -77,12 +77,14 @@ class Exchange(Sending):
         if answer.id is not None and answer.id.endswith(sent_id):
             server.echoes_ids = True
         elif server.echoes_ids or ID_PREFIX in (answer.id or ""):
-            raise _not_ours(f"the answer is for the request {printable(answer.id or '')!r}, not for {sent_id!r}")
+            said = f"the answer is for the request {printable(answer.id or '')!r}, not for {sent_id!r}"
+            raise BadReply(said, whole=True)
         if self._answered_by is None:
             self._answered_by = answer.model
         elif answer.model != self._answered_by:
             first, other = printable(self._answered_by), printable(str(answer.model))
-            raise _not_ours(f"parts of one call were answered by {first!r} and by {other!r}")
+            # Asked for in parts, the scores of two would be mixed.
+            raise BadReply(f"parts of one call were answered by {first!r} and by {other!r}", whole=True)
         return answer
 
     async def _try(self, attempt: Callable[[Server], Coroutine[Any, Any, T]], *, takes_turn: bool = True) -> T:
@@ -183,10 +185,3 @@ class Exchange(Sending):
         bound: float = min(LONGEST_PAUSE, FIRST_PAUSE * 2 ** (tried - 1))
         # Callers that failed together do not come back together; nor before a hiccup of a quarter of a second is over.
         return bound * (1 + self.jitter()) / 2
-
-
-def _not_ours(message: str) -> BadReply:
-    """Make the error for an answer that must not be used: asked for in parts, the scores of two would be mixed."""
-    error = BadReply(message)
-    error.whole = True
-    return error

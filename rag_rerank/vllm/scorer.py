@@ -21,7 +21,7 @@ from rag_rerank.vllm.endpoint import Endpoint
 from rag_rerank.vllm.keys import SECRET, Key, Keys
 from rag_rerank.vllm.sending import Rules, Usage
 from rag_rerank.vllm.servers import Servers
-from rag_rerank.vllm.transport import Factory, Transport, limits_of
+from rag_rerank.vllm.transport import Factory, Transport
 from rag_rerank.vllm.wire import Options
 
 DEFAULT_BASE_URL = "http://localhost:8000"
@@ -151,7 +151,6 @@ class VLLMScorer(Scorer):
                 raise ConfigError("instruction is given twice: as instruction= and in chat_template_kwargs")
             instruction = variables.pop("instruction")
         renders = template is not None  # then the server gets no variable, and cuts nothing
-        automatic = truncate_prompt_tokens == "auto"
         options = Options(
             use_activation=use_activation,
             truncate_prompt_tokens=None if truncate_prompt_tokens == "auto" else truncate_prompt_tokens,
@@ -163,30 +162,29 @@ class VLLMScorer(Scorer):
             extra_body=None if extra_body is None else dict(extra_body),
         )
         rules = Rules(chunk_size, max_concurrency, max_retries, connect_timeout, attempt_timeout)
-        limits = limits_of(timeout)
-        seconds = math.inf if timeout is None or limits is not None else timeout
+        endpoints = _endpoints(base_url)
+        keys = Keys(endpoints, api_key, default_headers, default_query, over_http=send_key_over_http)
+        transport = Transport(endpoints, keys, http_client, timeout)
+        seconds = math.inf if timeout is None or transport.limits is not None else timeout
         _check(options, rules, seconds, endpoint)
         sendable = {"model": model, "query_prompt": query_prompt, "document_prompt": document_prompt}
         for name, value in (sendable | variables | asdict(options)).items():
             check_sendable(name, value)
         if renders and (options.truncate_prompt_tokens, max_tokens_per_doc, max_tokens_per_query) != (None,) * 3:
             raise ConfigError("a template that is rendered here can't be cut by the server: it would lose its end")
-        endpoints = _endpoints(base_url)
-        keys = Keys(endpoints, api_key, default_headers, default_query, over_http=send_key_over_http)
         self.client = Client(
             servers=Servers(endpoints),
-            transport=Transport(endpoints, keys, http_client, limits),
+            transport=transport,
             rules=rules,
             options=options,
             api=endpoint,
             model=model,
-            fit=automatic and not renders,
+            fit=truncate_prompt_tokens == "auto" and not renders,
             template=None if template is None else Template.load(template),
             variables={"instruction": instruction, **variables},
             prompts=(query_prompt, document_prompt),
             timeout=float(seconds),
         )
-        self._automatic = automatic
         self._default_deadline = None if seconds == math.inf else float(seconds)
         self._max_waiting_calls = max_waiting_calls
 
@@ -244,7 +242,7 @@ class VLLMScorer(Scorer):
             "chat_template_kwargs": client.variables if len(client.variables) > 1 else None,
             "query_prompt": client.prompts[0],
             "document_prompt": client.prompts[1],
-            "truncate_prompt_tokens": "auto" if self._automatic else options.truncate_prompt_tokens,
+            "truncate_prompt_tokens": "auto" if client.fit else options.truncate_prompt_tokens,
             "extra_body": None if options.extra_body is None else _without_secrets(options.extra_body),
             "priority": None,  # changes when, not what
         }

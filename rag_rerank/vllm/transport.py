@@ -57,11 +57,6 @@ _background = Background()
 _running: set[asyncio.Task[Any]] = set()  # a loop keeps no hold on its tasks
 
 
-def limits_of(timeout: object) -> httpx.Timeout | None:
-    """Give what bounds single tries, if it is that."""
-    return timeout if isinstance(timeout, httpx.Timeout) else None
-
-
 class Transport:
     """Connections, for each event loop its own: an async connection dies with its loop.
 
@@ -69,7 +64,7 @@ class Transport:
         endpoints: The servers.
         keys: What goes with each request.
         http_client: As in `VLLMScorer`.
-        limits: Bounds of each try, an `httpx.Timeout`; None leaves them to the caller.
+        timeout: Bounds of each try, as `limits`, where it is an `httpx.Timeout`; anything else concerns the caller.
 
     Raises:
         ConfigError: A client that can't be used, or a proxy.
@@ -80,19 +75,20 @@ class Transport:
         endpoints: Sequence[Endpoint],
         keys: Keys,
         http_client: Factory | None = None,
-        limits: httpx.Timeout | None = None,
+        timeout: object = None,
     ) -> None:
         if http_client is not None and (isinstance(http_client, httpx.AsyncClient) or not callable(http_client)):
             said = "http_client must be a function that makes a new httpx.AsyncClient, one for each event loop"
             raise ConfigError(f"{said}, such as lambda: httpx.AsyncClient(verify=False)")
-        self._endpoints, self.keys, self._factory, self._limits = tuple(endpoints), keys, http_client, limits
+        self._endpoints, self.keys, self._factory = tuple(endpoints), keys, http_client
+        self.limits = timeout if isinstance(timeout, httpx.Timeout) else None
         # Of the user's client, its own proxies hold.
         self._proxies = {} if http_client else {endpoint.root: proxy_for(endpoint) for endpoint in endpoints}
         self._closed = False
         self._clients: _Clients = {}
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Transport, (self._endpoints, self.keys, portable("http_client", self._factory), self._limits)
+        return Transport, (self._endpoints, self.keys, portable("http_client", self._factory), self.limits)
 
     def start(self) -> None:
         """Begin with no connection. Those of a parent process are kept: to be closed they are still its own."""
@@ -126,7 +122,7 @@ class Transport:
         return task.result()
 
     async def _send(self, client: "httpx.AsyncClient | _Client", ending: "_Ending", send: Send) -> Reply | Failure:
-        limits = self._limits or httpx.Timeout(send.timeout, connect=send.connect_timeout, pool=None)
+        limits = self.limits or httpx.Timeout(send.timeout, connect=send.connect_timeout, pool=None)
         url, headers = _url(send.endpoint.root + send.request.path), _HEADERS | self.keys.headers
         if send.request.id is not None:
             headers["X-Request-Id"] = send.request.id

@@ -119,4 +119,4 @@ def test_on_the_command_line(as_json: bool, tmp_path: Path):
     (folder / "model.safetensors").write_bytes(b"x")
     broken = run("check", str(folder), *["--json"] * as_json)
     assert broken.returncode == 1
-    assert "is damaged" in broken.stdout.replace("\n", " ")
+    assert "is damaged" in " ".join(broken.stdout.split())

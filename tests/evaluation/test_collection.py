@@ -118,7 +118,9 @@ class TestFormats:
             small().judgments,
         )
 
-    @pytest.mark.parametrize("content", [b"not gzip", gzip.compress(b'{"_id": "a", "text": "x"}')[:-9]])
+    @pytest.mark.parametrize(
+        "content", [b"none", gzip.compress(b'{"_id": "a", "text": "x"}')[:-9]], ids=["none", "cut off"]
+    )
     def test_a_broken_archive_is_named(self, tmp_path: Path, content: bytes):
         """Not one, or cut off."""
         write(tmp_path)

@@ -287,7 +287,7 @@ class TestProxies:
         {"extra_body": {"x": {1}}},
         {"chat_template_kwargs": {"x": object()}},
     ],
-    ids=str,
+    ids=lambda settings: next(iter(settings)),
 )
 def test_what_no_request_can_hold_is_refused(settings: dict[str, Any]):
     """At construction, by name."""

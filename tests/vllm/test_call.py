@@ -461,8 +461,6 @@ class TestFitting:
         assert world.servers.facts.has_template is False
         world.score("q", ["z" * 100], fit=True)
         assert len(world.score_requests) == 3
-        world.score("q", ["z"], fit=True)
-        assert world.sent[-1].content["truncate_prompt_tokens"] == -1
 
     def test_with_a_template_documents_are_cut_at_what_it_and_the_query_leave(self):
         """64 tokens, of which template, query and one more take 26: the end of the prompt stays whole."""

@@ -107,7 +107,9 @@ class TestFamilies:
 
     def test_one_query_for_all_is_equal(self, vllm_family: VLLMServer, texts):
         """As a reranker asks."""
-        ours, theirs = scored(vllm_family, "How do I copy a file?", texts[1])
+        # In a listwise model's one prompt they must find room.
+        limits = {"max_tokens_per_doc": 200} if vllm_family.name == "jina-reranker-v3" else {}
+        ours, theirs = scored(vllm_family, "How do I copy a file?", texts[1], **limits)
         assert largest_difference(ours, theirs) <= largest_known(vllm_family.name, TOLERANCE)
 
     def test_texts_are_cut_at_the_same_place(self, vllm_family: VLLMServer, texts):

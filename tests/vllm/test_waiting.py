@@ -87,11 +87,14 @@ def test_failed_and_cancelled_calls_make_room():
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
 
-    hanging = on_scores(lambda request: [HANG], times=2)
-    with FaultyServer(hanging) as server, VLLMScorer(server.base_url, max_waiting_calls=1) as scorer:
+    with (
+        FaultyServer(on_scores(lambda request: [HANG])) as server,
+        VLLMScorer(server.base_url, max_waiting_calls=1) as scorer,
+    ):
         with pytest.raises(DeadlineExceeded):
             scorer.score("q", ["a"], deadline=0.2)
         asyncio.run(cancelled(scorer))
+        server.behave = lambda request: None
         assert scorer.score("q", ["a"]) == EXACT
 
 

@@ -1,4 +1,4 @@
-"""What an import brings, and what a type checker sees."""
+"""What an import brings."""
 
 import inspect
 import os
@@ -6,8 +6,6 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-
-import pytest
 
 import langchain_rag_rerank
 import rag_rerank
@@ -45,26 +43,3 @@ def test_the_public_names_are_there():
     for name in langchain_rag_rerank.__all__:
         assert getattr(langchain_rag_rerank, name)
         assert name.startswith("__") or inspect.getdoc(getattr(langchain_rag_rerank, name))
-
-
-def test_a_type_checker_knows_the_arguments(tmp_path: Path):
-    """It takes the settings that there are, and refuses those that there are not."""
-    pytest.importorskip("mypy")
-    program = tmp_path / "program.py"
-    program.write_text(
-        "from langchain_core.documents import Document\n"
-        "from langchain_rag_rerank import LocalReranker, RerankResult, ScorerReranker, VLLMReranker\n"
-        "from rag_rerank import LocalScorer\n"
-        'local = LocalReranker(model="m", dtype="float32", top_n=None, document_formatter=lambda d: d.page_content)\n'
-        'VLLMReranker(base_url=["http://localhost:8000"], timeout=1.0, on_error="passthrough")\n'
-        "ScorerReranker(scorer=LocalScorer(), score_threshold=0.5)\n"
-        'documents: list[Document] = local.invoke({"query": "q", "documents": []}, top_n=3)\n'
-        'results: list[RerankResult] = local.rerank(["a"], "q", top_n=3)\n'
-        "local.warmup()\n"
-        "LocalReranker(top_k=3)  # refused\n"
-        'local.rerank(["a"], "q", top_k=3)  # refused\n'
-    )
-    command = [sys.executable, "-m", "mypy", "--config-file", str(ROOT / "pyproject.toml"), str(program)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    refused = [int(line) for line in re.findall(r"program\.py:(\d+): error", done.stdout)]
-    assert refused == [10, 11], done.stdout

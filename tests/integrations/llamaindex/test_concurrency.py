@@ -1,9 +1,7 @@
 """Event loops, threads, cancelling and closing."""
 
 import asyncio
-import itertools
 import threading
-import time
 
 import pytest
 from llama_index.core.schema import NodeWithScore
@@ -84,28 +82,6 @@ class TestManyQueries:
             return [ids((await task).source_nodes) for task in tasks]
 
         assert asyncio.run(ask()) == [ORDER] * 50
-
-    def test_fifty_queries_do_not_stop_the_loop(self, local: LocalScorer) -> None:
-        """With a real model at work, a heartbeat beats on; called in the loop, it would stop for all the time."""
-        texts = [f"The giant panda eats bamboo, which grows in zone {zone} of the mountains." for zone in range(8)]
-
-        async def ask() -> tuple[float, float]:
-            queried = engine(ScorerReranker(scorer=local), found(texts))
-            beats = [time.monotonic()]
-
-            async def heart() -> None:
-                while True:
-                    await asyncio.sleep(0.01)
-                    beats.append(time.monotonic())
-
-            beating = asyncio.create_task(heart())
-            await asyncio.gather(*(queried.aquery(f"{QUERY} {number}") for number in range(50)))
-            beating.cancel()
-            beats.append(time.monotonic())
-            return max(after - before for before, after in itertools.pairwise(beats)), beats[-1] - beats[0]
-
-        longest_gap, total = asyncio.run(ask())
-        assert longest_gap < total / 2
 
     def test_a_cancelled_query_harms_no_other(self, local: LocalScorer) -> None:
         """The reranker stays usable, for others in the loop and afterwards."""

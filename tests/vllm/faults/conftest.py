@@ -46,7 +46,7 @@ def connect() -> Iterator[Connect]:
 
         def make(*servers: FaultyServer | str, **settings) -> VLLMScorer:
             urls = [server if isinstance(server, str) else server.base_url for server in servers]
-            usual = {"timeout": 10.0, "connect_timeout": 1.0, "chunk_size": 32, "max_concurrency": 4}
+            usual = {"timeout": 60.0, "connect_timeout": 1.0, "chunk_size": 32, "max_concurrency": 4}
             return scorers.enter_context(VLLMScorer(urls, **usual | settings))
 
         yield make

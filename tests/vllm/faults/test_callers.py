@@ -110,7 +110,7 @@ try:
     scorer.score("q", ["a", "b"])
 except KeyboardInterrupt:
     print("before the timeout of 300 s")
-until = time.monotonic() + 5
+until = time.monotonic() + 60
 while server.open_connections and time.monotonic() < until:
     time.sleep(0.005)
 print(len(server.abandoned), server.open_connections)
@@ -186,7 +186,7 @@ class TestInterruption:
             calls = [pool.submit(scorer.score, QUERY, DOCUMENTS) for _ in range(2)]
             assert soon(lambda: len(server.score_requests) == 2 * CHUNKS)
             scorer.close()
-            assert all(isinstance(call.exception(timeout=5), RerankError) for call in calls)
+            assert all(isinstance(call.exception(timeout=60), RerankError) for call in calls)
         assert soon(lambda: server.open_connections == 0)
 
     def test_closing_while_tasks_wait(self, serve: Serve, connect: Connect):
@@ -198,7 +198,7 @@ class TestInterruption:
             calls = [asyncio.create_task(scorer.ascore(QUERY, DOCUMENTS)) for _ in range(2)]
             await asyncio.to_thread(soon, lambda: len(server.score_requests) == 2 * CHUNKS)
             await scorer.aclose()
-            return await asyncio.wait_for(asyncio.gather(*calls, return_exceptions=True), 5)
+            return await asyncio.wait_for(asyncio.gather(*calls, return_exceptions=True), 60)
 
         assert [isinstance(error, RerankError) for error in asyncio.run(close_during_calls())] == [True, True]
         assert soon(lambda: server.open_connections == 0)

@@ -93,7 +93,7 @@ class TestConcurrency:
                 busy.append(id(request))
                 while busy[0] != id(request):
                     yield 0.005
-                yield 0.15
+                yield 0.3
                 busy.pop(0)
                 yield from right(request)
 
@@ -101,7 +101,7 @@ class TestConcurrency:
 
         for server in servers:
             server.behave = one_at_a_time()
-        scorer = connect(*servers, timeout=3.0)  # of which each try had a third; the last answers take 1.4 s
+        scorer = connect(*servers, timeout=7.5)  # of which each try had a third; the last answers take 2.7 s
         with ThreadPoolExecutor(18) as pool:
             assert list(pool.map(lambda _: scorer.score(QUERY, FEW), range(18))) == [EXACT[:5]] * 18
         assert sum(len(server.score_requests) for server in servers) == 18

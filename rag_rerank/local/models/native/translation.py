@@ -97,7 +97,13 @@ def _bidirectional_llama(content: Mapping[str, Any]) -> tuple[str, dict[str, Any
 
 
 def _listwise(content: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
-    _only(content, model_type="qwen3")
+    # v3.5 mixes local and global attention. Its repository's code has that, and how its config says so isn't known.
+    _only(content, model_type="qwen3", use_sliding_window=False)
+    for key, value in content.items():
+        if key == "layer_types" and set(value or ()) <= {"full_attention"}:
+            continue
+        if value and re.search("layer_types|local|global|hybrid|pattern", key):
+            raise ValueError(f"{key} is {value!r}; supported is full attention in every layer")
     return "qwen3", {}
 
 

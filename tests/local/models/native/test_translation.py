@@ -74,6 +74,9 @@ class TestAllOfThem:
         ("llama-nemotron-rerank-1b-v2", "pooling", "max"),
         ("llama-nemotron-rerank-1b-v2", "temperature", 0.02),
         ("jina-reranker-v3", "model_type", "llama"),
+        ("jina-reranker-v3", "use_sliding_window", True),
+        ("jina-reranker-v3", "layer_types", ["full_attention", "sliding_attention"]),
+        ("jina-reranker-v3", "global_attn_every_n_layers", 5),
     ],
 )
 def test_what_is_asked_for_and_cannot_be_done_is_refused(name: str, field: str, value: object, tmp_path: Path):
