@@ -114,7 +114,7 @@ def failure(outcomes: Sequence[Outcome]) -> RerankError | None:
         return whole
     if not isinstance(first, BackendError):
         return first
-    located = isinstance(first, DocumentRejected) or bool(first.scores)  # by the back end, see above
+    located = bool(first.scores) or (isinstance(first, DocumentRejected) and first.reason is not None)
     if len(errors) == 1 and len(failed) == len(outcomes) and not located:
         return first
     scores = [outcome if isinstance(outcome, float) else None for outcome in outcomes]

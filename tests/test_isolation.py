@@ -216,7 +216,10 @@ class TestOneQuery:
         class Knowing(Moody):
             def _score(self, queries: Any, documents: Any, until: Any) -> list[Any]:
                 self.calls.append((queries, documents))
-                own = {"long": DocumentRejected("too long"), "odd": DocumentRejected("odd letters", reason="odd")}
+                own = {
+                    "long": DocumentRejected("too long", reason="too long"),
+                    "odd": DocumentRejected("odd letters", reason="odd"),
+                }
                 return [own.get(document, 1.0) for document in documents]
 
         scorer = Knowing()
