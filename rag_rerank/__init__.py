@@ -13,79 +13,59 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from rag_rerank.calibration import Calibrated as Calibrated
-    from rag_rerank.calibration import Calibration as Calibration
-    from rag_rerank.closeable import Closeable as Closeable
-    from rag_rerank.errors import AuthError as AuthError
-    from rag_rerank.errors import BackendError as BackendError
-    from rag_rerank.errors import BackendRejected as BackendRejected
-    from rag_rerank.errors import BackendUnavailable as BackendUnavailable
-    from rag_rerank.errors import BadReply as BadReply
-    from rag_rerank.errors import ConfigError as ConfigError
-    from rag_rerank.errors import ContentError as ContentError
-    from rag_rerank.errors import DeadlineExceeded as DeadlineExceeded
-    from rag_rerank.errors import DocumentRejected as DocumentRejected
-    from rag_rerank.errors import RerankError as RerankError
-    from rag_rerank.fallback import FallbackScorer as FallbackScorer
-    from rag_rerank.identity import Identity as Identity
-    from rag_rerank.inputs.content import Content as Content
-    from rag_rerank.inputs.content import Image as Image
-    from rag_rerank.inputs.content import Input as Input
-    from rag_rerank.inputs.content import Video as Video
-    from rag_rerank.integration import LocalSettings as LocalSettings
-    from rag_rerank.integration import VLLMSettings as VLLMSettings
-    from rag_rerank.integration import did_you_mean as did_you_mean
-    from rag_rerank.integration import path_as_text as path_as_text
-    from rag_rerank.local import LocalScorer as LocalScorer
-    from rag_rerank.ranking import Ranked as Ranked
-    from rag_rerank.scorer import Scorer as Scorer
-    from rag_rerank.telemetry import Load as Load
-    from rag_rerank.template import Template as Template
-    from rag_rerank.vllm import VLLMScorer as VLLMScorer
+    from rag_rerank.calibration import Calibrated, Calibration
+    from rag_rerank.closeable import Closeable
+    from rag_rerank.errors import (
+        AuthError,
+        BackendError,
+        BackendRejected,
+        BackendUnavailable,
+        BadReply,
+        ConfigError,
+        ContentError,
+        DeadlineExceeded,
+        DocumentRejected,
+        RerankError,
+    )
+    from rag_rerank.fallback import FallbackScorer
+    from rag_rerank.identity import Identity
+    from rag_rerank.inputs.content import Content, Image, Input, Video
+    from rag_rerank.integration import LocalSettings, VLLMSettings, did_you_mean, path_as_text
+    from rag_rerank.local import LocalScorer
+    from rag_rerank.ranking import Ranked
+    from rag_rerank.scorer import Scorer
+    from rag_rerank.telemetry import Load
+    from rag_rerank.template import Template
+    from rag_rerank.vllm import VLLMScorer
 
 __version__ = "0.1.0"
+__all__ = ["__version__", "AuthError", "BackendError", "BackendRejected", "BackendUnavailable", "BadReply"]
+__all__ += ["ConfigError", "ContentError", "DeadlineExceeded", "DocumentRejected", "RerankError"]
+__all__ += ["Content", "Image", "Input", "Video", "Ranked", "Scorer", "LocalScorer", "VLLMScorer", "FallbackScorer"]
+__all__ += ["Calibrated", "Calibration", "Identity", "Load", "Template"]
+__all__ += ["LocalSettings", "VLLMSettings", "did_you_mean", "path_as_text", "Closeable"]
 
-_HOME = {
-    "Content": "inputs.content",
-    "Image": "inputs.content",
-    "Input": "inputs.content",
-    "Video": "inputs.content",
-    "AuthError": "errors",
-    "BackendError": "errors",
-    "BackendRejected": "errors",
-    "BackendUnavailable": "errors",
-    "BadReply": "errors",
-    "ConfigError": "errors",
-    "ContentError": "errors",
-    "DeadlineExceeded": "errors",
-    "DocumentRejected": "errors",
-    "RerankError": "errors",
-    "Calibrated": "calibration",
-    "Calibration": "calibration",
-    "FallbackScorer": "fallback",
-    "LocalSettings": "integration",
-    "VLLMSettings": "integration",
-    "did_you_mean": "integration",
-    "path_as_text": "integration",
-    "LocalScorer": "local",
-    "Identity": "identity",
-    "Closeable": "closeable",
-    "Ranked": "ranking",
-    "Scorer": "scorer",
-    "Load": "telemetry",
-    "Template": "template",
-    "VLLMScorer": "vllm",
-}
-__all__ = [  # noqa: PLE0604 - one list of names, kept in _HOME
-    "__version__",
-    *_HOME,
-]
+_MODULES = {
+    "inputs.content": {"Content", "Image", "Input", "Video"},
+    "integration": {"LocalSettings", "VLLMSettings", "did_you_mean", "path_as_text"},
+    "calibration": {"Calibrated", "Calibration"},
+    "fallback": {"FallbackScorer"},
+    "local": {"LocalScorer"},
+    "vllm": {"VLLMScorer"},
+    "scorer": {"Scorer"},
+    "ranking": {"Ranked"},
+    "identity": {"Identity"},
+    "telemetry": {"Load"},
+    "template": {"Template"},
+    "closeable": {"Closeable"},
+}  # the others are errors
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOME:
+    if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+    module = next((module for module, names in _MODULES.items() if name in names), "errors")
+    value = getattr(import_module(f"{__name__}.{module}"), name)
     globals()[name] = value  # the next access finds it without coming here
     return value
 

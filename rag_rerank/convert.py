@@ -232,7 +232,7 @@ def _head(checkpoint: Checkpoint, classifier: str, parts: Mapping[str, str | Non
         _refuse(checkpoint, f"its head is {has}, that of a {classifier} {needs}")
     head: dict[str, torch.Tensor] = {}
     size = checkpoint.config.hidden_size
-    for (place, act), module in zip(parts.items(), read_layers(checkpoint.file, layers), strict=True):
+    for (place, act), module in zip(parts.items(), read_layers(checkpoint.files, layers), strict=True):
         layer = cast("torch.nn.Linear", module if act is None else module.get_submodule("0"))
         wanted = (size,) if act is None else (1 if act == "Identity" else size, size)
         if layer.weight.shape != wanted:

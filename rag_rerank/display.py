@@ -28,8 +28,6 @@ _SNIPPET, _TITLE = 160, 1000  # characters of a document in the table, and where
 _BAR_CELLS = 8  # in the terminal
 _EIGHTHS = " ▏▎▍▌▋▊▉"
 _BIDI_CONTROLS = frozenset({"LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI"})
-# Legible on light and on dark ground alike; all else has the colour of the page.
-_GREEN, _RED, _BLUE, _GREY = "#2e9e5b", "#d5504e", "rgba(66,133,244,.55)", "rgba(128,128,128,.35)"
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,20 +81,22 @@ class Reranked:
 
     def _repr_html_(self) -> str:
         """Make the table for a notebook: all styles are inline, nothing is loaded, no text is markup."""
-        line = f"border-bottom:1px solid {_GREY};padding:2px 8px"
-        head = "".join(
-            f'<th style="{line};text-align:{"right" if name in _COLUMNS[:3] else "left"}">{name}</th>'
-            for name in (*_COLUMNS, self._document_column())
+        import jinja2  # noqa: PLC0415 - terminals do without it
+        from markupsafe import Markup  # noqa: PLC0415
+
+        environment = jinja2.Environment(
+            loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True
         )
-        body = "".join(_html_row(row, line, _thumbnail(self.documents[row.index])) for row in self._shown())
-        note = f'<div style="opacity:.7;padding:2px 8px">{escape(self._note())}</div>' if self._note() else ""
-        return (
-            f'<div style="color:inherit;background:transparent;overflow-x:auto"><div dir="auto" '
-            f'style="font-weight:bold;padding:2px 8px">{escape(one_line(described(self.query), _TITLE))}</div>'
-            f'<table style="border-collapse:collapse;table-layout:auto;width:100%;min-width:40em;max-width:80em;'
-            f'margin:0;color:inherit;background:transparent">'
-            f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>{note}</div>"
+        environment.filters["text"] = lambda text: Markup(escape(text))  # noqa: S704 - escaped
+        html = environment.get_template("display.html.jinja").render(
+            query=one_line(described(self.query), _TITLE),
+            columns=(*_COLUMNS, self._document_column()),
+            rows=self._shown(),
+            note=self._note(),
+            one_line=one_line,
+            thumbnail=lambda row: _thumbnail(self.documents[row.index]),
         )
+        return "".join(map(str.strip, html.split("\n")))
 
     def __rich__(self) -> "Table":
         """Make the table for a terminal."""
@@ -174,31 +174,12 @@ def _described(part: Image | Video) -> str:
 
 
 def _thumbnail(document: Input) -> str:
-    """Make a small copy of a document's first image that can be read here, if it has one."""
+    """Make a small copy of a document's first image that can be read here, as a data URL; empty if it has none."""
     with suppress(ConfigError):  # as above
         for part in _parts(document):
             if isinstance(part, Image) and (source := part.held()) is not None:
-                return f'<img src="{thumbnail(source)}" alt="" style="max-height:64px;vertical-align:middle" /> '
+                return thumbnail(source)
     return ""
-
-
-def _html_row(row: _Row, line: str, image: str) -> str:
-    numbers = f"{line};text-align:right;font-variant-numeric:tabular-nums"
-    colour = f";color:{_GREEN}" if row.moved > 0 else f";color:{_RED}" if row.moved < 0 else ""
-    score = f'<span style="opacity:.6">{row.score}</span>'
-    if row.bar is not None:
-        bar = f'<div style="width:{row.bar:.0%};height:5px;background:{_BLUE}"></div>'
-        score = f'{row.score}<div style="width:80px">{bar}</div>'
-    mark = f'<b style="color:{_GREEN}">✓</b> ' if row.gold else ""
-    # The text has the width that the other columns leave (100 %), and is cut there whatever its length (0).
-    return (
-        f'<tr style="background:transparent">'
-        f'<td style="{numbers}">{row.rank}</td><td style="{numbers}">{row.index}</td>'
-        f'<td style="{numbers}{colour}">{row.arrow}</td><td style="{line};text-align:left">{score}</td>'
-        f'<td dir="auto" title="{escape(one_line(row.text, _TITLE))}" style="{line};text-align:start;width:100%;'
-        f'max-width:0;overflow:hidden;text-overflow:ellipsis;white-space:nowrap">'
-        f"{mark}{image}{escape(one_line(row.text, _SNIPPET))}</td></tr>"
-    )
 
 
 def one_line(text: str, length: int) -> str:

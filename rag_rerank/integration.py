@@ -32,27 +32,22 @@ Build = Callable[..., Scorer]
 
 @dataclass(eq=False)
 class _Shared:
-    """A scorer, what it was made of, what uses it, and for a calibrated one the shared one that it scores with."""
+    """A scorer, what it was made of, what uses it, and what gives its scores as probabilities, by the file."""
 
     made_of: tuple[Build, dict[str, Any], Any]
     scorer: Scorer
-    under: "_Shared | None" = None
     # By id, for pydantic's models have no hash.
-    users: "weakref.WeakValueDictionary[int, ScorerSettings | _Shared]" = field(
-        default_factory=weakref.WeakValueDictionary
-    )
+    users: "weakref.WeakValueDictionary[int, ScorerSettings]" = field(default_factory=weakref.WeakValueDictionary)
+    calibrated: dict[str, Calibrated] = field(default_factory=dict)
     ended: bool = False
-
-    def works(self) -> bool:
-        return not (self.ended or self.scorer._closed) and (self.under is None or self.under.works())
 
     def __deepcopy__(self, memo: dict[int, object]) -> Self:
         return self
 
 
 _all_shared: "weakref.WeakSet[_Shared]" = weakref.WeakSet()  # components hold them: the last one takes its scorer along
-# Held for comparisons only, never while a scorer is built or closed. Reentrant: meanwhile the garbage collector may run
-# a user's __del__, which may close a component.
+# Held for comparisons and while a calibration is read, never while a scorer is built or closed. Reentrant: meanwhile
+# the garbage collector may run a user's __del__, which may close a component.
 _sharing = held_over_forks(threading.RLock())
 
 
@@ -71,7 +66,7 @@ class ScorerSettings(Closeable):
     calibration: str | None = None
     """The file that ``rag-rerank calibrate`` has written for the model: scores are then probabilities of relevance."""
 
-    _built: _Shared | Literal["closed"] | None
+    _built: tuple[_Shared, str | None, Scorer] | Literal["closed"] | None  # the second: the calibration
 
     @abstractmethod
     def _scorer_class(self) -> Build:
@@ -93,38 +88,38 @@ class ScorerSettings(Closeable):
         # telling. A scorer that is left is not closed: a call may be using it, and the last one to drop it closes it.
         build = self._scorer_class()
         names = _parameters(build)
-        settings = {name: _comparable(getattr(self, name)) for name in (*names, "calibration")}
-        used = self._built
-        if isinstance(used, _Shared) and used.made_of[1] == settings and id(self) in used.users:
-            return used.scorer
-        surroundings = self._surroundings()
-        made_of = build, settings, (surroundings, _last_written(self.calibration))
-        if (scorer := self._share(made_of)) is None:
-            plain = build, {**settings, "calibration": _comparable(None)}, (surroundings, None)
-            if (scorer := self._share(plain)) is None:
-                scorer = self._share(plain, build(**{name: _plain(getattr(self, name)) for name in names}))
-            if self.calibration is not None:  # over the model that components without a calibration use as well
-                scorer = self._share(made_of, Calibrated(cast("Scorer", scorer), self.calibration))
-        return cast("Scorer", scorer)
+        settings = {name: _comparable(getattr(self, name)) for name in names}
+        used = self._built  # another thread may close it meanwhile
+        if isinstance(used, tuple):
+            shared, calibration, scorer = used
+            if calibration == self.calibration and shared.made_of[1] == settings and id(self) in shared.users:
+                return scorer
+        made_of = build, settings, self._surroundings()
+        if (found := self._share(made_of)) is None:
+            found = self._share(made_of, build(**{name: _plain(getattr(self, name)) for name in names}))
+        return cast("Scorer", found)
 
     def _share(self, made_of: tuple[Build, dict[str, Any], Any], made: Scorer | None = None) -> Scorer | None:
         """Use the scorer that equal components use; where there is none, the one that was made, if any."""
         with _sharing:
             if self._built == "closed":
                 raise RerankError(f"This {type(self).__name__} is closed. Create a new one to go on scoring.")
-            shared = next((each for each in _all_shared if each.made_of == made_of and each.works()), None)
+            equal = (each for each in _all_shared if each.made_of == made_of)
+            shared = next((each for each in equal if not (each.ended or each.scorer._closed)), None)
             if shared is None:
                 if made is None:
                     return None
                 _all_shared.add(shared := _Shared(made_of, made))
-                if isinstance(made, Calibrated) and self._built is not None:
-                    shared.under = self._built
-                    self._built.users[id(shared)] = shared
+            scorer = shared.scorer
+            if self.calibration is not None:
+                file = f"{self.calibration} {_last_written(self.calibration)}"
+                scorer = shared.calibrated.get(file) or Calibrated(shared.scorer, self.calibration)
+                shared.calibrated[file] = scorer
             if self._built is not None:
-                self._built.users.pop(id(self), None)
+                self._built[0].users.pop(id(self), None)
             shared.users[id(self)] = self
-            self._built = shared
-            return shared.scorer
+            self._built = shared, self.calibration, scorer
+            return scorer
 
     def close(self) -> None:
         """Give back the model or the connections, if no other component is left that shares them and has used them.
@@ -143,18 +138,13 @@ class ScorerSettings(Closeable):
     def _leave(self) -> Scorer | None:
         """Stop using the scorer; give it to be closed if nobody else uses it."""
         with _sharing:
-            shared = self._built
-            if not isinstance(shared, _Shared):  # closed, or never used
+            if not isinstance(self._built, tuple):  # closed, or never used
                 return None
+            shared, _, _ = self._built
             self._built = "closed"
             shared.users.pop(id(self), None)
-            while not shared.users:
-                shared.ended = True
-                if shared.under is None:
-                    return shared.scorer
-                shared.under.users.pop(id(shared), None)
-                shared = shared.under
-            return None
+            shared.ended = not shared.users
+            return shared.scorer if shared.ended else None
 
 
 class LocalSettings(ScorerSettings):

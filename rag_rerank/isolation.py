@@ -22,14 +22,14 @@ from rag_rerank.errors import (
     RerankError,
 )
 from rag_rerank.inputs import NEUTRAL
-from rag_rerank.inputs.multimodal import Prepared
+from rag_rerank.inputs.multimodal import Contents
 
 _PROBE = [NEUTRAL]
 
 Outcome = float | RerankError
 """Of one pair: its finite score, or why it has none."""
 
-Pairs = tuple[Sequence[Prepared], Sequence[Prepared]]
+Pairs = tuple[Contents, Contents]
 """One query for all documents or one each, and the documents."""
 
 
@@ -41,9 +41,7 @@ class Asking:
     Errors that are `located` say for themselves what they concern, and nothing is asked again.
     """
 
-    def __init__(
-        self, queries: Sequence[Prepared], documents: Sequence[Prepared], *, scorer: Any, located: bool
-    ) -> None:
+    def __init__(self, queries: Contents, documents: Contents, *, scorer: Any, located: bool) -> None:
         self._scorer = scorer
         self._steps = _isolate(queries, documents, listwise=lambda: scorer.listwise, located=located)
         self.pairs: Pairs | None = next(self._steps) if documents else None
@@ -70,7 +68,7 @@ class Asking:
 
 
 def _isolate(
-    queries: Sequence[Prepared], documents: Sequence[Prepared], *, listwise: Callable[[], bool], located: bool
+    queries: Contents, documents: Contents, *, listwise: Callable[[], bool], located: bool
 ) -> Generator[Pairs, Sequence[Outcome] | RerankError, list[Outcome]]:
     """Yield what to ask, take what came of it; one pair of n that fails costs about 2 log2(n) questions more."""
     outcomes: list[Outcome] = [math.nan] * len(documents)
@@ -146,7 +144,7 @@ def naming_query(error: RerankError, position: int) -> RerankError:
     return told
 
 
-def _pairs(queries: Sequence[Prepared], documents: Sequence[Prepared], positions: Sequence[int]) -> Pairs:
+def _pairs(queries: Contents, documents: Contents, positions: Sequence[int]) -> Pairs:
     whole = len(positions) == len(documents)
     asked = queries if whole or len(queries) == 1 else [queries[position] for position in positions]
     if not whole and len(asked) > 1 and all(query == asked[0] for query in asked):
@@ -186,7 +184,7 @@ def _may_be_one_pairs(error: RerankError) -> bool:
     return type(error) is BackendError or isinstance(error, ContentError)
 
 
-def _by_query(queries: Sequence[Prepared], positions: Sequence[int]) -> list[Sequence[int]]:
+def _by_query(queries: Contents, positions: Sequence[int]) -> list[Sequence[int]]:
     """Halves of the positions with no query in both, where there are several; else all of them as one."""
     asked = queries[:1] if len(queries) == 1 else [queries[position] for position in positions]
     changes = [place for place in range(1, len(asked)) if asked[place] != asked[place - 1]]

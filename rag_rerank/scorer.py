@@ -23,7 +23,7 @@ from rag_rerank.errors import BackendUnavailable, ConfigError, DeadlineExceeded,
 from rag_rerank.forking import held_over_forks
 from rag_rerank.identity import PROBES, SCORING_VERSION, Identity
 from rag_rerank.inputs.content import Input
-from rag_rerank.inputs.multimodal import Multimodal, Prepared
+from rag_rerank.inputs.multimodal import Contents, Multimodal
 from rag_rerank.inputs.preparing import MANY, is_slow, off_loop, pair_up, text_only
 from rag_rerank.isolation import Asking, Outcome, Pairs, failure
 from rag_rerank.ranking import OnBatchError, OnError, Ranked, Ranking, RankOptions
@@ -78,11 +78,7 @@ class Scorer(Closeable, ABC):
 
     @abstractmethod
     def _score(
-        self,
-        queries: Sequence[Prepared],
-        documents: Sequence[Prepared],
-        until: float | None,
-        instruction: str | None = None,
+        self, queries: Contents, documents: Contents, until: float | None, instruction: str | None = None
     ) -> Sequence[Outcome]:
         """Score the pairs; called with checked input only.
 
@@ -98,11 +94,7 @@ class Scorer(Closeable, ABC):
         """
 
     async def _ascore(
-        self,
-        queries: Sequence[Prepared],
-        documents: Sequence[Prepared],
-        until: float | None,
-        instruction: str | None = None,
+        self, queries: Contents, documents: Contents, until: float | None, instruction: str | None = None
     ) -> Sequence[Outcome]:
         """Score the pairs for a caller in an event loop. By default it runs `_score` in a worker thread."""
         own = {} if instruction is None else {"instruction": instruction}
@@ -181,7 +173,7 @@ class Scorer(Closeable, ABC):
         """
         until = self._begin(deadline, instruction)
         pairs = pair_up(queries, documents, until)
-        return _scores(self._outcomes(pairs, until, instruction))
+        return _scores(self._outcomes(pairs, until, Ranking(instruction=instruction)))
 
     async def ascore(
         self,
@@ -194,7 +186,7 @@ class Scorer(Closeable, ABC):
         """Score without blocking the event loop, see `score`; cancelling the task abandons the call."""
         until = self._begin(deadline, instruction)
         pairs = await off_loop(is_slow(queries) or is_slow(documents), pair_up, queries, documents, until)
-        outcomes = await self._aoutcomes(pairs, until, instruction)
+        outcomes = await self._aoutcomes(pairs, until, Ranking(instruction=instruction))
         return await off_loop(len(outcomes) > MANY, _scores, outcomes)
 
     def rerank(
@@ -300,7 +292,7 @@ class Scorer(Closeable, ABC):
         batch.prepare(until)
         for pairs in batch.calls(lambda: self.listwise):
             until = self._begin_batch(batch.ranking) if batch.ranking.deadline is None else until
-            batch.take(self._outcomes(pairs, until, batch.ranking.instruction, batch.ranking.top_n))
+            batch.take(self._outcomes(pairs, until, batch.ranking))
         return batch.results()
 
     async def _arun(self, batch: Batch) -> list[Any]:
@@ -308,7 +300,7 @@ class Scorer(Closeable, ABC):
         await off_loop(batch.is_slow, batch.prepare, until)
         for pairs in batch.calls(lambda: self.listwise):
             until = self._begin_batch(batch.ranking) if batch.ranking.deadline is None else until
-            outcomes = await self._aoutcomes(pairs, until, batch.ranking.instruction, batch.ranking.top_n)
+            outcomes = await self._aoutcomes(pairs, until, batch.ranking)
             await off_loop(len(outcomes) > MANY, batch.take, outcomes)
         return await off_loop(batch.is_slow, batch.results)
 
@@ -321,11 +313,9 @@ class Scorer(Closeable, ABC):
             )
         return until
 
-    def _outcomes(
-        self, pairs: Pairs, until: float | None, instruction: str | None, top_n: int | None = None
-    ) -> list[Outcome]:
-        options = {} if instruction is None else {"instruction": instruction}
-        with self._call(pairs, until, top_n) as asking:
+    def _outcomes(self, pairs: Pairs, until: float | None, ranking: Ranking) -> list[Outcome]:
+        options = {} if ranking.instruction is None else {"instruction": ranking.instruction}
+        with self._call(pairs, until, ranking.top_n) as asking:
             while asking.pairs is not None:
                 try:
                     self._check_images(asking.pairs)
@@ -334,12 +324,10 @@ class Scorer(Closeable, ABC):
                     asking.fail(error)
         return asking.outcomes
 
-    async def _aoutcomes(
-        self, pairs: Pairs, until: float | None, instruction: str | None, top_n: int | None = None
-    ) -> list[Outcome]:
-        options = {} if instruction is None else {"instruction": instruction}
+    async def _aoutcomes(self, pairs: Pairs, until: float | None, ranking: Ranking) -> list[Outcome]:
+        options = {} if ranking.instruction is None else {"instruction": ranking.instruction}
         many = len(pairs[1]) > MANY
-        with self._call(pairs, until, top_n) as asking:
+        with self._call(pairs, until, ranking.top_n) as asking:
             while asking.pairs is not None:
                 try:
                     await off_loop(many, self._check_images, asking.pairs)

@@ -24,6 +24,7 @@ from transformers import (
 
 from rag_rerank.convert import convert
 from rag_rerank.local.checkpoint.declaration import Layer
+from rag_rerank.local.checkpoint.files import Files
 from rag_rerank.local.models.late_interaction import LateInteraction, TokenEmbedder
 from rag_rerank.local.models.layers import read_layers
 from rag_rerank.local.transformer.batching import Batching
@@ -159,7 +160,7 @@ def load_late_interaction(
         make_transformer(model, tokenizer.pad_token_id, Batching(token_budget)),
         tokenizer,
         MAX_LENGTH,
-        layers=read_layers(folder.joinpath, layers if normalize else layers[:1]),
+        layers=read_layers(Files(str(folder)), layers if normalize else layers[:1]),
     )
     return LateInteraction(embedder, embedder)
 

@@ -444,7 +444,7 @@ class TestFiles:
     def test_a_file_is_reranked(self, minilm: Path, source: Path, local: LocalScorer):
         """Every line is accounted for on stderr; rejects are a failure only if that is asked for."""
         out = source.with_name("out.jsonl")
-        files = ["rerank", "--in", str(source), "--out", str(out), "--reorder", "--top-n", "1"]
+        files = ["rerank", "--in", str(source), "--out", str(out), "--top-n", "1"]
         result = run(*files, *local_options(minilm), COLUMNS="40")
         assert (result.returncode, result.stdout) == (0, "")
         assert result.stderr.endswith(
@@ -453,7 +453,7 @@ class TestFiles:
         )
         rows = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
         assert rows[0] == rows[1]
-        assert (rows[0]["id"], rows[0]["documents"]) == (1, DOCUMENTS[1:])
+        assert (rows[0]["id"], rows[0]["documents"]) == (1, DOCUMENTS)
         score = pytest.approx(local.score(QUERY, DOCUMENTS[1])[0], abs=1e-5)
         assert rows[0]["ranked"] == [{"index": 1, "score": score}]
         with FaultyServer() as server:

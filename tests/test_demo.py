@@ -8,6 +8,7 @@ from rich.console import Console
 from rag_rerank import LocalScorer, Scorer, VLLMScorer
 from rag_rerank.cli.demo import run_demo
 from rag_rerank.evaluation import Evaluation
+from tests import commands
 from tests.vllm_server import VLLMServer
 
 
@@ -52,3 +53,9 @@ def test_a_server_gives_the_same_figures(vllm_minilm: VLLMServer, local: LocalSc
     with VLLMScorer(vllm_minilm.base_url, timeout=120) as remote:
         theirs, ours = (demonstrate(scorer, 2)[0].systems[0].deepest.values for scorer in (remote, local))
     assert theirs == ours
+
+
+def test_a_file_that_can_not_be_written_is_told_first():
+    """Before anything is scored or shown."""
+    done = commands.run("demo", "--json", "/no/such/folder/figures.json")
+    assert (done.returncode, done.stdout, "there is no such folder" in done.stderr) == (2, "", True)

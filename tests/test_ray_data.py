@@ -20,7 +20,8 @@ from rag_rerank import LocalScorer, Scorer, VLLMScorer
 from rag_rerank.errors import BackendError, BackendUnavailable, ConfigError
 from rag_rerank.files import Tally
 from rag_rerank.files.formats import Reader
-from rag_rerank.ray_data import Pool, ScoreBatch, rejects_in, rerank_folder, score_dataset
+from rag_rerank.ray_data import Pool, rejects_in, rerank_folder, score_dataset
+from rag_rerank.ray_data.batches import ScoreBatch
 from rag_rerank.ray_data.pool import equal_share
 from rag_rerank.ray_data.run import cut, files_in
 from tests.faulty_server import FaultyServer, Request, Steps, http, oracle, scores

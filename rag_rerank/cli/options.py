@@ -6,13 +6,17 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from functools import wraps
-from itertools import chain
+from itertools import chain, groupby
 from pathlib import Path
 from typing import Annotated, Any
 
+from rich import box
 from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.table import Column, Table
 from typer import Option
 
 from rag_rerank.embedded import minilm_folder
@@ -50,8 +54,11 @@ class ScorerOptions:
     logits: Annotated[bool, Option("--logits", help="Raw logits instead of the model's own scale.")] = False
     calibration: Annotated[Path | None, Option(help="A file of rag-rerank calibrate, for probabilities.")] = None
 
-    def make(self) -> Scorer:
-        """Make the scorer that they ask for: remote as soon as one of them says where."""
+    def make(self, *, beside_others: bool = False) -> Scorer:
+        """Make the scorer that they ask for: remote as soon as one of them says where.
+
+        Where it is made `beside_others`, options that are not for its kind are for theirs.
+        """
         from rag_rerank import Calibrated, LocalScorer, VLLMScorer
 
         urls, names_host = self.base_url, self.host is not None or self.port is not None
@@ -62,7 +69,9 @@ class ScorerOptions:
         given: dict[str, Any] = {
             each.name: value for each in fields(self) if (value := getattr(self, each.name)) != each.default
         }
-        if wrong := [f"--{name.replace('_', '-')}" for name in (_LOCAL if urls else _REMOTE) if name in given]:
+        others = [name for name in (_LOCAL if urls else _REMOTE) if given.pop(name, None) is not None]
+        if others and not beside_others:
+            wrong = [f"--{name.replace('_', '-')}" for name in others]
             place = "local models; a server has chosen its own" if urls else "a server: pass --base-url"
             raise ConfigError(f"{' and '.join(wrong)} {'is' if len(wrong) == 1 else 'are'} for {place}")
         for name in ("base_url", "host", "port", "calibration", *(() if urls else ("send_key_over_http",))):
@@ -75,12 +84,6 @@ class ScorerOptions:
             given["default_headers"] = dict(map(_header, given.pop("header")))
         scorer = VLLMScorer(urls, **given) if urls else LocalScorer(**given)
         return scorer if self.calibration is None else Calibrated(scorer, self.calibration)
-
-    def split(self) -> tuple["ScorerOptions", "ScorerOptions"]:
-        """Give those for a local model and those for a server, where both are asked for."""
-        plain: dict[str, Any] = {each.name: each.default for each in fields(self)}
-        local, remote = ({name: plain[name] for name in names} for names in (_REMOTE, _LOCAL))
-        return replace(self, **local), replace(self, **remote)
 
 
 def _header(text: str) -> tuple[str, str]:
@@ -95,6 +98,38 @@ def console() -> Console:
     return Console(highlight=False, width=None if sys.stdout.isatty() or os.environ.get("COLUMNS") else 1000)
 
 
+def show(found: Any, file: str = "", *, on: Console | None = None) -> None:
+    """Print an `Evaluation` or a `Calibrating` as text; lines of cells between bars become tables.
+
+    Args:
+        found: What is shown.
+        file: Where the calibration was written.
+        on: Where to print; stdout if none.
+    """
+    from rag_rerank.evaluation.report import render
+
+    on = on or console()
+    text = render(found, "txt", escape=escape, file=repr(file))
+    for is_table, lines in groupby(text.splitlines(), key=lambda line: line.startswith("│")):
+        if not is_table:
+            for line in lines:
+                on.print(line, soft_wrap=line.startswith("--"))  # options, to be copied
+            continue
+        heads, *rows = ([cell[1:-1] for cell in line.split("│")[1:-1]] for line in lines)
+        columns = [Column(head, justify="right" if place else "left", no_wrap=True) for place, head in enumerate(heads)]
+        table = Table(*columns, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
+        for row in rows:
+            table.add_row(*row)
+        on.print(table)
+
+
+def check_files(*files: Path | None) -> None:
+    """Refuse, before hours of scoring, files that could not be written after them."""
+    for path in filter(None, files):
+        if path.is_dir() or not path.absolute().parent.is_dir():
+            raise ConfigError(f"{path} can't be written: {'it is a' if path.is_dir() else 'there is no such'} folder")
+
+
 def write_json(path: Path | None, figures: Any) -> None:
     """Write all figures, if there is a file for them."""
     if path is not None:
@@ -103,12 +138,27 @@ def write_json(path: Path | None, figures: Any) -> None:
 
 
 @contextmanager
-def said_what_is_kept(kept: Callable[[], str]) -> Iterator[None]:
-    """Say what is kept for the next run, where this one ends early; after Ctrl-C with exit code 130, as shells do."""
+def progress(kept: Callable[[], str] = str) -> Iterator[tuple[Console, Callable[..., None]]]:
+    """Yield a console on stderr, and what moves a bar there: name, done, total, and perhaps other words for the name.
+
+    A block that ends early says what is `kept` for the next run, if anything; after Ctrl-C, the exit code is 130, as in
+    shells.
+    """
+    on = Console(stderr=True, highlight=False, soft_wrap=True, markup=False, emoji=False)
+    columns = TextColumn("{task.description}", markup=False), BarColumn(), TaskProgressColumn(), TimeRemainingColumn()
+    tasks: dict[str, TaskID] = {}
+
+    def move(name: str, done: float, total: float, words: str | None = None) -> None:
+        if name not in tasks:
+            tasks[name] = bar.add_task(name)
+        bar.update(tasks[name], completed=done, total=total, description=words)
+
     try:
-        yield
+        with Progress(*columns, console=on, transient=True, disable=not on.is_terminal) as bar:
+            yield on, move
     except (KeyboardInterrupt, BackendError, OSError) as error:
-        sys.stderr.write(kept())
+        if told := kept():
+            on.print(told)
         if isinstance(error, KeyboardInterrupt):
             raise SystemExit(130) from None
         raise

@@ -10,17 +10,18 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
+from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from rag_rerank.cli.options import ScorerOptions, console, takes_scorer
-from rag_rerank.cli.scoring_files import rerank_files
+from rag_rerank.cli.options import ScorerOptions, console, progress, takes_scorer
 from rag_rerank.display import Reranked, described, one_line
 from rag_rerank.errors import ConfigError
-from rag_rerank.files.rows import Line, Options, is_blank, parse
+from rag_rerank.files import Tally, partial_of, rejects_of, rerank_file
+from rag_rerank.files.rows import Line, Options, is_blank, likely_cause, parse
 from rag_rerank.inputs.content import Image, Input
-from rag_rerank.ranking import Ranked
-from rag_rerank.ray_data import Pool
+from rag_rerank.ranking import Ranked, RankOptions
+from rag_rerank.ray_data import Pool, rejects_in, rerank_folder
 from rag_rerank.ray_data.run import SHARD_LINES
 from rag_rerank.scorer import Scorer
 
@@ -79,7 +80,6 @@ def rerank(
     as_json: JSONOption = False,
     source: Annotated[Path | None, _file_option("--in", help=_IN_HELP)] = None,
     target: Annotated[Path | None, _file_option("--out", help=_OUT_HELP)] = None,
-    reorder: Annotated[bool, _file_option("--reorder", help="Put the documents themselves in the new order.")] = False,
     restart: Annotated[bool, _file_option("--restart", help="Discard what an interrupted run has left.")] = False,
     strict: Annotated[bool, _file_option("--strict", help="Exit with 1 if lines were rejected.")] = False,
     engine: Annotated[Literal["local", "ray"], _ray_option(help="ray: --in and --out may be folders.")] = "local",
@@ -96,25 +96,26 @@ def rerank(
     With --in and --out, each line of a file is itself with its "ranked" or "score". A run that was interrupted
     continues where it stopped, if model, options and input are the same.
     """
-    options = Options(top_n, score_threshold, min_precision, reorder=reorder)
+    limits: RankOptions = {"top_n": top_n, "score_threshold": score_threshold, "min_precision": min_precision}
+    options = Options(**limits)
     if (num_actors, cpus_per_actor, gpus_per_actor, shard_lines) != (None, None, None, SHARD_LINES) and engine != "ray":
         raise ConfigError("--num-actors, --cpus-per-actor, --gpus-per-actor and --shard-lines go with --engine ray")
-    if source is None and target is None and not (reorder or restart or strict or engine == "ray"):
+    if source is None and target is None and not (restart or strict or engine == "ray"):
         with chosen.make() as scorer:
-            rank = partial(scorer.rerank, **options.limits())
+            rank = partial(scorer.rerank, **limits)
             answer = partial(_answer, scorer, query, _read(documents, as_text=text), options, as_json=as_json)
             answer(lambda query, documents: {"ranked": list(map(asdict, rank(query, documents)))}, _ranked_table)
         return
     if source is None or target is None:
-        raise ConfigError("pass both --in and --out; --reorder, --restart, --strict and --engine ray go with them only")
+        raise ConfigError("pass both --in and --out; --restart, --strict and --engine ray go with them only")
     if query is not None or as_json:
         raise ConfigError("pass either a query and documents, or --in and --out, which write JSON by themselves")
-    more: dict[str, Any] = {"restart": restart}
+    more: dict[str, Any] = {**limits, "restart": restart}
     if engine == "ray":
         gpus = 0.0 if chosen.device == "cpu" and gpus_per_actor is None else gpus_per_actor
         more |= {"pool": Pool(num_actors, cpus_per_actor, gpus), "shard_lines": shard_lines}
     with chosen.make() as scorer:
-        rerank_files(scorer, source, target, asdict(options) | more, ray=engine == "ray", strict=strict)
+        _rerank_files(scorer, source, target, more, ray=engine == "ray", strict=strict)
 
 
 def _read(documents: list[str] | None, *, as_text: bool) -> list[Input] | None:
@@ -217,3 +218,42 @@ def _show_example(scorer: Scorer) -> None:
         prompt = {"model": scorer.model_name, "text_1": text_1, "text_2": text_2}
         response = {"data": [{"index": index, "score": value} for index, value in enumerate(scores)]}
         typer.echo(f"\nPrompt when {title}:\n{pprint.pformat(prompt)}\n\nScore Response:\n{pprint.pformat(response)}")
+
+
+def _rerank_files(
+    scorer: Scorer, source: Path, target: Path, options: dict[str, Any], *, ray: bool, strict: bool
+) -> None:
+    """Rerank a file, or with Ray a folder; show a bar, and on stderr what came of it or how to continue."""
+
+    def kept() -> str:
+        what, path = ("shards", target) if ray else ("lines", partial_of(target))
+        told = f"The finished {what} are kept in {path}: the same command continues behind them."
+        return told if path.exists() else ""
+
+    with progress(kept) as (on, move):
+
+        def show(tally: Tally, fraction: float) -> None:
+            if tally.resumed == tally.lines > 0:
+                on.print(f"{tally.lines:,} lines of {source} were finished before.")
+            move("", fraction, 1.0, f"{tally.lines:,} lines, {tally.documents:,} documents")
+
+        tally = (rerank_folder if ray else rerank_file)(scorer, source, target, **options, progress=show)
+    _summarise(on, tally, target, rejects_in(target) if ray else rejects_of(target), strict=strict)
+
+
+def _summarise(on: Console, tally: Tally, target: Path, rejects: Path, *, strict: bool) -> None:
+    """Say what became of every line; exit with 1 if all were rejected, or under `strict` any."""
+    blank = f", {tally.blank:,} blank" if tally.blank else ""
+    on.print(
+        f"{tally.lines:,} lines: {tally.ranked:,} reranked ({tally.documents:,} documents), "
+        f"{tally.rejected:,} rejected{blank}; written to {target}."
+    )
+    if not tally.rejected:
+        return
+    on.print(f"warning: {tally.rejected:,} rejected, see {rejects}", style="yellow")
+    if not tally.ranked:
+        first = min(path for path in rejects.rglob("*") if path.is_file()) if rejects.is_dir() else rejects
+        with first.open("rb") as file:
+            on.print(f"error: every line was rejected: {likely_cause(file.readline())}", style="red")
+    if strict or not tally.ranked:
+        raise typer.Exit(1)

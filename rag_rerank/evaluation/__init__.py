@@ -12,7 +12,7 @@ Needs the extra `eval`: bm25s for BM25, ir-measures (on pytrec_eval) for the mea
 """
 
 from rag_rerank.evaluation.collection import Collection, read_labelled
-from rag_rerank.evaluation.measures import DEFAULT_MEASURES, Comparison, Run, compare, measure
+from rag_rerank.evaluation.measures import DEFAULT_MEASURES, Comparison, Run, compare
 from rag_rerank.evaluation.results import Evaluation, Kept, Level, System
 from rag_rerank.evaluation.retrieval import BM25
 from rag_rerank.evaluation.running import DEFAULT_DEPTHS, evaluate
@@ -20,5 +20,5 @@ from rag_rerank.evaluation.scoring import Latency
 from rag_rerank.evaluation.trec import read_judgments, read_run, write_run
 
 __all__ = ["BM25", "Collection", "Comparison", "DEFAULT_DEPTHS", "DEFAULT_MEASURES", "Evaluation", "Kept", "Latency"]
-__all__ += ["Level", "Run", "System", "compare", "evaluate", "measure", "read_judgments", "read_labelled", "read_run"]
+__all__ += ["Level", "Run", "System", "compare", "evaluate", "read_judgments", "read_labelled", "read_run"]
 __all__ += ["write_run"]

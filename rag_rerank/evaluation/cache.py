@@ -15,6 +15,7 @@ from pathlib import Path
 from rag_rerank.errors import ConfigError
 from rag_rerank.identity import Identity
 
+_MOST_KEYS = 999  # of one statement, in any build of sqlite
 _LOCK_TIMEOUT = 60.0  # seconds to wait for another process that is writing
 
 _SCHEMA = """
@@ -76,17 +77,22 @@ class ScoreCache:
 
     def scores(self, query: str, documents: Sequence[str]) -> list[float | None]:
         """Look up the score of each document, None where it is not known."""
-        statement = "SELECT score FROM scores WHERE pair = ?"
-        return [self._look_up(statement, self._key(query, document)) for document in documents]
+        keys = [self._key(query, document) for document in documents]
+        known: dict[bytes, float] = {}
+        with self._explained():
+            for start in range(0, len(keys), _MOST_KEYS):
+                part = keys[start : start + _MOST_KEYS]
+                marks = ", ".join("?" * len(part))
+                statement = f"SELECT pair, score FROM scores WHERE pair IN ({marks})"  # noqa: S608 - question marks
+                known |= self._database.execute(statement, part)
+        return [known.get(key) for key in keys]
 
     def seconds(self, query: str, documents: Sequence[str]) -> float | None:
         """Look up how long a call with these very documents took in this place, None if there was none."""
-        return self._look_up("SELECT seconds FROM times WHERE call = ?", self._key(self._place, query, *documents))
-
-    def _look_up(self, statement: str, key: bytes) -> float | None:
+        call = self._key(self._place, query, *documents)
         with self._explained():
-            row = self._database.execute(statement, (key,)).fetchone()
-        return None if row is None else float(row[0])
+            row = self._database.execute("SELECT seconds FROM times WHERE call = ?", (call,)).fetchone()
+        return row and float(row[0])
 
     def keep(
         self, query: str, documents: Sequence[str], scores: Sequence[float | None], seconds: float | None = None

@@ -98,7 +98,12 @@ class Calibrating:
 
     def as_json(self) -> dict[str, Any]:
         """Make JSON values of it."""
-        return asdict(self) | {"pooler_options": pooler_options(self.calibration)}
+        return asdict(self) | {"pooler_options": self.pooler_options}
+
+    @property
+    def pooler_options(self) -> str | None:
+        """The options by which a vLLM server gives these probabilities itself; None where it can't."""
+        return pooler_options(self.calibration)
 
 
 class Pairs:

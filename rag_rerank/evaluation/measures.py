@@ -1,7 +1,7 @@
 """Measures as ir-measures has them; and whether a difference is more than luck: the paired bootstrap."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import ir_measures
@@ -22,25 +22,17 @@ _ROUNDING = 1e-9  # what sums in another order may differ by
 _NUMBERS_DRAWN = 2_000_000  # at a time: 16 MB
 
 
-def measure(
-    judgments: Mapping[str, Mapping[str, int]], run: Run, measures: Sequence[str] = ("nDCG@10", "RR@10")
-) -> dict[str, float]:
-    """Average each measure over every query of `judgments`; one without results counts as 0.
-
-    Measures are called as in ir-measures; a ConfigError for one that it does not know or can't calculate. nDCG has
-    linear gain, ties are broken by document id: pytrec_eval's habits.
-    """
-    values = Measurer(judgments, measures).measure_run(run)
-    return {name: mean(values[name]) for name in measures}
-
-
 def mean(values: Mapping[str, float]) -> float:
     """Average over all queries."""
     return sum(values.values()) / len(values)
 
 
 class Measurer:
-    """Measures rankings against judgments, by `measures`; `deepest` is the largest cutoff among these."""
+    """Measures rankings against judgments, by `measures`; `deepest` is the largest cutoff among these.
+
+    They are called as in ir-measures; a ConfigError for one that it does not know or can't calculate. nDCG has linear
+    gain.
+    """
 
     def __init__(self, judgments: Mapping[str, Mapping[str, int]], measures: Sequence[str]) -> None:
         if not (judgments and measures):
@@ -54,13 +46,9 @@ class Measurer:
         except (ValueError, RuntimeError) as error:
             raise ConfigError(f"{', '.join(self.measures)} can't all be calculated here: {error}") from error
 
-    def measure_rankings(self, rankings: Mapping[str, Sequence[str]]) -> dict[str, dict[str, float]]:
-        """Map each measure to query id to value, for every judged query; only the order counts, so nothing ties."""
+    def measure(self, rankings: Mapping[str, Sequence[str]]) -> dict[str, dict[str, float]]:
+        """Map each measure to query id to value, for every judged query; one without results gets 0."""
         run = {query: {name: -rank for rank, name in enumerate(names)} for query, names in rankings.items()}
-        return self.measure_run(run)
-
-    def measure_run(self, run: Run) -> dict[str, dict[str, float]]:
-        """Measure documents in the order of their scores, ties by document id; a query without results gets 0."""
         values = {measure: dict.fromkeys(self._queries, 0.0) for measure in self._wanted.values()}
         for metric in self._evaluator.iter_calc(run):
             values[metric.measure][metric.query_id] = float(metric.value)
@@ -83,6 +71,7 @@ class Comparison:
         gain: The mean over all queries of the second one's value less the first one's.
         low, high: Its 95 % confidence interval: percentiles of 10,000 means, each over as many queries drawn anew.
         wins, losses, ties: On how many queries the second one was better, worse, equal.
+        verdict: ``"helps"`` or ``"hurts"`` where the interval excludes 0.
     """
 
     gain: float
@@ -91,11 +80,11 @@ class Comparison:
     wins: int
     losses: int
     ties: int
+    verdict: Literal["helps", "no clear difference", "hurts"] = field(init=False)
 
-    @property
-    def verdict(self) -> Literal["helps", "no clear difference", "hurts"]:
-        """``"helps"`` or ``"hurts"`` where the interval excludes 0."""
-        return "helps" if self.low > _ROUNDING else "hurts" if self.high < -_ROUNDING else "no clear difference"
+    def __post_init__(self) -> None:
+        verdict = "helps" if self.low > _ROUNDING else "hurts" if self.high < -_ROUNDING else "no clear difference"
+        object.__setattr__(self, "verdict", verdict)  # past frozen
 
 
 def compare(differences: Sequence[Sequence[float]], *, resamples: int = RESAMPLES) -> list[Comparison]:

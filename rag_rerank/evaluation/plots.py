@@ -8,7 +8,8 @@ import html
 import io
 import re
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rag_rerank.errors import ConfigError
 from rag_rerank.evaluation.measures import mean
@@ -32,20 +33,6 @@ _MARKERS = {"o": "●", "s": "■", "^": "▲", "D": "◆", "v": "▼", "*": "�
 _LINES = list(zip(_SERIES, _MARKERS, strict=True))
 _VARIABLES = {colour: f"var(--{role})" for role, colour in _ROLES.items()}
 _VARIABLES |= {colour: f"var(--series-{number})" for number, colour in enumerate(_SERIES, 1)}
-
-_STYLE: dict[Any, Any] = {  # matplotlib's types list every setting that one version has
-    "svg.fonttype": "none",  # text as text
-    "text.parse_math": False,  # a "$" in a model's name is a "$"
-    "font.size": 9.5,
-    **dict.fromkeys(("text.color", "axes.labelcolor", "xtick.labelcolor", "ytick.labelcolor"), _ROLES["ink"]),
-    **dict.fromkeys(("axes.edgecolor", "xtick.color", "ytick.color"), _ROLES["muted"]),
-    **dict.fromkeys(("axes.grid", "axes.axisbelow"), True),
-    "grid.color": _ROLES["line"],
-    "grid.linewidth": 0.7,
-    **dict.fromkeys(("axes.spines.top", "axes.spines.right"), False),
-    "lines.linewidth": 1.8,
-    "lines.markersize": 5.0,
-}
 
 
 def quality_by_depth(evaluation: Evaluation) -> str:
@@ -135,7 +122,7 @@ def mark(number: int) -> str:
 
 def _svg(name: str, label: str, draw: Callable[[Axes], None]) -> str:
     """Draw an SVG with `name` before all ids, for they count in the whole page, and a label for who can't see it."""
-    with mpl.rc_context({**_STYLE, "svg.hashsalt": name}):
+    with mpl.rc_context({"svg.hashsalt": name}, fname=Path(__file__).with_name("report.mplstyle")):
         figure = Figure(figsize=(4.4, 2.9), layout="constrained")
         draw(figure.subplots())
         file = io.StringIO()

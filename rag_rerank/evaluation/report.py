@@ -1,17 +1,16 @@
-"""Reports: one HTML file that needs no network and shows what reranking did, or what calibrated scores mean.
+"""Reports: what reranking did, or what calibrated scores mean, as an HTML page that needs no network, or as text.
 
-The templates beside this module are the pages; everything in them is escaped by Jinja, save the plots' SVG.
+The templates beside this module are the pages and texts. What is in a page is escaped by Jinja, save the plots' SVG.
 """
 
 from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import jinja2
 
 from rag_rerank import __version__
-from rag_rerank.evaluation import plots
 from rag_rerank.evaluation.measures import CONFIDENCE, RESAMPLES, mean
 from rag_rerank.evaluation.results import GAIN, Evaluation
 from rag_rerank.evaluation.scoring import TIMED_QUERIES
@@ -20,16 +19,26 @@ if TYPE_CHECKING:
     from rag_rerank.evaluation.calibrating import Calibrating
 
 
-def render(found: "Evaluation | Calibrating") -> str:
-    """Render the report as HTML; importing this module raises a ConfigError if matplotlib is not installed."""
+def render(found: "Evaluation | Calibrating", form: Literal["html", "txt"] = "html", **more: Any) -> str:
+    """Render the report; a ConfigError where it is HTML and matplotlib is not installed.
+
+    `more` is for the templates.
+    """
+    if form == "html":
+        from rag_rerank.evaluation import plots  # noqa: PLC0415 - matplotlib, which texts do without
+
+        more["plots"] = plots
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=jinja2.select_autoescape(["html.jinja"]),
+        keep_trailing_newline=form == "txt",
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
     environment.filters |= {"value": _value, "signed": _signed, "milliseconds": _milliseconds, "count": _count}
-    page = environment.get_template(f"{'report' if isinstance(found, Evaluation) else 'calibration'}.html.jinja")
-    return page.render(
+    name = "report" if isinstance(found, Evaluation) else "calibration"
+    return environment.get_template(f"{name}.{form}.jinja").render(
         found=found,
-        plots=plots,
         mean=mean,
         gain_of_ndcg=GAIN,
         timed_queries=TIMED_QUERIES,
@@ -37,6 +46,7 @@ def render(found: "Evaluation | Calibrating") -> str:
         confidence=round(100 * CONFIDENCE),
         version=__version__,
         date=datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"),
+        **more,
     )
 
 

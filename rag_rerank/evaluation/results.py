@@ -203,24 +203,18 @@ class Evaluation:
                 }
                 for system in self.systems
             ],
-            "between": [{"first": one, "second": two, "gains": _gains(gains)} for one, two, gains in self.between],
+            "between": [
+                {"first": first, "second": second, "gains": {name: asdict(gain) for name, gain in gains.items()}}
+                for first, second, gains in self.between
+            ],
         }
 
 
 def _level(level: Level) -> dict[str, Any]:
-    return {
-        "depth": level.depth,
-        "means": _means(level.values),
-        "gains": _gains(level.gains),
-        "against_deepest": _gains(level.against_deepest),
-        "seconds_per_query": level.latency and asdict(level.latency),
-        "per_query": level.values,
-    }
+    figures = asdict(level)
+    figures |= {"per_query": figures.pop("values"), "seconds_per_query": figures.pop("latency")}
+    return {"means": _means(level.values), **figures}
 
 
 def _means(values: Values) -> dict[str, float]:
     return {measure: mean(each) for measure, each in values.items()}
-
-
-def _gains(gains: Mapping[str, Comparison]) -> dict[str, dict[str, Any]]:
-    return {measure: asdict(gain) | {"verdict": gain.verdict} for measure, gain in gains.items()}

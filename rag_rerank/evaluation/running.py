@@ -50,7 +50,7 @@ def evaluate(
 
     Args:
         collection: Documents, queries and judgments. Means are over all of its queries; one without candidates has 0.
-        scorers: One, or several by name to be compared. They stay open. None at all measures the first stage alone.
+        scorers: One, or several by name to be compared. They stay open. Without any, the first stage alone is measured.
         run: The results of your own first stage, instead of BM25's; in the order of its scores, see `read_run`.
         first_stage: What to call that.
         depths: How many candidates to rerank.
@@ -101,14 +101,14 @@ def evaluate(
             scoring.finish()
             report(name, len(texts), len(texts))
         scored[name] = scoring
-    before = measurer.measure_rankings(candidates)
+    before = measurer.measure(candidates)
     ceilings, after = {}, {name: dict[int, Values]() for name in scored}
     for depth in depths:
         best = {query: ideal(names, collection.judgments[query], depth) for query, names in candidates.items()}
-        ceilings[depth] = measurer.measure_rankings(best)
+        ceilings[depth] = measurer.measure(best)
         for name, made in scored.items():
             ranked = {query: reranked(candidates[query], scores, depth) for query, scores in made.scores.items()}
-            after[name][depth] = measurer.measure_rankings(ranked)
+            after[name][depth] = measurer.measure(ranked)
     pairs = list(combinations(after, 2))
     wanted: list[tuple[Values, Values]] = []
     for each in after.values():

@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, astuple, dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import IO, Any, NamedTuple, Self, TypeVar
 
@@ -48,6 +49,28 @@ class Tally:
         return Tally(*map(operator.add, astuple(self), astuple(other)))
 
 
+class Record(NamedTuple):
+    """What and who a run was made from, and how far it is."""
+
+    facts: Identity
+    scorer: Identity
+    tally: Tally = Tally()
+
+    @classmethod
+    def read(cls, path: Path) -> "Record":
+        """Read what `write` has written, or raise a ConfigError."""
+
+        def made(found: Any) -> Record:
+            return cls(Identity(dict(found["facts"])), Identity.from_dict(found["scorer"]), Tally(**found["tally"]))
+
+        return read_whole(path, made)
+
+    def write(self, path: Path) -> None:
+        """Write it whole or not at all."""
+        facts, scorer = dict(self.facts.facts), self.scorer.to_dict()
+        write_whole(path, {"facts": facts, "scorer": scorer, "tally": asdict(self.tally)})
+
+
 def partial_of(target: Path) -> Path:
     """Name the file that holds the finished lines until `target` is complete."""
     return target.with_name(f"{target.name}.partial")
@@ -65,29 +88,14 @@ def _state_of(target: Path) -> Path:
 def lines_kept(target: Path) -> int:
     """Count the lines that a run which has not come to its end has finished."""
     state = _state_of(target)
-    return read_whole(state, _State.read).tally.lines if state.exists() else 0
-
-
-class _State(NamedTuple):
-    """How far a run was: what and who it was made from, and how much of its files is kept."""
-
-    facts: Identity
-    scorer: Identity
-    tally: Tally
-    bytes: int
-    rejects_bytes: int
-
-    @classmethod
-    def read(cls, found: Any) -> Self:
-        scorer, tally = Identity.from_dict(found["scorer"]), Tally(**found["tally"])
-        return cls(Identity(dict(found["facts"])), scorer, tally, found["bytes"], found["rejects_bytes"])
+    return Record.read(state).tally.lines if state.exists() else 0
 
 
 class Partial:
     """The finished lines of one run over `source`, which are to become `target`; locked against other processes.
 
     `facts` are the input and the options of the run. `identify` tells who the scorer is; it is asked before anything on
-    disk is changed. `tally` begins as that of an earlier run with the same facts and the same scorer.
+    disk is changed. `record` begins as that of an earlier run with the same facts and the same scorer.
     """
 
     def __init__(
@@ -100,7 +108,8 @@ class Partial:
         restart: bool,
         lock_timeout: float = 0.0,
     ) -> None:
-        self._target, self._facts = target, facts
+        self._target = target
+        self.record: Record
         self._path, self._state = partial_of(target), _state_of(target)
         self._rejects_path = partial_of(rejects_of(target))
         self._columns = Columns(target, source) if target.suffix == ".parquet" else None
@@ -113,14 +122,15 @@ class Partial:
         begun = begun and self._rejects_path.exists() and self._state.exists()
         self._rejects = self._rejects_path.open("a+b")
         try:
-            state = read_whole(self._state, _State.read) if begun and not restart else None
-            if state is not None:
-                refuse_changes(self._path, state.facts, Identity(facts))
-            self.identity = identify()
-            if state is None:
+            record = Record.read(self._state) if begun and not restart else None
+            if record is not None:
+                refuse_changes(self._path, record.facts, Identity(facts))
+            identity = identify()
+            if record is None:
                 self._state.unlink(missing_ok=True)
-                state = _State(Identity(facts), self.identity, Tally(), 0, 0)
-            self._resume(state)
+                record = Record(Identity(facts), identity)
+            refuse_changes(self._path, record.scorer, identity)
+            self._resume(record)
         except BaseException:
             self._close(keep=begun)
             raise
@@ -133,11 +143,9 @@ class Partial:
             if added:
                 file.writelines(added)
                 _sync(file)
-        new = lines - self.tally.lines
-        self.tally += Tally(new, len(ranked), len(rejects), documents)
-        sizes = {"bytes": self._ranked.tell(), "rejects_bytes": self._rejects.tell()}
-        state = {"facts": self._facts, "scorer": self.identity.to_dict(), "tally": asdict(self.tally), **sizes}
-        write_whole(self._state, state)
+        new = Tally(lines - self.record.tally.lines, len(ranked), len(rejects), documents)
+        self.record = self.record._replace(tally=self.record.tally + new)
+        self.record.write(self._state)
 
     def finish(self) -> None:
         """Put the output in its place, all at once, and the rejects, or remove those of an earlier output."""
@@ -155,7 +163,7 @@ class Partial:
             except BaseException:
                 finished.unlink(missing_ok=True)
                 raise
-        if self.tally.rejected:
+        if self.record.tally.rejected:
             self._rejects_path.replace(rejects_of(self._target))
         else:
             rejects_of(self._target).unlink(missing_ok=True)
@@ -166,7 +174,7 @@ class Partial:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._close(keep=self._ranked.closed or self.tally.lines > 0)
+        self._close(keep=self._ranked.closed or self.record.tally.lines > 0)
 
     def _close(self, *, keep: bool) -> None:
         if not keep:  # while it is locked, so that these files are no other process's
@@ -179,18 +187,15 @@ class Partial:
         for path in (self._state, self._rejects_path, self._path):
             path.unlink(missing_ok=True)
 
-    def _resume(self, state: _State) -> None:
-        """Go back to the end of the last group that was kept, if the scorer and the files are as they were then."""
-        refuse_changes(self._path, state.scorer, self.identity)
-        for file, size, lines in (
-            (self._ranked, state.bytes, state.tally.ranked),
-            (self._rejects, state.rejects_bytes, state.tally.rejected),
-        ):
-            if _lines_in(file, size) != lines:  # which leaves the position, from which `tell` counts, behind them
+    def _resume(self, record: Record) -> None:
+        """Go back to the end of the last group that was kept, if the files are as they were then."""
+        for file, lines in ((self._ranked, record.tally.ranked), (self._rejects, record.tally.rejected)):
+            file.seek(0)
+            if sum(line.endswith(b"\n") for line in islice(file, lines)) != lines:
                 raise ConfigError(f"{self._path} or its rejects were changed since; {START_OVER}")
-        self._ranked.truncate(state.bytes)
-        self._rejects.truncate(state.rejects_bytes)
-        self.tally = replace(state.tally, resumed=state.tally.lines)
+        for file in (self._ranked, self._rejects):
+            file.truncate()  # behind these lines
+        self.record = record._replace(tally=replace(record.tally, resumed=record.tally.lines))
         if self._columns is not None:
             self._columns.add_file(self._path)
 
@@ -240,13 +245,3 @@ def lock(file: IO[bytes], path: Path, until: float) -> bool:
 def _sync(file: IO[bytes]) -> None:
     file.flush()
     os.fsync(file.fileno())
-
-
-def _lines_in(file: IO[bytes], size: int) -> int:
-    """Count the lines that end in the first `size` bytes; -1 if there are fewer bytes."""
-    file.seek(0)
-    count = 0
-    while size and (block := file.read(min(size, 1 << 20))):
-        count += block.count(b"\n")
-        size -= len(block)
-    return -1 if size else count

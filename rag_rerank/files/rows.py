@@ -3,7 +3,7 @@
 import json
 from codecs import BOM_UTF8
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from rag_rerank.errors import (
@@ -18,7 +18,7 @@ from rag_rerank.errors import (
 from rag_rerank.files.formats import encode
 from rag_rerank.identity import PROBES
 from rag_rerank.inputs.preparing import prepare
-from rag_rerank.ranking import Ranked, Ranking, RankOptions
+from rag_rerank.ranking import Ranked, Ranking
 from rag_rerank.scorer import Scorer
 
 _PROBE = PROBES[0][0], [document for query, document in PROBES if query == PROBES[0][0]]
@@ -27,26 +27,16 @@ _SERVER_DEADLINE = 300.0  # seconds for a call where nobody waits for the answer
 
 
 @dataclass(frozen=True, slots=True)
-class Options:
+class Options(Ranking):
     """How lines are ranked; see `rerank_file`."""
 
-    top_n: int | None = None
-    score_threshold: float | None = None
-    min_precision: float | None = None
-    instruction: str | None = None
-    reorder: bool = False
-    deadline: float | None = None
+    on_error: str = field(default="raise", init=False)
+    may_return: bool = field(default=False, init=False)
     group: int = GROUP
 
-    def limits(self) -> RankOptions:
-        """Give what decides which documents are kept."""
-        return {"top_n": self.top_n, "score_threshold": self.score_threshold, "min_precision": self.min_precision}
-
     def check(self, scorer: Scorer) -> None:
-        """Refuse wrong options before any work, as `Scorer.rerank` does."""
-        options = self.limits()
-        options["instruction"] = self.instruction
-        scorer.rerank("", [], **options)
+        """Refuse before any work what this scorer can't do, as `Scorer.rerank` does."""
+        scorer.rerank("", [], min_precision=self.min_precision, instruction=self.instruction)
 
     def deadline_of(self, scorer: Scorer) -> float | None:
         """Find how long a call to this scorer may take."""
@@ -54,13 +44,14 @@ class Options:
 
     def refuse_pair(self, name: str) -> None:
         """Refuse options that mean nothing for a query with one document, with a ConfigError."""
-        if self.reorder or any(limit is not None for limit in self.limits().values()):
-            limits = ", ".join(self.limits())
-            raise ConfigError(f'{name} of a query and a document: {limits} and reorder are for lines with "documents"')
+        if self != Options(instruction=self.instruction, deadline=self.deadline, group=self.group):
+            limits = "top_n, score_threshold, min_precision and min_n"
+            raise ConfigError(f'{name} of a query and a document: {limits} are for lines with "documents"')
 
     def facts(self) -> dict[str, str]:
         """Write down what decides about the output."""
-        return {name: str(value) for name, value in asdict(self).items() if name != "deadline"}
+        others = ("deadline", "on_error", "may_return")
+        return {name: str(value) for name, value in asdict(self).items() if name not in others}
 
 
 @dataclass(slots=True)
@@ -85,12 +76,9 @@ class Line:
         ranked = [{"index": item.index, "score": item.score} for item in self.ranked or ()]
         return {"score": ranked[0]["score"]} if self.is_pair else {"ranked": ranked}
 
-    def result(self, *, reorder: bool) -> bytes:
+    def result(self) -> bytes:
         """Write the line of the output."""
-        added = self.added()
-        if reorder:
-            added["documents"] = [self.row["documents"][item["index"]] for item in added["ranked"]]
-        return encode(self.row | added)
+        return encode(self.row | self.added())
 
     def reject(self) -> bytes:
         """Write the line of the rejects."""
@@ -178,7 +166,7 @@ def rank(scorer: Scorer, lines: Sequence[Line], options: Options, *, probe: bool
             line.error = _reason(outcome, line)
         else:
             scores = [item.score for item in sorted(outcome, key=lambda item: item.index)]
-            line.ranked = Ranking(**options.limits()).rank(scores)
+            line.ranked = options.rank(scores)
     return [item.score or 0.0 for item in sorted(known, key=lambda item: item.index)]
 
 
@@ -190,13 +178,13 @@ def _reason(error: RerankError, line: Line) -> str:
     return f"{names} {'' if isinstance(error, BadReply) else 'rejected: '}{error.reason or error.message}"
 
 
-def results(lines: Sequence[Line], *, reorder: bool) -> tuple[list[bytes], list[bytes], int]:
+def results(lines: Sequence[Line]) -> tuple[list[bytes], list[bytes], int]:
     """Write lines for the output and lines for the rejects, and count the documents of the former."""
     ranked, rejects, documents = list[bytes](), list[bytes](), 0
     for line in lines:
         if line.error is None:
             try:
-                ranked.append(line.result(reorder=reorder))
+                ranked.append(line.result())
                 documents += len(line.documents)
                 continue
             except RecursionError as error:  # nested as deep as could just be read

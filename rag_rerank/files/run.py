@@ -4,12 +4,14 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
+from typing import Unpack
 
 from rag_rerank.errors import ConfigError
 from rag_rerank.files.formats import WHOLE, Part, Reader, check_name
 from rag_rerank.files.partial import START_OVER, Partial, Tally, refuse_changes
 from rag_rerank.files.rows import GROUP, Line, Options, is_blank, parse, rank, results
 from rag_rerank.identity import Identity
+from rag_rerank.ranking import RankOptions
 from rag_rerank.scorer import Scorer
 
 _GROUP_BYTES = 8 << 20  # a group ends here, too, so that this much of the input and one line are in memory
@@ -20,18 +22,13 @@ def rerank_file(
     source: Path,
     target: Path,
     *,
-    top_n: int | None = None,
-    score_threshold: float | None = None,
-    min_precision: float | None = None,
-    instruction: str | None = None,
-    reorder: bool = False,
-    deadline: float | None = None,
     restart: bool = False,
     group: int = GROUP,
     part: Part = WHOLE,
     begun_by: Identity | None = None,
     lock_timeout: float = 0.0,
     progress: Callable[[Tally, float], None] = lambda tally, fraction: None,
+    **ranking: Unpack[RankOptions],
 ) -> Tally:
     """Rerank every line of a file, or continue where an interrupted run of the same stopped.
 
@@ -47,19 +44,14 @@ def rerank_file(
             http(s) URLs, which the server fetches; no file is read for one.
         target: What to write, with such an ending, in the same order: the same objects with ``"ranked": [{"index",
             "score"}]``. An existing file is replaced at the end.
-        top_n: How many to keep of each line; None keeps all.
-        score_threshold: Keep only scores at or above it.
-        min_precision: As in `Scorer.rerank`, for each line.
-        instruction: As in `Scorer.rerank`, for all lines.
-        reorder: Put the documents themselves in the order of ``ranked``, those that it has; its ``index`` still
-            counts the documents of the input.
-        deadline: Seconds that a call to the scorer may take. None: 300 on a server, no limit for a local model.
         restart: Discard what an interrupted run has left.
         group: Documents of one call to the scorer.
         part: Which lines of the input, to share a file between processes.
         begun_by: Who scores the other parts, by `Scorer.identity`; another scorer is refused. None: nobody yet.
         lock_timeout: Seconds to wait for another process that writes the same output to end.
         progress: Called at the start and after each group, with the fraction of the input that was read, 0 to 1.
+        **ranking: As in `Scorer.rerank`, for each line: `top_n`, `score_threshold`, `min_precision`, `min_n`,
+            `instruction`. The `deadline` is for each call to the scorer; without one, it is 300 s on a server.
 
     Returns:
         The count of everything: ``lines == ranked + rejected + blank``.
@@ -70,7 +62,7 @@ def rerank_file(
         BackendError: No scores, and not through the fault of single lines; what was finished stays for the next run.
         OSError: A file can't be read or written.
     """
-    options = Options(top_n, score_threshold, min_precision, instruction, reorder, deadline, group)
+    options = Options(group=group, **ranking)
     options.check(scorer)
     _check_files(source, target)
     before = input_facts(source)
@@ -85,9 +77,9 @@ def rerank_file(
 
     with Partial(target, source, facts, identify, restart=restart, lock_timeout=lock_timeout) as partial:
         reader = Reader(source, part)
-        probe, known = scorer.remote and partial.identity.steady, Identity({})
-        progress(partial.tally, 0.0)
-        for number, lines in _groups(islice(enumerate(reader, 1), partial.tally.lines, None), group, part.first):
+        probe, known = scorer.remote and partial.record.scorer.steady, Identity({})
+        progress(partial.record.tally, 0.0)
+        for number, lines in _groups(islice(enumerate(reader, 1), partial.record.tally.lines, None), group, part.first):
             for line in lines:
                 if line.is_pair and line.error is None:
                     options.refuse_pair(f"line {line.number} is a pair")
@@ -95,14 +87,14 @@ def rerank_file(
             # of the call, so a difference alone proves nothing: `identity`, whose call is always the same, decides.
             probed = Identity({}, rank(scorer, lines, options, probe=probe))
             if probed.probes and probed.differences(known):
-                refuse_changes(target, partial.identity, scorer.identity(deadline=options.deadline_of(scorer)))
+                refuse_changes(target, partial.record.scorer, scorer.identity(deadline=options.deadline_of(scorer)))
                 known = probed
-            partial.add(*results(lines, reorder=reorder), lines=number)
-            progress(partial.tally, reader.fraction)
+            partial.add(*results(lines), lines=number)
+            progress(partial.record.tally, reader.fraction)
         if input_facts(source) != before:
             raise ConfigError(f"{source} was changed while it was read; {START_OVER}")
         partial.finish()
-    return partial.tally
+    return partial.record.tally
 
 
 def _check_files(source: Path, target: Path) -> None:

@@ -10,6 +10,7 @@ A file is read because the caller wraps its path in `Image`, never because a tex
 import base64
 import binascii
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Union
 
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     import PIL.Image
 
 
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
 class Image:
     """An image.
 
@@ -39,15 +41,12 @@ class Image:
     What is in it is checked when it is scored, see `Scorer.score`.
     """
 
-    __slots__ = ("max_pixels", "source", "url")
+    source: "Path | bytes | PIL.Image.Image | None" = None
+    url: str | None = field(default=None, kw_only=True)
+    max_pixels: int | None = field(default=None, kw_only=True)
 
-    def __init__(
-        self,
-        source: "Path | bytes | PIL.Image.Image | None" = None,
-        *,
-        url: str | None = None,
-        max_pixels: int | None = None,
-    ) -> None:
+    def __post_init__(self) -> None:
+        source, url, max_pixels = self.source, self.url, self.max_pixels
         if (source is None) == (url is None):
             raise ValueError("an Image needs a source (Path, bytes, PIL image) or a url, and not both")
         if isinstance(source, str):
@@ -60,7 +59,6 @@ class Image:
             _check_url(url)
         if max_pixels is not None and (type(max_pixels) is not int or max_pixels < 1):
             raise ValueError(f"max_pixels must be 1 or more, or None; got {max_pixels!r}")
-        self.source, self.url, self.max_pixels = source, url, max_pixels
 
     def held(self) -> "Path | bytes | PIL.Image.Image | None":
         """Find what the image can be read from in this process; None where only a server can fetch it."""
@@ -74,6 +72,7 @@ class Image:
         return f"Image({self.source!r})"  # a path or a PIL image, whose repr has no pixels
 
 
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
 class Video:
     """A video, for servers whose model reads them. It is passed on as it is.
 
@@ -84,11 +83,10 @@ class Video:
         ValueError: Another kind of URL.
     """
 
-    __slots__ = ("url",)
+    url: str
 
-    def __init__(self, url: str) -> None:
-        _check_url(url)
-        self.url = url
+    def __post_init__(self) -> None:
+        _check_url(self.url)
 
     def __repr__(self) -> str:
         return f"Video({shown(self.url)!r})"

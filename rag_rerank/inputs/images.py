@@ -45,15 +45,7 @@ class ImageFile:
         return f"ImageFile({self.media_type}, {self.width}x{self.height})"
 
 
-BLANK = ImageFile(
-    base64.b64decode(
-        "iVBORw0KGgoAAAANSUhEUgAAAEAAAABACAAAAACPAi4CAAAAK0lEQVR42u3MMREAAAgEoNf+nTWEmwcBqMlNRyAQCAQCgUAgEAgEAsHzYAFQLQF/"
-        "OJ8+2wAAAABJRU5ErkJggg=="
-    ),
-    "image/png",
-    64,
-    64,
-)
+BLANK = ImageFile((Path(__file__).parent / "blank.png").read_bytes(), "image/png", 64, 64)
 """A white square, which no model that sees refuses."""
 
 
@@ -82,7 +74,7 @@ def read_image(source: "Path | bytes | PIL.Image.Image", max_pixels: int | None 
             return _encoded(scaled, "JPEG" if kind in ("JPEG", "MPO") else "PNG")
     _check_size(source)
     try:
-        return _encoded(_scaled(source, max_pixels) or _as_png_can(source), "PNG")
+        return _encoded(_scaled(source, max_pixels) or _as_rgb(source), "PNG")
     except ContentError:
         raise
     except (OSError, SyntaxError, ValueError, IndexError, pil.DecompressionBombError) as error:  # it may not be loaded
@@ -167,12 +159,6 @@ def _as_rgb(image: "PIL.Image.Image") -> "PIL.Image.Image":
     ground: PIL.Image.Image = _pillow().new("RGB", image.size, (255, 255, 255))
     ground.paste(image, mask=image.getchannel("A"))
     return ground
-
-
-def _as_png_can(image: "PIL.Image.Image") -> "PIL.Image.Image":
-    """Turn it upright, for PNG files written here don't say how; in RGB where PNG has no such pixels."""
-    image = _upright(image)
-    return image if image.mode in ("1", "L", "LA", "P", "RGB", "RGBA") else _as_rgb(image)
 
 
 def _upright(image: "PIL.Image.Image") -> "PIL.Image.Image":

@@ -2,6 +2,7 @@
 
 import base64
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
@@ -47,6 +48,7 @@ class Multimodal:
 
 
 Prepared = str | Multimodal
+Contents = Sequence[Prepared]
 
 
 def _encoded(part: str | ImageFile | Link) -> bytes:

@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from collections.abc import Set as AbstractSet
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
@@ -11,7 +11,7 @@ from rag_rerank.errors import ContentError, DeadlineExceeded
 from rag_rerank.inputs.cleaning import clean
 from rag_rerank.inputs.content import Content, Image, Input, Video, from_mapping, is_pil, placed
 from rag_rerank.inputs.images import ImageFile, read_image
-from rag_rerank.inputs.multimodal import Link, Multimodal, Prepared
+from rag_rerank.inputs.multimodal import Contents, Link, Multimodal, Prepared
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -110,7 +110,7 @@ def is_slow(value: Any) -> bool:
     return len(value) > MANY or not all(isinstance(each, str) for each in value)
 
 
-def text_only(model: str, queries: Sequence[Prepared], documents: Sequence[Prepared]) -> ContentError:
+def text_only(model: str, queries: Contents, documents: Contents) -> ContentError:
     """Make the error for a model that reads text only, with the position of the first thing that is more."""
     for name, inputs in (("queries", queries), ("documents", documents)):
         for position, each in enumerate(inputs):

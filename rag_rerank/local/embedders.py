@@ -67,7 +67,7 @@ class EmbedderLoading(Loading):
         unpadded = declared.expansion is None or declared.expansion.attend
         return TokenEmbedder(
             **self._encoder(route, own_prompt, declared.markers, unpadded=unpadded),
-            layers=read_layers(self.checkpoint.file, layers).to(self.device),
+            layers=read_layers(self.checkpoint.files, layers).to(self.device),
             skipped=_known_ids(tokenizer, declared.skipped_words) if side in declared.skipped_in else frozenset(),
             kept=frozenset(declared.kept_ids) if side == "document" else frozenset(),
             expand_to=expansion.length if expansion else 0,

@@ -20,7 +20,6 @@ from transformers import (
 from rag_rerank.errors import ConfigError
 from rag_rerank.local.checkpoint.chat import ChatTemplate
 from rag_rerank.local.checkpoint.declaration import IDENTITY, SCORE_TEMPLATE, SIGMOID, Pooling
-from rag_rerank.local.hardware import choose_batching
 from rag_rerank.local.models.cross_encoder import (
     Activation,
     PairModel,
@@ -62,8 +61,7 @@ class PairLoading(Loading):
         model = self.load(AutoModelForSequenceClassification)
         self._choose_template(needed=isinstance(getattr(model, "score", None), torch.nn.Linear))
         make_head_precise(model, self.checkpoint.stored)
-        pad_id, batching = self.checkpoint.tokenizer.pad_token_id, choose_batching(self.device)
-        return self._pair_model(model, lambda model: classifier_parts(model, pad_id, batching))
+        return self._pair_model(model, lambda model: classifier_parts(model, self.plain(model.base_model)))
 
     def causal(self) -> ScoreType:
         """Load a model that answers with a word."""
@@ -77,8 +75,7 @@ class PairLoading(Loading):
         ids = self._answers()
         model = self.load(AutoModelForSeq2SeqLM)
         keep_answers(model, ids)
-        pad_id, batching = self.checkpoint.tokenizer.pad_token_id, choose_batching(self.device)
-        return self._pair_model(model, lambda model: whole_parts(model, FirstStep(model, pad_id or 0, batching)))
+        return self._pair_model(model, lambda model: whole_parts(model, self.plain(model, run_by=FirstStep)))
 
     def modular(self) -> ScoreType:
         """Load a transformer with a head of modules."""

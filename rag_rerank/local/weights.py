@@ -22,7 +22,7 @@ from rag_rerank.local.transformer.transformer import (
     Path,
     States,
     Transformer,
-    from_transformers,
+    can_unpad,
     prepare,
     rope_limit,
     tested,
@@ -57,10 +57,12 @@ class Loading:
         self.facts |= {"dtype": str(model.dtype).removeprefix("torch."), "device": model.device.type}
         return model
 
-    def plain(self, model: PreTrainedModel, checkpoint: Checkpoint | None = None) -> Padded:
+    def plain(
+        self, model: PreTrainedModel, checkpoint: Checkpoint | None = None, run_by: type[Padded] = Padded
+    ) -> Padded:
         """Run a transformer as transformers wrote it."""
         pad_id = (checkpoint or self.checkpoint).tokenizer.pad_token_id
-        return Padded(model, pad_id or 0, choose_batching(self.device))
+        return run_by(model, pad_id or 0, choose_batching(self.device))
 
     def parts(
         self, model: PreTrainedModel, head: Head, checkpoint: Checkpoint | None = None, *, share: bool = True
@@ -79,13 +81,13 @@ class Loading:
     ) -> tuple[Transformer, Head]:
         """Choose the fastest way to run a model that gives what plain transformers give, and take it; see `prove`."""
         checkpoint, asked, verify = checkpoint or self.checkpoint, self.settings.max_length, self.settings.verify
-        body = take_apart(model).body
+        parts = take_apart(model)
+        body = parts.body
         prepare(body)
         longest = max_length(checkpoint, body, None, None)
         limit = rope_limit(body, asked or longest)
         # What is not to be proven, tests must have proven.
-        if not tested(body) and not (verify and from_transformers(body)):
-            unpadded = False
+        unpadded = unpadded and parts.head is not None and can_unpad(body) and (verify or tested(body))
         ways: dict[Path, bool] = {"unpadded": unpadded, "padded": verify, "equal lengths": True}
         paths = [path for path, possible in ways.items() if possible]
         differences: Mapping[Path, float] = {}
@@ -100,7 +102,7 @@ class Loading:
                 architecture = (*checkpoint.architectures, type(body).__name__)[0]
                 raise kind(f"{checkpoint.name!r} is a {architecture} that can't be scored: {raised}{error}") from error
             paths, differences = [proof.path], proof.differences
-        transformer, head = next(way for path in paths if (way := take_apart(model).way(path)))
+        transformer, head = take_apart(model).way(paths[0])
         self.proofs.append(Proof(transformer.path, differences))
         return replace(transformer, limit=limit), head
 
@@ -115,8 +117,8 @@ class Loading:
 
     def head(self, route: Route, own_prompt: str | None, device: torch.device, dimensions: int | None = None) -> Head:
         """Make a vector of a text's states; of a cross-encoder's, logits."""
-        layers = read_layers(self.checkpoint.file, route.layers).to(device)
-        token_layers = read_layers(self.checkpoint.file, route.token_layers).to(device)
+        layers = read_layers(self.checkpoint.files, route.layers).to(device)
+        token_layers = read_layers(self.checkpoint.files, route.token_layers).to(device)
         pooling, tokenizer = cast("Pooling", route.pooling), self.checkpoint.at(route).tokenizer
         prompt = route.prompt if own_prompt is None else own_prompt
         skip = 0

@@ -10,8 +10,8 @@
 call. On a cluster (``RAY_ADDRESS``), the package is installed on every node.
 """
 
-from rag_rerank.ray_data.batches import ScoreBatch, score_dataset
+from rag_rerank.ray_data.batches import score_dataset
 from rag_rerank.ray_data.pool import Pool
 from rag_rerank.ray_data.run import rejects_in, rerank_folder
 
-__all__ = ["ScoreBatch", "Pool", "rejects_in", "rerank_folder", "score_dataset"]
+__all__ = ["Pool", "rejects_in", "rerank_folder", "score_dataset"]

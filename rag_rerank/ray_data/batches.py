@@ -11,20 +11,7 @@ from rag_rerank.scorer import Scorer
 
 
 class ScoreBatch:
-    """Scores batches of a Ray Dataset: the class to give to ``map_batches``, of which each actor makes one.
-
-    Batches are Arrow tables (``batch_format="pyarrow"``). Rows with a ``query`` and a list of ``documents`` get
-    ``ranked``, a list of ``{index, score}``, best first. Pairs, a ``query`` and a ``document``, get ``score``. Both get
-    ``score_error``: null, or what is wrong with the row, which has no score then. All other columns stay.
-
-    Args:
-        scorer: As for `rerank_folder`.
-        **options: Of `rag_rerank.files.rerank_file`: what limits its results, `instruction`, `deadline` of a batch.
-
-    Raises:
-        ConfigError: The columns are not there, or the scorer can't work as configured.
-        BackendError: No scores, and not through the fault of single rows.
-    """
+    """Scores batches of a Ray Dataset, as Arrow tables; each actor of `score_dataset` makes one."""
 
     def __init__(self, scorer: Scorer, **options: Any) -> None:
         self._options = Options(**options)
@@ -57,7 +44,11 @@ class ScoreBatch:
 def score_dataset(
     dataset: Any, scorer: Scorer, *, pool: Pool = DEFAULT_POOL, batch_size: int = GROUP, **options: Any
 ) -> Any:
-    """Score a Ray Dataset over a pool of actors, as `ScoreBatch` does.
+    """Score a Ray Dataset over a pool of actors.
+
+    Rows with a ``query`` and a list of ``documents`` get ``ranked``, a list of ``{index, score}``, best first. Pairs, a
+    ``query`` and a ``document``, get ``score``. Both get ``score_error``: null, or what is wrong with the row, which
+    has no score then. All other columns stay.
 
     Args:
         dataset: A ``ray.data.Dataset`` of rows or pairs.
@@ -65,14 +56,16 @@ def score_dataset(
         pool: How many actors, and what each gets of the machines. One that dies is started again, and its batch is
             scored again.
         batch_size: Rows of one call to the scorer. In float32 a score depends on it in the seventh digit.
-        **options: Of `ScoreBatch`.
+        **options: Of `rag_rerank.files.rerank_file`: what limits its results, `instruction`, `deadline` of a batch.
 
     Returns:
         The ``ray.data.Dataset`` with more columns; nothing has run yet.
 
     Raises:
-        ConfigError: Ray is not installed, or the machines don't have what is asked for.
+        ConfigError: Ray is not installed, or the machines don't have what is asked for; from an actor, the columns are
+            not there, or the scorer can't work as configured.
         TypeError, ValueError: As `Scorer.rerank`, for wrong options.
+        BackendError: From an actor: no scores, and not through the fault of single rows.
     """
     data = import_ray("ray.data")
     ScoreBatch(scorer, **options)  # refuses wrong options before any work

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from rag_rerank.errors import BackendError, ConfigError, RerankError
 from rag_rerank.files import Tally, rejects_of, rerank_file
 from rag_rerank.files.formats import ENDINGS, Part, check_name, count_rows
-from rag_rerank.files.partial import START_OVER, lines_kept, lock, read_whole, refuse_changes, write_whole
+from rag_rerank.files.partial import START_OVER, Record, lines_kept, lock, read_whole, refuse_changes, write_whole
 from rag_rerank.files.rows import Options
 from rag_rerank.files.run import input_facts
 from rag_rerank.identity import Identity
@@ -72,7 +72,7 @@ def rerank_folder(
         restart: Discard what an earlier run has left or made.
         shard_lines: Lines of a shard.
         progress: Called at the start and after each shard, with the fraction of the shards that are finished.
-        **options: Of `rerank_file`: what limits its results, `instruction`, `reorder`, `deadline`, `group`.
+        **options: Of `rerank_file`: what limits its results, `instruction`, `deadline`, `group`.
 
     Returns:
         The count of everything, as of `rerank_file`; `resumed` are lines of shards that earlier runs have finished.
@@ -201,16 +201,16 @@ def _begin(target: Path, facts: Mapping[str, str], scorer: Identity, *, restart:
     """Say who began the run: another scorer, other options or another input don't continue it."""
     record, shards = target / _OWN / "run.json", target / _OWN / "shards"
     if record.exists() and not restart:
-        begun = read_whole(record, lambda found: (Identity(found["facts"]), Identity.from_dict(found["scorer"])))
-        refuse_changes(target, begun[0], Identity(facts))
-        refuse_changes(target, begun[1], scorer)
-        return begun[1]
+        begun = Record.read(record)
+        refuse_changes(target, begun.facts, Identity(facts))
+        refuse_changes(target, begun.scorer, scorer)
+        return begun.scorer
     for path in shards.rglob(f"*{_TALLY}"):  # of each output
         (target / path.relative_to(shards)).with_name(path.name.removesuffix(_TALLY)).unlink(missing_ok=True)
     shutil.rmtree(rejects_in(target), ignore_errors=True)
     shutil.rmtree(shards, ignore_errors=True)
     # When there is no output left that could be taken for one of another scorer.
-    write_whole(record, {"facts": dict(facts), "scorer": scorer.to_dict()})
+    Record(Identity(facts), scorer).write(record)
     return scorer
 
 

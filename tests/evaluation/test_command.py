@@ -21,7 +21,7 @@ from rag_rerank.evaluation import DEFAULT_MEASURES, Collection, evaluate, read_r
 from rag_rerank.identity import PROBES
 from rag_rerank.inputs import NEUTRAL
 from tests import commands
-from tests.evaluation.collections import JUDGMENTS, QUERIES, write_small
+from tests.evaluation.collections import QUERIES, write_small
 from tests.faulty_server import FaultyServer, Request, Steps, http, on_scores, right, scores
 from tests.test_calibration import calibration
 from tests.vllm_server import VLLMServer
@@ -91,19 +91,6 @@ class TestCommand:
         assert [each["policy"] for each in system["kept"]] == ["min_precision=0.2 top_n=2"]
         result = run(tmp_path, *arguments, "--model", cross_encoder)
         assert (result.returncode, "1 --calibration for 2 models" in result.stderr) == (2, True)
-
-    def test_a_run_alone_is_measured_as_it_is(self, tmp_path: Path):
-        """With its judgments, no text and no model."""
-        (tmp_path / "run.trec").write_text("q1 Q0 d1 1 2 x\nq1 Q0 d2 2 1 x\n")
-        rows = [f"{query} 0 {name} {grade}" for query, grades in JUDGMENTS.items() for name, grade in grades.items()]
-        (tmp_path / "qrels.txt").write_text("\n".join(rows))
-        arguments = ["--run", tmp_path / "run.trec", "--qrels", tmp_path / "qrels.txt", "--measures", "MRR@10, P@2"]
-        result = run(tmp_path, *arguments, "--depth", "2")
-        assert result.returncode == 0, result.stderr
-        assert [line.split() for line in result.stdout.splitlines()[-2:]] == [
-            ["MRR@10", "0.3333", "0.3333"],
-            ["P@2", "0.3333", "0.3333"],
-        ]
 
     def test_several_servers_and_a_model_are_compared(self, tmp_path: Path, folder: Path, cross_encoder: Path):
         """Each with its tables, and each two with each other; a run for each."""
@@ -284,8 +271,7 @@ class TestEnds:
         [
             (["/no/such/folder"], "corpus.jsonl can't be read"),
             (["--run", "/no/such/run"], "/no/such/run can't be read"),
-            (["--qrels", "/no/such/qrels"], "name a collection's FOLDER, or a --run"),
-            (["--run", "RUN", "--qrels", "RUN", "--model", "m"], "name the folder that has the texts"),
+            (["--qrels", "/no/such/qrels"], "name the collection's FOLDER"),
             (["--run", "RUN"], "the run has the document 'd1' (for the query 'q1'), the collection has not"),
             (["--html", "/no/such/folder/x.html"], "there is no such folder"),
             (["--json", "/"], "it is a folder"),

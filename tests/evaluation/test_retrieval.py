@@ -4,7 +4,8 @@ import pytest
 
 from rag_rerank import ConfigError
 from rag_rerank.embedded import collection_folder
-from rag_rerank.evaluation import BM25, Collection, measure
+from rag_rerank.evaluation import BM25, Collection
+from tests.evaluation.test_measures import measure
 
 
 class TestBM25:
@@ -14,8 +15,8 @@ class TestBM25:
         """Lucene's BM25 with stemming: nDCG@10 0.5354, RR@10 0.4820, R@100 0.9235."""
         collection = Collection.load(collection_folder())
         bm25 = BM25(collection.documents)
-        run = {name: bm25.retrieve(text, 100) for name, text in collection.queries.items()}
-        means = measure(collection.judgments, run, ("nDCG@10", "RR@10", "R@100"))
+        run = {name: list(bm25.retrieve(text, 100)) for name, text in collection.queries.items()}
+        means = measure(collection.judgments, run, "nDCG@10", "RR@10", "R@100")
         assert means == {
             "nDCG@10": pytest.approx(0.5354, abs=1e-3),
             "RR@10": pytest.approx(0.4820, abs=1e-3),

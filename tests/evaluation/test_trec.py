@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rag_rerank import ConfigError
-from rag_rerank.evaluation import measure, read_judgments, read_run, write_run
+from rag_rerank.evaluation import read_judgments, read_run, write_run
+from tests.evaluation.test_measures import measure
 
 ids = st.text(st.characters(categories=["L", "N", "P", "S"]), min_size=1, max_size=8)
 scores = st.none() | st.floats(allow_nan=False, allow_infinity=False, width=64)
@@ -120,5 +121,5 @@ class TestJudgments:
     def test_measures_of_what_was_written_are_those_of_what_was_ranked(self, tmp_path: Path):
         """Even where scores were equal."""
         write_run(tmp_path / "run", {"q": [("b", 0.5), ("a", 0.5), ("c", 0.5)]})
-        means = measure({"q": {"a": 1}}, read_run(tmp_path / "run"), ["RR"])
-        assert means == {"RR": 0.5}
+        found = {query: list(ranking) for query, ranking in read_run(tmp_path / "run").items()}
+        assert measure({"q": {"a": 1}}, found, "RR") == {"RR": 0.5}

@@ -128,7 +128,7 @@ class TestServer:
             model.delay, model.other = 0.0, True
             refused("before", target, *files, target)
             model.other = False
-            refused("reorder: True, before False", target, *files, target, "--reorder")
+            refused("top_n: 1, before None", target, *files, target, "--top-n", "1")
             left = {path: path.read_bytes() for path in target.parent.iterdir()}
             server.kill()
             down = run(*files, target)

@@ -88,14 +88,6 @@ class TestRows:
         assert third == {**ROWS[2], "ranked": []}
         assert left(source.parent) == {"in.jsonl", "out.jsonl"}
 
-    def test_documents_in_the_new_order(self, source: Path, target: Path):
-        """Whole objects, those that top_n and threshold kept; the index is that of the input."""
-        rerank_file(WordOverlap(), source, target, reorder=True, top_n=2, score_threshold=0.1)
-        first, second, _ = read(target)
-        assert first["documents"] == ["the giant panda", "a panda"]
-        assert [item["index"] for item in first["ranked"]] == [1, 2]
-        assert second["documents"] == [{"text": "bread", "url": "y"}]
-
     def test_a_pair_gets_a_score(self, source: Path, target: Path):
         """Among rows with documents, too; a rank would mean nothing."""
         pairs = [{"query": "giant panda", "document": "a panda", "id": 1}, {"query": "q", "document": {"text": "q"}}]
@@ -109,7 +101,7 @@ class TestRows:
             'document must be str or an object with a "text", got int',
             '"query" must be str, got nothing',
         ]
-        for option in ({"top_n": 1}, {"score_threshold": 0.0}, {"reorder": True}):
+        for option in ({"top_n": 1}, {"score_threshold": 0.0}, {"min_n": 1}):
             with pytest.raises(ConfigError, match="line 1 is a pair"):
                 rerank_file(WordOverlap(), source, target, **option)
 
@@ -406,7 +398,7 @@ class TestResuming:
         [
             ({"top_n": 1}, "top_n: 1, before None"),
             ({"score_threshold": 0.5}, "score_threshold: 0.5, before None"),
-            ({"reorder": True}, "reorder: True, before False"),
+            ({"min_n": 1}, "min_n: 1, before 0"),
             ({"group": 2}, "group: 2, before 1"),
             ({"weight": 0.5}, "scores of the probe: .*, before "),
             ({"touch": True}, "mtime: 1, before"),

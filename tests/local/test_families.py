@@ -9,6 +9,7 @@ from transformers import AutoModel, AutoModelForSequenceClassification, AutoToke
 
 from rag_rerank import ConfigError, LocalScorer
 from rag_rerank.local.checkpoint.declaration import Layer, read_declaration
+from rag_rerank.local.checkpoint.files import Files
 from rag_rerank.local.models.layers import read_layers
 from tests.encoder_models import (
     KINDS,
@@ -86,7 +87,7 @@ class TestBiEncoders:
 def max_sim(folder: Path, queries: list[str], documents: list[str], *, normalize: bool) -> list[float]:
     """The score of late interaction, written out."""
     dense = Layer("Dense", "1_Dense" if (folder / "1_Dense").exists() else "")
-    [projection] = read_layers(folder.joinpath, [dense]).parameters()
+    [projection] = read_layers(Files(str(folder)), [dense]).parameters()
 
     def vectors(texts: list[str]) -> list[torch.Tensor]:
         projected = [output.last_hidden_state[0] @ projection.T for output in one_by_one(folder, AutoModel, texts)]
@@ -190,7 +191,13 @@ class TestReading:
         files = {"modules.json": listed or None, "config.json": config, "Transformer/config.json": config}
         assert (read_declaration("x", files.get).kind == "late-interaction") is expected
 
-    def test_dense_modules_follow_each_other(self, tmp_path: Path):
+    @pytest.fixture
+    def files(self, tmp_path: Path) -> Files:
+        """A folder for modules."""
+        (tmp_path / "config.json").write_text("{}", encoding="utf-8")
+        return Files(str(tmp_path))
+
+    def test_dense_modules_follow_each_other(self, files: Files, tmp_path: Path):
         """With their biases, where they have them, and their activations."""
         first = {"weight": torch.randn(5, 4), "bias": torch.randn(5)}
         second = {"weight": torch.randn(3, 5)}
@@ -201,31 +208,31 @@ class TestReading:
             )
         states = torch.randn(7, 4)
         layers = [Layer("Dense", "1_Dense", "torch.nn.modules.activation.Tanh"), Layer("Dense", "2_Dense")]
-        projected = read_layers(tmp_path.joinpath, layers)(states)
+        projected = read_layers(files, layers)(states)
         expected = torch.tanh(states @ first["weight"].T + first["bias"]) @ second["weight"].T
         assert torch.allclose(projected, expected, atol=1e-6)
 
     @pytest.mark.parametrize("size", [4, 5])
-    def test_a_residual_connection_is_added(self, size: int, tmp_path: Path):
+    def test_a_residual_connection_is_added(self, size: int, files: Files, tmp_path: Path):
         """Projected, where the sizes differ."""
         weights = {"linear.weight": torch.randn(size, 4)}
         if size != 4:
             weights["residual.weight"] = torch.randn(size, 4)
         save_file(weights, tmp_path / "model.safetensors")
         states = torch.randn(7, 4)
-        made = read_layers(tmp_path.joinpath, [Layer("Dense", residual=True)])(states)
+        made = read_layers(files, [Layer("Dense", residual=True)])(states)
         beside = states @ weights["residual.weight"].T if size != 4 else states
         assert torch.allclose(made, states @ weights["linear.weight"].T + beside, atol=1e-6)
 
-    def test_jinas_name_for_the_projection_is_known(self, tmp_path: Path):
+    def test_jinas_name_for_the_projection_is_known(self, files: Files, tmp_path: Path):
         """As in vLLM."""
         save_file({"colbert_linear.weight": torch.randn(VECTOR_SIZE, 8)}, tmp_path / "model.safetensors")
-        assert read_layers(tmp_path.joinpath, [Layer("Dense")])(torch.zeros(1, 8)).shape == (1, VECTOR_SIZE)
+        assert read_layers(files, [Layer("Dense")])(torch.zeros(1, 8)).shape == (1, VECTOR_SIZE)
 
-    def test_a_missing_projection_is_named(self, tmp_path: Path):
+    def test_a_missing_projection_is_named(self, files: Files, tmp_path: Path):
         """No file, or a file of something else."""
         with pytest.raises(ConfigError, match=r"no 1_Dense/model\.safetensors"):
-            read_layers(lambda _: None, [Layer("Dense", "1_Dense")])
+            read_layers(files, [Layer("Dense", "1_Dense")])
         save_file({"bert.weight": torch.zeros(1)}, tmp_path / "model.safetensors")
         with pytest.raises(ConfigError, match=r"holds no linear\.weight"):
-            read_layers(tmp_path.joinpath, [Layer("Dense")])
+            read_layers(files, [Layer("Dense")])

@@ -43,7 +43,7 @@ class Checkpoint:
         tokenizer_kwargs: Mapping[str, Any] = MappingProxyType({}),
     ) -> None:
         self.name, self.files = files.name, files
-        self.file, self.json = files.path, files.json
+        self.json = functools.cache(files.json)  # a hub is asked once for each
         self._code = {"trust_remote_code": trust_remote_code}
         self._tokenizer_kwargs = tokenizer_kwargs
         self.declaration = read_declaration(files.name, self._declared, kind)
@@ -52,7 +52,7 @@ class Checkpoint:
 
     def _declared(self, path: str) -> Any:
         """Read a JSON file for the declaration; an adapter's config is that of its model."""
-        content, parent = self.files.json(path), PurePosixPath(path).parent
+        content, parent = self.json(path), PurePosixPath(path).parent
         if content is not None or path != str(parent / "config.json"):
             return content
         adapter = read_adapter(self.files, str(parent))
@@ -71,7 +71,7 @@ class Checkpoint:
         """Read what there is of a route's transformer."""
         self.route = route
         self.adapter = read_adapter(self.files, route.folder)
-        translated = translated_config(self.name, self.files.json(route.folder, "config.json"))
+        translated = translated_config(self.name, self.json(str(PurePosixPath(route.folder, "config.json"))))
         self._translated = translated is not None
         self.config: PreTrainedConfig = translated or (
             self.files.read(AutoConfig.from_pretrained, subfolder=route.folder, **self._code)
@@ -159,7 +159,7 @@ class Checkpoint:
         base = None
         if self.adapter is not None and self.adapter.base != self.files:
             base = cast("Path", self.adapter.base.path("config.json")).parent
-        found = next(filter(None, map(self.file, ("modules.json", "config.json", "adapter_config.json"))))
+        found = next(filter(None, map(self.files.path, ("modules.json", "config.json", "adapter_config.json"))))
         return fingerprint(found.parent, base)
 
     def _check_tokenizer(self, model: PreTrainedModel) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from rag_rerank.local.models.model import Inputs
 from rag_rerank.local.models.prompts import Prompts
-from rag_rerank.local.transformer.batching import Batching, TokenSequence
+from rag_rerank.local.transformer.batching import TokenSequence
 from rag_rerank.local.transformer.proof import Parts
 from rag_rerank.local.transformer.transformer import Head, Padded, States, Transformer, from_transformers
 
@@ -53,13 +53,13 @@ class Whole(Padded):
     """A ``*ForSequenceClassification`` of an architecture that we don't know: run as it is, its logits as states."""
 
     @classmethod
-    def of(cls, model: Any, pad_id: int | None, batching: Batching) -> Self:
-        """Pad with the config's token, which the model may look for; the tokenizer's if it names none."""
+    def of(cls, model: Any, plain: Padded) -> Self:
+        """Pad with the config's token, which the model may look for; as `plain` if it names none."""
         config = model.config.get_text_config()
         named = getattr(config, "pad_token_id", None)
         if named is None or named < 0:
-            config.pad_token_id, named = -1, pad_id or 0  # no token: decoders refuse batches without one
-        return cls(model, named, batching)
+            config.pad_token_id, named = -1, plain.pad_id  # no token: decoders refuse batches without one
+        return cls(model, named, plain.device_batching)
 
     def states(self, sequences: Sequence[TokenSequence]) -> States:
         """Run one batch, head included."""
@@ -95,13 +95,13 @@ def _in_float32(_: object, arguments: tuple[Any, ...], options: dict[str, Any]) 
     return tuple(map(cast, arguments)), {name: cast(value) for name, value in options.items()}
 
 
-def classifier_parts(model: Any, pad_id: int | None, batching: Batching) -> Parts:
-    """Take a ``*ForSequenceClassification`` apart; where its head is not known, all of it is its body."""
-    score, whole = getattr(model, "score", None), whole_parts(model.base_model, Whole.of(model, pad_id, batching))
+def classifier_parts(model: Any, plain: Padded) -> Parts:
+    """Take a ``*ForSequenceClassification`` apart, whose body `plain` runs; with an unknown head it is its body."""
+    score, whole = getattr(model, "score", None), whole_parts(model.base_model, Whole.of(model, plain))
     # A checkpoint's own code may read its score from elsewhere (nemotron: the mean): that runs as it is.
     if isinstance(score, torch.nn.Linear) and from_transformers(model):
         # Padded, too, its last token is where we know it to be; transformers looks for a token that is no padding.
-        plain, head = Padded(whole.body, pad_id or 0, batching), last_token_head(score.weight)
+        head = last_token_head(score.weight)
         return Parts(whole.body, head, plain, head, whole.outputs)
     known = classification_head(model)
     return whole if known is None else replace(whole, head=lambda states: relevance(known(states).float()))

@@ -1,9 +1,8 @@
 """What sentence-transformers puts behind a transformer: pooling, Dense, LayerNorm, activations; all in float32."""
 
 import functools
-import json
 from collections.abc import Callable, Sequence
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 from typing import TYPE_CHECKING
 
 import torch
@@ -11,7 +10,7 @@ from torch import Tensor, nn
 
 from rag_rerank.errors import ConfigError
 from rag_rerank.local.checkpoint.declaration import IDENTITY, SIGMOID, Layer, Pooling
-from rag_rerank.local.checkpoint.files import INDEX, WEIGHTS, opened
+from rag_rerank.local.checkpoint.files import WEIGHTS, Files, Weights
 from rag_rerank.local.transformer.transformer import States, largest_of_each
 
 if TYPE_CHECKING:
@@ -53,12 +52,9 @@ def config_activation(config: "PreTrainedConfig") -> str | None:
     return named or getattr(config, "sbert_ce_default_activation_function", None)
 
 
-def read_layers(file: Callable[[str], Path | None], layers: Sequence[Layer]) -> nn.Sequential:
-    """Read modules with their weights, float32 on the CPU; ConfigError if these are missing or damaged.
-
-    `file` gives the local path of a file of the checkpoint, or None where it has no such file.
-    """
-    return nn.Sequential(*(_module(file, layer) for layer in layers)).requires_grad_(False)
+def read_layers(files: Files, layers: Sequence[Layer]) -> nn.Sequential:
+    """Read modules with their weights, float32 on the CPU; ConfigError if these are missing or damaged."""
+    return nn.Sequential(*(_module(files, layer) for layer in layers)).requires_grad_(False)
 
 
 class _Residual(nn.Module):
@@ -78,10 +74,14 @@ class _Normalize(nn.Module):
         return nn.functional.normalize(vectors, dim=-1)
 
 
-def _module(file: Callable[[str], Path | None], layer: Layer) -> nn.Module:
+def _module(files: Files, layer: Layer) -> nn.Module:
     if layer.kind == "Normalize":
         return _Normalize()
-    path, weights = str(PurePosixPath(layer.folder, WEIGHTS)), _weights(file, layer.folder)
+    path, stored = str(PurePosixPath(layer.folder, WEIGHTS)), Weights(files, layer.folder)
+    if stored.missing:
+        missing = PurePosixPath(layer.folder, stored.missing[0])
+        raise ConfigError(f"the checkpoint has no {missing}; only safetensors weights are read, pickle can run code")
+    weights = {name: stored.rows(name).float() for name in stored.home if name.partition(".")[0] in _OWN}
     if layer.kind == "LayerNorm":
         norm = nn.LayerNorm(len(weights["norm.weight"]))
         norm.load_state_dict({name.removeprefix("norm."): weight for name, weight in weights.items()})
@@ -102,25 +102,6 @@ def _linear(path: str, weights: dict[str, Tensor], prefixes: Sequence[str]) -> n
     linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, dtype=torch.float32)
     linear.load_state_dict({"weight": weight} | ({} if bias is None else {"bias": bias}))
     return linear
-
-
-def _weights(file: Callable[[str], Path | None], folder: str) -> dict[str, Tensor]:
-    """Read the weights of a folder that are modules' own, from its one file or from those that its index lists."""
-    name = str(PurePosixPath(folder, WEIGHTS))
-    index = None if file(name) else file(str(PurePosixPath(folder, INDEX)))
-    names = {name}
-    if index is not None:
-        shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
-        names = {str(PurePosixPath(folder, shard)) for shard in shards}
-    found: dict[str, Tensor] = {}
-    for name in sorted(names):
-        path = file(name)
-        if path is None:
-            raise ConfigError(f"the checkpoint has no {name}; only safetensors weights are read, pickle can run code")
-        with opened(path) as tensors:
-            own = [key for key in tensors.keys() if key.partition(".")[0] in _OWN]  # noqa: SIM118
-            found |= {key: tensors.get_tensor(key).float() for key in own}
-    return found
 
 
 def pool(states: States, pooling: Pooling, skip: int = 0) -> Tensor:

@@ -6,10 +6,12 @@ torch.compile's own and private to torch, hence the test before it is used.
 """
 
 import functools
+from collections.abc import MutableMapping
 
 import torch
 from torch import Tensor
 from torch.nn.functional import gelu, linear
+from torch.utils.weak import WeakTensorKeyDictionary
 from transformers.activations import GELUActivation
 
 
@@ -42,21 +44,26 @@ def pack(model: torch.nn.Module, rows: int) -> None:
     first = next(model.parameters())
     if first.device.type == "cpu" and _works(first.dtype):
         with torch.inference_mode():
-            _pack(model, rows, {})
+            _pack(model, rows)
 
 
-def _pack(module: torch.nn.Module, rows: int, packed: dict[tuple[torch.nn.Linear, str], PackedLinear]) -> None:
+# By their weights: a layer that is used in several places stays one, and so do those of a copy that shares weights.
+_packed: MutableMapping[Tensor, dict[object, PackedLinear]] = WeakTensorKeyDictionary()
+
+
+def _pack(module: torch.nn.Module, rows: int) -> None:
     # BERT and its kin: dense, then intermediate_act_fn. Exact GELU only, for that is what the kernel has.
     dense, then = getattr(module, "dense", None), getattr(module, "intermediate_act_fn", None)
     fused = type(dense) is torch.nn.Linear and _is_exact_gelu(then)
     for name, child in list(module._modules.items()):
         if type(child) is torch.nn.Linear and min(child.in_features, child.out_features) >= 64:  # small gains nothing
-            key = child, "gelu" if fused and name == "dense" else "none"
-            if key not in packed:  # a layer that is used in several places stays one
-                packed[key] = PackedLinear(child, rows, key[1])
-            setattr(module, name, packed[key])
+            activation = "gelu" if fused and name == "dense" else "none"
+            made, key = _packed.setdefault(child.weight, {}), (id(child.bias), rows, activation)
+            if key not in made:
+                made[key] = PackedLinear(child, rows, activation)
+            setattr(module, name, made[key])
         elif child is not None:
-            _pack(child, rows, packed)
+            _pack(child, rows)
     if fused and isinstance(module.dense, PackedLinear):
         module.intermediate_act_fn = torch.nn.Identity()
 

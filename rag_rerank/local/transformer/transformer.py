@@ -111,15 +111,16 @@ class Transformer(Protocol):
 
 
 def make_transformer(
-    model: "PreTrainedModel", pad_id: int | None, batching: Batching, *, unpadded: bool = True
+    model: "PreTrainedModel", pad_id: int | None, batching: Batching, *, unpadded: bool = True, packed: bool = True
 ) -> "Padded | Unpadded":
-    """Choose the fastest way to run a model without its head; its layers may be replaced. False for `unpadded` pads."""
+    """Choose the fastest way to run a model without its head; `packed` replaces layers. False for `unpadded` pads."""
     prepare(model)
-    if unpadded and _can_unpad(model):
+    if unpadded and can_unpad(model):
         model.set_attn_implementation(NAME)
     if model.config._attn_implementation != NAME:  # transformers 5.0 can't set it for ModernBERT, and only warns
         return Padded(model, pad_id or 0, batching)
-    pack(model, batching.token_budget)
+    if packed:
+        pack(model, batching.token_budget)
     first_position = next((first for first, _ in position_tables(model)), 0)
     return Unpadded(model, pad_id or 0, batching, _has_causal_layers(model), first_position)
 
@@ -146,7 +147,8 @@ def _has_causal_layers(model: "PreTrainedModel") -> bool:
     return any(getattr(module, "is_causal", False) for module in model.modules())
 
 
-def _can_unpad(model: "PreTrainedModel") -> bool:
+def can_unpad(model: "PreTrainedModel") -> bool:
+    """Tell whether a model may be run unpadded, if a proof says so."""
     if model.config._attn_implementation not in ("sdpa", "eager", NAME):
         return False  # the caller asked for another
     if not from_transformers(model) or not (tested(model) or model._supports_attention_backend):

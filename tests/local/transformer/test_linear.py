@@ -139,6 +139,14 @@ class TestModels:
         assert len(packed(model)) == 1
         assert not any(isinstance(module, torch.nn.Linear) for module in model.modules())
 
+    def test_a_copy_that_shares_weights_is_packed_once(self):
+        """As that of the proof at load; a page of new memory costs as much as its numbers."""
+        model = torch.nn.Sequential(torch.nn.Linear(64, 64))
+        twin = copy.deepcopy(model, {id(tensor): tensor for tensor in model.parameters()})
+        pack(model, 256)
+        pack(twin, 256)
+        assert twin[0] is model[0]
+
     def test_a_block_in_several_places_is_packed_once(self):
         """ALBERT again."""
         step, numbers = Step(torch.nn.Linear(64, 64), torch.nn.GELU()), torch.randn(9, 64)

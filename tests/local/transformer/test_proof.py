@@ -205,13 +205,14 @@ class TestProve:
 
         return prove(model, honest if head is States.mean else take_apart, self.SEQUENCES, paths)
 
-    def test_two_layers_of_a_kind_are_enough(self):
-        """And the model keeps all."""
+    @pytest.mark.parametrize(("path", "layers"), [("unpadded", 1), ("padded", 2)])
+    def test_few_layers_of_a_kind_are_enough(self, path: Way, layers: int):
+        """And the model keeps all. Padding may be hidden from the first layer, other sequences in a row may not."""
         model, ran = random_encoder("bert", num_hidden_layers=6), []
         for layer in model.encoder.layer:
             layer.register_forward_hook(lambda *_: ran.append(1))
-        assert self.prove(model).path == "padded"
-        assert len(ran) == 2 * (2 + 1)  # each sequence alone, then both
+        assert self.prove(model, paths=[path]).path == path
+        assert len(ran) == layers * (2 + 1)  # each sequence alone, then both
         assert len(model.encoder.layer) == 6
 
     def test_every_kind_of_layer_takes_part(self):
@@ -240,6 +241,27 @@ class TestProve:
         proof = self.prove(model, paths=["padded", "equal lengths"])
         assert proof.path == "equal lengths"
         assert 1e-4 < proof.differences["padded"] < 0.01
+
+    @pytest.mark.parametrize("kind", ["bert", "gemma2"])
+    def test_both_formats_are_tried(self, kind: str):
+        """float32, and the model's own; Gemma keeps a number beside its embeddings."""
+        model, seen = (random_encoder if kind == "bert" else random_decoder)(kind).bfloat16(), set()
+        model.register_forward_hook(lambda copy, *_: seen.add(copy.dtype))
+        self.prove(model, paths=["unpadded"])
+        assert seen == {torch.float32, torch.bfloat16}
+
+    def test_kernels_that_are_wrong_in_its_own_format_are_found(self):
+        """By states that are off by more than it rounds by."""
+        model = random_encoder("bert").bfloat16()
+
+        def wrong(copy: PreTrainedModel, _: object, outputs: Any) -> Any:
+            off = 1.1 if copy.dtype == torch.bfloat16 else 1.0
+            return replace(outputs, last_hidden_state=outputs.last_hidden_state * off)
+
+        model.register_forward_hook(wrong)
+        proof = self.prove(model, paths=["unpadded", "padded"])
+        assert proof.path == "padded"
+        assert proof.differences["unpadded"] == pytest.approx(0.1, abs=0.03)
 
     @pytest.mark.parametrize("wrong", [torch.nan, torch.inf])
     def test_what_is_no_number_differs(self, wrong: float):
