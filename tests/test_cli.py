@@ -367,7 +367,7 @@ class TestCheck:
         [
             ([], "Missing argument"),
             (["ftp://x"], "http://"),
-            (["http://x", "--timeout", "0"], "timeout must be"),
+            (["https://x", "--timeout", "0"], "timeout must be"),
             (["http://x"], "unencrypted"),
         ],
     )
