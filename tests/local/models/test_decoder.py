@@ -225,10 +225,10 @@ class TestSpecialTokens:
 
 def test_a_family_that_needs_a_server_is_refused_with_the_command(tmp_path: Path):
     """Not scored by something that looks like it."""
-    folder = make_causal_lm(tmp_path / "jina-reranker-m0", "qwen2")
+    folder = make_causal_lm(tmp_path / "llama-nemotron-rerank-vl-1b-v2", "llama")
     config = folder / "config.json"
-    config.write_text(config.read_text().replace("Qwen2ForCausalLM", "JinaVLForRanking"))
-    with pytest.raises(ConfigError, match="runs on vLLM only: vllm serve .*--runner pooling"):
+    config.write_text(config.read_text().replace("LlamaForCausalLM", "LlamaNemotronVLForSequenceClassification"))
+    with pytest.raises(ConfigError, match="runs on vLLM only: .*vllm serve .*--runner pooling"):
         LocalScorer(folder).score("q", "d")
 
 
