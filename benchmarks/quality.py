@@ -11,6 +11,7 @@ import argparse
 import statistics
 from pathlib import Path
 
+import ir_measures
 from rich.console import Console
 from rich.table import Table
 
@@ -19,10 +20,10 @@ from benchmarks.report import kendall
 from benchmarks.rerank import shown
 from rag_rerank import LocalScorer
 from rag_rerank.embedded import collection_folder, minilm_folder
-from rag_rerank.evaluation import BM25, Collection, measure
+from rag_rerank.evaluation import BM25, Collection
 from tests import released
 
-MEASURE = "nDCG@10"
+MEASURE = ir_measures.nDCG @ 10
 DTYPES = ("float32", "bfloat16", "auto")
 MODELS = {"minilm": minilm_folder, "released": released.folder}
 Runs = dict[str, dict[str, float]]
@@ -61,15 +62,16 @@ def main() -> None:
     models = arguments.model or list(MODELS)
     console = Console(width=120)
     table = Table(title=f"BM25's first {arguments.depth}, reranked")
-    for column in ("collection", "queries", "reranked by", "", MEASURE, "change to float32", "tau to float32"):
-        table.add_column(column, justify="right" if column == MEASURE or "float32" in column else "left")
+    for column in ("collection", "queries", "reranked by", "", str(MEASURE), "change to float32", "tau to float32"):
+        table.add_column(column, justify="right" if column == str(MEASURE) or "float32" in column else "left")
     with shown(console) as progress:
         task = progress.add_task("", total=(1 + len(arguments.collection)) * len(models) * len(DTYPES))
         for folder in (collection_folder(), *arguments.collection):
             collection = sample(Collection.load(folder), arguments.queries)
             bm25 = BM25(collection.documents)
             found = {name: bm25.retrieve(text, arguments.depth) for name, text in collection.queries.items()}
-            before = measure(collection.judgments, found, [MEASURE])[MEASURE]
+            judged = ir_measures.evaluator([MEASURE], collection.judgments)
+            before = judged.calc_aggregate(found)[MEASURE]
             table.add_row(folder.name, str(len(collection.queries)), "not reranked", "", f"{before:.4f}")
             for model in models:
                 reference: Runs = {}
@@ -77,7 +79,7 @@ def main() -> None:
                     progress.update(task, description=f"{folder.name}: {model}, {dtype}")
                     run = rerank(collection, found, MODELS[model](), dtype)
                     reference = reference or run
-                    own, exact = (measure(collection.judgments, each, [MEASURE])[MEASURE] for each in (run, reference))
+                    own, exact = (judged.calc_aggregate(each)[MEASURE] for each in (run, reference))
                     change = f"{own - exact:+.4f}"
                     table.add_row("", "", model, dtype, f"{own:.4f}", change, f"{tau(reference, run):.4f}")
                     progress.advance(task)
