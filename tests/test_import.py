@@ -1,11 +1,15 @@
 """`import rag_rerank` is cheap and its public names are complete."""
 
+import ast
+import importlib.util
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 import rag_rerank
+from tests.examples import ROOT
 
 HEAVY = {"torch", "transformers", "httpx", "jinja2", "numpy", "langchain_core", "llama_index", "typer", "rich", "ray"}
 
@@ -51,3 +55,13 @@ def test_an_unknown_name_is_an_attribute_error():
     """Lazy names do not turn typing errors into something else."""
     with pytest.raises(AttributeError, match="LocalScorerr"):
         rag_rerank.LocalScorerr  # noqa: B018
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "benchmarks").rglob("*.py")), ids=lambda path: path.name)
+def test_benchmarks_find_what_they_import(path: Path):
+    """No other test runs them."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] in {"rag_rerank", "benchmarks"}:
+            module = importlib.import_module(node.module)
+            for name in node.names:
+                assert hasattr(module, name.name) or importlib.util.find_spec(f"{node.module}.{name.name}"), name.name
