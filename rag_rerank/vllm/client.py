@@ -1,7 +1,7 @@
 """What `VLLMScorer` and `rag_rerank.check` both hold: servers, connections, rules and options, and the way to ask."""
 
 import json
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from rag_rerank.errors import ConfigError, ContentError
@@ -31,18 +31,22 @@ class Client:
     variables: dict[str, Any]  # of the template; one is its instruction
     prompts: tuple[str | None, str | None]  # to put before each query and each document
     timeout: float  # seconds that a call may take
+    _halves: dict[str | None, Halves] = field(default_factory=dict)  # by instruction; to split takes 0.2 ms
 
     def __post_init__(self) -> None:
         self.halves()  # a template that can't be used is told at once
 
     def halves(self, instruction: str | None = None) -> Halves | None:
         """Split the template with its variables, if it is rendered here; ConfigError if that can't be done."""
-        if self.template is None:
-            return None
-        variables = self.variables if instruction is None else self.variables | {"instruction": instruction}
-        if variables["instruction"] is not None and not self.template.takes("instruction"):
-            raise ConfigError(f"the template {self.template.name!r} has no place for an instruction")
-        return self.template.split(variables)  # 0.2 ms
+        halves = self._halves.get(instruction)
+        if halves is None and self.template is not None:
+            variables = self.variables if instruction is None else self.variables | {"instruction": instruction}
+            if variables["instruction"] is not None and not self.template.takes("instruction"):
+                raise ConfigError(f"the template {self.template.name!r} has no place for an instruction")
+            if len(self._halves) >= 64:
+                self._halves.clear()
+            self._halves[instruction] = halves = self.template.split(variables)
+        return halves
 
     async def call(
         self,
