@@ -1,4 +1,4 @@
-# make demo | notebooks | test | test-fast | check | docs | dist | bench | load | soak | newest: each sets up what it needs.
+# make demo | notebooks | test | test-fast | check | docs | dist | bench | load | soak | compat | newest: each sets up what it needs.
 #
 #   .venv        this project, its adapters, and everything that demo, tests and checks use
 #   .venv-lowest the lowest versions that the adapters allow, for their tests
@@ -6,6 +6,7 @@
 #   .venv-docs   what builds docs/, which reads the sources and imports nothing
 #   .venv-dist   what builds and checks the packages
 #   .venv-vllm   a real vLLM server for the CPU (Linux x86-64), which the tests start
+#   .venv-compat-* older vLLM servers, by version
 #   .venv-litellm LiteLLM's proxy, which the tests put before that server
 #   .venv-peers, .venv-peers-onnx, .venv-peers-infinity   what `make bench` compares with (Linux x86-64)
 
@@ -28,7 +29,7 @@ export RAG_RERANK_REQUIRE_BROWSER := 1
 endif
 RELEASED := .released/ms-marco-MiniLM-L-12-v2-from-int8
 
-.PHONY: demo notebooks test test-fast check docs dist bench load soak newest vllm clean
+.PHONY: demo notebooks test test-fast check docs dist bench load soak compat newest vllm clean
 .DELETE_ON_ERROR:
 
 demo: .venv/.installed $(RELEASED)
@@ -79,6 +80,10 @@ soak: .venv/.installed-dev $(VLLM)
 	ABANDONED_CALLS=2000 $(BIN)/pytest -q tests/vllm/faults/test_abandoned.py
 	$(BIN)/python -m tests.soak
 
+# Older vLLM servers: 14 GB, for PyPI's torch of their time is built for GPUs. Writes the table in docs/pages/servers.md.
+compat: .venv/.installed-dev $(VLLM)
+	$(BIN)/python -m tests.compat
+
 # What was newest yesterday may not be today, so it is installed each time. pip takes a torch for CPUs only where its index
 # has the newest as one (PyPI has none for Linux); else that brings gigabytes for GPUs, here and nowhere else.
 newest:
@@ -91,7 +96,7 @@ newest:
 vllm: .venv-vllm/.installed .venv-vllm/vision/.installed
 
 clean:
-	rm -rf .venv .venv-lowest .venv-newest .venv-docs .venv-dist .venv-vllm .venv-litellm .venv-peers .venv-peers-onnx .venv-peers-infinity .released
+	rm -rf .venv .venv-lowest .venv-newest .venv-docs .venv-dist .venv-vllm .venv-compat-* .venv-litellm .venv-peers .venv-peers-onnx .venv-peers-infinity .released
 
 .venv/.installed: $(PROJECTS) constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "rag_rerank needs Python 3.11 or newer")'

