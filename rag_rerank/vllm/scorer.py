@@ -18,8 +18,8 @@ from rag_rerank.template import Template
 from rag_rerank.vllm.call import Inputs
 from rag_rerank.vllm.client import Client, check_sendable
 from rag_rerank.vllm.endpoint import Endpoint
+from rag_rerank.vllm.exchange import Rules, Usage
 from rag_rerank.vllm.keys import SECRET, Key, Keys
-from rag_rerank.vllm.sending import Rules, Usage
 from rag_rerank.vllm.servers import Servers
 from rag_rerank.vllm.transport import Factory, Transport
 from rag_rerank.vllm.wire import Options

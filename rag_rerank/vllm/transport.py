@@ -1,8 +1,8 @@
-"""The only module that knows httpx: sends requests.
+"""The only module that knows httpx: sends requests, over connections of our own where none of httpx's are asked for.
 
-Everything runs in an event loop: the caller's, or else that of one thread for the process, which costs a call 0.5 ms
-more than httpx's client for threads. So deadlines hold whatever a server or a name lookup does (httpx times out single
-reads only), and a call that is given up closes its connection at once, which makes vLLM stop working for it.
+Everything runs in an event loop: the caller's, or else that of one thread for the process, which costs a call 0.05 ms.
+So deadlines hold whatever a server or a name lookup does (httpx times out single reads only), and a call that is given
+up closes its connection at once, which makes vLLM stop working for it.
 """
 
 import asyncio
@@ -27,9 +27,9 @@ from rag_rerank.errors import ConfigError, DeadlineExceeded, RerankError
 from rag_rerank.vllm.background import Background
 from rag_rerank.vllm.connections import Address, CantConnect, Connections
 from rag_rerank.vllm.endpoint import Endpoint
+from rag_rerank.vllm.exchange import Send
 from rag_rerank.vllm.keys import Keys, portable
 from rag_rerank.vllm.proxies import proxy_for
-from rag_rerank.vllm.sending import Send
 from rag_rerank.vllm.wire import Failure, Reply
 
 # What httpx would import with its first request: a process that forks in that moment has a child that waits for ever.

@@ -18,8 +18,7 @@ from rag_rerank import (
     DeadlineExceeded,
 )
 from rag_rerank.vllm.endpoint import Endpoint
-from rag_rerank.vllm.exchange import ID_PREFIX, Exchange
-from rag_rerank.vllm.sending import Rules, Send
+from rag_rerank.vllm.exchange import ID_PREFIX, Exchange, Rules, Send
 from rag_rerank.vllm.servers import Servers
 from rag_rerank.vllm.wire import Failure, Options, Reply, Request, ServerFacts, scoring_request
 from tests.faulty_server import oracle
