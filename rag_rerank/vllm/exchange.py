@@ -389,7 +389,7 @@ class Exchange:
             remedy = "Pass the address that it redirects to as base_url."
         elif status == 404 and request.method == "POST" and wire.is_model_missing(reply.body):
             kind, remedy = ModelMissing, None
-        elif "maximum context length" in said:
+        elif wire.is_too_long(said):
             remedy = "Set max_tokens_per_doc= to have over-long documents cut."
         # `call` looks for a document that is to blame.
         return self.error(kind, message, remedy, server, whole=True, **facts)

@@ -296,6 +296,19 @@ def _page_words(body: bytes) -> str:
     return printable(page[2] if page else text)
 
 
+# vLLM's words and those of gateways and other servers (SGLang, TEI, llama.cpp, OpenAI's) for a prompt that is too long.
+_TOO_LONG = re.compile(
+    r"(maximum|model'?s?) (context|model|input|sequence) length|context[ _]?(length|size|window)[ _]?exceed"
+    r"|exceeds? [\w ]*context|less than \d+ tokens|too many tokens|too large to process",
+    re.IGNORECASE,
+)
+
+
+def is_too_long(said: str) -> bool:
+    """Tell whether a server refuses a prompt that is longer than its model reads."""
+    return _TOO_LONG.search(said) is not None
+
+
 def printable(text: str) -> str:
     """Make one short line, which does nothing to a terminal, of what a server says."""
     line = " ".join(text.split())

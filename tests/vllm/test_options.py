@@ -1,6 +1,7 @@
 """Each option does on a real vLLM server what it does locally, or is refused by its name.
 
-A test tells as the property `seen` which of the two it saw. `make compat` runs these against older servers, too.
+`make compat` runs these against older servers, too: it reads in the report which `row` of its table a test fills, and
+what was `seen`.
 """
 
 from collections.abc import Callable, Iterator
@@ -20,11 +21,12 @@ TOLERANCE = 1e-4
 TEMPLATE = SHIPPED / "qwen3-reranker.jinja"
 QUERY, DOCUMENTS = "How do I copy a file?", [text[:300] for text in pairs()[1][:12]]
 
-Seen = Callable[[str, object], None]
+Tell = Callable[[str, object], None]
 
 
-def compare(server: VLLMServer, seen: Seen, here: dict[str, object], there: dict[str, object]) -> None:
+def compare(server: VLLMServer, tell: Tell, row: str, here: dict[str, object], there: dict[str, object]) -> None:
     """The scores with an option, named differently `here` and `there`; that it changes them is seen first."""
+    tell("row", row)
     with (
         LocalScorer(server.folder, dtype="float32") as plain,
         LocalScorer(server.folder, dtype="float32", **here) as local,
@@ -39,7 +41,7 @@ def compare(server: VLLMServer, seen: Seen, here: dict[str, object], there: dict
                 remote.score(QUERY, DOCUMENTS)
         else:
             assert largest_difference(expected, remote.score(QUERY, DOCUMENTS)) <= TOLERANCE
-    seen("seen", "refused" if new else "equal")
+    tell("seen", "refused" if new else "equal")
 
 
 def remote_version(remote: VLLMScorer) -> tuple[int, int]:
@@ -47,18 +49,17 @@ def remote_version(remote: VLLMScorer) -> tuple[int, int]:
 
 
 @pytest.mark.parametrize(
-    ("here", "there"),
+    ("row", "here", "there"),
     [
-        ({"use_activation": False}, {"use_activation": False}),
-        ({"max_length": 40}, {"truncate_prompt_tokens": 40}),
-        ({"max_tokens_per_query": 2}, {"max_tokens_per_query": 2}),
-        ({"max_tokens_per_doc": 20}, {"max_tokens_per_doc": 20}),
-        ({}, {"endpoint": "rerank"}),
+        ("`use_activation=False`", {"use_activation": False}, {"use_activation": False}),
+        ("`truncate_prompt_tokens`", {"max_length": 40}, {"truncate_prompt_tokens": 40}),
+        ("`max_tokens_per_query`", {"max_tokens_per_query": 2}, {"max_tokens_per_query": 2}),
+        ("`max_tokens_per_doc`", {"max_tokens_per_doc": 20}, {"max_tokens_per_doc": 20}),
+        ('`endpoint="rerank"`', {}, {"endpoint": "rerank"}),
     ],
-    ids=lambda options: " ".join(f"{name}={value!r}" for name, value in options.items()) or "-",
 )
-def test_with_an_encoder(vllm_cross_encoder: VLLMServer, record_property: Seen, here: dict, there: dict):
-    compare(vllm_cross_encoder, record_property, here, there)
+def test_with_an_encoder(vllm_cross_encoder: VLLMServer, record_property: Tell, row: str, here: dict, there: dict):
+    compare(vllm_cross_encoder, record_property, row, here, there)
 
 
 @pytest.fixture(scope="module")
@@ -72,24 +73,27 @@ def vllm_templated(tmp_path_factory: pytest.TempPathFactory) -> Iterator[VLLMSer
 
 
 @pytest.mark.parametrize(
-    "options",
-    [{}, {"instruction": "Find bread."}, {"chat_template_kwargs": {"instruction": "Find bread."}}],
-    ids=["a template on the server", "instruction", "chat_template_kwargs"],
+    ("row", "options"),
+    [
+        ("a template on the server", {}),
+        ("`instruction`", {"instruction": "Find bread."}),
+        ("`chat_template_kwargs`", {"chat_template_kwargs": {"instruction": "Find bread."}}),
+    ],
 )
-def test_with_a_template(vllm_templated: VLLMServer, record_property: Seen, options: dict[str, object]):
-    compare(vllm_templated, record_property, options, options)
+def test_with_a_template(vllm_templated: VLLMServer, record_property: Tell, row: str, options: dict[str, object]):
+    compare(vllm_templated, record_property, row, options, options)
 
 
-def test_over_long_documents_are_cut_around_a_template(vllm_templated: VLLMServer, record_property: Seen):
+def test_over_long_documents_are_cut_around_a_template(vllm_templated: VLLMServer, record_property: Tell):
     """Or rejected, where the server can't; but never cut at the end, where the score is read."""
+    record_property("row", "long documents, cut around a template")
     server, documents = vllm_templated, ["bread", "word " * 3000, "files"]
     with LocalScorer(server.folder, dtype="float32") as local, VLLMScorer(server.base_url) as remote:
-        expected = local.score(QUERY, documents)
         if remote_version(remote) >= SINCE["max_tokens_per_doc"]:
-            assert largest_difference(expected, remote.score(QUERY, documents)) <= TOLERANCE
+            assert largest_difference(local.score(QUERY, documents), remote.score(QUERY, documents)) <= TOLERANCE
             record_property("seen", "equal")
             return
         with pytest.raises(DocumentRejected, match="maximum context length") as caught:
             remote.score(QUERY, documents)
         assert caught.value.indices == (1,)
-        record_property("seen", "refused")
+        record_property("seen", "rejected")
