@@ -8,7 +8,7 @@
 #   .venv-vllm   a real vLLM server for the CPU (Linux x86-64), which the tests start
 #   .venv-compat-* older vLLM servers, by version
 #   .venv-litellm LiteLLM's proxy, which the tests put before that server
-#   .venv-peers, .venv-peers-onnx, .venv-peers-infinity   what `make bench` compares with (Linux x86-64)
+#   .venv-peers, .venv-peers-onnx, .venv-peers-infinity   what `make bench` compares with; the tests start infinity, too
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -21,7 +21,8 @@ PROJECTS := pyproject.toml integrations/langchain/pyproject.toml integrations/ll
 ifeq ($(shell uname -sm),Linux x86_64)
 VLLM := .venv-vllm/.installed .venv-vllm/vision/.installed
 LITELLM := .venv-litellm/.installed
-PEERS := .venv-peers/.installed .venv-peers-onnx/.installed .venv-peers-infinity/.installed
+INFINITY := .venv-peers-infinity/.installed
+PEERS := .venv-peers/.installed .venv-peers-onnx/.installed $(INFINITY)
 export RAG_RERANK_REQUIRE_VLLM := 1
 endif
 ifeq ($(shell id -u)$(shell command -v apt-get >/dev/null && echo apt),0apt)
@@ -40,7 +41,7 @@ notebooks: .venv/.installed-dev $(RELEASED)
 	$(INSTALL) jupyterlab
 	RERANKER=$(CURDIR)/$(RELEASED) $(BIN)/jupyter lab notebooks
 
-test: .venv/.installed-dev .venv-lowest/.installed $(VLLM) $(LITELLM) .venv/.browser $(RELEASED)
+test: .venv/.installed-dev .venv-lowest/.installed $(VLLM) $(LITELLM) $(INFINITY) .venv/.browser $(RELEASED)
 	$(BIN)/pytest $(IN_PARALLEL)
 	.venv-lowest/bin/pytest tests/integrations tests/vllm/test_transport.py --without-server
 

@@ -337,7 +337,7 @@ def _fields(body: bytes) -> dict[str, Any]:
 def _parsed(body: bytes) -> Any:
     """Read JSON. Python's reader fails in four ways on hostile input, and reads NaN and Infinity as floats."""
     try:
-        return json.loads(body.decode("utf-8-sig"))  # some gateways put a byte order mark before it
+        return json.loads(body.decode().removeprefix("\ufeff"))  # the byte order mark of some gateways
     except (ValueError, RecursionError) as error:  # UnicodeDecodeError and JSONDecodeError are ValueErrors
         said = f": {_page_words(body)}" if body.lstrip()[:1] == b"<" else ""
         raise BadReply(f"the answer is not JSON ({type(error).__name__}){said}") from error

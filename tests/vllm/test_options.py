@@ -14,6 +14,7 @@ from rag_rerank.vllm.wire import SINCE
 from tests import vllm_server
 from tests.causal_models import MAX_POSITIONS, make_decoder_classifier
 from tests.conftest import require_server
+from tests.models import readable_by_transformers_4
 from tests.pairs import largest_difference, pairs
 from tests.vllm_server import VLLMServer
 
@@ -67,6 +68,7 @@ def vllm_templated(tmp_path_factory: pytest.TempPathFactory) -> Iterator[VLLMSer
     """A decoder whose pairs the server puts into a template."""
     require_server()
     folder = make_decoder_classifier(tmp_path_factory.mktemp("models") / "Qwen3-Reranker-tiny-seq-cls", "qwen3")
+    readable_by_transformers_4(folder)
     options = "--chat-template", str(TEMPLATE), "--max-model-len", str(MAX_POSITIONS)
     with vllm_server.serving(folder, *options) as server:
         yield server
