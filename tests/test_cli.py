@@ -430,6 +430,31 @@ class TestCommon:
         assert "a\\x1b[31mb" in shown
         assert "c\\u202ed" in shown
 
+    def test_nor_are_a_server_s_words(self):
+        """In the name of its model, which a table and a bar show, and in an error."""
+        evil = json.dumps({"data": [{"id": "m\x1b[31m"}]})
+
+        def behave(request: Request) -> Steps | None:
+            if request.wants_scores:
+                return [http(json.dumps({"error": {"message": "odd \x1b]0;x\x07"}}), 400)]
+            return [http(evil)] if "models" in request.path else None
+
+        with FaultyServer(behave) as server:
+            done = run("score", "q", "d", "--base-url", server.base_url, VLLM_API_KEY="")
+        assert done.returncode == 1
+        assert "odd \\x1b]0;x\\x07" in done.stderr
+        assert "\x1b" not in done.stderr
+
+    def test_a_file_that_is_not_read_is_told(self, tmp_path: Path):
+        """Its name is scored, for it is neither text nor an image."""
+        (tmp_path / "report.pdf").write_bytes(b"%PDF-1.7")
+        (tmp_path / "notes.txt").write_text("what is in it", encoding="utf-8")
+        with FaultyServer() as server:
+            done = run("score", "q", "report.pdf", "notes.txt", "--base-url", server.base_url, folder=tmp_path)
+        assert done.stderr == "note: the file report.pdf is not read: its name is scored as a text\n"
+        assert "report.pdf" in done.stdout
+        assert "what is in it" in done.stdout
+
 
 class TestFiles:
     """`rerank --in --out`."""

@@ -126,15 +126,16 @@ def _read(documents: list[str] | None, *, as_text: bool) -> list[Input] | None:
 
 
 def _is_file(document: str) -> bool:
-    if not document.lower().endswith(_TEXTS + _IMAGES):
-        return False
+    is_read = document.lower().endswith(_TEXTS + _IMAGES)
     try:
         found = Path(document).is_file()
     except OSError:  # a text, too long for a name
         return False
-    if not found and " " not in document:
+    if found and not is_read:
+        typer.echo(f"note: the file {document} is not read: its name is scored as a text", err=True)
+    elif is_read and not found and " " not in document:
         typer.echo(f"note: there is no file {document}: it is scored as a text", err=True)
-    return found
+    return found and is_read
 
 
 def _content_of(document: str) -> Input:
