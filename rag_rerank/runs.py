@@ -112,7 +112,7 @@ class Store:
             raise self._unusable(error) from error
 
     def _unusable(self, why: object) -> ConfigError:
-        remedy = "If the disk has room and no other process uses it, delete it to start over."
+        remedy = "If files may be made there, the disk has room, and no other process uses it, delete it to start over."
         return ConfigError(f"{self.path} can't be used: {why}. {remedy}")
 
 
@@ -133,7 +133,7 @@ class Asker:
     ) -> None:
         self._scorer, self._identity, self._deadline, self._instruction = scorer, identity, deadline, instruction
         self._probes = scorer.remote and identity.steady
-        self._known = Identity({})
+        self._known = Identity({}, identity.probes[: len(_PROBE[1])])
 
     def ask(
         self, queries: Sequence[Any], documents: Sequence[Sequence[Any]], *, probe: bool = True

@@ -84,6 +84,19 @@ class TestLocal:
         assert "pipe JSON Lines in" in done.stderr
         assert "Traceback" not in done.stderr
 
+    def test_a_closed_stdout(self):
+        """Nothing can be shown, and nothing breaks."""
+        with FaultyServer() as server:
+            shell = f"{sys.executable} -m rag_rerank score q d --base-url {server.base_url} >&-"
+            done = subprocess.run(["/bin/sh", "-c", shell], capture_output=True, text=True, check=False)
+        assert (done.returncode, done.stderr) == (0, "")
+
+    def test_what_stdin_may_be_is_guessed_from_its_first_line(self):
+        """As for a file of which every line is rejected."""
+        for command in ("score", "rerank"):
+            done = run(command, "--base-url", "http://127.0.0.1:9", stdin="query,document\na,b\n")
+            assert (done.returncode, "stdin, it looks like CSV" in done.stderr) == (2, True)
+
     def test_rerank_takes_top_n_and_threshold(self, minilm: Path):
         """As Scorer.rerank does; --json writes one object."""
         result = run("rerank", QUERY, *DOCUMENTS, "--json", "--top-n", "1", *local_options(minilm))
@@ -529,7 +542,7 @@ class TestFiles:
             (b"query,document\na,b\n", "looks like CSV"),
             (b'[{"query": "q", "document": "d"}]', "looks like one JSON array"),
             (b'{\n  "query": "q"\n}', "looks like indented JSON"),
-            (gzip.compress(b"{}", mtime=0), "its name must end in .jsonl.gz"),
+            (gzip.compress(b"{}", mtime=0), "such a file must end in .jsonl.gz"),
             (b'{"question": "q", "document": "d"}', 'line 1: "query" must be str, got nothing'),
         ],
     )

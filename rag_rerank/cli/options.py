@@ -3,7 +3,6 @@
 import inspect
 import json
 import os
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
@@ -96,7 +95,10 @@ def _header(text: str) -> tuple[str, str]:
 
 def console() -> Console:
     """Make a console on stdout whose tables are cut to a terminal's width, but not where they are piped or kept."""
-    return Console(highlight=False, width=None if sys.stdout.isatty() or os.environ.get("COLUMNS") else 1000)
+    on = Console(highlight=False)
+    if not (on.file.isatty() or os.environ.get("COLUMNS")):
+        on.width = 1000
+    return on
 
 
 def show(found: Any, file: str = "", *, on: Console | None = None) -> None:

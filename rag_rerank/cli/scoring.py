@@ -185,7 +185,8 @@ def _lines() -> Iterator[Line]:
         if not is_blank(raw):
             line = parse(number, raw)
             if line.error is not None:
-                raise ConfigError(f"stdin, line {number}: {line.error}")
+                told = likely_cause(line.reject()) if number == 1 else f"line {number}: {line.error}"
+                raise ConfigError(f"stdin, {told}")
             yield line
 
 

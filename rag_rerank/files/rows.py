@@ -163,13 +163,13 @@ def likely_cause(reject: bytes) -> str:
     found = json.loads(reject)
     raw = found["raw"].lstrip("\ufeff \t")
     if raw.startswith("\x1f\udc8b"):
-        return "the file is compressed; its name must end in .jsonl.gz"
+        return "it is compressed; the name of such a file must end in .jsonl.gz"
     if "\0" in raw or raw.startswith(("\udcff\udcfe", "\udcfe\udcff")):
-        return "the file looks like UTF-16; convert it with: iconv -f UTF-16 -t UTF-8"
+        return "it looks like UTF-16; convert it with: iconv -f UTF-16 -t UTF-8"
     if raw.startswith("["):
-        return "the file looks like one JSON array; make it one object a line with: jq -c '.[]'"
+        return "it looks like one JSON array; make it one object a line with: jq -c '.[]'"
     if raw.strip() == "{":
-        return "the file looks like indented JSON; make it one object a line with: jq -c ."
+        return "it looks like indented JSON; make it one object a line with: jq -c ."
     if not raw.startswith("{") and any(mark in raw for mark in ",;\t"):
-        return 'the file looks like CSV; convert it to one JSON object a line, with "query" and "documents"'
+        return 'it looks like CSV; make of it one JSON object a line, with "query" and "documents"'
     return f"line {found['line']}: {found['error']}"
