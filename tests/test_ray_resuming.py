@@ -21,7 +21,7 @@ from rag_rerank.ray_data import rejects_in, rerank_folder, run
 from tests.forking import killed_at
 from tests.scorers import WordOverlap
 
-pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="no fork, no flock")
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(sys.platform == "win32", reason="no fork, no flock")]
 
 INPUTS = [
     "".join(

@@ -20,7 +20,7 @@ from rag_rerank.files import Tally, partial_of, rejects_of, rerank_file
 from tests.forking import killed_at
 from tests.scorers import WordOverlap
 
-pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="no fork, no flock")
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(sys.platform == "win32", reason="no fork, no flock")]
 
 INPUTS = [
     b"".join(
