@@ -7,7 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
-import time
+import threading
 from pathlib import Path
 
 import pytest
@@ -503,13 +503,16 @@ class TestFiles:
         row = json.dumps({"query": QUERY, "documents": DOCUMENTS * 80})
         source.write_text(f"{row}\n" * 4, encoding="utf-8")
         process: subprocess.Popen[str] | None = None
+        interrupted = threading.Event()
 
         def behave(request: Request) -> Steps | None:
             nonlocal asked
             asked += len(request.documents) if request.wants_scores else 0
-            if asked > 500 and process is not None and process.poll() is None:  # in the second group
-                process.send_signal(signal.SIGINT)
-                time.sleep(1)
+            if asked > 500 and process is not None:  # in the second group
+                if not interrupted.is_set():  # once: a second one may come as the interpreter ends
+                    interrupted.set()
+                    process.send_signal(signal.SIGINT)
+                process.wait(300)
             return None
 
         with FaultyServer(behave) as server:

@@ -52,6 +52,7 @@ class TestCommand:
         """Unless told."""
         assert inspect.signature(evaluating.evaluate).parameters["measures"].default == ",".join(DEFAULT_MEASURES)
 
+    @pytest.mark.slow
     def test_a_local_model_twice(self, tmp_path: Path, folder: Path, cross_encoder: Path):
         """A second time nothing is scored, and the figures are the same; every file that was asked for is there."""
         arguments = [folder, "--model", cross_encoder, "--depth", "2", "--depth", "3", "--dtype", "float32"]

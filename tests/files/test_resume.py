@@ -21,7 +21,7 @@ from tests import kept
 from tests.forking import killed_at
 from tests.scorers import WordOverlap
 
-pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="no fork, no flock")
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(sys.platform == "win32", reason="no fork, no flock")]
 
 INPUTS = [
     b"".join(
