@@ -84,12 +84,16 @@ def _pieces() -> list[str]:
 def readable_by_transformers_4(folder: Path) -> Path:
     """The same folder, in which what version 5 has renamed also has the name that older servers know."""
     names = {
-        "tokenizer_config.json": lambda content: {"tokenizer_class": "PreTrainedTokenizerFast"},
+        "tokenizer_config.json": lambda content: {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "additional_special_tokens": content.pop("extra_special_tokens", []),
+        },
         "config.json": lambda content: content.get("rope_parameters") or {},  # rope_theta, at the top
     }
     for name, more in names.items():
         content = json.loads((folder / name).read_text(encoding="utf-8"))
-        (folder / name).write_text(json.dumps(content | more(content)), encoding="utf-8")
+        content |= more(content)
+        (folder / name).write_text(json.dumps(content), encoding="utf-8")
     return folder
 
 

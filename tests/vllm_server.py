@@ -130,7 +130,7 @@ def _environment(*, sees: bool, alone: bool = False) -> dict[str, str]:
     if sees:
         environment["PYTHONPATH"] = os.pathsep.join((str(ROOT / "tests" / "vision_server"), str(VISION)))
     if not alone:
-        environment["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
+        environment.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
     return environment
 
 

@@ -74,6 +74,7 @@ class Connection(asyncio.Protocol):
             parts += self._http.send_with_data_passthrough(h11.Data(data=body)) or []
         self._http.send(h11.EndOfMessage())
         self.transport.writelines(parts)
+        parts.clear()  # or a traceback could show the key
         while isinstance(event := await self._event(), h11.InformationalResponse):
             continue
         if not isinstance(event, h11.Response):
@@ -138,7 +139,7 @@ class Connections:
         for left, (*_, place) in zip(range(len(found), 0, -1), found, strict=True):
             try:
                 async with asyncio.timeout((until - loop.time()) / left):
-                    return (await loop.create_connection(Connection, place[0], port, **tls))[1]
+                    return (await loop.create_connection(Connection, str(place[0]), port, **tls))[1]
             except OSError:
                 if left == 1:
                     raise

@@ -113,7 +113,7 @@ class Transport:
     async def send(self, send: Send) -> Reply | Failure:
         """Send a request in this event loop; cancelling the task gives it up."""
         client = await self._client()
-        headers = {**_HEADERS, **self.keys.headers}
+        headers = _Headers({**_HEADERS, **self.keys.headers})
         if send.request.id is not None:
             headers["x-request-id"] = send.request.id
         try:
@@ -135,13 +135,14 @@ class Transport:
         """Ask over a connection of our own."""
         request = send.request
         address, host, target = _place(send.endpoint.root + request.path, tuple(self.keys.query.items()))
+        headers["host"] = host
         self.keys.sign(headers, send.endpoint)
         connection, judged = None, False
         try:
             # This bounds the whole exchange, not single reads.
             async with asyncio.timeout(send.timeout):
                 connection = await connections.get(address, send.connect_timeout)
-                head = await connection.ask(request.method, target, {"host": host} | headers, request.body)
+                head = await connection.ask(request.method, target, headers, request.body)
                 reply = await _read(*head, connection.chunks(), request.reply_limit)
             if isinstance(reply, Reply):
                 reply, judged = self._judged(send, replace(reply, is_connected=connection.is_connected), headers)
@@ -277,6 +278,13 @@ def _tls(roots: Iterable[str]) -> ssl.SSLContext | None:
         raise ConfigError(f"{' or '.join(names) or 'the authorities to trust'} can't be used: {error}") from error
     context.set_alpn_protocols(["http/1.1"])
     return context
+
+
+class _Headers(dict[str, str]):
+    """Headers that show no key where a traceback shows the values of variables."""
+
+    def __repr__(self) -> str:
+        return f"<{len(self)} headers>"
 
 
 class _Ending:

@@ -40,6 +40,8 @@ def server(request: pytest.FixtureRequest, serve: Serve, monkeypatch: pytest.Mon
 @pytest.fixture(params=[None, httpx.AsyncClient], ids=["ours", "httpx"])
 def make(request: pytest.FixtureRequest, server: FaultyServer, connect: Connect) -> Callable[..., VLLMScorer]:
     """Scorers for the server, with connections of our own and by a client of httpx."""
+    if request.param and server.base_url.startswith("https"):
+        pytest.skip("httpcore keeps, now and then, a connection that was given up while TLS began")
     return functools.partial(connect, server, http_client=request.param)
 
 
