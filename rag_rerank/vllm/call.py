@@ -20,7 +20,17 @@ from rag_rerank.inputs.multimodal import Link, Multimodal, Prepared, hidden
 from rag_rerank.inputs.preparing import MANY, off_loop, text_only
 from rag_rerank.isolation import Outcome
 from rag_rerank.vllm.exchange import Exchange
-from rag_rerank.vllm.wire import API, SINCE, Answer, Encoded, Options, ServerFacts, read_answer, scoring_request
+from rag_rerank.vllm.wire import (
+    API,
+    SINCE,
+    Answer,
+    Encoded,
+    Options,
+    ServerFacts,
+    is_too_long,
+    read_answer,
+    scoring_request,
+)
 
 # Of one request, where it has more than one document: about 10 ms of encoding, in which an event loop stands still.
 MAX_BYTES = 8 << 20
@@ -176,7 +186,7 @@ class Call:
     async def _fits_after_all(self, error: BackendError, chunk: list[int], sent: Options) -> bool:
         """Cut a chunk that is too long although it did not seem so: its template is long; False where that is known."""
         uncut = sent.truncate_prompt_tokens is None and sent.max_tokens_per_doc == self.options.max_tokens_per_doc
-        if not (self.fit and uncut and "maximum context length" in error.message) or self._is_multimodal(chunk[0]):
+        if not (self.fit and uncut and is_too_long(error.message)) or self._is_multimodal(chunk[0]):
             return False
         if self._options(chunk[0]) == sent:  # else another branch has found out meanwhile
             await self._cut(chunk, at_once=1)
@@ -187,7 +197,7 @@ class Call:
         # vLLM 0.32, entrypoints/pooling/scoring: for models of text, and for jina-reranker-v3.
         if re.search("MultiModalParam is not supported|only supports text as input", error.message):
             raise text_only(self.exchange.model_name, self.queries, self.documents) from error
-        if re.search("maximum (context|model) length", error.message):
+        if is_too_long(error.message):
             error.remedy = "Text beside an image is cut only by max_tokens_per_doc=; or scale it down (max_pixels=)."
         elif error.status == 500:  # vLLM's for an address out of reach, and for images that its model can't take in
             error.remedy = "Can the server reach its url, and does the model take in images of that shape?"
@@ -291,7 +301,7 @@ class Call:
         try:
             tokens = (await self._ask([query], [NEUTRAL], self.options)).prompt_tokens
         except BackendRejected as refusal:
-            if "maximum context length" not in refusal.message:
+            if not is_too_long(refusal.message):
                 raise
             cause, tokens = refusal, window
         if tokens is None or tokens < window:

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from rag_rerank import AuthError, BackendRejected, BackendUnavailable, BadReply, ConfigError, DocumentRejected
-from rag_rerank.vllm.sending import Send
+from rag_rerank.vllm.exchange import Send
 from rag_rerank.vllm.wire import Reply
 from tests.faulty_server import oracle
 from tests.vllm.virtual import BUSY, REFUSED, Outcome, Script, Server, World, always, documents_of, refusal
