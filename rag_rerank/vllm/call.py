@@ -7,13 +7,14 @@ and cuts its end otherwise. Texts beside images are cut where asked for, with to
 """
 
 import asyncio
+import math
 import re
 from collections import defaultdict, deque
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from rag_rerank.errors import BackendError, BackendRejected, BackendUnavailable, DocumentRejected
+from rag_rerank.errors import BackendError, BackendRejected, BackendUnavailable, ConfigError, DocumentRejected
 from rag_rerank.inputs import NEUTRAL
 from rag_rerank.inputs.images import BLANK
 from rag_rerank.inputs.multimodal import Link, Multimodal, Prepared, hidden
@@ -23,6 +24,7 @@ from rag_rerank.vllm.exchange import Exchange
 from rag_rerank.vllm.wire import (
     API,
     SINCE,
+    WRONG_LOGITS,
     Answer,
     Encoded,
     Options,
@@ -75,6 +77,8 @@ class Call:
         self._api, self._most_bytes = server.form.api, server.most_bytes or MAX_BYTES
         self._whole = server.listwise and len(self.queries) == 1
         self._is_text = all(isinstance(each, str) for inputs in (self.queries, self.documents) for each in inputs)
+        if self.options.use_activation is False and server.version is not None:
+            await self._check_logits(server)
         if self.fit and not self._whole:
             await self._fit(server)
         positions = range(len(self.documents))
@@ -231,6 +235,25 @@ class Call:
                 return with_image in self._accepted  # another branch may know better by now
             self._accepted.add(with_image)
         return True
+
+    async def _check_logits(self, facts: ServerFacts) -> None:
+        """Refuse to take logits that are none, see `WRONG_LOGITS`: seen in whether their sigmoid is the score."""
+        if not WRONG_LOGITS[0] <= (facts.version or (0, 0)) <= WRONG_LOGITS[1]:
+            return
+        is_right = facts.has_logits
+        if is_right is None:
+            options = self.options, replace(self.options, use_activation=None)
+            logit, score = [(await self._ask([NEUTRAL], [NEUTRAL], each)).scores[0] for each in options]
+            is_right = not 0 < score < 1 or math.isclose(score, logit, abs_tol=0.01)  # where there is no activation
+            if not is_right and score > 0.99:  # rounding leaves no more to compare
+                is_right = logit > 4
+            elif not is_right:
+                is_right = math.isclose(math.log(score / (1 - score)), logit, rel_tol=0.05, abs_tol=0.1)
+            self.exchange.servers.remember(has_logits=is_right)
+        if not is_right:
+            version = ".".join(map(str, facts.version or ()))
+            said = f"vLLM {version} gives wrong logits for this model (use_activation=False): it leaves out a layer of"
+            raise ConfigError(f"{said} its head. Upgrade to 0.31 or newer, or leave out use_activation=")
 
     async def _fit(self, facts: ServerFacts) -> None:
         """Cut the documents that may be too long, where that can be known and does no harm."""

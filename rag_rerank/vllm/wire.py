@@ -95,9 +95,10 @@ class ServerFacts:
     model: str  # the name to ask for
     checkpoint: str | None = None  # the hub id or folder behind that name
     window: int | None = None  # how many tokens the model reads at most
-    # Learned later, None before: whether it puts pairs into a score template; how many bytes the texts of a request may
-    # have, where one was too large.
+    # Learned later, None before: whether it puts pairs into a score template; whether its logits are right; how many
+    # bytes the texts of a request may have, where one was too large.
     has_template: bool | None = field(default=None, compare=False)
+    has_logits: bool | None = field(default=None, compare=False)
     most_bytes: int | None = field(default=None, compare=False)
     form: Form = field(default=VLLM_SCORE, compare=False)
 
@@ -158,6 +159,11 @@ SINCE: dict[str, Version] = {
     "chat_template_kwargs": (0, 22),
     "priority": (0, 8),
 }
+
+
+# In these versions use_activation=False leaves out the tanh in the head of BERT's cross-encoders, too (seen with 0.14
+# and 0.20, read in the sources of the others).
+WRONG_LOGITS: tuple[Version, Version] = (0, 14), (0, 30)
 
 
 @dataclass(frozen=True, slots=True, repr=False)

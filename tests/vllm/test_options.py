@@ -10,7 +10,7 @@ import pytest
 
 from rag_rerank import ConfigError, DocumentRejected, LocalScorer, VLLMScorer
 from rag_rerank.template import SHIPPED
-from rag_rerank.vllm.wire import SINCE
+from rag_rerank.vllm.wire import SINCE, WRONG_LOGITS
 from tests import vllm_server
 from tests.causal_models import MAX_POSITIONS, make_decoder_classifier
 from tests.conftest import require_server
@@ -37,8 +37,10 @@ def compare(server: VLLMServer, tell: Tell, row: str, here: dict[str, object], t
     with VLLMScorer(server.base_url, api_key=server.api_key, **there) as remote:
         version = remote_version(remote)
         new = [name for name in there if SINCE.get(name, (0, 0)) > version]
+        new += ["use_activation"] * ("use_activation" in there and WRONG_LOGITS[0] <= version <= WRONG_LOGITS[1])
         if new:
-            with pytest.raises(ConfigError, match=rf"vLLM {version[0]}\.{version[1]} does not know {new[0]}; it needs"):
+            words = rf"vLLM {version[0]}\.{version[1]} (does not know \w+; it needs|gives wrong logits for this model)"
+            with pytest.raises(ConfigError, match=words):
                 remote.score(QUERY, DOCUMENTS)
         else:
             assert largest_difference(expected, remote.score(QUERY, DOCUMENTS)) <= TOLERANCE
