@@ -68,8 +68,7 @@ class Loading:
         self, model: PreTrainedModel, head: Head, checkpoint: Checkpoint | None = None, *, share: bool = True
     ) -> Parts:
         """Take apart a transformer that has a head of ours."""
-        plain = self.plain(model, checkpoint)
-        return Parts(model, head, plain, head, share=share)
+        return Parts(model, head, self.plain(model, checkpoint), head, share=share)
 
     def run(
         self,
@@ -85,10 +84,11 @@ class Loading:
         body = parts.body
         prepare(body)
         longest = max_length(checkpoint, body, None, None)
-        limit = rope_limit(body, asked or longest)
+        limit = rope_limit(body, asked or max(longest, checkpoint.route.max_length or 0))
         # What is not to be proven, tests must have proven.
         unpadded = unpadded and parts.head is not None and can_unpad(body) and (verify or tested(body))
-        ways: dict[Path, bool] = {"unpadded": unpadded, "padded": verify, "equal lengths": True}
+        padded = verify and not hasattr(body.config, "keep_window_size")  # Doge keeps the best of a row's keys
+        ways: dict[Path, bool] = {"unpadded": unpadded, "padded": padded, "equal lengths": True}
         paths = [path for path, possible in ways.items() if possible]
         differences: Mapping[Path, float] = {}
         if verify:

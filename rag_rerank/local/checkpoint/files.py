@@ -44,7 +44,7 @@ class Files:
         elif Path(name, "snapshots").is_dir():
             raise ConfigError(f"{name!r} is a folder of the hub's cache; pass the one in its snapshots, or the hub id")
         elif not any((folder / file).is_file() for file in _FIRST_FILES):
-            raise ConfigError(f"the folder {name!r} holds no model: neither config.json nor modules.json is in it")
+            raise ConfigError(f"the folder {name!r} holds no model: none of {', '.join(_FIRST_FILES)} is in it")
 
     @property
     def source(self) -> Mapping[str, Any]:

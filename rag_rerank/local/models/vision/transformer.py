@@ -20,14 +20,7 @@ from rag_rerank.local.models.vision.tower import Features, Tower
 from rag_rerank.local.transformer.attention import Layout, to_device
 from rag_rerank.local.transformer.batching import Batching, TokenSequence
 from rag_rerank.local.transformer.linear import pack
-from rag_rerank.local.transformer.transformer import (
-    Path,
-    States,
-    Transformer,
-    Unpadded,
-    lay_out,
-    padding_of,
-)
+from rag_rerank.local.transformer.transformer import Path, States, Transformer, Unpadded, lay_out, padding_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
