@@ -120,6 +120,8 @@ class Partial:
             raise ConfigError(f"{target} is being written by another process")
         # With some of the three only, a run was killed when it had finished, between two of the last renamings.
         begun = begun and self._rejects_path.exists() and self._state.exists()
+        if not begun:  # before there are three again, which the next run would continue if this one is killed
+            self._state.unlink(missing_ok=True)
         self._rejects = self._rejects_path.open("a+b")
         try:
             record = Record.read(self._state) if begun and not restart else None

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, cast, get_args
 
 import torch
@@ -15,6 +16,7 @@ from rag_rerank.local.hardware import choose_batching, choose_dtype
 from rag_rerank.local.models.encoding import samples
 from rag_rerank.local.models.layers import pool, read_layers
 from rag_rerank.local.settings import Settings
+from rag_rerank.local.transformer.batching import Batching
 from rag_rerank.local.transformer.proof import FAILURES, Parts, Proof, Unproven, prove
 from rag_rerank.local.transformer.transformer import (
     Head,
@@ -30,7 +32,7 @@ from rag_rerank.local.transformer.transformer import (
 from rag_rerank.template import Template
 
 
-@dataclass(slots=True)
+@dataclass
 class Loading:
     """What is known before the weights are read, and what was found out since."""
 
@@ -41,6 +43,11 @@ class Loading:
     proofs: list[Proof] = field(default_factory=list)  # of each transformer
     facts: dict[str, str] = field(default_factory=dict)  # what was found out on the way that can change a score
     template: Template | None = None  # to prompt with; set on the way
+
+    @cached_property
+    def batching(self) -> Batching:
+        """How much is run at once: one for all the ways that a model is tried in, for it takes 2 ms to find."""
+        return choose_batching(self.device)
 
     @property
     def proof(self) -> Proof:
@@ -62,7 +69,7 @@ class Loading:
     ) -> Padded:
         """Run a transformer as transformers wrote it."""
         pad_id = (checkpoint or self.checkpoint).tokenizer.pad_token_id
-        return run_by(model, pad_id or 0, choose_batching(self.device))
+        return run_by(model, pad_id or 0, self.batching)
 
     def parts(
         self, model: PreTrainedModel, head: Head, checkpoint: Checkpoint | None = None, *, share: bool = True

@@ -199,4 +199,16 @@ class Runs(RuleBasedStateMachine):
 
 
 class TestRuns(Runs.TestCase):
-    settings = settings(max_examples=60, stateful_step_count=20)
+    settings = settings(max_examples=40, stateful_step_count=20)
+
+
+def test_two_kills_and_then_a_run_that_comes_to_its_end() -> None:
+    """Whatever pair of points it is killed at, what is left behind is continued or begun anew, never refused."""
+    for first in range(20):
+        for second in range(20):
+            runs = Runs()
+            runs.first()
+            for point in (first, second, 99):
+                runs.kill(point, restart=False)
+            assert runs.begun is None
+            runs.teardown()
