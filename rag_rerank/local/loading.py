@@ -23,7 +23,6 @@ _NO_FACTS = (
     *("offload_buffers", "offload_folder", "offload_state_dict", "proxies", "resume_download"),
 )
 
-
 _KINDS = {
     "ForCausalLM": "causal",
     "T5ForConditionalGeneration": "sequence-to-sequence",

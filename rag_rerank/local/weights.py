@@ -94,8 +94,9 @@ class Loading:
         limit = rope_limit(body, asked or max(longest, checkpoint.route.max_length or 0))
         # What is not to be proven, tests must have proven.
         unpadded = unpadded and parts.head is not None and can_unpad(body) and (verify or tested(body))
-        padded = verify and not hasattr(body.config, "keep_window_size")  # Doge keeps the best of a row's keys
-        ways: dict[Path, bool] = {"unpadded": unpadded, "padded": padded, "equal lengths": True}
+        # Doge and DeepSeek V3.2 keep the best keys of a long row, its padding among them.
+        picks = any(hasattr(body.config, name) for name in ("keep_window_size", "index_topk"))
+        ways: dict[Path, bool] = {"unpadded": unpadded, "padded": verify and not picks, "equal lengths": True}
         paths = [path for path, possible in ways.items() if possible]
         differences: Mapping[Path, float] = {}
         if verify:

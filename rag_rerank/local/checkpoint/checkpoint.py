@@ -128,11 +128,10 @@ class Checkpoint:
                 f"{self.name!r} has no weights for {', '.join(sorted(missing)[:3])}: not a trained "
                 f"{type(loaded).__name__}. Pass a reranker, or score_type= for what it is."
             )
-        if scales := [key for key in report["unexpected_keys"] if key.endswith(_SCALES)]:
-            raise ConfigError(
-                f"{self.name!r}: {scales[0]} is of quantized weights, which quantization_config in config.json doesn't "
-                "tell, or transformers doesn't know. Pass the model that it was made of"
-            )
+        ignored = getattr(loaded.config, "quantization_config", None) and getattr(loaded, "hf_quantizer", None) is None
+        if ignored or any(key.endswith(_SCALES) for key in report["unexpected_keys"]):
+            what = "config.json: its weights are quantized, but it has no quantization_config that transformers knows"
+            raise ConfigError(f"{self.name!r}: {what}. Pass the model that it was made of")
         if adapter is not None:
             loaded = adapter.merge(loaded)
         self._check_tokenizer(loaded)
@@ -152,8 +151,7 @@ class Checkpoint:
         files, folder, adapter = self.files, self.route.folder, self.adapter
         # From a folder with code of its own it would ask for that, and from an adapter's for a config.
         options = {"config": self.config} if self._translated or adapter is not None else {}
-        own = "tokenizer.json", "tokenizer_config.json"
-        if adapter is not None and not any(files.path(folder, file) for file in own):
+        if adapter is not None and not any(files.path(folder, f"tokenizer{end}.json") for end in ("", "_config")):
             files, folder = adapter.base, adapter.folder
         tokenizer: PreTrainedTokenizerBase = files.read(
             AutoTokenizer.from_pretrained,
@@ -218,7 +216,7 @@ def max_length(checkpoint: Checkpoint, model: PreTrainedModel, declared: int | N
     """
     config = checkpoint.config.get_text_config()  # itself, where there is no tower beside it
     limits = [count for _, count in position_tables(model)]
-    if declared is None or not any(hasattr(module, "inv_freq") for module in model.modules()):
+    if declared is None or not any("inv_freq" in name for name, _ in model.named_buffers()):
         limits.append(int(getattr(config, "max_position_embeddings", 0) or 0))
     limits.append(declared or int(min(checkpoint.tokenizer.model_max_length, 10**9)))  # "no limit" is written as 10**30
     limit = min(value for value in limits if value > 0)

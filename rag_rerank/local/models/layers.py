@@ -115,10 +115,9 @@ def pool(states: States, pooling: Pooling, skip: int = 0) -> Tensor:
 
 def _counted(states: States, skip: int) -> tuple[Tensor, Tensor, Tensor]:
     """Select the states that count, float32, with the sequence that each is of and its place in it, from 1."""
-    tokens, owners = states.flat()
-    places = torch.cat([torch.arange(1, count + 1, device=tokens.device) for count in states.lengths])
-    kept = places > skip
-    return tokens[kept].float(), owners[kept], places[kept]
+    tokens, owners, places = states.flat()
+    kept = places >= skip
+    return tokens[kept].float(), owners[kept], places[kept] + 1
 
 
 def _mean(states: States, skip: int, power: float = 1.0, *, weighted: bool = False) -> Tensor:

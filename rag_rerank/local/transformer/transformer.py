@@ -63,16 +63,16 @@ class States:
         """Give the state of each last token, ``[sequences, size]``."""
         return self.tokens[self.lasts]
 
-    def flat(self) -> tuple[Tensor, Tensor]:
-        """Give the states of all tokens, one sequence after the other, and int64 ``[tokens]``: whose each is."""
+    def flat(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Give the states of all tokens, one sequence after the other; whose each is, and its place, int64."""
         counts = self.lasts - self.firsts + 1
         owners = torch.repeat_interleave(counts, output_size=sum(self.lengths))
         places = torch.arange(len(owners), device=owners.device) - (counts.cumsum(0) - counts)[owners]
-        return self.tokens[self.firsts[owners] + places], owners
+        return self.tokens[self.firsts[owners] + places], owners, places
 
     def mean(self, layers: Callable[[Tensor], Tensor] = torch.Tensor.float) -> Tensor:
         """Average over each sequence's tokens what `layers` make of their states; float32 ``[sequences, size]``."""
-        tokens, owners = self.flat()
+        tokens, owners, _ = self.flat()
         values = layers(tokens).float()
         sums = values.new_zeros(len(self.lengths), values.shape[1]).index_add_(0, owners, values)
         return sums / (self.lasts - self.firsts + 1).unsqueeze(1)
@@ -285,10 +285,9 @@ def rope_limit(model: "PreTrainedModel", longest: int) -> int | None:
     ConfigError if each length beyond has a rope of its own (dynamic NTK), or attention that ends with the first shorter
     sequence (BigBird): transformers' depends on what ran before.
     """
-    config = model.config
     limits: set[int] = set()
-    if getattr(config, "attention_type", None) == "block_sparse":
-        limit = (5 + 2 * config.num_random_blocks) * config.block_size
+    if getattr(model.config, "attention_type", None) == "block_sparse":
+        limit = (5 + 2 * model.config.num_random_blocks) * model.config.block_size
         if longest > limit:
             raise ConfigError(
                 f"its attention beyond {limit} tokens depends on what ran before; pass max_length={limit}"

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from sentence_transformers import CrossEncoder, MultiVectorEncoder, SentenceTransformer
 from sentence_transformers.base.modules import Dense, Normalize, Router, Transformer
 from sentence_transformers.cross_encoder.modules import LogitScore
@@ -173,6 +174,7 @@ class TestClassifiers:
         CrossEncoder(source, max_length=48, activation_fn=torch.nn.Identity()).save_pretrained(folder)
         assert_alike(ours(folder, texts), predicted(folder, texts))
         edit(folder, "sentence_bert_config.json", processing_kwargs={"text": {"max_length": 30}})
+        edit(folder, "config.json", max_position_embeddings=25)  # which binds no rope
         assert_alike(ours(folder, texts), predicted(folder, texts))
 
     @pytest.mark.parametrize("kind", ["cross-encoder", "bi-encoder"])
@@ -683,6 +685,21 @@ class TestFiles:
         tokenizer.add_tokens(["anothertoken"])
         tokenizer.save_pretrained(cross_encoder)
         with pytest.raises(ConfigError, match="has 2001 tokens, but the model only 2000"):
+            ours(cross_encoder, texts)
+
+    def test_weights_that_config_json_does_not_tell_of(self, cross_encoder: str, texts):
+        """Of other sizes, or quantized in a way that nobody knows, with scales or without."""
+        edit(cross_encoder, "config.json", quantization_config={"quant_method": "new"})
+        with pytest.raises(ConfigError, match=r"config\.json: its weights are quantized, but"):
+            ours(cross_encoder, texts)
+        edit(cross_encoder, "config.json", quantization_config=None)
+        weights = load_file(Path(cross_encoder, "model.safetensors"))
+        scale = {"bert.pooler.dense.weight_scale": torch.ones(1)}
+        save_file(weights | scale, Path(cross_encoder, "model.safetensors"), metadata={"format": "pt"})
+        with pytest.raises(ConfigError, match=r"config\.json: its weights are quantized, but"):
+            ours(cross_encoder, texts)
+        edit(cross_encoder, "config.json", intermediate_size=96)
+        with pytest.raises(ConfigError, match=r"dense\.\w+ is .*128.* in the weights, .*96.* by config\.json"):
             ours(cross_encoder, texts)
 
     def test_an_adapter_without_peft(self, cross_encoder: str, texts, monkeypatch: pytest.MonkeyPatch):

@@ -99,9 +99,7 @@ class VisionTransformer:
         if len(features) > 1:
             options |= {"visual_pos_masks": of_images, "deepstack_visual_embeds": list(features[1:])}
         states: Tensor = self.decoder(
-            inputs_embeds=embeddings,
-            position_ids=positions.to(self.decoder.device),
-            **options,
+            inputs_embeds=embeddings, position_ids=positions.to(self.decoder.device), **options
         ).last_hidden_state
         return states
 
