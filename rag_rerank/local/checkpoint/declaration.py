@@ -418,8 +418,7 @@ class _Reader:
 
     def _prompts(self) -> dict[str | None, str]:
         """Read what is put before a text: a query, a document (``encode_query``, ``encode_document``), by default."""
-        prompts: dict[str | None, str | None] = {"query": None, "document": None}
-        prompts |= self.model.get("prompts", dict) or {}
+        prompts: dict[Any, Any] = {"query": None, "document": None, **(self.model.get("prompts", dict) or {})}
         name = self.model.get("default_prompt_name", str)
         if name is not None and name not in prompts:
             self.model.refuse("default_prompt_name", f"is {name!r}, which is not among its prompts")

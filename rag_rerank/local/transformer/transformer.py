@@ -282,8 +282,7 @@ class Unpadded(_Runner):
 def rope_limit(model: "PreTrainedModel", longest: int) -> int | None:
     """Find the length beyond which all positions of a sequence are turned otherwise (LongRoPE); None up to `longest`.
 
-    ConfigError if each length beyond has a rope of its own (dynamic NTK), or attention that ends with the first shorter
-    sequence (BigBird): transformers' depends on what ran before.
+    ConfigError where transformers' own scores depend on what ran before: dynamic NTK's, and BigBird's of long texts.
     """
     limits: set[int] = set()
     if getattr(model.config, "attention_type", None) == "block_sparse":
