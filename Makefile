@@ -43,9 +43,9 @@ test: .venv/.installed-dev .venv-lowest/.installed $(VLLM) $(LITELLM) .venv/.bro
 	$(BIN)/pytest $(IN_PARALLEL)
 	.venv-lowest/bin/pytest tests/integrations tests/vllm/test_transport.py --without-server
 
-# Without servers, a browser and notebooks: for before each commit.
+# Without servers, a browser, notebooks and the tests that take longest: for before each commit.
 test-fast: .venv/.installed-dev $(RELEASED)
-	$(BIN)/pytest $(IN_PARALLEL) --without-server --ignore tests/test_browser.py --ignore tests/test_notebooks.py
+	$(BIN)/pytest $(IN_PARALLEL) -m 'not slow' --without-server --ignore tests/test_browser.py --ignore tests/test_notebooks.py
 
 check: .venv/.installed-dev
 	$(BIN)/ruff format --check .

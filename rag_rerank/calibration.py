@@ -10,6 +10,7 @@ import json
 import logging
 import math
 import os
+import shlex
 import time
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
@@ -91,6 +92,20 @@ class Calibration:
     def model(self) -> str:
         """The model's name."""
         return self.facts["model"]
+
+    @property
+    def pooler_options(self) -> str | None:
+        """The options by which a vLLM server gives these probabilities itself; None where it can't.
+
+        It can where it serves a cross-encoder, the curve is Platt's, and the model's family needs no such option.
+        """
+        kind, activation = (self.facts.get(name, "") for name in ("score type", "activation"))
+        if self.curve.method != "platt" or kind in ("bi-encoder", "late-interaction") or " of logits" in activation:
+            return None
+        (_, start), (_, end) = self.curve.points
+        pooler = {"logit_mean": start / (start - end), "logit_sigma": 1 / (end - start)}
+        sigmoid = {"sentence_transformers": {"activation_fn": "torch.nn.modules.activation.Sigmoid"}}
+        return f"--pooler-config {shlex.quote(json.dumps(pooler))} --hf-overrides {shlex.quote(json.dumps(sigmoid))}"
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Self:

@@ -31,10 +31,8 @@ from rag_rerank.local.checkpoint.fingerprint import TOKENIZER_FILES
 from rag_rerank.local.models.decoder import LOGIT_OPTIONS, token_ids
 from rag_rerank.local.models.layers import activation, config_activation, read_layers
 
-Method = Literal["two-token", "single-token"]
 Dtype = Literal["float32", "bfloat16", "float16"]
 
-_TOKENS = {"two-token": ("false", "true"), "single-token": ("true",)}
 _HEAD, _EMBEDDINGS, _SCORE = "lm_head.weight", "model.embed_tokens.weight", "score.weight"
 _DROPPED_ENTRIES = {
     # of generation
@@ -64,7 +62,6 @@ def convert(
     model: str | os.PathLike[str],
     out: str | os.PathLike[str],
     *,
-    method: Method | None = None,
     tokens: Sequence[str] = (),
     template: str | None = None,
     dtype: Dtype | None = None,
@@ -87,11 +84,9 @@ def convert(
     Args:
         model: A hub id or a folder, with safetensors weights.
         out: The folder to make.
-        method: Of a causal model. ``"two-token"``: the score is the logit of the true token minus that of the false
-            one (its sigmoid is the softmax over the two). ``"single-token"``: the logit of the true token. None goes
-            by the number of `tokens`.
-        tokens: Of a causal model, ``(false, true)`` or ``(true,)``: vocabulary entries, as in ``("no", "yes")`` or
-            ``("Yes",)``. Empty takes those that the checkpoint declares (``LogitScore``).
+        tokens: Of a causal model, vocabulary entries: ``("no", "yes")``, where the score is the logit of the true token
+            minus that of the false one (its sigmoid is the softmax over the two); or ``("Yes",)``, the logit of the
+            true token. Empty takes those that the checkpoint declares (``LogitScore``).
         template: Text of the score template. It becomes ``chat_template.jinja``, where transformers looks for the
             tokenizer's template. vLLM up to 0.33 does not take it from there for a text reranker: start the server
             with ``--chat-template OUT/chat_template.jinja``. None keeps what the model has.
@@ -105,11 +100,8 @@ def convert(
     Raises:
         ConfigError: An argument is wrong, the model is not there, or it can't be converted so that it scores the same.
     """
-    if method not in (None, *get_args(Method)):
-        raise ConfigError(f"method must be one of {', '.join(get_args(Method))}; got {method!r}")
-    if isinstance(tokens, str) or (method is not None and len(tokens) != len(_TOKENS[method])):
-        names = ", ".join(_TOKENS[method or "two-token"])
-        raise ConfigError(f"method {method!r} takes the tokens ({names}); got {tokens!r}")
+    if isinstance(tokens, str):
+        raise ConfigError(f"tokens must be (true,) or (false, true), got {tokens!r}")
     if dtype is not None and dtype not in get_args(Dtype):
         raise ConfigError(f"dtype must be None or one of {', '.join(get_args(Dtype))}; got {dtype!r}")
     target = Path(out).absolute()

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from rag_rerank.errors import ConfigError
+from rag_rerank.runs import Store
 
 
 def forked(work: Callable[[], Any], seconds: int = 120) -> int:
@@ -53,6 +54,8 @@ def killed_at(point: int, work: Callable[[], Any]) -> int:
 
     def killed() -> None:
         os.fsync = counted(os.fsync)
+        for name in ("each", "write"):  # before each statement; sqlite answers for what is within one
+            setattr(Store, name, counted(getattr(Store, name)))
         for name in ("replace", "unlink"):
             setattr(Path, name, counted(getattr(Path, name)))
         work()

@@ -7,7 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
-import time
+import threading
 from pathlib import Path
 
 import pytest
@@ -83,6 +83,19 @@ class TestLocal:
         assert (done.returncode, done.stdout) == (2, "")
         assert "pipe JSON Lines in" in done.stderr
         assert "Traceback" not in done.stderr
+
+    def test_a_closed_stdout(self):
+        """Nothing can be shown, and nothing breaks."""
+        with FaultyServer() as server:
+            shell = f"{sys.executable} -m rag_rerank score q d --base-url {server.base_url} >&-"
+            done = subprocess.run(["/bin/sh", "-c", shell], capture_output=True, text=True, check=False)
+        assert (done.returncode, done.stderr) == (0, "")
+
+    def test_what_stdin_may_be_is_guessed_from_its_first_line(self):
+        """As for a file of which every line is rejected."""
+        for command in ("score", "rerank"):
+            done = run(command, "--base-url", "http://127.0.0.1:9", stdin="query,document\na,b\n")
+            assert (done.returncode, "stdin, it looks like CSV" in done.stderr) == (2, True)
 
     def test_rerank_takes_top_n_and_threshold(self, minilm: Path):
         """As Scorer.rerank does; --json writes one object."""
@@ -430,6 +443,31 @@ class TestCommon:
         assert "a\\x1b[31mb" in shown
         assert "c\\u202ed" in shown
 
+    def test_nor_are_a_server_s_words(self):
+        """In the name of its model, which a table and a bar show, and in an error."""
+        evil = json.dumps({"data": [{"id": "m\x1b[31m"}]})
+
+        def behave(request: Request) -> Steps | None:
+            if request.wants_scores:
+                return [http(json.dumps({"error": {"message": "odd \x1b]0;x\x07"}}), 400)]
+            return [http(evil)] if "models" in request.path else None
+
+        with FaultyServer(behave) as server:
+            done = run("score", "q", "d", "--base-url", server.base_url, VLLM_API_KEY="")
+        assert done.returncode == 1
+        assert "odd \\x1b]0;x\\x07" in done.stderr
+        assert "\x1b" not in done.stderr
+
+    def test_a_file_that_is_not_read_is_told(self, tmp_path: Path):
+        """Its name is scored, for it is neither text nor an image."""
+        (tmp_path / "report.pdf").write_bytes(b"%PDF-1.7")
+        (tmp_path / "notes.txt").write_text("what is in it", encoding="utf-8")
+        with FaultyServer() as server:
+            done = run("score", "q", "report.pdf", "notes.txt", "--base-url", server.base_url, folder=tmp_path)
+        assert done.stderr == "note: the file report.pdf is not read: its name is scored as a text\n"
+        assert "report.pdf" in done.stdout
+        assert "what is in it" in done.stdout
+
 
 class TestFiles:
     """`rerank --in --out`."""
@@ -465,13 +503,16 @@ class TestFiles:
         row = json.dumps({"query": QUERY, "documents": DOCUMENTS * 80})
         source.write_text(f"{row}\n" * 4, encoding="utf-8")
         process: subprocess.Popen[str] | None = None
+        interrupted = threading.Event()
 
         def behave(request: Request) -> Steps | None:
             nonlocal asked
             asked += len(request.documents) if request.wants_scores else 0
-            if asked > 500 and process is not None and process.poll() is None:  # in the second group
-                process.send_signal(signal.SIGINT)
-                time.sleep(1)
+            if asked > 500 and process is not None:  # in the second group
+                if not interrupted.is_set():  # once: a second one may come as the interpreter ends
+                    interrupted.set()
+                    process.send_signal(signal.SIGINT)
+                process.wait(300)
             return None
 
         with FaultyServer(behave) as server:
@@ -504,7 +545,7 @@ class TestFiles:
             (b"query,document\na,b\n", "looks like CSV"),
             (b'[{"query": "q", "document": "d"}]', "looks like one JSON array"),
             (b'{\n  "query": "q"\n}', "looks like indented JSON"),
-            (gzip.compress(b"{}", mtime=0), "its name must end in .jsonl.gz"),
+            (gzip.compress(b"{}", mtime=0), "such a file must end in .jsonl.gz"),
             (b'{"question": "q", "document": "d"}', 'line 1: "query" must be str, got nothing'),
         ],
     )

@@ -30,13 +30,13 @@ from tests.encoder_models import modular_modules, scoring
 from tests.pairs import largest_difference, pairs
 
 TOLERANCE = 1e-5
-METHODS: dict[str, dict[str, Any]] = {
-    "qwen3": {"method": "two-token", "tokens": ("no", "yes")},  # tied embeddings
-    "qwen2": {"method": "two-token", "tokens": ("0", "1")},  # an output matrix of its own
-    "gemma": {"method": "single-token", "tokens": ("Yes",)},
-    "llama": {"method": "single-token", "tokens": ("yes",)},
+ANSWERS: dict[str, dict[str, Any]] = {
+    "qwen3": {"tokens": ("no", "yes")},  # tied embeddings
+    "qwen2": {"tokens": ("0", "1")},  # an output matrix of its own
+    "gemma": {"tokens": ("Yes",)},
+    "llama": {"tokens": ("yes",)},
 }
-YES_NO = METHODS["qwen3"]
+YES_NO = ANSWERS["qwen3"]
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 TEMPLATE = (
     '<|im_start|>user\n{{ (messages | selectattr("role", "eq", "query") | first).content }}\n'
@@ -75,7 +75,7 @@ def short_pairs(count: int) -> list[tuple[str, str]]:
     ][:count]
 
 
-def causal_scores(folder: Path, prompts: list[str], *, tokens: tuple[str, ...], method: str) -> list[float]:
+def causal_scores(folder: Path, prompts: list[str], *, tokens: tuple[str, ...]) -> list[float]:
     """What the language model says: the logit of the last token, or the difference of two."""
     model = AutoModelForCausalLM.from_pretrained(folder)
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -84,7 +84,7 @@ def causal_scores(folder: Path, prompts: list[str], *, tokens: tuple[str, ...], 
     for prompt in prompts:
         with torch.inference_mode():
             logits = model(**tokenizer(prompt, return_tensors="pt")).logits[0, -1, ids].tolist()
-        scores.append(logits[1] - logits[0] if method == "two-token" else logits[0])
+        scores.append(logits[1] - logits[0] if len(tokens) == 2 else logits[0])
     return scores
 
 
@@ -138,14 +138,14 @@ def test_what_is_declared_for_the_prompt_is_not_dropped(causal: Callable[..., Pa
 
 class TestScores:
     @pytest.mark.parametrize("max_shard_size", ["1GB", "100KB"], ids=["one file", "sharded"])
-    @pytest.mark.parametrize("kind", METHODS)
+    @pytest.mark.parametrize("kind", ANSWERS)
     def test_equal_those_of_the_causal_model(
         self, kind: str, max_shard_size: str, causal: Callable[..., Path], prompts: list[str], tmp_path: Path
     ) -> None:
         """A prompt's score is the logit (difference) of the causal model, whatever the family and the shards."""
         source = causal(kind, max_shard_size)
-        expected = causal_scores(source, prompts, **METHODS[kind])
-        out = convert(source, tmp_path / "out", **METHODS[kind])
+        expected = causal_scores(source, prompts, **ANSWERS[kind])
+        out = convert(source, tmp_path / "out", **ANSWERS[kind])
         assert len(prompts) == 50
         assert max(expected) - min(expected) > 5  # scores that are all alike would show nothing
         assert largest_difference(classifier_scores(out, prompts), expected) <= TOLERANCE
@@ -154,15 +154,15 @@ class TestScores:
         self, causal: Callable[..., Path], prompts: list[str], tmp_path: Path
     ) -> None:
         """A vocabulary entry may be named as it is written there, with its sign for a space."""
-        out = convert(causal("llama"), tmp_path / "out", method="single-token", tokens=("Ġthe",))
-        expected = causal_scores(causal("llama"), prompts[:10], method="single-token", tokens=("Ġthe",))
+        out = convert(causal("llama"), tmp_path / "out", tokens=("Ġthe",))
+        expected = causal_scores(causal("llama"), prompts[:10], tokens=("Ġthe",))
         assert largest_difference(classifier_scores(out, prompts[:10]), expected) <= TOLERANCE
 
     def test_in_padded_batches_are_the_same(
         self, causal: Callable[..., Path], prompts: list[str], tmp_path: Path
     ) -> None:
         """The padding token is in the config, so the last token of a shorter prompt is found."""
-        out = convert(causal("llama"), tmp_path / "out", **METHODS["llama"])
+        out = convert(causal("llama"), tmp_path / "out", **ANSWERS["llama"])
         assert largest_difference(classifier_scores(out, prompts, batch=16), classifier_scores(out, prompts)) <= 1e-4
 
 
@@ -272,7 +272,7 @@ class TestWeights:
     def test_stay_in_their_shards(self, kind: str, causal: Callable[..., Path], tmp_path: Path) -> None:
         """A shard of the source is a shard of the result, so no more than one was ever needed in memory."""
         source = causal(kind, "100KB")
-        out = convert(source, tmp_path / "out", **METHODS[kind])
+        out = convert(source, tmp_path / "out", **ANSWERS[kind])
         shards = sorted(path.name for path in source.glob("*.safetensors"))
         assert len(shards) >= 3
         assert sorted(path.name for path in out.glob("*.safetensors")) == shards
@@ -287,7 +287,7 @@ class TestWeights:
     def test_are_copied_bit_for_bit_but_for_the_output_matrix(self, tmp_path: Path) -> None:
         """In a bfloat16 checkpoint only the classifier is float32: the exact difference of the two rows."""
         source = make_causal_lm(tmp_path / "source", "qwen2", dtype=torch.bfloat16)
-        out = convert(source, tmp_path / "out", **METHODS["qwen2"])
+        out = convert(source, tmp_path / "out", **ANSWERS["qwen2"])
         before, after = load_file(source / WEIGHTS), load_file(out / WEIGHTS)
         head, score = before.pop("lm_head.weight").float(), after.pop("score.weight")
         false, true = AutoTokenizer.from_pretrained(source).convert_tokens_to_ids(["0", "1"])
@@ -298,7 +298,7 @@ class TestWeights:
 
     def test_can_be_stored_in_another_dtype(self, causal: Callable[..., Path], tmp_path: Path) -> None:
         """`dtype` casts all but the classifier, and the config says so."""
-        out = convert(causal("gemma"), tmp_path / "out", dtype="float16", **METHODS["gemma"])
+        out = convert(causal("gemma"), tmp_path / "out", dtype="float16", **ANSWERS["gemma"])
         weights = load_file(out / WEIGHTS)
         assert weights.pop("score.weight").dtype == torch.float32
         assert {tensor.dtype for tensor in weights.values()} == {torch.float16}
@@ -367,11 +367,11 @@ class TestConfig:
 
 
 class TestTokenizer:
-    @pytest.mark.parametrize("kind", METHODS)
+    @pytest.mark.parametrize("kind", ANSWERS)
     def test_is_copied(self, kind: str, causal: Callable[..., Path], tmp_path: Path) -> None:
         """Every tokenizer file is the source's, so every text gets the same ids."""
         source = causal(kind)
-        out = convert(source, tmp_path / "out", **METHODS[kind])
+        out = convert(source, tmp_path / "out", **ANSWERS[kind])
         files = {file: digest for file, digest in contents(source).items() if file.startswith("tokenizer")}
         assert files.items() <= contents(out).items()
 
@@ -404,9 +404,9 @@ class TestOut:
         out = convert(causal("qwen3"), tmp_path / "out", template=TEMPLATE, **YES_NO)
         before = contents(out)
         with pytest.raises(ConfigError, match="not empty.*overwrite=True"):
-            convert(causal("gemma"), out, **METHODS["gemma"])
+            convert(causal("gemma"), out, **ANSWERS["gemma"])
         assert contents(out) == before
-        convert(causal("gemma"), out, overwrite=True, **METHODS["gemma"])
+        convert(causal("gemma"), out, overwrite=True, **ANSWERS["gemma"])
         assert AutoConfig.from_pretrained(out).architectures == ["GemmaForSequenceClassification"]
         assert not (out / "chat_template.jinja").exists()
         assert [path.name for path in tmp_path.iterdir()] == ["out"]
@@ -434,7 +434,7 @@ class TestOut:
         """A conversion that is broken off leaves nothing behind, and the model that it was to replace."""
         out = tmp_path / "out"
         if there:
-            convert(causal("gemma"), out, **METHODS["gemma"])
+            convert(causal("gemma"), out, **ANSWERS["gemma"])
         before = contents(tmp_path)
 
         def interrupt(done: int, total: int) -> None:
@@ -442,7 +442,7 @@ class TestOut:
                 raise KeyboardInterrupt
 
         with pytest.raises(KeyboardInterrupt):
-            convert(causal("qwen2", "100KB"), out, overwrite=there, progress=interrupt, **METHODS["qwen2"])
+            convert(causal("qwen2", "100KB"), out, overwrite=there, progress=interrupt, **ANSWERS["qwen2"])
         assert contents(tmp_path) == before
         assert [path.name for path in tmp_path.iterdir()] == ["out"] * there
 
@@ -450,14 +450,14 @@ class TestOut:
         """Nothing in the source's folder changes."""
         source = causal("qwen2", "100KB")
         before = contents(source)
-        convert(source, tmp_path / "out", template=TEMPLATE, dtype="bfloat16", **METHODS["qwen2"])
+        convert(source, tmp_path / "out", template=TEMPLATE, dtype="bfloat16", **ANSWERS["qwen2"])
         assert contents(source) == before
 
     def test_reports_progress(self, causal: Callable[..., Path], tmp_path: Path) -> None:
         """`progress` hears of every shard, in order, and of how many there are."""
         source = causal("qwen2", "100KB")
         heard: list[tuple[int, int]] = []
-        convert(source, tmp_path / "out", progress=lambda *at: heard.append(at), **METHODS["qwen2"])
+        convert(source, tmp_path / "out", progress=lambda *at: heard.append(at), **ANSWERS["qwen2"])
         total = len(list(source.glob("*.safetensors")))
         assert heard == [(done, total) for done in range(1, total + 1)]
 
@@ -466,15 +466,13 @@ class TestErrors:
     @pytest.mark.parametrize(
         ("options", "message"),
         [
-            ({"method": "three-token", "tokens": ("no", "yes")}, "method must be one of two-token, single-token"),
-            ({"method": "two-token", "tokens": ("yes",)}, r"takes the tokens \(false, true\)"),
-            ({"method": "single-token", "tokens": ("no", "yes")}, r"takes the tokens \(true\)"),
-            ({"method": "single-token", "tokens": "yes"}, r"takes the tokens \(true\)"),
-            ({"method": "two-token", "tokens": ("yes", "yes")}, "must be .true,. or .false, true.; got .'yes', 'yes'."),
-            ({"method": "single-token", "tokens": ("absolutely",)}, "'absolutely' is not one entry of the vocabulary"),
-            ({"method": "single-token", "tokens": ("",)}, "'' is not one entry of the vocabulary"),
-            ({"method": "single-token", "tokens": ("<missing>",)}, "'<missing>' is not one entry"),
-            ({"method": "single-token", "tokens": ("Ã",)}, "'Ã' is not one entry"),  # half of a character
+            ({"tokens": "no"}, "tokens must be .true,. or .false, true., got 'no'"),
+            ({"tokens": ("no", "maybe", "yes")}, "must be .true,. or .false, true.; got .'no', 'maybe', 'yes'."),
+            ({"tokens": ("yes", "yes")}, "must be .true,. or .false, true.; got .'yes', 'yes'."),
+            ({"tokens": ("absolutely",)}, "'absolutely' is not one entry of the vocabulary"),
+            ({"tokens": ("",)}, "'' is not one entry of the vocabulary"),
+            ({"tokens": ("<missing>",)}, "'<missing>' is not one entry"),
+            ({"tokens": ("Ã",)}, "'Ã' is not one entry"),  # half of a character
             ({**YES_NO, "dtype": "float8"}, "dtype must be None or one of"),
         ],
     )

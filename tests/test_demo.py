@@ -23,6 +23,7 @@ def shown(local: LocalScorer) -> tuple[Evaluation, str]:
     return demonstrate(local, 8)
 
 
+@pytest.mark.slow
 def test_one_question_before_and_after(shown: tuple[Evaluation, str]):
     """The first three places, and the right answer wherever it is."""
     before, after = shown[1].partition("BM25\n")[2].partition("\nreranked\n")[::2]

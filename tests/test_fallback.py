@@ -419,6 +419,7 @@ events = st.tuples(
 doings = st.sampled_from([None, 0.2, 2.0, 7.0, 1e6, "short", *MOVING, *FINAL[:4]])
 
 
+@pytest.mark.slow
 @settings(max_examples=1000, deadline=None)
 @given(st.lists(st.lists(doings, max_size=8), min_size=1, max_size=4), st.lists(events, min_size=1, max_size=8))
 def test_no_schedule_mixes_scores_or_outlives_a_deadline(

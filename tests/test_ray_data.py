@@ -29,7 +29,7 @@ from tests.models import CORPUS
 from tests.scorers import Journal, WordOverlap
 
 ray = pytest.importorskip("ray")
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:ray.data")
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::DeprecationWarning:ray.data")]
 ONE, TWO = Pool(actors=1), Pool(actors=2)
 GROUP, SHARD, COUNT = 64, 128, 640
 SINGLE_PROCESS = """

@@ -35,6 +35,7 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return hub_with(released.folder(), tmp_path_factory.mktemp("hub"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", [page for page in PAGES if any(output for _, output in examples(page))], ids=name)
 def test_examples_print_what_stands_below_them(page: Path, hub: Path):
     runnable = [(code, output) for code, output in examples(page) if output]

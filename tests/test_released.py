@@ -92,6 +92,7 @@ class TestTheFolder:
         assert not released.FOLDER.exists()
 
 
+@pytest.mark.slow
 class TestInThisProcess:
     """LocalScorer against other libraries, in float32."""
 

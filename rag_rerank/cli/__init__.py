@@ -28,5 +28,8 @@ def main() -> None:
 
 
 def _fail(message: str, code: int) -> None:
-    sys.stderr.write(f"error: {message}\n")
+    from rag_rerank.display import printable  # a server's words may be in it
+
+    lines = "\n".join(map(printable, message.split("\n")))
+    sys.stderr.write(f"error: {lines}\n")
     raise SystemExit(code) from None

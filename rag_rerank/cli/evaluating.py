@@ -194,6 +194,6 @@ def _write(figures: "Evaluation | Calibrating", as_json: File, html: File) -> No
     if html is not None:
         from rag_rerank.evaluation.report import render
 
-        html.write_text(render(figures), encoding="utf-8")
+        html.write_text(render(figures), encoding="utf-8", errors="xmlcharrefreplace")  # halves of characters
     for path in filter(None, (as_json, html)):
         typer.echo(f"wrote {path}", err=True)

@@ -51,7 +51,7 @@ def check(
         for finding in findings:
             verdicts[finding.verdict] += 1
             if as_json:
-                typer.echo(json.dumps(asdict(finding), ensure_ascii=False))
+                typer.echo(json.dumps(asdict(finding)))
             else:
                 _show_finding(finding)
     if not as_json:

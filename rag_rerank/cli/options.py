@@ -3,7 +3,6 @@
 import inspect
 import json
 import os
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
@@ -19,6 +18,7 @@ from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextC
 from rich.table import Column, Table
 from typer import Option
 
+from rag_rerank.display import printable
 from rag_rerank.embedded import minilm_folder
 from rag_rerank.errors import BackendError, ConfigError
 from rag_rerank.scorer import Scorer
@@ -95,7 +95,10 @@ def _header(text: str) -> tuple[str, str]:
 
 def console() -> Console:
     """Make a console on stdout whose tables are cut to a terminal's width, but not where they are piped or kept."""
-    return Console(highlight=False, width=None if sys.stdout.isatty() or os.environ.get("COLUMNS") else 1000)
+    on = Console(highlight=False)
+    if not (on.file.isatty() or os.environ.get("COLUMNS")):
+        on.width = 1000
+    return on
 
 
 def show(found: Any, file: str = "", *, on: Console | None = None) -> None:
@@ -109,7 +112,7 @@ def show(found: Any, file: str = "", *, on: Console | None = None) -> None:
     from rag_rerank.evaluation.report import render
 
     on = on or console()
-    text = render(found, "txt", escape=escape, file=repr(file))
+    text = render(found, "txt", escape=lambda text: escape(printable(text)), file=repr(file))
     for is_table, lines in groupby(text.splitlines(), key=lambda line: line.startswith("│")):
         if not is_table:
             for line in lines:
@@ -126,15 +129,17 @@ def show(found: Any, file: str = "", *, on: Console | None = None) -> None:
 def check_files(*files: Path | None) -> None:
     """Refuse, before hours of scoring, files that could not be written after them."""
     for path in filter(None, files):
-        if path.is_dir() or not path.absolute().parent.is_dir():
+        folder = path.absolute().parent
+        if path.is_dir() or not folder.is_dir():
             raise ConfigError(f"{path} can't be written: {'it is a' if path.is_dir() else 'there is no such'} folder")
+        if not os.access(path if path.exists() else folder, os.W_OK):
+            raise ConfigError(f"{path} can't be written: permission denied")
 
 
 def write_json(path: Path | None, figures: Any) -> None:
     """Write all figures, if there is a file for them."""
     if path is not None:
-        text = json.dumps(figures.as_json(), ensure_ascii=False, allow_nan=False, indent=1)
-        path.write_text(f"{text}\n", encoding="utf-8")
+        path.write_text(json.dumps(figures.as_json(), allow_nan=False, indent=1) + "\n", encoding="utf-8")
 
 
 @contextmanager
@@ -150,7 +155,7 @@ def progress(kept: Callable[[], str] = str) -> Iterator[tuple[Console, Callable[
 
     def move(name: str, done: float, total: float, words: str | None = None) -> None:
         if name not in tasks:
-            tasks[name] = bar.add_task(name)
+            tasks[name] = bar.add_task(printable(name))
         bar.update(tasks[name], completed=done, total=total, description=words)
 
     try:

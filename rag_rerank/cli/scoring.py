@@ -126,15 +126,16 @@ def _read(documents: list[str] | None, *, as_text: bool) -> list[Input] | None:
 
 
 def _is_file(document: str) -> bool:
-    if not document.lower().endswith(_TEXTS + _IMAGES):
-        return False
+    is_read = document.lower().endswith(_TEXTS + _IMAGES)
     try:
         found = Path(document).is_file()
     except OSError:  # a text, too long for a name
         return False
-    if not found and " " not in document:
+    if found and not is_read:
+        typer.echo(f"note: the file {document} is not read: its name is scored as a text", err=True)
+    elif is_read and not found and " " not in document:
         typer.echo(f"note: there is no file {document}: it is scored as a text", err=True)
-    return found
+    return found and is_read
 
 
 def _content_of(document: str) -> Input:
@@ -184,7 +185,8 @@ def _lines() -> Iterator[Line]:
         if not is_blank(raw):
             line = parse(number, raw)
             if line.error is not None:
-                raise ConfigError(f"stdin, line {number}: {line.error}")
+                told = likely_cause(line.reject()) if number == 1 else f"line {number}: {line.error}"
+                raise ConfigError(f"stdin, {told}")
             yield line
 
 

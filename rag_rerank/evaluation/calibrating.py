@@ -4,8 +4,6 @@ Candidates without a judgment count as irrelevant. All intervals are 95 % and ov
 query stand or fall together.
 """
 
-import json
-import shlex
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
@@ -98,12 +96,7 @@ class Calibrating:
 
     def as_json(self) -> dict[str, Any]:
         """Make JSON values of it."""
-        return asdict(self) | {"pooler_options": self.pooler_options}
-
-    @property
-    def pooler_options(self) -> str | None:
-        """The options by which a vLLM server gives these probabilities itself; None where it can't."""
-        return pooler_options(self.calibration)
+        return asdict(self) | {"pooler_options": self.calibration.pooler_options}
 
 
 class Pairs:
@@ -288,20 +281,6 @@ def target(pairs: Pairs, predicted: Floats, kind: Kind, wanted: float) -> Target
     elif others_get.high - others_get.low <= WIDEST:
         why = ""
     return Target(kind, wanted, threshold, others_get, why)
-
-
-def pooler_options(calibration: Calibration) -> str | None:
-    """Write the options by which a vLLM server gives these probabilities itself; None where it can't.
-
-    It can where it serves a cross-encoder, the curve is Platt's, and the model's family needs no such option itself.
-    """
-    kind, activation = (calibration.facts.get(name, "") for name in ("score type", "activation"))
-    if calibration.curve.method != "platt" or kind in ("bi-encoder", "late-interaction") or " of logits" in activation:
-        return None
-    (_, start), (_, end) = calibration.curve.points
-    pooler = {"logit_mean": start / (start - end), "logit_sigma": 1 / (end - start)}
-    sigmoid = {"sentence_transformers": {"activation_fn": "torch.nn.modules.activation.Sigmoid"}}
-    return f"--pooler-config {shlex.quote(json.dumps(pooler))} --hf-overrides {shlex.quote(json.dumps(sigmoid))}"
 
 
 def _interval(figures: Floats) -> Interval:

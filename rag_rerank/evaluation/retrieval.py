@@ -37,6 +37,7 @@ class BM25:
         return {self._ids[row]: float(score) for row, score in zip(rows[0], scores[0], strict=True) if score > 0}
 
     def _tokens(self, texts: list[str]) -> Any:
+        texts = [text.encode(errors="replace").decode() for text in texts]  # stemmers take no halves of characters
         if self._language == "characters":
             words = [re.findall(r"\w+", text) for text in texts]
             texts = [" ".join(word[at : at + 2] for word in each for at in range(len(word) - 1)) for each in words]

@@ -12,15 +12,17 @@ from pathlib import Path
 
 import numpy as np
 
-from rag_rerank.errors import BackendError, ConfigError, DeadlineExceeded
+from rag_rerank.errors import ConfigError, RerankError
 from rag_rerank.evaluation.cache import ScoreCache
-from rag_rerank.identity import PROBES, Identity
 from rag_rerank.inputs import NEUTRAL
+from rag_rerank.runs import Asker
 from rag_rerank.scorer import Scorer
 
 TIMED_QUERIES = 200
 """The first so many queries are scored one by one, and timed: enough for percentiles at each of four depths."""
 
+_Asked = tuple[str, str, dict[int, str], list[float | None]]
+# a query, its key in the cache, its candidates without a score by their position, the scores to be completed
 _SECONDS_PER_CALL = 10.0  # of pairs of later queries: what an interruption may lose
 
 Scores = Sequence[float | None]
@@ -64,13 +66,16 @@ class ScoringRun:
         self.calls: dict[int, list[tuple[int, float]]] = {depth: [] for depth in depths}
         self.pairs_scored = self.pairs_cached = 0
         self._scorer, self._depths, self._deadline = scorer, depths, deadline
-        # (query, its candidates without a score by their position, the scores to be completed)
-        self._pending: list[tuple[str, dict[int, str], list[float | None]]] = []
+        self._pending: list[_Asked] = []
         self._pairs_per_second = 0.0  # of the last call
         # A model of this process may have to be downloaded first.
         self._first_deadline = deadline if scorer.remote else None
         self._identity = scorer.identity(deadline=self._first_deadline)
         self._is_warm = bool(self._identity.probes)
+        if scorer.listwise and len(depths) > 1:
+            listwise = f"{scorer.model_name} scores a query's documents together, so that each depth has its own scores"
+            raise ConfigError(f"{listwise}: evaluate one depth at a time")
+        self._asker = Asker(scorer, self._identity, deadline)
         self._cache = ScoreCache(folder if self._identity.steady else None, self._identity)
         self.close = self._cache.close
 
@@ -80,81 +85,52 @@ class ScoringRun:
         A ConfigError where another model answers than before; None for the score of what alone can't be scored.
         """
         documents, position = documents[: self._depths[-1]], len(self.scores)
-        known = self.scores[name] = self._cache.scores(query, documents)
-        missing = {place: documents[place] for place, score in enumerate(known) if score is None}
+        # A listwise score is of the whole list, and so is its key.
+        key = str([query, *documents]) if self._scorer.listwise else query
+        known = self.scores[name] = self._cache.scores(key, documents)
+        whole = self._scorer.listwise and None in known
+        missing = {place: documents[place] for place, score in enumerate(known) if score is None or whole}
         self.pairs_scored += len(missing)
         self.pairs_cached += len(documents) - len(missing)
         if not missing:  # their times are those of the calls in which they were scored
             for depth in self._depths:
-                if (seconds := self._cache.seconds(query, documents[:depth])) is not None:
+                if (seconds := self._cache.seconds(key, documents[:depth])) is not None:
                     self.calls[depth].append((min(depth, len(documents)), seconds))
         elif len(missing) == len(documents) and position < TIMED_QUERIES:
-            self.scores[name] = self._time(query, documents, self._depths[position % len(self._depths)])
+            depth = self._depths[position % len(self._depths)]
+            seconds = self._score([(query, key, dict(list(missing.items())[:depth]), known)], timed=True)
+            for each in self._depths:
+                if min(each, len(documents)) == min(depth, len(documents)):  # the call would have been the same
+                    self.calls[each].append((min(depth, len(documents)), seconds))
+            self._score([(query, key, dict(list(missing.items())[depth:]), known)])
         else:
-            self._pending.append((query, missing, known))
-            if sum(len(texts) for _, texts, _ in self._pending) > self._pairs_per_second * _SECONDS_PER_CALL:
+            self._pending.append((query, key, missing, known))
+            if sum(len(texts) for _, _, texts, _ in self._pending) > self._pairs_per_second * _SECONDS_PER_CALL:
                 self.finish()
 
-    def _time(self, query: str, documents: Sequence[str], depth: int) -> list[float | None]:
-        """Score candidates of which none is known: those up to `depth` in a call that is timed, the others in one."""
-        first, rest = documents[:depth], documents[depth:]
-        scores, seconds = self._score([query], first)
-        self._cache.keep(query, first, scores, seconds)
-        for each in self._depths:
-            if min(each, len(documents)) == len(first):  # the call would have been the same
-                self.calls[each].append((len(first), seconds))
-        if rest:
-            more, _ = self._score([query], rest)
-            self._cache.keep(query, rest, more)
-            scores += more
-        return scores
-
     def finish(self) -> None:
-        """Score all that is pending in one call: a server or a large device has more to do at a time."""
+        """Score all that is pending at once: a server or a large device has more to do at a time."""
         pending, self._pending = self._pending, []
-        if not pending:
-            return
-        pairs = [(query, text) for query, texts, _ in pending for text in texts.values()]
-        scores = iter(self._score(*zip(*pairs, strict=True))[0])
-        for query, texts, known in pending:
-            found = dict(zip(texts, scores, strict=False))
-            self._cache.keep(query, list(texts.values()), list(found.values()))
-            for position, score in found.items():
-                known[position] = score
+        self._score(pending)
 
-    def _score(self, queries: Sequence[str], documents: Sequence[str]) -> tuple[list[float | None], float]:
-        """Scores, None for a document that can't be scored, and the seconds that it took."""
+    def _score(self, asked: Sequence[_Asked], *, timed: bool = False) -> float:
+        """Complete and keep the scores of queries; returns the seconds that the call took, which `timed` keeps, too."""
+        asked = [each for each in asked if each[2]]
+        if not asked:
+            return 0.0
         if not self._is_warm:  # loading the model is in no query's time
             self._scorer.score(NEUTRAL, NEUTRAL, deadline=self._first_deadline)
             self._is_warm = True
+        documents = [list(texts.values()) for _, _, texts, _ in asked]
         began = time.perf_counter()
-        scores = self._scores(queries, documents)
+        outcomes = self._asker.ask([query for query, *_ in asked], documents, probe=False)
         seconds = time.perf_counter() - began
-        self._pairs_per_second = len(documents) / max(seconds, 1e-3)
-        self._check_scorer()
-        return scores, seconds
-
-    def _scores(self, queries: Sequence[str], documents: Sequence[str]) -> list[float | None]:
-        try:
-            return [*self._scorer.score(queries, documents, deadline=self._deadline)]
-        except BackendError as error:
-            if len(error.scores) == len(documents):
-                return list(error.scores)
-            if isinstance(error, DeadlineExceeded) or documents[-1] == NEUTRAL:
-                raise
-        # All failed, be it for what they are or because nothing works now: a neutral pair beside them tells.
-        rows = [*queries] * (len(documents) // len(queries))
-        return self._scores([*rows, NEUTRAL], [*documents, NEUTRAL])[:-1]
-
-    def _check_scorer(self) -> None:
-        """Refuse scores of another model than before: a server may have been restarted since the last call."""
-        if not (self._scorer.remote and self._identity.steady and self._identity.probes):
-            return
-        queries, documents = zip(*PROBES, strict=True)
-        probes = self._scorer.score(queries, documents, deadline=self._deadline)
-        if not Identity({}, probes).differences(Identity({}, self._identity.probes)):
-            return
-        # In half precision, probes may differ by the other pairs of a batch: `Scorer.identity` decides.
-        if changes := self._scorer.identity(deadline=self._deadline).differences(self._identity):
-            changed = f"{self._scorer.model_name} became another scorer during the run: {'; '.join(changes)}"
-            raise ConfigError(f"{changed}. Run again to evaluate this one.")
+        self._pairs_per_second = sum(map(len, documents)) / max(seconds, 1e-3)
+        self._asker.ask([], [])  # whether it is the same scorer as before
+        for (_, key, texts, known), outcome in zip(asked, outcomes, strict=True):
+            scores = getattr(outcome, "scores", ()) if isinstance(outcome, RerankError) else outcome
+            scores = scores if len(scores) == len(texts) else [None] * len(texts)
+            self._cache.keep(key, list(texts.values()), scores, seconds if timed else None)
+            for place, score in zip(texts, scores, strict=True):
+                known[place] = score
+        return seconds

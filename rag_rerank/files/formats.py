@@ -2,7 +2,6 @@
 
 import gzip
 import json
-import shutil
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -116,14 +115,10 @@ def encode(row: object) -> bytes:
         return json.dumps(row, default=str).encode() + b"\n"
 
 
-def compress(lines: Path, target: Path) -> None:
-    """Gzip a file; the same lines make the same bytes."""
-    with (
-        lines.open("rb") as plain,
-        target.open("wb") as file,
-        gzip.GzipFile(filename="", mode="wb", fileobj=file, mtime=0) as packed,
-    ):
-        shutil.copyfileobj(plain, packed, 1 << 20)
+def compress(lines: Iterable[bytes], file: IO[bytes]) -> None:
+    """Write lines to a file, gzipped; the same lines make the same bytes."""
+    with gzip.GzipFile(filename="", mode="wb", fileobj=file, mtime=0) as packed:
+        packed.writelines(lines)
 
 
 class Columns:
@@ -140,23 +135,18 @@ class Columns:
     def add(self, lines: Iterable[bytes]) -> None:
         """Take the columns of more lines; a ConfigError where one has texts here and objects there."""
         try:
-            schemas = [self._schema, self._table(lines, self._kept).schema]
-            self._schema = self._arrow.unify_schemas(schemas, promote_options="permissive")
+            for block in _blocks(lines):
+                schemas = [self._schema, self._table(block, self._kept).schema]
+                self._schema = self._arrow.unify_schemas(schemas, promote_options="permissive")
         except self._arrow.ArrowException as error:
             raise self._refusal(error) from error
 
-    def add_file(self, lines: Path) -> None:
-        """Take the columns of all lines of a file."""
-        with lines.open("rb") as file:
-            while block := file.readlines(_BLOCK):
-                self.add(block)
-
-    def write(self, lines: Path, target: Path) -> None:
+    def write(self, lines: Iterable[bytes], file: IO[bytes]) -> None:
         """Write lines, all of which were added, as Parquet."""
         types = dict(zip(self._schema.names, self._schema.types, strict=True))
         try:
-            with lines.open("rb") as file, self._arrow.parquet.ParquetWriter(target, self._schema) as writer:
-                while block := file.readlines(_BLOCK):
+            with self._arrow.parquet.ParquetWriter(file, self._schema) as writer:
+                for block in _blocks(lines):
                     writer.write_table(self._table(block, types).select(self._schema.names))
         except self._arrow.ArrowException as error:
             raise self._refusal(error) from error
@@ -173,6 +163,18 @@ class Columns:
 
     def _refusal(self, error: Exception) -> ConfigError:
         return ConfigError(f"{self._target.name}: no Parquet of these lines: {error}. Name a .jsonl file instead")
+
+
+def _blocks(lines: Iterable[bytes]) -> Iterator[list[bytes]]:
+    block, size = list[bytes](), 0
+    for line in lines:
+        block.append(line)
+        size += len(line)
+        if size >= _BLOCK:
+            yield block
+            block, size = [], 0
+    if block:
+        yield block
 
 
 def _kept_types(arrow: Any, source: Path) -> dict[str, Any]:

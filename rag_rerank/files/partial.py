@@ -1,24 +1,18 @@
 """What a run has finished, kept on disk so that the next run can continue."""
 
-import json
+import io
 import operator
 import os
-import sys
-import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, astuple, dataclass, replace
-from itertools import islice
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing, contextmanager
+from dataclasses import astuple, dataclass, replace
 from pathlib import Path
-from typing import IO, Any, NamedTuple, Self, TypeVar
+from typing import IO, Literal, Self
 
 from rag_rerank.errors import ConfigError
-from rag_rerank.files.formats import Columns, compress
 from rag_rerank.identity import Identity
+from rag_rerank.runs import Store
 
-if sys.platform != "win32":
-    import fcntl
-
-T = TypeVar("T")
 START_OVER = "--restart (in Python restart=True) discards it and starts over"
 
 
@@ -49,28 +43,6 @@ class Tally:
         return Tally(*map(operator.add, astuple(self), astuple(other)))
 
 
-class Record(NamedTuple):
-    """What and who a run was made from, and how far it is."""
-
-    facts: Identity
-    scorer: Identity
-    tally: Tally = Tally()
-
-    @classmethod
-    def read(cls, path: Path) -> "Record":
-        """Read what `write` has written, or raise a ConfigError."""
-
-        def made(found: Any) -> Record:
-            return cls(Identity(dict(found["facts"])), Identity.from_dict(found["scorer"]), Tally(**found["tally"]))
-
-        return read_whole(path, made)
-
-    def write(self, path: Path) -> None:
-        """Write it whole or not at all."""
-        facts, scorer = dict(self.facts.facts), self.scorer.to_dict()
-        write_whole(path, {"facts": facts, "scorer": scorer, "tally": asdict(self.tally)})
-
-
 def partial_of(target: Path) -> Path:
     """Name the file that holds the finished lines until `target` is complete."""
     return target.with_name(f"{target.name}.partial")
@@ -81,169 +53,99 @@ def rejects_of(target: Path) -> Path:
     return target.with_name(f"{target.name}.rejects.jsonl")
 
 
-def _state_of(target: Path) -> Path:
-    return target.with_name(f"{target.name}.partial.json")
+_DONE = (
+    "done (part TEXT PRIMARY KEY, lines INTEGER, ranked INTEGER, rejected INTEGER, documents INTEGER, "
+    "output BLOB, rejects BLOB)"
+)
 
 
-def lines_kept(target: Path) -> int:
-    """Count the lines that a run which has not come to its end has finished."""
-    state = _state_of(target)
-    return Record.read(state).tally.lines if state.exists() else 0
+class Record(Store):
+    """What a run has done, kept from other processes; as a context manager, until there is nothing to continue.
 
-
-class Partial:
-    """The finished lines of one run over `source`, which are to become `target`; locked against other processes.
-
-    `facts` are the input and the options of the run. `identify` tells who the scorer is; it is asked before anything on
-    disk is changed. `record` begins as that of an earlier run with the same facts and the same scorer.
+    Args:
+        path: The file of the record.
+        facts: The input and the options of the run.
+        identify: Tells who the scorer is; asked before anything is written. A ConfigError refuses another one than
+            that which began the run, and other facts.
+        restart: Discard what an earlier run has left.
+        wait: Seconds to wait for another process that uses it.
     """
 
     def __init__(
-        self,
-        target: Path,
-        source: Path,
-        facts: Mapping[str, str],
-        identify: Callable[[], Identity],
-        *,
-        restart: bool,
-        lock_timeout: float = 0.0,
+        self, path: Path, facts: Mapping[str, str], identify: Callable[[], Identity], *, restart: bool, wait: float
     ) -> None:
-        self._target = target
-        self.record: Record
-        self._path, self._state = partial_of(target), _state_of(target)
-        self._rejects_path = partial_of(rejects_of(target))
-        self._columns = Columns(target, source) if target.suffix == ".parquet" else None
-        begun = self._path.exists()
-        self._ranked = self._path.open("a+b")
-        if not lock(self._ranked, self._path, time.monotonic() + lock_timeout):
-            self._ranked.close()
-            raise ConfigError(f"{target} is being written by another process")
-        # With some of the three only, a run was killed when it had finished, between two of the last renamings.
-        begun = begun and self._rejects_path.exists() and self._state.exists()
-        if not begun:  # before there are three again, which the next run would continue if this one is killed
-            self._state.unlink(missing_ok=True)
-        self._rejects = self._rejects_path.open("a+b")
-        try:
-            record = Record.read(self._state) if begun and not restart else None
-            if record is not None:
-                refuse_changes(self._path, record.facts, Identity(facts))
-            identity = identify()
-            if record is None:
-                self._state.unlink(missing_ok=True)
-                record = Record(Identity(facts), identity)
-            refuse_changes(self._path, record.scorer, identity)
-            self._resume(record)
-        except BaseException:
-            self._close(keep=begun)
-            raise
+        self._facts, self._identify, self._restart = Identity(facts), identify, restart
+        super().__init__(path, _DONE, wait=wait, alone=True)
 
-    def add(self, ranked: Sequence[bytes], rejects: Sequence[bytes], documents: int, *, lines: int) -> None:
-        """Keep the results of a group up to this line; they are on disk when this returns."""
-        if self._columns is not None:
-            self._columns.add(ranked)  # if Parquet has no type for a column of these, nothing is kept of them
-        for file, added in ((self._ranked, ranked), (self._rejects, rejects)):
-            if added:
-                file.writelines(added)
-                _sync(file)
-        new = Tally(lines - self.record.tally.lines, len(ranked), len(rejects), documents)
-        self.record = self.record._replace(tally=self.record.tally + new)
-        self.record.write(self._state)
+    def _begin(self) -> None:
+        if self._restart:
+            self._discard()
+        begun = self.scorers  # the facts, then the scorer
+        for facts in begun[:1]:
+            refuse_changes(self.path, facts, self._facts)
+        self.begun_by = self._identify()
+        for scorer in begun[1:]:
+            refuse_changes(self.path, scorer, self.begun_by)
+            self.begun_by = scorer
+        if not begun:
+            self.add_scorer(self._facts)
+            self.add_scorer(self.begun_by)
+        done = sum(self.parts().values(), Tally())
+        self.tally = replace(done, resumed=done.lines)
 
-    def finish(self) -> None:
-        """Put the output in its place, all at once, and the rejects, or remove those of an earlier output."""
-        self._close(keep=True)
-        finished = self._path
-        if self._target.suffix != ".jsonl":
-            finished = self._path.with_name(f"{self._path.name}.new")
-            try:
-                if self._columns is None:
-                    compress(self._path, finished)
-                else:
-                    self._columns.write(self._path, finished)
-                with finished.open("rb+") as file:
-                    _sync(file)
-            except BaseException:
-                finished.unlink(missing_ok=True)
-                raise
-        if self.record.tally.rejected:
-            self._rejects_path.replace(rejects_of(self._target))
-        else:
-            rejects_of(self._target).unlink(missing_ok=True)
-        finished.replace(self._target)
-        self._remove()
+    def _discard(self) -> None:
+        self.execute("DELETE FROM scorers")
+        self.execute("DELETE FROM done")
+
+    def parts(self) -> dict[str, Tally]:
+        """Tell what is done."""
+        rows = self.execute("SELECT part, lines, ranked, rejected, documents FROM done")
+        return {part: Tally(*counts) for part, *counts in rows}
+
+    def add(self, part: str, done: Tally, output: bytes = b"", rejects: bytes = b"") -> None:
+        """Keep that a part is done, and its lines; they are on the disk when this returns."""
+        with self.transaction():
+            self.write("done", [(part, *astuple(done)[:-1], output, rejects)])
+        self.tally += done
+
+    def lines(self, kind: Literal["output", "rejects"]) -> Iterator[bytes]:
+        """Yield the lines that are kept."""
+        for (lines,) in self.each(f"SELECT {kind} FROM done ORDER BY rowid"):  # noqa: S608 - one of two
+            yield from io.BytesIO(lines)
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self._close(keep=self._ranked.closed or self.record.tally.lines > 0)
-
-    def _close(self, *, keep: bool) -> None:
-        if not keep:  # while it is locked, so that these files are no other process's
-            self._remove()
-        self._ranked.close()
-        self._rejects.close()
-
-    def _remove(self) -> None:
-        # The state first: without it, the next run takes the others for nothing that it could continue.
-        for path in (self._state, self._rejects_path, self._path):
-            path.unlink(missing_ok=True)
-
-    def _resume(self, record: Record) -> None:
-        """Go back to the end of the last group that was kept, if the files are as they were then."""
-        for file, lines in ((self._ranked, record.tally.ranked), (self._rejects, record.tally.rejected)):
-            file.seek(0)
-            if sum(line.endswith(b"\n") for line in islice(file, lines)) != lines:
-                raise ConfigError(f"{self._path} or its rejects were changed since; {START_OVER}")
-        for file in (self._ranked, self._rejects):
-            file.truncate()  # behind these lines
-        self.record = record._replace(tally=replace(record.tally, resumed=record.tally.lines))
-        if self._columns is not None:
-            self._columns.add_file(self._path)
+    def __exit__(self, failed: object, *_: object) -> None:
+        self.close()
+        if self.path is not None and not (failed and self.tally.lines):
+            self.path.unlink(missing_ok=True)
 
 
-def refuse_changes(path: Path, before: Identity, now: Identity) -> None:
+def lines_kept(target: Path, wait: float) -> int:
+    """Count the lines that a run which has not come to its end has finished."""
+    with closing(Store(partial_of(target), _DONE, wait=wait)) as store:
+        return sum(lines for (lines,) in store.each("SELECT lines FROM done"))
+
+
+def refuse_changes(path: Path | None, before: Identity, now: Identity) -> None:
     """Refuse to continue what another run or another scorer began, with a ConfigError that says what differs."""
     if changes := now.differences(before):
         raise ConfigError(f"{path} was begun by another run ({'; '.join(changes)}); {START_OVER}")
 
 
-def write_whole(path: Path, values: object) -> None:
-    """Write JSON to a file so that it is there whole or not at all; it is on disk when this returns."""
-    with (new := path.with_name(f"{path.name}.new")).open("wb") as file:
-        file.write(json.dumps(values).encode())
-        _sync(file)
-    new.replace(path)
-
-
-def read_whole(path: Path, made: Callable[[Any], T]) -> T:
-    """Make something of a file of JSON, or raise a ConfigError."""
+@contextmanager
+def replacing(path: Path) -> Iterator[IO[bytes]]:
+    """Open a file that takes the place of `path` once it is whole and on the disk, or never."""
+    new = path.with_name(f"{path.name}.new")
     try:
-        return made(json.loads(path.read_bytes()))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ConfigError(f"{path} can't be read; {START_OVER}") from error
-
-
-def lock(file: IO[bytes], path: Path, until: float) -> bool:
-    """Keep other processes out of a file until it is closed, however this process ends; on Windows, do nothing.
-
-    Tell whether it was locked until then, on the clock of `time.monotonic`.
-    """
-    if sys.platform == "win32":
-        return True
-    while True:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # A process that finished between our opening and our locking may have renamed this very file.
-            return os.path.samestat(os.fstat(file.fileno()), path.stat())
-        except FileNotFoundError:
-            return False
-        except BlockingIOError:
-            if time.monotonic() >= until:
-                return False
-            time.sleep(0.1)
-
-
-def _sync(file: IO[bytes]) -> None:
-    file.flush()
-    os.fsync(file.fileno())
+        with new.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        new.replace(path)
+    except BaseException as error:
+        new.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename is None:
+            error.filename = str(path)  # a full disk is told without
+        raise

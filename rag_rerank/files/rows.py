@@ -6,22 +6,13 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from rag_rerank.errors import (
-    AuthError,
-    BackendError,
-    BackendUnavailable,
-    BadReply,
-    ConfigError,
-    DeadlineExceeded,
-    RerankError,
-)
+from rag_rerank.errors import BackendError, BadReply, ConfigError, RerankError
 from rag_rerank.files.formats import encode
-from rag_rerank.identity import PROBES
 from rag_rerank.inputs.preparing import prepare
 from rag_rerank.ranking import Ranked, Ranking
+from rag_rerank.runs import Asker
 from rag_rerank.scorer import Scorer
 
-_PROBE = PROBES[0][0], [document for query, document in PROBES if query == PROBES[0][0]]
 GROUP = 256  # documents of one call to the scorer: enough to fill its batches, soon enough done to lose little
 _SERVER_DEADLINE = 300.0  # seconds for a call where nobody waits for the answer, and a server may be starting again
 
@@ -133,41 +124,15 @@ def _has_parts(value: Any) -> bool:
     return isinstance(value, dict) and isinstance(value.get("content"), list)
 
 
-def rank(scorer: Scorer, lines: Sequence[Line], options: Options, *, probe: bool = False) -> list[float]:
-    """Give each line its ranking; or its error, if the back end works but can't score that line.
-
-    With `probe`, return the scores of a known query with two documents, which are part of the same call.
-    """
+def rank(asker: Asker, lines: Sequence[Line], options: Options) -> None:
+    """Give each line its ranking; or its error, if the back end works but can't score that line."""
     lines = [line for line in lines if line.error is None]
-    if not lines:
-        return []
-    queries, documents = [line.query for line in lines], [line.documents for line in lines]
-    if probe:
-        queries.append(_PROBE[0])
-        documents.append(_PROBE[1])
-    deadline = options.deadline_of(scorer)
-    # What is kept is decided later: the limits are not for the probe.
-    outcomes = scorer.rerank_batch(
-        queries, documents, instruction=options.instruction, on_error="return", deadline=deadline
-    )
-    known = outcomes.pop() if probe else []
-    if isinstance(known, RerankError):
-        raise known
-    errors = [outcome for outcome in outcomes if isinstance(outcome, RerankError)]
-    for error in errors:
-        # No line can cause these. An HTTP status of 500 can be the fault of one document.
-        unavailable = isinstance(error, BackendUnavailable) and error.status != 500
-        if unavailable or isinstance(error, AuthError | DeadlineExceeded):
-            raise error
-    if errors and not probe and not any(outcome and isinstance(outcome, list) for outcome in outcomes):
-        scorer.score(*PROBES[0], deadline=deadline)  # nothing has a score: this raises if the lines are not to blame
+    outcomes = asker.ask([line.query for line in lines], [line.documents for line in lines]) if lines else []
     for line, outcome in zip(lines, outcomes, strict=True):
         if isinstance(outcome, RerankError):
             line.error = _reason(outcome, line)
         else:
-            scores = [item.score for item in sorted(outcome, key=lambda item: item.index)]
-            line.ranked = options.rank(scores)
-    return [item.score or 0.0 for item in sorted(known, key=lambda item: item.index)]
+            line.ranked = options.rank(outcome)
 
 
 def _reason(error: RerankError, line: Line) -> str:
@@ -198,13 +163,13 @@ def likely_cause(reject: bytes) -> str:
     found = json.loads(reject)
     raw = found["raw"].lstrip("\ufeff \t")
     if raw.startswith("\x1f\udc8b"):
-        return "the file is compressed; its name must end in .jsonl.gz"
+        return "it is compressed; the name of such a file must end in .jsonl.gz"
     if "\0" in raw or raw.startswith(("\udcff\udcfe", "\udcfe\udcff")):
-        return "the file looks like UTF-16; convert it with: iconv -f UTF-16 -t UTF-8"
+        return "it looks like UTF-16; convert it with: iconv -f UTF-16 -t UTF-8"
     if raw.startswith("["):
-        return "the file looks like one JSON array; make it one object a line with: jq -c '.[]'"
+        return "it looks like one JSON array; make it one object a line with: jq -c '.[]'"
     if raw.strip() == "{":
-        return "the file looks like indented JSON; make it one object a line with: jq -c ."
+        return "it looks like indented JSON; make it one object a line with: jq -c ."
     if not raw.startswith("{") and any(mark in raw for mark in ",;\t"):
-        return 'the file looks like CSV; convert it to one JSON object a line, with "query" and "documents"'
+        return 'it looks like CSV; make of it one JSON object a line, with "query" and "documents"'
     return f"line {found['line']}: {found['error']}"

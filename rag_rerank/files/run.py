@@ -1,5 +1,6 @@
 """From one file to the other: lines in groups, groups to the scorer, results and rejects to the disk."""
 
+import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
 from itertools import islice
@@ -7,11 +8,12 @@ from pathlib import Path
 from typing import Unpack
 
 from rag_rerank.errors import ConfigError
-from rag_rerank.files.formats import WHOLE, Part, Reader, check_name
-from rag_rerank.files.partial import START_OVER, Partial, Tally, refuse_changes
+from rag_rerank.files.formats import WHOLE, Columns, Part, Reader, check_name, compress
+from rag_rerank.files.partial import START_OVER, Record, Tally, partial_of, refuse_changes, rejects_of, replacing
 from rag_rerank.files.rows import GROUP, Line, Options, is_blank, parse, rank, results
 from rag_rerank.identity import Identity
 from rag_rerank.ranking import RankOptions
+from rag_rerank.runs import Asker
 from rag_rerank.scorer import Scorer
 
 _GROUP_BYTES = 8 << 20  # a group ends here, too, so that this much of the input and one line are in memory
@@ -75,26 +77,44 @@ def rerank_file(
         refuse_changes(target, begun_by or identity, identity)
         return identity
 
-    with Partial(target, source, facts, identify, restart=restart, lock_timeout=lock_timeout) as partial:
+    with Record(partial_of(target), facts, identify, restart=restart, wait=lock_timeout) as record:
+        asker = Asker(scorer, record.begun_by, options.deadline_of(scorer), options.instruction)
         reader = Reader(source, part)
-        probe, known = scorer.remote and partial.record.scorer.steady, Identity({})
-        progress(partial.record.tally, 0.0)
-        for number, lines in _groups(islice(enumerate(reader, 1), partial.record.tally.lines, None), group, part.first):
+        columns = Columns(target, source) if target.suffix == ".parquet" else None
+        if columns is not None:
+            columns.add(record.lines("output"))
+        progress(record.tally, 0.0)
+        for number, lines in _groups(islice(enumerate(reader, 1), record.tally.lines, None), group, part.first):
             for line in lines:
                 if line.is_pair and line.error is None:
                     options.refuse_pair(f"line {line.number} is a pair")
-            # The probe's two documents in a call of 256 cost 0.8 %. In half precision their scores depend on the rest
-            # of the call, so a difference alone proves nothing: `identity`, whose call is always the same, decides.
-            probed = Identity({}, rank(scorer, lines, options, probe=probe))
-            if probed.probes and probed.differences(known):
-                refuse_changes(target, partial.record.scorer, scorer.identity(deadline=options.deadline_of(scorer)))
-                known = probed
-            partial.add(*results(lines), lines=number)
-            progress(partial.record.tally, reader.fraction)
+            rank(asker, lines, options)
+            ranked, rejects, documents = results(lines)
+            if columns is not None:
+                columns.add(ranked)  # if Parquet has no type for a column of these, nothing is kept of them
+            done = Tally(number - record.tally.lines, len(ranked), len(rejects), documents)
+            record.add(str(number), done, b"".join(ranked), b"".join(rejects))
+            progress(record.tally, reader.fraction)
         if input_facts(source) != before:
             raise ConfigError(f"{source} was changed while it was read; {START_OVER}")
-        partial.finish()
-    return partial.record.tally
+        _finish(record, target, columns)
+    return record.tally
+
+
+def _finish(record: Record, target: Path, columns: Columns | None) -> None:
+    """Put the output in its place, all at once, and the rejects, or remove those of an earlier output."""
+    with replacing(target) as file:
+        if columns is not None:
+            columns.write(record.lines("output"), file)
+        elif target.suffix == ".gz":
+            compress(record.lines("output"), file)
+        else:
+            file.writelines(record.lines("output"))
+        if record.tally.rejected:
+            with replacing(rejects_of(target)) as rejects:
+                rejects.writelines(record.lines("rejects"))
+        else:
+            rejects_of(target).unlink(missing_ok=True)
 
 
 def _check_files(source: Path, target: Path) -> None:
@@ -106,7 +126,9 @@ def _check_files(source: Path, target: Path) -> None:
         raise ConfigError(f"there is no folder {target.parent}")
     if target.is_dir():
         raise ConfigError(f"{target} is a folder")
-    if target.exists() and target.samefile(source):
+    if not os.access(target.parent, os.W_OK):
+        raise ConfigError(f"the folder {target.parent} can't be written to")
+    if any(made.exists() and made.samefile(source) for made in (target, rejects_of(target))):
         raise ConfigError(f"{source} would be replaced by its own result; name another output")
 
 

@@ -6,7 +6,9 @@ from typing import Any
 from rag_rerank.errors import ConfigError
 from rag_rerank.files.formats import added_column, encode
 from rag_rerank.files.rows import GROUP, Options, parse, rank
+from rag_rerank.identity import Identity
 from rag_rerank.ray_data.pool import DEFAULT_POOL, Pool, import_ray
+from rag_rerank.runs import Asker
 from rag_rerank.scorer import Scorer
 
 
@@ -16,7 +18,8 @@ class ScoreBatch:
     def __init__(self, scorer: Scorer, **options: Any) -> None:
         self._options = Options(**options)
         self._options.check(scorer)
-        self._scorer = scorer
+        deadline, instruction = self._options.deadline_of(scorer), self._options.instruction
+        self._asker = Asker(scorer, Identity({}, steady=False), deadline, instruction)  # whoever it is
 
     def __call__(self, batch: Any) -> Any:
         """Score a pyarrow.Table; returns it with its new columns."""
@@ -31,7 +34,7 @@ class ScoreBatch:
         # The rows go through JSON, so that a row means here what it means in a file.
         rows = batch.select(["query", kind]).to_pylist()
         lines = [parse(number, encode(row)) for number, row in enumerate(rows, 1)]
-        rank(self._scorer, lines, self._options)
+        rank(self._asker, lines, self._options)
         name, made = added_column(pyarrow, pairs=kind == "document")
         values = [None if line.ranked is None else line.added()[name] for line in lines]
         added = {name: (values, made), "score_error": ([line.error for line in lines], pyarrow.string())}

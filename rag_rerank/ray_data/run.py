@@ -1,14 +1,14 @@
 """A folder of files in, a folder of files out: cut into shards, which go to actors; the next run does what is left.
 
 In the output's folder, beside the finished files (which appear whole, under names that depend on the input alone), are
-_rejects/, with a file for each shard that has lines that can't be scored, and _rag_rerank/, with run.json, what and who
-the run began with, and shards/, what its actors work at and the tally of each finished shard.
+_rejects/, with a file for each shard that has lines that can't be scored, and _rag_rerank/, with the record of the run,
+which its actors don't touch, and shards/, what they work at.
 """
 
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, replace
+from contextlib import closing, contextmanager
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from rag_rerank.errors import BackendError, ConfigError, RerankError
 from rag_rerank.files import Tally, rejects_of, rerank_file
 from rag_rerank.files.formats import ENDINGS, Part, check_name, count_rows
-from rag_rerank.files.partial import START_OVER, Record, lines_kept, lock, read_whole, refuse_changes, write_whole
+from rag_rerank.files.partial import START_OVER, Record, lines_kept
 from rag_rerank.files.rows import Options
 from rag_rerank.files.run import input_facts
 from rag_rerank.identity import Identity
@@ -26,7 +26,6 @@ from rag_rerank.scorer import Scorer
 SHARD_LINES = 16_384  # of pairs, some minutes' work on a CPU; an actor's death costs no more than the group it was at
 _DEATHS = 3  # of actors at one shard that end the run
 _OWN = "_rag_rerank"  # the folder in that of the output which a run keeps for itself
-_TALLY = ".tally.json"  # the ending of what is kept of a finished shard
 _LOCK_TIMEOUT = 60.0  # seconds in which a process that is being killed on another machine releases its shard's files
 _REMEDY = "What was finished is kept: the same command continues behind it."
 _DEATHS_REMEDY = f"Is there too little memory for so many models on a machine? {_REMEDY}"
@@ -90,16 +89,21 @@ def rerank_folder(
     files, target = files_in(source), target.absolute()
     facts = ranking.facts() | {"shard_lines": str(shard_lines)} | _facts(files)
     shards = cut(files, shard_lines)
-    with _locked(target), _actors(pool, len(shards), scorer, target, options) as (ray, actors):
-        begun_by = _begin(target, facts, ray.get(actors[0].identity.remote()), restart=restart)
-        finished = {shard for shard in shards if (target / shard.name).exists()}
-        tally = sum((_tally(target, shard) for shard in finished), Tally())
-        tally = replace(tally, resumed=tally.lines)
-        progress(tally, len(finished) / max(1, len(shards)))
-        left = [shard for shard in shards if shard not in finished]
-        for count, more in enumerate(_scored(ray, actors, target, left, begun_by), len(finished) + 1):
-            tally += replace(more, resumed=0)
-            progress(tally, count / len(shards))
+    _check_target(target)
+    with _actors(pool, len(shards), scorer, target, options) as (ray, actors):
+        identity = ray.get(actors[0].identity.remote())
+        with closing(_FolderRecord(target, facts, identity, restart=restart)) as record:
+            done = record.parts()
+            finished = [shard for shard in shards if shard.name in done and _place(target, shard)]
+            tally = sum((done[shard.name] for shard in finished), Tally())
+            tally = replace(tally, resumed=tally.lines)
+            progress(tally, len(finished) / max(1, len(shards)))
+            left = [shard for shard in shards if shard not in finished]
+            for count, (shard, more) in enumerate(_scored(ray, actors, target, left, record.begun_by), 1):
+                record.add(shard.name, more)
+                _place(target, shard)
+                tally += replace(more, resumed=0)
+                progress(tally, (len(finished) + count) / len(shards))
     if _facts(files).items() - facts.items():
         raise ConfigError(f"{source} was changed while it was read; {START_OVER}")
     return tally
@@ -125,19 +129,26 @@ class ShardScorer:
         return self._scorer.identity()
 
     def score(self, shard: Shard, begun_by: Identity) -> Tally:
-        """Make a shard's output, unless an actor died just when it had made it."""
-        output, work = self._target / shard.name, _work(self._target, shard)
-        rejects = rejects_in(self._target) / f"{shard.name}.jsonl"
-        if not output.exists():
-            for path in (output, work, rejects):
-                path.parent.mkdir(parents=True, exist_ok=True)
-            options = {**self._options, "part": shard.part, "begun_by": begun_by, "lock_timeout": _LOCK_TIMEOUT}
-            tally = rerank_file(self._scorer, shard.source, work, **options)
-            if tally.rejected:
-                rejects_of(work).replace(rejects)
-            write_whole(_tally_of(work), asdict(tally))
-            work.replace(output)
-        return _tally(self._target, shard)
+        """Score a shard into a file among those that are worked at."""
+        work = _work(self._target, shard)
+        work.parent.mkdir(parents=True, exist_ok=True)
+        options = {**self._options, "part": shard.part, "begun_by": begun_by, "lock_timeout": _LOCK_TIMEOUT}
+        return rerank_file(self._scorer, shard.source, work, **options)
+
+
+class _FolderRecord(Record):
+    """The record of a folder's run."""
+
+    def __init__(self, target: Path, facts: Mapping[str, str], identity: Identity, *, restart: bool) -> None:
+        self._target = target
+        super().__init__(_record(target), facts, lambda: identity, restart=restart, wait=0.0)
+
+    def _discard(self) -> None:
+        for name in self.parts():
+            (self._target / name).unlink(missing_ok=True)
+        for folder in (rejects_in(self._target), self._target / _OWN / "shards"):
+            shutil.rmtree(folder, ignore_errors=True)
+        super()._discard()
 
 
 @contextmanager
@@ -162,8 +173,8 @@ def _actors(pool: Pool, most: int, *arguments: Any) -> Iterator[tuple[Any, list[
 
 def _scored(
     ray: Any, actors: Sequence[Any], target: Path, shards: Sequence[Shard], begun_by: Identity
-) -> Iterator[Tally]:
-    """Have shards scored; yield the tally of each, as they finish."""
+) -> Iterator[tuple[Shard, Tally]]:
+    """Have shards scored; yield each with its tally, as they finish."""
     idle, left, running = list(actors), list(reversed(shards)), dict[Any, tuple[Any, Shard]]()
     while left or running:
         while left and idle:
@@ -172,46 +183,27 @@ def _scored(
         (done,), _ = ray.wait(list(running))
         actor, shard = running.pop(done)
         try:
-            yield ray.get(done)
+            yield shard, ray.get(done)
         except ray.exceptions.RayActorError as error:
-            line = shard.part.first + lines_kept(_work(target, shard))
+            line = shard.part.first + lines_kept(_work(target, shard), _LOCK_TIMEOUT)
             where = f"the last at what follows line {line} of {shard.source}"
             raise BackendError(f"{_DEATHS} actors died one after the other, {where}", remedy=_DEATHS_REMEDY) from error
         idle.append(actor)
 
 
-@contextmanager
-def _locked(target: Path) -> Iterator[None]:
-    """Make the folder of the output, if it can be used, and keep other runs out of it."""
-    own = target / _OWN
+def _check_target(target: Path) -> None:
+    """Refuse what can't be the folder of the output."""
     if not target.parent.is_dir():
         raise ConfigError(f"there is no folder {target.parent}")
     if target.exists() and not target.is_dir():
         raise ConfigError(f"{target} is a file; with several actors, the output is a folder")
-    if target.is_dir() and not own.is_dir() and any(target.iterdir()):
+    others = target.is_dir() and not _record(target).exists() and any(path.name != _OWN for path in target.iterdir())
+    if others:
         raise ConfigError(f"{target} holds other files; name a folder that is new or empty")
-    own.mkdir(parents=True, exist_ok=True)
-    with (own / "lock").open("ab") as file:
-        if not lock(file, own / "lock", until=0.0):
-            raise ConfigError(f"{target} is being written by another run")
-        yield
 
 
-def _begin(target: Path, facts: Mapping[str, str], scorer: Identity, *, restart: bool) -> Identity:
-    """Say who began the run: another scorer, other options or another input don't continue it."""
-    record, shards = target / _OWN / "run.json", target / _OWN / "shards"
-    if record.exists() and not restart:
-        begun = Record.read(record)
-        refuse_changes(target, begun.facts, Identity(facts))
-        refuse_changes(target, begun.scorer, scorer)
-        return begun.scorer
-    for path in shards.rglob(f"*{_TALLY}"):  # of each output
-        (target / path.relative_to(shards)).with_name(path.name.removesuffix(_TALLY)).unlink(missing_ok=True)
-    shutil.rmtree(rejects_in(target), ignore_errors=True)
-    shutil.rmtree(shards, ignore_errors=True)
-    # When there is no output left that could be taken for one of another scorer.
-    Record(Identity(facts), scorer).write(record)
-    return scorer
+def _record(target: Path) -> Path:
+    return target / _OWN / "run.sqlite"
 
 
 def _work(target: Path, shard: Shard) -> Path:
@@ -219,13 +211,14 @@ def _work(target: Path, shard: Shard) -> Path:
     return target / _OWN / "shards" / shard.name
 
 
-def _tally_of(work: Path) -> Path:
-    return work.with_name(f"{work.name}{_TALLY}")
-
-
-def _tally(target: Path, shard: Shard) -> Tally:
-    """Read the tally of a finished shard."""
-    return read_whole(_tally_of(_work(target, shard)), lambda found: Tally(**found))
+def _place(target: Path, shard: Shard) -> bool:
+    """Put the output of a shard that is done in its place, and its rejects; tell whether it is there."""
+    work, output, rejects = _work(target, shard), target / shard.name, rejects_in(target) / f"{shard.name}.jsonl"
+    for made, place in ((rejects_of(work), rejects), (work, output)):
+        if made.exists():
+            place.parent.mkdir(parents=True, exist_ok=True)
+            made.replace(place)
+    return output.exists()
 
 
 def _facts(files: Mapping[str, Path]) -> dict[str, str]:

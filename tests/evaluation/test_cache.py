@@ -120,7 +120,7 @@ class TestScoreCache:
             cache.keep("q", texts, [1.5] * 2000)
         os.truncate(cache.path, cache.path.stat().st_size - missing)
         with (
-            pytest.raises(ConfigError, match="can't be used: .*Delete the file"),
+            pytest.raises(ConfigError, match="can't be used: .*delete it to start over"),
             closing(ScoreCache(tmp_path, ME)) as cache,
         ):
             assert set(cache.scores("q", texts)) <= {1.5, None}
@@ -131,7 +131,7 @@ class TestScoreCache:
         with closing(ScoreCache(tmp_path, ME)) as cache:
             path = cache.path
         path.write_bytes(content)
-        with pytest.raises(ConfigError, match=rf"{path.name} can't be used: .*Delete the file"):
+        with pytest.raises(ConfigError, match=rf"{path.name} can't be used: .*delete it to start over"):
             ScoreCache(tmp_path, ME)
 
     def test_a_folder_that_cant_be_made_is_named(self, tmp_path: Path):

@@ -16,7 +16,6 @@ from rag_rerank.evaluation.calibrating import (
     calibrate,
     fit,
     over,
-    pooler_options,
     quality,
     target,
 )
@@ -218,7 +217,7 @@ def test_a_server_is_told_the_same_curve():
     scorer = WordOverlap()
     evaluation = evaluate(Collection.load(collection_folder()), scorer, depths=(20,), measures=["nDCG@10"], cache=False)
     made = calibrate(evaluation, scorer).calibration
-    options = pooler_options(made)
+    options = made.pooler_options
     if made.curve.method == "platt":
         pooler = json.loads(options.split("'")[1])
         odds = (0.7 - pooler["logit_mean"]) / pooler["logit_sigma"]

@@ -21,7 +21,7 @@ from rag_rerank.evaluation import DEFAULT_MEASURES, Collection, evaluate, read_r
 from rag_rerank.identity import PROBES
 from rag_rerank.inputs import NEUTRAL
 from tests import commands
-from tests.evaluation.collections import QUERIES, write_small
+from tests.evaluation.collections import QUERIES, write, write_small
 from tests.faulty_server import FaultyServer, Request, Steps, http, on_scores, right, scores
 from tests.test_calibration import calibration
 from tests.vllm_server import VLLMServer
@@ -52,6 +52,7 @@ class TestCommand:
         """Unless told."""
         assert inspect.signature(evaluating.evaluate).parameters["measures"].default == ",".join(DEFAULT_MEASURES)
 
+    @pytest.mark.slow
     def test_a_local_model_twice(self, tmp_path: Path, folder: Path, cross_encoder: Path):
         """A second time nothing is scored, and the figures are the same; every file that was asked for is there."""
         arguments = [folder, "--model", cross_encoder, "--depth", "2", "--depth", "3", "--dtype", "float32"]
@@ -177,6 +178,15 @@ class TestOtherScorers:
         assert "is not the scorer whose scores are cached; scored anew: scores of the probe" in told
         assert (resumed["pairs_cached"], resumed["depths"][0]["per_query"]) == (0, whole["depths"][0]["per_query"])
 
+    def test_halves_of_characters_come_to_the_report(self, tmp_path: Path):
+        """As texts from PDFs have them."""
+        rows = [{"_id": "a", "title": "", "text": "what? \ud800"}, {"_id": "b", "title": "", "text": "what is what?"}]
+        write(tmp_path, rows)
+        with FaultyServer() as server:
+            done = run(tmp_path, tmp_path, "--base-url", server.base_url, "--html", tmp_path / "report.html")
+        assert done.returncode == 0, done.stderr
+        assert "what? &#55296;" in (tmp_path / "report.html").read_text(encoding="utf-8")
+
 
 class TestEnds:
     """What goes wrong."""
@@ -299,7 +309,7 @@ class TestEnds:
             file.write_bytes(b"damaged " * 1000)
             second = run(tmp_path, *arguments)
             assert (second.returncode, second.stdout) == (2, "")
-            assert "Delete the file" in second.stderr
+            assert "delete it to start over" in second.stderr
             third = run(tmp_path, *arguments, "--no-cache")
             assert third.returncode == 0, third.stderr
             assert " 0 from the cache" in third.stdout

@@ -118,7 +118,7 @@ class Resuming(RuleBasedStateMachine):
         """To its end. A damaged file is named, and the run goes well when it is deleted."""
         outcome = outcome_of(Model(*model), name, depths, self.folder)
         while isinstance(outcome, str):
-            damaged = re.search(r"the cache (\S+) can't be used: .* Delete the file", outcome)
+            damaged = re.search(r"(\S+) can't be used: .* delete it to start over", outcome)
             assert damaged is not None, outcome
             Path(damaged[1]).unlink()  # fails where it was deleted before, so this comes to an end
             outcome = outcome_of(Model(*model), name, depths, self.folder)

@@ -30,6 +30,11 @@ class TestBM25:
         assert bm25.retrieve("submarine", 100) == {}
         assert bm25.retrieve("", 100) == {}
 
+    def test_halves_of_characters_are_no_error(self):
+        """As texts from PDFs have them."""
+        for language in ("english", "none", "characters"):
+            assert list(BM25({"a": "bamboo \ud800", "b": "bread"}, language).retrieve("bamboo \udc00", 9)) == ["a"]
+
     def test_words_are_those_of_the_language(self):
         """Stemmed as its own, as they are, or pairs of characters where no spaces part them."""
         german, japanese = {"a": "zwei Häuser", "b": "das Wasser"}, {"a": "熊は竹を食べる", "b": "水とパン"}

@@ -46,6 +46,7 @@ def ahead(local: LocalScorer, collection: Collection, evaluated: Evaluation) -> 
 class TestExpectedValues:
     """As ir-measures and the published runs have them."""
 
+    @pytest.mark.slow
     def test_python_faq(self, local: LocalScorer):
         """BM25 0.5354, reranked by MiniLM 0.7884, at best 0.9235: it helps clearly, 86 up and 15 down."""
         collection = Collection.load(collection_folder())

@@ -151,6 +151,26 @@ class TestScores:
             assert System("choosy", (), made.scores, 0, 0, ()).rejected == 1
             assert pairs_of(scorer) == expected
 
+    def test_a_list_that_is_scored_together_is_never_split(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+        """Nor are its scores taken for those of another list; at several depths it would have as many scores."""
+
+        class Listwise(WordOverlap):
+            listwise = True
+
+            def _score(self, queries: list[str], documents: list[str], until: float | None) -> list[float]:
+                return [score + len(documents) for score in super()._score(queries, documents, until)]
+
+        for timed in (0, 200):
+            monkeypatch.setattr(scoring, "TIMED_QUERIES", timed)
+            for depth, calls in ((4, 1), (4, 0), (2, 1)):
+                scorer = Listwise()
+                with scoring_run(scorer, tmp_path / str(timed), (depth,)) as made:
+                    made.add("q", "a b", TEXTS)
+                assert made.scores["q"] == [overlap("a b", text) + depth for text in TEXTS[:depth]]
+                assert [documents for _, documents, _ in scorer.calls] == [TEXTS[:depth]] * calls
+        with pytest.raises(ConfigError, match="word overlap scores a query's documents together.*one depth at a time"):
+            ScoringRun(Listwise(), DEPTHS, None, deadline=60)
+
     def test_an_error_is_raised(self):
         """As it is."""
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from rag_rerank.files import partial_of
-from tests import commands
+from tests import commands, kept
 from tests.faulty_server import FaultyServer, Request, Steps, http, scores
 from tests.models import make_bert_cross_encoder
 
@@ -24,13 +24,12 @@ def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
 
 
 def killed(target: Path, *arguments: str | Path) -> int:
-    """Run the command until some lines are finished, then kill it; how many they are."""
-    state = partial_of(target).with_name(f"{target.name}.partial.json")
-    log = target.with_name("log")
+    """Run the command until some groups of lines are finished, then kill it; how many lines they are."""
+    partial, log = partial_of(target), target.with_name("log")
     log.touch()
     process = commands.start("rerank", *arguments, output=log, environment={"VLLM_API_KEY": ""})
     until = time.monotonic() + 300
-    while not state.exists():
+    while not partial.exists() or partial.read_bytes().count(b'"ranked"') < LINES // 4:
         assert process.poll() is None, log.read_text()
         assert time.monotonic() < until
         time.sleep(0.002)
@@ -38,7 +37,7 @@ def killed(target: Path, *arguments: str | Path) -> int:
     assert process.wait() == -signal.SIGKILL
     log.unlink()
     assert not target.exists()
-    return json.loads(state.read_bytes())["tally"]["lines"]
+    return kept.lines(partial)
 
 
 def refused(words: str, target: Path, *arguments: str | Path) -> None:
@@ -152,9 +151,9 @@ class TestServer:
             assert "before" in refusal.stderr
             assert "--restart" in refusal.stderr
             assert not target.exists()
-            kept = partial_of(target).read_bytes()
-            assert kept
-            assert target.with_name("whole.jsonl").read_bytes().startswith(kept)
+            begun = kept.output(partial_of(target))
+            assert begun
+            assert target.with_name("whole.jsonl").read_bytes().startswith(begun)
             refused("before", target, *files, target)
             model.other, model.swap_at = False, 10**9
             assert run(*files, target).returncode == 0

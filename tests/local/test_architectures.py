@@ -7,6 +7,7 @@ import transformers
 from tests.local.architectures import PAGE, page, rows
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("one_thread")
 def test_none_is_wrong_and_the_page_says_what_was_seen():
     """Alone, beside a document 20 times as long, and once more. The page is of one version of transformers."""

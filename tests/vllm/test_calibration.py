@@ -11,7 +11,6 @@ import langchain_rag_rerank as langchain
 import llama_index.postprocessor.rag_rerank as llama_index
 from rag_rerank import Calibrated, LocalScorer, VLLMScorer
 from rag_rerank.calibration import Calibration, Curve
-from rag_rerank.evaluation.calibrating import pooler_options
 from tests.conftest import require_server
 from tests.pairs import pairs
 from tests.test_calibration import calibration
@@ -70,7 +69,7 @@ def test_both_frameworks_give_them(vllm_cross_encoder: VLLMServer, fitted: Path,
 def vllm_calibrated(cross_encoder: Path, fitted: Path) -> Iterator[VLLMServer]:
     """A server that was started with the options that `rag-rerank calibrate` prints."""
     require_server()
-    with serving(cross_encoder, *shlex.split(pooler_options(Calibration.load(fitted)))) as server:
+    with serving(cross_encoder, *shlex.split(Calibration.load(fitted).pooler_options)) as server:
         yield server
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from random import Random
 from typing import Any
 
+import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -304,6 +305,7 @@ LATE_CUT = Setting(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=10_000)
 @example(LATE_CUT)
 @example(Setting(texts=[0, 0, 0, 0, 0, 4, 0, 4], max_concurrency=1, **SURPRISED))

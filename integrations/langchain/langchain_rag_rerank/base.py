@@ -14,6 +14,7 @@ from langchain_core.documents import BaseDocumentCompressor, Document
 from langchain_core.runnables import RunnableConfig, RunnableSerializable, ensure_config
 from langchain_core.runnables.config import get_config_list
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic.json_schema import SkipJsonSchema
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from langchain_rag_rerank.documents import RerankInput, RerankResult, as_documents, check, contents_of, copies, places
@@ -78,7 +79,7 @@ class BaseReranker(NoOtherFields, BaseDocumentCompressor, RunnableSerializable[R
     min_precision: float | None = Field(default=None, gt=0, le=1)
     min_n: int = Field(default=0, ge=0)
     score_key: str | None = Field(default="relevance_score", min_length=1)
-    document_formatter: Callable[[Document], Any] | None = Field(default=None, exclude=True)
+    document_formatter: SkipJsonSchema[Callable[[Document], Any] | None] = Field(default=None, exclude=True)
     on_error: Literal["raise", "passthrough"] = "raise"
 
     if TYPE_CHECKING:  # a field of one subclass: at run time pydantic would warn of it
@@ -289,6 +290,8 @@ class BaseReranker(NoOtherFields, BaseDocumentCompressor, RunnableSerializable[R
 
 
 def _parts(inputs: Sequence[RerankInput], size: int) -> list[Sequence[RerankInput]]:
+    if size < 1:
+        raise ValueError(f"max_concurrency must be at least 1, or None; got {size}")
     return [inputs[start : start + size] for start in range(0, len(inputs), size)]
 
 

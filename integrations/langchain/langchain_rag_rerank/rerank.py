@@ -6,6 +6,7 @@ from typing import Annotated, Any
 from langchain_core.cross_encoders import BaseCrossEncoder
 from langchain_core.retrievers import RetrieverLike
 from pydantic import Field, PrivateAttr, SecretStr, WithJsonSchema, field_validator
+from pydantic.json_schema import SkipJsonSchema
 
 import rag_rerank  # names are touched where they are needed: the package loads them, and what they import, lazily
 from langchain_rag_rerank.base import BaseReranker
@@ -67,7 +68,7 @@ class ScorerReranker(_Reranker):
     LangChain's ``dumps`` can't write a scorer: this class is marked there as "not implemented".
     """
 
-    scorer: rag_rerank.Scorer = Field(exclude=True)
+    scorer: SkipJsonSchema[rag_rerank.Scorer] = Field(exclude=True)
 
 
 class _OwnScorer(_Reranker):  # noqa: PLW1641 - no hash: fields can be changed

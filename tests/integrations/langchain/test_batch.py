@@ -148,6 +148,8 @@ class TestTogether:
             results = batch(ScorerReranker(scorer=scorer, top_n=None), INPUTS, {"max_concurrency": most})
             assert numbers(results[1]) == BEST_FIRST
             assert scorer.calls == calls
+        with pytest.raises(ValueError, match="max_concurrency must be at least 1, or None; got -1"):
+            batch(ScorerReranker(scorer=KeywordScorer()), INPUTS, {"max_concurrency": -1})
 
     def test_a_call_is_not_for_any_number_of_documents(self, batch):
         """Its time is limited; one query's documents are not parted."""

@@ -120,6 +120,14 @@ def test_every_field_is_described(cls: type, scorer: type | None):
     assert cls.model_fields.keys() <= names
 
 
+@pytest.mark.parametrize("cls", [ScorerReranker, LocalReranker, VLLMReranker])
+def test_schemas_list_the_fields(cls: Any):
+    """The JSON schema, which forms and tools are made from; without what JSON can't hold."""
+    properties = cls.model_json_schema()["properties"]
+    assert {"top_n", "score_threshold", "on_error"} <= properties.keys()
+    assert not {"scorer", "document_formatter"} & properties.keys()
+
+
 def test_a_setting_that_cannot_work_is_reported_at_construction():
     """ConfigError comes as itself, so that `except RerankError` catches it, and long before the first query."""
     with pytest.raises(ConfigError, match="dtype must be one of"):
