@@ -170,7 +170,7 @@ class PairLoading(Loading):
         if isinstance(self.settings.template, Template) or self.settings.template is None:
             return self.settings.template
         chat, saved = self.checkpoint.declaration.document.chat, self.checkpoint.tokenizer.chat_template
-        saved = saved.get("default") if isinstance(saved, dict) else saved  # of several, by their names
+        saved = saved.get("default", "") if isinstance(saved, dict) else saved  # of several, by their names
         if chat is not None and isinstance(saved, str):
             return ChatTemplate.of(chat, saved)
         if self.family is not None and self.family.template is not None:

@@ -160,7 +160,7 @@ class Checkpoint:
             **{**options, **self.route.tokenizer_options, **self._tokenizer_kwargs},
         )
         if self.route.lower_case:  # prompts, too; Python's lower() makes other letters of some
-            backend: Any = tokenizer.backend_tokenizer  # type: ignore[attr-defined]
+            backend: Any = tokenizer.backend_tokenizer
             before = [] if backend.normalizer is None else [backend.normalizer]
             backend.normalizer = normalizers.Sequence([normalizers.Lowercase(), *before])
         return tokenizer

@@ -104,7 +104,7 @@ class Files:
         try:
             return json.loads(found.read_text(encoding="utf-8"))
         except ValueError as error:
-            raise ConfigError(f"{PurePosixPath(*parts)} of {self.name!r} is not valid JSON: {error}") from error
+            raise ConfigError(f"{PurePosixPath(*parts)} of {self.name!r} can't be loaded, no JSON: {error}") from error
 
 
 class Weights:
