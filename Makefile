@@ -1,4 +1,4 @@
-# make demo | notebooks | test | test-fast | check | docs | dist | bench | load | soak | newest: each sets up what it needs.
+# make demo | notebooks | test | test-fast | check | docs | dist | bench | load | soak | compat | newest: each sets up what it needs.
 #
 #   .venv        this project, its adapters, and everything that demo, tests and checks use
 #   .venv-lowest the lowest versions that the adapters allow, for their tests
@@ -6,8 +6,9 @@
 #   .venv-docs   what builds docs/, which reads the sources and imports nothing
 #   .venv-dist   what builds and checks the packages
 #   .venv-vllm   a real vLLM server for the CPU (Linux x86-64), which the tests start
+#   .venv-compat-* older vLLM servers, by version
 #   .venv-litellm LiteLLM's proxy, which the tests put before that server
-#   .venv-peers, .venv-peers-onnx, .venv-peers-infinity   what `make bench` compares with (Linux x86-64)
+#   .venv-peers, .venv-peers-onnx, .venv-peers-infinity   what `make bench` compares with; the tests start infinity, too
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -20,7 +21,8 @@ PROJECTS := pyproject.toml integrations/langchain/pyproject.toml integrations/ll
 ifeq ($(shell uname -sm),Linux x86_64)
 VLLM := .venv-vllm/.installed .venv-vllm/vision/.installed
 LITELLM := .venv-litellm/.installed
-PEERS := .venv-peers/.installed .venv-peers-onnx/.installed .venv-peers-infinity/.installed
+INFINITY := .venv-peers-infinity/.installed
+PEERS := .venv-peers/.installed .venv-peers-onnx/.installed $(INFINITY)
 export RAG_RERANK_REQUIRE_VLLM := 1
 endif
 ifeq ($(shell id -u)$(shell command -v apt-get >/dev/null && echo apt),0apt)
@@ -28,7 +30,7 @@ export RAG_RERANK_REQUIRE_BROWSER := 1
 endif
 RELEASED := .released/ms-marco-MiniLM-L-12-v2-from-int8
 
-.PHONY: demo notebooks test test-fast check docs dist bench load soak newest vllm clean
+.PHONY: demo notebooks test test-fast check docs dist bench load soak compat newest vllm clean
 .DELETE_ON_ERROR:
 
 demo: .venv/.installed $(RELEASED)
@@ -39,7 +41,7 @@ notebooks: .venv/.installed-dev $(RELEASED)
 	$(INSTALL) jupyterlab
 	RERANKER=$(CURDIR)/$(RELEASED) $(BIN)/jupyter lab notebooks
 
-test: .venv/.installed-dev .venv-lowest/.installed $(VLLM) $(LITELLM) .venv/.browser $(RELEASED)
+test: .venv/.installed-dev .venv-lowest/.installed $(VLLM) $(LITELLM) $(INFINITY) .venv/.browser $(RELEASED)
 	$(BIN)/pytest $(IN_PARALLEL)
 	.venv-lowest/bin/pytest tests/integrations tests/vllm/test_transport.py --without-server
 
@@ -79,6 +81,10 @@ soak: .venv/.installed-dev $(VLLM)
 	ABANDONED_CALLS=2000 $(BIN)/pytest -q tests/vllm/faults/test_abandoned.py
 	$(BIN)/python -m tests.soak
 
+# Older vLLM servers: 14 GB, for PyPI's torch of their time is built for GPUs. Writes the table in docs/pages/servers.md.
+compat: .venv/.installed-dev $(VLLM)
+	$(BIN)/python -m tests.compat
+
 # What was newest yesterday may not be today, so it is installed each time. pip takes a torch for CPUs only where its index
 # has the newest as one (PyPI has none for Linux); else that brings gigabytes for GPUs, here and nowhere else.
 newest:
@@ -91,7 +97,7 @@ newest:
 vllm: .venv-vllm/.installed .venv-vllm/vision/.installed
 
 clean:
-	rm -rf .venv .venv-lowest .venv-newest .venv-docs .venv-dist .venv-vllm .venv-litellm .venv-peers .venv-peers-onnx .venv-peers-infinity .released
+	rm -rf .venv .venv-lowest .venv-newest .venv-docs .venv-dist .venv-vllm .venv-compat-* .venv-litellm .venv-peers .venv-peers-onnx .venv-peers-infinity .released
 
 .venv/.installed: $(PROJECTS) constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "rag_rerank needs Python 3.11 or newer")'

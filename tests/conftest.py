@@ -45,9 +45,10 @@ def minilm() -> Path:
 @pytest.fixture(scope="session")
 def cross_encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny BERT cross-encoder that the tests make."""
-    from tests.models import make_bert_cross_encoder
+    from tests.models import make_bert_cross_encoder, readable_by_transformers_4
 
-    return make_bert_cross_encoder(tmp_path_factory.mktemp("models") / "tiny-bert-cross-encoder")
+    folder = make_bert_cross_encoder(tmp_path_factory.mktemp("models") / "tiny-bert-cross-encoder")
+    return readable_by_transformers_4(folder)
 
 
 @pytest.fixture(scope="session")

@@ -81,6 +81,22 @@ def _pieces() -> list[str]:
     return [*letters, *(f"##{letter}" for letter in letters), *frequent]
 
 
+def readable_by_transformers_4(folder: Path) -> Path:
+    """The same folder, in which what version 5 has renamed also has the name that older servers know."""
+    names = {
+        "tokenizer_config.json": lambda content: {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "additional_special_tokens": content.pop("extra_special_tokens", []),
+        },
+        "config.json": lambda content: content.get("rope_parameters") or {},  # rope_theta, at the top
+    }
+    for name, more in names.items():
+        content = json.loads((folder / name).read_text(encoding="utf-8"))
+        content |= more(content)
+        (folder / name).write_text(json.dumps(content), encoding="utf-8")
+    return folder
+
+
 def make_bert_cross_encoder(
     folder: Path, *, num_labels: int = 1, safe: bool = True, seed: int = 0, **config: object
 ) -> Path:

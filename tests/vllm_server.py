@@ -25,8 +25,9 @@ from pathlib import Path
 
 from tests.starter import ROOT, Started, Starter
 
-PYTHON = ROOT / ".venv-vllm" / "bin" / "python"
-VISION = ROOT / ".venv-vllm" / "vision"
+ENVIRONMENT = ROOT / os.environ.get("RAG_RERANK_VLLM_ENVIRONMENT", ".venv-vllm")  # `tests.compat` names older ones
+PYTHON = ENVIRONMENT / "bin" / "python"
+VISION = ENVIRONMENT / "vision"
 """torchvision, which vLLM needs for models that see. No other server finds it."""
 START_TIMEOUT = 300.0  # seconds; 25-60 on a quiet machine, up to 235 seen on a busy one
 
@@ -129,7 +130,7 @@ def _environment(*, sees: bool, alone: bool = False) -> dict[str, str]:
     if sees:
         environment["PYTHONPATH"] = os.pathsep.join((str(ROOT / "tests" / "vision_server"), str(VISION)))
     if not alone:
-        environment["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
+        environment.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
     return environment
 
 

@@ -9,8 +9,8 @@ from typing import Any
 from rag_rerank.errors import BackendUnavailable, BadReply, RerankError
 from rag_rerank.families import Family, find_family
 from rag_rerank.vllm.client import Client
+from rag_rerank.vllm.exchange import Send
 from rag_rerank.vllm.keys import Keys
-from rag_rerank.vllm.sending import Send
 from rag_rerank.vllm.servers import Servers
 from rag_rerank.vllm.transport import Transport
 from rag_rerank.vllm.wire import Answer, Failure, Reply, Request, ServerFacts, read_answer, scoring_request

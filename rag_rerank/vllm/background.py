@@ -8,6 +8,8 @@ from collections.abc import Coroutine
 from concurrent.futures import Future
 from typing import Any, TypeVar
 
+from rag_rerank.errors import BackendUnavailable
+
 T = TypeVar("T")
 
 
@@ -63,9 +65,9 @@ class Background:
                 _look_up_in_daemon_threads(loop)
                 try:
                     threading.Thread(target=loop.run_forever, name="rag_rerank", daemon=True).start()
-                except RuntimeError:  # no thread to be had now; the next call tries again
+                except RuntimeError as error:  # no thread to be had now; the next call tries again
                     loop.close()
-                    raise
+                    raise BackendUnavailable(f"this process can't ask a server: {error}", attempts=0) from error
                 self._loop = loop
             return self._loop
 
@@ -92,6 +94,8 @@ def _look_up_in_daemon_threads(loop: asyncio.AbstractEventLoop) -> None:
             threading.Thread(target=look_up, args=(future, host, port, options), daemon=True).start()
             under_way[asked] = future
             future.add_done_callback(lambda _: under_way.pop(asked))
-        return await asyncio.shield(asyncio.wrap_future(future))
+        found = asyncio.wrap_future(future)
+        found.add_done_callback(lambda _: found.cancelled() or found.exception())  # nobody may be waiting any more
+        return await asyncio.shield(found)
 
     loop.getaddrinfo = getaddrinfo  # type: ignore[method-assign]

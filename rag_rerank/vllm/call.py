@@ -7,20 +7,32 @@ and cuts its end otherwise. Texts beside images are cut where asked for, with to
 """
 
 import asyncio
+import math
 import re
 from collections import defaultdict, deque
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from rag_rerank.errors import BackendError, BackendRejected, BackendUnavailable, DocumentRejected
+from rag_rerank.errors import BackendError, BackendRejected, BackendUnavailable, ConfigError, DocumentRejected
 from rag_rerank.inputs import NEUTRAL
 from rag_rerank.inputs.images import BLANK
 from rag_rerank.inputs.multimodal import Link, Multimodal, Prepared, hidden
 from rag_rerank.inputs.preparing import MANY, off_loop, text_only
 from rag_rerank.isolation import Outcome
 from rag_rerank.vllm.exchange import Exchange
-from rag_rerank.vllm.wire import API, SINCE, Answer, Encoded, Options, ServerFacts, read_answer, scoring_request
+from rag_rerank.vllm.wire import (
+    API,
+    SINCE,
+    WRONG_LOGITS,
+    Answer,
+    Encoded,
+    Options,
+    ServerFacts,
+    is_too_long,
+    read_answer,
+    scoring_request,
+)
 
 # Of one request, where it has more than one document: about 10 ms of encoding, in which an event loop stands still.
 MAX_BYTES = 8 << 20
@@ -65,6 +77,8 @@ class Call:
         self._api, self._most_bytes = server.form.api, server.most_bytes or MAX_BYTES
         self._whole = server.listwise and len(self.queries) == 1
         self._is_text = all(isinstance(each, str) for inputs in (self.queries, self.documents) for each in inputs)
+        if self.options.use_activation is False and server.version is not None:
+            await self._check_logits(server)
         if self.fit and not self._whole:
             await self._fit(server)
         positions = range(len(self.documents))
@@ -176,7 +190,7 @@ class Call:
     async def _fits_after_all(self, error: BackendError, chunk: list[int], sent: Options) -> bool:
         """Cut a chunk that is too long although it did not seem so: its template is long; False where that is known."""
         uncut = sent.truncate_prompt_tokens is None and sent.max_tokens_per_doc == self.options.max_tokens_per_doc
-        if not (self.fit and uncut and "maximum context length" in error.message) or self._is_multimodal(chunk[0]):
+        if not (self.fit and uncut and is_too_long(error.message)) or self._is_multimodal(chunk[0]):
             return False
         if self._options(chunk[0]) == sent:  # else another branch has found out meanwhile
             await self._cut(chunk, at_once=1)
@@ -187,7 +201,7 @@ class Call:
         # vLLM 0.32, entrypoints/pooling/scoring: for models of text, and for jina-reranker-v3.
         if re.search("MultiModalParam is not supported|only supports text as input", error.message):
             raise text_only(self.exchange.model_name, self.queries, self.documents) from error
-        if re.search("maximum (context|model) length", error.message):
+        if is_too_long(error.message):
             error.remedy = "Text beside an image is cut only by max_tokens_per_doc=; or scale it down (max_pixels=)."
         elif error.status == 500:  # vLLM's for an address out of reach, and for images that its model can't take in
             error.remedy = "Can the server reach its url, and does the model take in images of that shape?"
@@ -221,6 +235,25 @@ class Call:
                 return with_image in self._accepted  # another branch may know better by now
             self._accepted.add(with_image)
         return True
+
+    async def _check_logits(self, facts: ServerFacts) -> None:
+        """Refuse to take logits that are none, see `WRONG_LOGITS`: seen in whether their sigmoid is the score."""
+        if not WRONG_LOGITS[0] <= (facts.version or (0, 0)) <= WRONG_LOGITS[1]:
+            return
+        is_right = facts.has_logits
+        if is_right is None:
+            options = self.options, replace(self.options, use_activation=None)
+            logit, score = [(await self._ask([NEUTRAL], [NEUTRAL], each)).scores[0] for each in options]
+            is_right = not 0 < score < 1 or math.isclose(score, logit, abs_tol=0.01)  # where there is no activation
+            if not is_right and score > 0.99:  # rounding leaves no more to compare
+                is_right = logit > 4
+            elif not is_right:
+                is_right = math.isclose(math.log(score / (1 - score)), logit, rel_tol=0.05, abs_tol=0.1)
+            self.exchange.servers.remember(has_logits=is_right)
+        if not is_right:
+            version = ".".join(map(str, facts.version or ()))
+            said = f"vLLM {version} gives wrong logits for this model (use_activation=False): it leaves out a layer of"
+            raise ConfigError(f"{said} its head. Upgrade to 0.31 or newer, or leave out use_activation=")
 
     async def _fit(self, facts: ServerFacts) -> None:
         """Cut the documents that may be too long, where that can be known and does no harm."""
@@ -291,7 +324,7 @@ class Call:
         try:
             tokens = (await self._ask([query], [NEUTRAL], self.options)).prompt_tokens
         except BackendRejected as refusal:
-            if "maximum context length" not in refusal.message:
+            if not is_too_long(refusal.message):
                 raise
             cause, tokens = refusal, window
         if tokens is None or tokens < window:

@@ -9,8 +9,7 @@ from rag_rerank.inputs.multimodal import Prepared
 from rag_rerank.isolation import Outcome
 from rag_rerank.template import Halves, Template
 from rag_rerank.vllm.call import Call, Inputs
-from rag_rerank.vllm.exchange import Exchange
-from rag_rerank.vllm.sending import Rules, Usage
+from rag_rerank.vllm.exchange import Exchange, Rules, Usage
 from rag_rerank.vllm.servers import Servers
 from rag_rerank.vllm.transport import Transport
 from rag_rerank.vllm.wire import API, Options

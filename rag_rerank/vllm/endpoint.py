@@ -41,6 +41,8 @@ class Endpoint:
             raise ConfigError("base_url must not have a query or fragment (what follows ? or #)")
         parsed = re.fullmatch(r"(.*?)((?:/v[12])?(?:/score|/rerank(?:ing)?)?)/*", parts.path)
         prefix, path = parsed.groups()  # type: ignore[union-attr]  # it matches anything
+        if port == 0:
+            raise ConfigError(f"base_url names port 0, on which no server is; pass one {example}")
         shown = f"[{host}]" if ":" in host else host
         label = f"{shown}:{port or (443 if parts.scheme == 'https' else 80)}"
         return cls(f"{parts.scheme}://{parts.netloc}{prefix.rstrip('/')}", label, path)
@@ -65,14 +67,16 @@ class Endpoint:
 
     @property
     def is_loopback(self) -> bool:
-        """Whether it is this machine."""
-        host = urlsplit(self.root).hostname or ""
+        """Whether it is this machine; 0.0.0.0, where vLLM says that it listens, leads here too."""
+        host = (urlsplit(self.root).hostname or "").rstrip(".")
         if host == "localhost" or host.endswith(".localhost"):
             return True
         try:
-            return ipaddress.ip_address(host).is_loopback
+            address = ipaddress.ip_address(host)
         except ValueError:  # another machine's name
             return False
+        address = getattr(address, "ipv4_mapped", None) or address
+        return address.is_loopback or address.is_unspecified
 
     @property
     def is_private(self) -> bool:

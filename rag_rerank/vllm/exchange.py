@@ -1,42 +1,163 @@
 """How a request gets its answer: from which server, in how many tries, and whether it is the answer to this request."""
 
 import asyncio
+import contextlib
+import functools
 import math
 import random
+import time
 import uuid
 from collections.abc import Awaitable, Callable, Coroutine
-from dataclasses import dataclass
-from typing import Any, TypeVar, cast
+from dataclasses import KW_ONLY, dataclass, field, replace
+from datetime import UTC
+from email.utils import parsedate_to_datetime
+from typing import Any, Literal, TypeVar, cast
 
-from rag_rerank.errors import BadReply
-from rag_rerank.vllm.facts import LONGEST_AGE, described, missing
-from rag_rerank.vllm.sending import MayPass, ModelMissing, Sending
-from rag_rerank.vllm.servers import Server, logger
-from rag_rerank.vllm.wire import Answer, Request, ServerFacts, printable
+from rag_rerank.errors import (
+    AuthError,
+    BackendError,
+    BackendRejected,
+    BackendUnavailable,
+    BadReply,
+    ConfigError,
+    DeadlineExceeded,
+)
+from rag_rerank.inputs import NEUTRAL
+from rag_rerank.vllm import wire
+from rag_rerank.vllm.endpoint import Endpoint
+from rag_rerank.vllm.servers import LONGEST_ASKED_REST, Server, Servers, logger
+from rag_rerank.vllm.wire import (
+    API,
+    Answer,
+    Card,
+    Failure,
+    Form,
+    Options,
+    Reply,
+    Request,
+    ServerFacts,
+    Version,
+    printable,
+)
 
 T = TypeVar("T")
+E = TypeVar("E", bound=BackendError)
+Again = Literal["soon", "later", "elsewhere"]
 
+# Seconds for which what is known of a server holds; where it could not tell, it is asked again soon.
+LONGEST_AGE, SHORTEST_AGE = 60.0, 5.0
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 8.0  # seconds
-LONGEST_RETRY_AFTER = 120.0  # seconds that a call waits where a server asks for it; else the caller is told at once
 # By which a reply to another request of ours is known, also on servers that have not echoed an id yet.
 ID_PREFIX = "rag-rerank-"
 
+_REMEDIES = {  # by the kind of a failure, or by the status of a refusal
+    "local": "Allow more (ulimit -n), or make fewer calls at a time (max_waiting_calls=).",
+    "certificate": "The certificate must be valid for that name; SSL_CERT_FILE names more authorities to trust.",
+    "timeout": "Is it overloaded? See attempt_timeout= and timeout=.",
+    401: "Pass api_key= or set VLLM_API_KEY.",
+    403: "Pass api_key= or set VLLM_API_KEY.",
+    404: "It has no score API there: vLLM offers it for a reranker with one label or an embedding model "
+    "(--runner pooling), not for a model that generates text.",
+    407: "Put user and password into the proxy's address: HTTP_PROXY=http://user:password@proxy:3128.",
+    413: "Shorten it, or have the proxy take larger requests (nginx: client_max_body_size).",
+}
+
+NOBODY = ("connect", "certificate", "local")  # kinds of failures without a connection
+
+# A broken connection is most often a kept one that the server had closed in that moment.
+_AGAIN: dict[str, Again] = {"broken": "soon", "certificate": "elsewhere"}
+
+
+@dataclass(frozen=True, slots=True)
+class Rules:
+    """The settings of `VLLMScorer` that say how its requests go; see there."""
+
+    chunk_size: int = 128
+    max_concurrency: int = 4
+    max_retries: int = 2
+    connect_timeout: float = 2.0
+    attempt_timeout: float | None = None
+
+
+@dataclass(slots=True)
+class Usage:
+    """What a call takes.
+
+    Attributes:
+        requests: How many requests were sent, also those that failed or only asked something.
+        prompt_tokens: How many tokens the server read, as far as it told.
+    """
+
+    requests: int = 0
+    prompt_tokens: int = 0
+
 
 @dataclass(eq=False)
-class Exchange(Sending):
-    """The requests of one call, tried until they are answered. Tests replace what tells chance and ids, too."""
+class MayPass(Exception):
+    """A failure that another try may not meet: at once on a new connection, after a pause, or with another server."""
 
+    error: BackendError  # what the caller gets if there is no other try
+    again: Again = "later"
+    blames: bool = False  # its server, once another one has answered the same request
+    kind: str | None = None  # of the `Failure`, where there was no reply
+    answer: Any = None  # what the caller gets instead of the error: well-formed, with a score that is not finite
+
+
+class ModelMissing(BackendRejected):
+    """The server does not know the model's name."""
+
+
+@dataclass(frozen=True, slots=True)
+class Send:
+    """A request on its way; None for no limit.
+
+    Each reply goes to `judge`, before anything else goes over its connection. Where that is False the connection is
+    closed: what comes next there may be another request's.
+    """
+
+    endpoint: Endpoint
+    request: Request
+    timeout: float | None  # seconds until the whole answer must be there
+    connect_timeout: float  # seconds until there must be a connection, name lookup and TLS included
+    judge: Callable[[Reply], bool]
+
+
+@dataclass(eq=False)
+class Exchange:
+    """The requests of one call, tried until they are answered. Tests replace what tells time, chance and ids."""
+
+    send: Callable[[Send], Awaitable[Reply | Failure]]  # `Transport.send`, or a test's
+    servers: Servers
+    rules: Rules
+    _: KW_ONLY
+    until: float | None  # when the call must be over, on `clock`
+    model: str | None = None  # None takes the only one that is served
+    api: API | Literal["auto"] = "score"
+    usage: Usage = field(default_factory=Usage)
+    clock: Callable[[], float] = time.monotonic
+    now: Callable[[], float] = time.time
     sleep: Callable[[float], Awaitable[None]] = asyncio.sleep
     jitter: Callable[[], float] = random.random  # noqa: S311 - in [0, 1); spreads retries, guards nothing
     new_id: Callable[[], str] = lambda: ID_PREFIX + uuid.uuid4().hex
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        self._began = self.clock()
         self._answered_by: str | None = None
         # After so many seconds without a sign of life (vLLM hangs after SIGTERM) another server is asked as well.
         self._share = math.inf
         if self.rules.attempt_timeout is None and len(self.servers) > 1:
             self._share = max(0.001, self.left() / (1 + self.rules.max_retries))
+
+    def left(self) -> float:
+        """Tell the seconds that are left for the call."""
+        return math.inf if self.until is None else self.until - self.clock()
+
+    def error(
+        self, kind: type[E], message: str, remedy: str | None = None, server: Server | None = None, **facts: Any
+    ) -> E:
+        """Make an error of one server or all, with how many attempts and how long; `facts` are more attributes."""
+        told = {"endpoint": (server or self.servers).label, "attempts": self.usage.requests, "remedy": remedy}
+        return kind(message, told | {"elapsed": self.clock() - self._began} | facts)
 
     @property
     def model_name(self) -> str:
@@ -49,7 +170,7 @@ class Exchange(Sending):
         if surely and self.servers.may_have_restarted(self.clock() - LONGEST_AGE):
             self.servers.forget()
         facts = self.servers.facts
-        return await self._try(lambda server: described(self, server), takes_turn=False) if facts is None else facts
+        return await self._try(self._described, takes_turn=False) if facts is None else facts
 
     async def ask(
         self, make: Callable[[ServerFacts, str], Request], read: Callable[[bytes], Answer], *, takes_turn: bool = True
@@ -57,14 +178,14 @@ class Exchange(Sending):
         """Get a request answered; with scores that are not finite only if it had such in the last try."""
 
         async def attempt(server: Server) -> Answer:
-            facts = await described(self, server)
+            facts = await self._described(server)
             sent_id = self.new_id()
             request = make(facts, sent_id)
             try:
                 answer = await self.once(server, request, lambda body: self._own(server, read(body), sent_id))
             except ModelMissing as refusal:
                 server.facts = None  # it was started again with another model
-                raise await missing(self, server, facts.model, refusal) from None
+                raise await self._missing(server, facts.model, refusal) from None
             self.usage.prompt_tokens += answer.prompt_tokens or 0
             if not all(map(math.isfinite, answer.scores)):
                 raise MayPass(self.error(BadReply, "a score is not finite", None, server), answer=answer)
@@ -179,9 +300,224 @@ class Exchange(Sending):
     def _back_off(self, failure: MayPass, tried: int) -> float:
         asked = self.servers.asked_until() - self.clock()
         if asked > 0:
-            return asked if asked <= LONGEST_RETRY_AFTER else math.inf
+            return asked if asked <= LONGEST_ASKED_REST else math.inf  # else the caller is told at once
         if failure.again == "soon" and tried == 1:
             return 0.0
         bound: float = min(LONGEST_PAUSE, FIRST_PAUSE * 2 ** (tried - 1))
         # Callers that failed together do not come back together; nor before a hiccup of a quarter of a second is over.
         return bound * (1 + self.jitter()) / 2
+
+    # One request to one server, once.
+
+    async def once(self, server: Server, request: Request, read: Callable[[bytes], T], *, optional: bool = False) -> T:
+        """Send a request and read its answer, or raise; nothing is held against a server that need not answer.
+
+        It gets a third of the time for that: some gateways let such a request hang.
+        """
+        if self.left() <= 0:
+            raise self.error(DeadlineExceeded, "the deadline passed", server=server)
+        timeout = min(self.left() / 3 if optional else self.left(), self.rules.attempt_timeout or math.inf)
+        answers: list[T] = []
+
+        def judge(reply: Reply) -> bool:
+            if not reply.succeeded:
+                return True
+            with contextlib.suppress(BadReply):
+                answers.append(read(reply.body))
+            return bool(answers)
+
+        limits = None if timeout == math.inf else timeout, min(self.rules.connect_timeout, timeout)
+        sent = self.clock()
+        reply = await self.send(Send(server.endpoint, request, *limits, judge))
+        self.usage.requests += 1
+        if isinstance(reply, Failure):
+            may_fail = optional and reply.kind not in NOBODY
+            raise self._failed(server, reply, None if may_fail else sent) from reply.cause
+        if not reply.succeeded:
+            raise self._refused(server, reply, request, None if optional else sent)
+        if answers:
+            self._answered(server)
+            server.is_connected = reply.is_connected
+            if request.body is not None:
+                server.gave_scores(sent, self.clock())
+            return answers[0]
+        try:
+            return read(reply.body)  # its fault once more, now without keys
+        except BadReply as fault:
+            facts = _told(reply, request) | {"whole": fault.whole, "__cause__": fault}
+            raise MayPass(
+                self.error(BadReply, fault.message, "Is it a vLLM server?", server, **facts), blames=True
+            ) from None
+
+    def _failed(self, server: Server, failure: Failure, sent: float | None) -> Exception:
+        """Make the error for no answer."""
+        cause = {"__cause__": failure.cause}
+        if self.left() < 0.001:  # the caller's time was up, which says nothing about the server
+            text = "the server had not answered when the deadline passed"
+            remedy = "Allow more time (deadline= or timeout=) or pass fewer documents."
+            return self.error(DeadlineExceeded, text, remedy, server, **cause)
+        if failure.kind == "unread":
+            return MayPass(self.error(BadReply, failure.text, None, server, whole=True), blames=True, kind="unread")
+        if failure.kind != "local" and sent is not None:
+            server.failed(sent, gone=failure.kind == "connect")
+        text = failure.text
+        if failure.kind == "timeout":
+            limit = self.rules.attempt_timeout
+            text = f"no answer within {'the time for a try' if limit is None else f'{limit:.3g} s'}"
+        remedy = _REMEDIES.get(failure.kind, "Is the vLLM server running there, and has it finished loading?")
+        error = self.error(BackendUnavailable, text, remedy, server, **cause)
+        return MayPass(error, _AGAIN.get(failure.kind, "later"), kind=failure.kind)
+
+    def _refused(self, server: Server, reply: Reply, request: Request, sent: float | None) -> Exception:
+        """Make the error for a status that is no success."""
+        status, said, facts = reply.status, wire.error_text(reply.body), _told(reply, request)
+        message = f"the server answered {status}" + (f": {said}" if said else "")
+        if (status >= 500 and status not in (501, 505)) or status in (408, 409, 425, 429):
+            after = _retry_after(reply.headers.get("retry-after", ""), self.now())
+            if sent is not None:
+                if status in (502, 503, 504):
+                    server.failed(sent)
+                if after is not None:
+                    server.asked(after, self.clock())
+            unavailable = self.error(BackendUnavailable, message, None, server, retry_after=after, **facts)
+            return MayPass(unavailable, blames=status >= 500)
+        self._answered(server)
+        kind: type[BackendRejected] = AuthError if status in (401, 403) else BackendRejected
+        remedy = _REMEDIES.get(status)
+        if 300 <= status < 400:
+            message = f"the server answered {status}, a redirect, which is never followed"
+            remedy = "Pass the address that it redirects to as base_url."
+        elif status == 404 and request.method == "POST" and wire.is_model_missing(reply.body):
+            kind, remedy = ModelMissing, None
+        elif wire.is_too_long(said):
+            remedy = "Set max_tokens_per_doc= to have over-long documents cut."
+        # `call` looks for a document that is to blame.
+        return self.error(kind, message, remedy, server, whole=True, **facts)
+
+    def _answered(self, server: Server) -> None:
+        server.worked()
+        self.servers.down = False
+
+    # What is known of a server: asked of it, with an age; what it does not tell is unknown, and never read as "no".
+
+    async def _described(self, server: Server) -> ServerFacts:
+        """Learn what a server tells about itself, asked if it is not known or was long ago."""
+        before, now = server.facts, self.clock()
+        if before is None or now - server.asked_at > LONGEST_AGE:
+            server.asked_at = now  # others go on with what is known meanwhile
+            version = await self._optional(server, Request("GET", "/version"), wire.read_version)
+            facts = self._facts(server, version, await self._listed(server))
+            if facts == before:
+                server.facts = replace(before, has_template=None)  # a restart may have changed no more than that
+            else:
+                server.facts = replace(facts, form=await self._form(server, facts))
+        return server.facts or await self._described(server)
+
+    async def _missing(self, server: Server, model: str, refusal: BackendRejected) -> Exception:
+        """Make the error for a model that is not served, as it seems, with those that are."""
+        said, remedy = f"the server does not serve the model {model!r}", "Pass the name that it serves as model=."
+        cards = await self._optional(server, Request("GET", "/v1/models"), wire.read_models)
+        is_listed = any(card.name == model for card in cards or ())
+        if is_listed:
+            said = refusal.message
+            remedy = 'It has no such API there. endpoint="auto" finds out whether it has another.'
+        elif cards is not None:
+            remedy = f"It serves: {_names(cards)}. Pass one of them as model=."
+        facts = {"status": 404, "body": refusal.body, "request_id": refusal.request_id}
+        error = self.error(BackendRejected, said, remedy, server, whole=True, **facts)
+        return error if is_listed or self.model is not None else MayPass(error, "soon")
+
+    async def _optional(self, server: Server, request: Request, read: Callable[[bytes], T]) -> T | None:
+        """Ask what a server need not tell; None where it answers anything else, or nothing, as gateways do."""
+        for once_more in (True, False):
+            try:
+                return await self.once(server, request, read, optional=True)
+            except BackendRejected:
+                break
+            except MayPass as failure:
+                if failure.kind in NOBODY:
+                    raise
+                if failure.kind == "broken" and once_more:  # most often an old connection
+                    continue
+                if failure.kind != "timeout":
+                    server.asked_at = self.clock() - LONGEST_AGE + SHORTEST_AGE
+                break
+        return None
+
+    async def _listed(self, server: Server) -> list[Card]:
+        """Get the models that are served; none where one is named and the server doesn't tell."""
+        refusals = []
+        for path in server.endpoint.lists(self.api):
+            request = Request("GET", path)
+            try:
+                if self.model is None:
+                    return await self.once(server, request, wire.read_models)
+                cards = await self._optional(server, request, wire.read_models)
+                if cards is not None:
+                    return cards
+            except BackendRejected as refusal:
+                refusals.append(refusal)
+        if refusals:
+            raise refusals[0]
+        return []
+
+    async def _form(self, server: Server, facts: ServerFacts) -> Form:
+        """Find how a server is asked for scores: the only way, or the first that it answers."""
+        forms = server.endpoint.forms(self.api)
+        if len(forms) == 1:
+            return forms[0]
+        refusals: list[BackendError] = []
+        for form in forms:
+            request = wire.scoring_request(replace(facts, form=form), [NEUTRAL], [NEUTRAL], Options())
+            try:
+                await self.once(server, request, functools.partial(wire.read_answer, form.api, positions=[0]))
+            except (BackendRejected, MayPass) as error:
+                refusal = error.error if isinstance(error, MayPass) else error
+                if isinstance(refusal, AuthError) or not isinstance(refusal, BackendRejected | BadReply):
+                    raise
+                refusals.append(refusal)
+            else:
+                return form
+        raise min(refusals, key=lambda refusal: refusal.status == 404)  # a path that is not there tells less
+
+    def _facts(self, server: Server, version: Version | None, cards: list[Card]) -> ServerFacts:
+        if not any(card.window for card in cards):
+            version = None  # some gateways have a version of their own: only vLLM's lists tell how long prompts may be
+        if self.model is not None:
+            card = next((card for card in cards if card.name == self.model), Card(self.model, ""))
+            return ServerFacts(version, card.name, card.root or None, card.window)
+        label = server.endpoint.label
+        if not cards:
+            remedy = "Wait until one is loaded, or pass its name as model=."
+            raise MayPass(self.error(BackendUnavailable, "the server lists no model", remedy, server))
+        if len({card.root for card in cards}) != 1:
+            raise ConfigError(f"{label} serves {len(cards)} models; pass model=. It serves: {_names(cards)}.")
+        known = self.servers.facts_beside(server)
+        if known is not None and known.model != cards[0].name:
+            self.servers.forget()  # unless they all have another one now
+            raise ConfigError(f"{label} serves {cards[0].name!r}, another one {known.model!r}; pass model=.")
+        return ServerFacts(version, cards[0].name, cards[0].root, cards[0].window)
+
+
+def _told(reply: Reply, request: Request) -> dict[str, Any]:
+    """Give what an error notes of a reply: status, id, the beginning of the body."""
+    body = reply.body[:2000].decode("utf-8", "replace")
+    return {"status": reply.status, "body": body, "request_id": reply.headers.get("x-request-id") or request.id}
+
+
+def _retry_after(value: str, now: float) -> float | None:
+    """Read the seconds that a Retry-After header (RFC 9110, 10.2.3) asks for; None where it makes no sense."""
+    try:
+        seconds = float(value)
+    except ValueError:
+        try:
+            date = parsedate_to_datetime(value)
+            seconds = (date if date.tzinfo else date.replace(tzinfo=UTC)).timestamp() - now
+        except (ValueError, TypeError, OverflowError, OSError):
+            return None
+    # A year is beyond any meaning that it may have.
+    return seconds if 0 <= seconds < 366 * 86400 else None
+
+
+def _names(cards: list[Card]) -> str:
+    return printable(", ".join(card.name for card in cards))

@@ -32,13 +32,14 @@ class Keys:
         *,
         over_http: bool = False,
     ) -> None:
-        self.headers, self.query = dict(headers or {}), dict(query or {})
-        named = [*self.headers.items(), *self.query.items()]
+        named = [*(headers or {}).items(), *(query or {}).items()]
         for name, value in named:
             _checked(value, f"default_headers or default_query[{name!r}]")
-        for name in self.headers:
+        for name in headers or ():
             if not re.fullmatch(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+", name) or name.lower() in _OURS:
                 raise ConfigError(f"default_headers can't set {name!r}")
+        self.headers = {name.lower(): value for name, value in (headers or {}).items()}
+        self.query = dict(query or {})
         self._secrets = [value for name, value in named if SECRET.search(name)]
         self._remade_by = list(endpoints), api_key if inspect.isfunction(api_key) else None, over_http
         self.is_default = api_key is None
@@ -52,7 +53,7 @@ class Keys:
         )
         if strangers := self._keys.keys() - set(roots):
             raise ConfigError(f"api_key names servers that base_url does not: {', '.join(sorted(strangers))}")
-        if "authorization" in map(str.lower, self.headers):
+        if "authorization" in self.headers:
             self._keys = {}  # said twice: the header is meant
         for key in filter(None, self._keys.values()):
             if not callable(key):
@@ -85,11 +86,11 @@ class Keys:
                 raise BackendUnavailable(said, endpoint=endpoint.label, attempts=0) from error
             _checked(key, "what the function api_key= gave")
         if key:
-            headers["Authorization"] = f"Bearer {key}"
+            headers["authorization"] = f"Bearer {key}"
 
     def scrub(self, text: bytes, headers: Mapping[str, str]) -> bytes:
         """Leave secrets out of what a server says: some gateways repeat the key that they refuse."""
-        for secret in (headers.get("Authorization", "").rpartition(" ")[2], *self._secrets):
+        for secret in (headers.get("authorization", "").rpartition(" ")[2], *self._secrets):
             if len(secret) >= 8:  # a short one ("k", "0") is in words and numbers
                 text = text.replace(secret.encode(), b"[key]")
         return text

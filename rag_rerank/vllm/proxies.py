@@ -3,6 +3,7 @@
 import importlib.util
 import ipaddress
 import os
+import re
 from urllib.parse import urlsplit
 from urllib.request import getproxies
 
@@ -17,7 +18,7 @@ def proxy_for(endpoint: Endpoint) -> str | None:
         ConfigError: The variable that applies holds no proxy that can be used.
     """
     parts = urlsplit(endpoint.root)
-    host = parts.hostname or ""
+    host = (parts.hostname or "").rstrip(".")
     proxies = getproxies()
     if endpoint.is_loopback or _is_excepted(host, endpoint.label, proxies.get("no", "")):
         return None
@@ -45,10 +46,11 @@ def proxy_for(endpoint: Endpoint) -> str | None:
 
 
 def _is_excepted(host: str, label: str, exceptions: str) -> bool:
-    """Tell whether NO_PROXY names a host: by name, a domain that it is in, address, network, or with its port."""
-    for entry in filter(None, (each.strip().lower() for each in exceptions.split(","))):
-        name = entry.split("://")[-1].removeprefix("*").strip("[]")
-        if entry in ("*", label) or host == name or (name and host.endswith("." + name.removeprefix("."))):
+    """Tell whether NO_PROXY names a host, as curl reads it: by name or domain, address, network, or with its port."""
+    for entry in re.split(r"[,\s]+", exceptions.lower()):
+        named = entry.split("://")[-1]
+        name = named.removeprefix("*").strip("[].")
+        if entry == "*" or named == label or (name and f".{host}".endswith(f".{name}")):
             return True
         try:
             if ipaddress.ip_address(host) in ipaddress.ip_network(name, strict=False):

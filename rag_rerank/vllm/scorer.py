@@ -18,14 +18,31 @@ from rag_rerank.template import Template
 from rag_rerank.vllm.call import Inputs
 from rag_rerank.vllm.client import Client, check_sendable
 from rag_rerank.vllm.endpoint import Endpoint
+from rag_rerank.vllm.exchange import Rules, Usage
 from rag_rerank.vllm.keys import SECRET, Key, Keys
-from rag_rerank.vllm.sending import Rules, Usage
 from rag_rerank.vllm.servers import Servers
 from rag_rerank.vllm.transport import Factory, Transport
 from rag_rerank.vllm.wire import Options
 
 DEFAULT_BASE_URL = "http://localhost:8000"
 
+# What arguments must be that are given.
+_KINDS: dict[str, Any] = {
+    **dict.fromkeys(("model", "instruction", "query_prompt", "document_prompt"), str),
+    **dict.fromkeys(("default_headers", "default_query", "chat_template_kwargs", "extra_body"), Mapping),
+    **dict.fromkeys(("use_activation", "send_key_over_http"), bool),
+    "priority": int,
+    "template": str | os.PathLike,
+}
+# From a count to the least that it may be, and what else.
+_COUNTS: dict[str, tuple[int, Any]] = {
+    "max_retries": (0, 0),
+    "chunk_size": (1, 1),
+    "max_concurrency": (1, 1),
+    "max_waiting_calls": (1, None),
+    "max_tokens_per_query": (1, None),
+    "max_tokens_per_doc": (1, None),
+}
 
 _usage: ContextVar[Usage | None] = ContextVar("usage", default=None)
 
@@ -143,8 +160,7 @@ class VLLMScorer(Scorer):
         attempt_timeout: float | None = None,
         send_key_over_http: bool = False,
     ) -> None:
-        if max_waiting_calls is not None and max_waiting_calls < 1:
-            raise ConfigError(f"max_waiting_calls must be at least 1, or None; got {max_waiting_calls}")
+        _check(locals())
         variables = dict(chat_template_kwargs or {})
         if "instruction" in variables:  # as vLLM has it: one variable with two names, of which it reads this one
             if instruction is not None:
@@ -166,8 +182,9 @@ class VLLMScorer(Scorer):
         keys = Keys(endpoints, api_key, default_headers, default_query, over_http=send_key_over_http)
         transport = Transport(endpoints, keys, http_client, timeout)
         seconds = math.inf if timeout is None or transport.limits is not None else timeout
-        _check(options, rules, seconds, endpoint)
+        _check_seconds(timeout=seconds, connect_timeout=connect_timeout, attempt_timeout=attempt_timeout)
         sendable = {"model": model, "query_prompt": query_prompt, "document_prompt": document_prompt}
+        sendable["template"] = template if isinstance(template, str) else None
         for name, value in (sendable | variables | asdict(options)).items():
             check_sendable(name, value)
         if renders and (options.truncate_prompt_tokens, max_tokens_per_doc, max_tokens_per_query) != (None,) * 3:
@@ -283,35 +300,40 @@ def _without_secrets(value: Any) -> Any:
 def _endpoints(base_url: str | Sequence[str] | None) -> list[Endpoint]:
     """Read the servers' addresses, each once."""
     if base_url is None:
-        base_url = (os.environ.get("VLLM_BASE_URL") or DEFAULT_BASE_URL).split(",")
+        named = os.environ.get("VLLM_BASE_URL", "").split(",")
+        base_url = [url for url in named if url.strip()] or DEFAULT_BASE_URL
     several = base_url if isinstance(base_url, list | tuple) else [base_url]
     if not several:
         raise ConfigError("base_url is an empty list; pass at least one address")
     return list(dict.fromkeys(map(Endpoint.parse, several)))
 
 
-def _check(options: Options, rules: Rules, timeout: float, endpoint: str) -> None:
-    """Raise ConfigError for what is out of range."""
-    seconds = {"timeout": timeout, "connect_timeout": rules.connect_timeout}
-    if rules.attempt_timeout is not None:
-        seconds["attempt_timeout"] = rules.attempt_timeout
-    for name, value in seconds.items():
-        unbounded = name == "timeout" and value == math.inf
-        if isinstance(value, bool) or not (isinstance(value, int | float) and (0 < value < math.inf or unbounded)):
-            raise ConfigError(f"{name} must be a positive number of seconds, got {value!r}")
-    for name, least in {"max_retries": 0, "chunk_size": 1, "max_concurrency": 1}.items():
-        count = getattr(rules, name)
-        if isinstance(count, bool) or not isinstance(count, int) or count < least:
-            raise ConfigError(f"{name} must be {least} or more, got {count!r}")
-    if endpoint not in ("score", "rerank", "tei", "auto"):
-        raise ConfigError(f'endpoint must be "score", "rerank", "tei" or "auto", got {endpoint!r}')
-    truncate = options.truncate_prompt_tokens
-    if truncate is not None and (not isinstance(truncate, int) or (truncate != -1 and truncate < 1)):
+def _check(given: Mapping[str, Any]) -> None:
+    """Raise ConfigError for an argument of the wrong type or out of range."""
+    for name, kind in _KINDS.items():
+        value = given[name]
+        if value is not None and not isinstance(value, kind):
+            raise ConfigError(
+                f"{name} must be {getattr(kind, '__name__', kind)}, got {type(value).__name__}"
+            )  # it may be a secret
+    for name, (least, default) in _COUNTS.items():
+        count = given[name]
+        if isinstance(count, bool) or not ((isinstance(count, int) and count >= least) or count is default):
+            or_none = ", or None" if default is None else ""
+            raise ConfigError(f"{name} must be {least} or more{or_none}; got {count!r}")
+    truncate = given["truncate_prompt_tokens"]
+    if truncate not in (None, "auto", -1) and (type(truncate) is not int or truncate < 1):
         raise ConfigError(f'truncate_prompt_tokens must be "auto", -1, 1 or more, or None; got {truncate!r}')
-    for name in ("max_tokens_per_query", "max_tokens_per_doc"):
-        limit = getattr(options, name)
-        if limit is not None and limit < 1:
-            raise ConfigError(f"{name} must be 1 or more, or None; got {limit}")
+    if given["endpoint"] not in ("score", "rerank", "tei", "auto"):
+        raise ConfigError(f'endpoint must be "score", "rerank", "tei" or "auto", got {given["endpoint"]!r}')
     ours = {"model", "text_1", "text_2", "query", "documents", "texts", "request_id"}
-    if taken := ours & dict(options.extra_body or {}).keys():
+    if taken := ours & dict(given["extra_body"] or {}).keys():
         raise ConfigError(f"extra_body must not hold {', '.join(sorted(taken))}")
+
+
+def _check_seconds(**given: Any) -> None:
+    """Raise ConfigError for what is no time; None and infinity are no bound."""
+    for name, value in given.items():
+        unbounded = value is None if name == "attempt_timeout" else name == "timeout" and value == math.inf
+        if not unbounded and (type(value) not in (int, float) or not 0 < value < math.inf):
+            raise ConfigError(f"{name} must be a positive number of seconds, got {value!r}")

@@ -12,7 +12,7 @@ from rag_rerank.vllm.wire import ServerFacts
 
 logger = logging.getLogger("rag_rerank.vllm")
 
-LONGEST_ASKED_REST = 120.0  # seconds that a server may ask for (Retry-After) before it is tried again all the same
+LONGEST_ASKED_REST = 120.0  # seconds that a call waits, and a server rests, where it asks for it (Retry-After)
 
 
 @dataclass(eq=False)

@@ -1,8 +1,8 @@
-"""The only module that knows httpx: sends requests.
+"""The only module that knows httpx: sends requests, over connections of our own where none of httpx's are asked for.
 
-Everything runs in an event loop: the caller's, or else that of one thread for the process, which costs a call 0.5 ms
-more than httpx's client for threads. So deadlines hold whatever a server or a name lookup does (httpx times out single
-reads only), and a call that is given up closes its connection at once, which makes vLLM stop working for it.
+Everything runs in an event loop: the caller's, or else that of one thread for the process, which costs a call 0.05 ms.
+So deadlines hold whatever a server or a name lookup does (httpx times out single reads only), and a call that is given
+up closes its connection at once, which makes vLLM stop working for it.
 """
 
 import asyncio
@@ -14,8 +14,9 @@ import os
 import ssl
 import time
 import zlib
-from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterable, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from http.cookiejar import DefaultCookiePolicy
 from typing import Any, TypeVar
 
 import anyio
@@ -24,10 +25,11 @@ import httpx
 from rag_rerank import __version__
 from rag_rerank.errors import ConfigError, DeadlineExceeded, RerankError
 from rag_rerank.vllm.background import Background
+from rag_rerank.vllm.connections import Address, CantConnect, Connections
 from rag_rerank.vllm.endpoint import Endpoint
+from rag_rerank.vllm.exchange import Send
 from rag_rerank.vllm.keys import Keys, portable
 from rag_rerank.vllm.proxies import proxy_for
-from rag_rerank.vllm.sending import Send
 from rag_rerank.vllm.wire import Failure, Reply
 
 # What httpx would import with its first request: a process that forks in that moment has a child that waits for ever.
@@ -39,14 +41,14 @@ T = TypeVar("T")
 _Lifetime = AsyncGenerator[None, None]
 _Loop = asyncio.AbstractEventLoop
 Factory = Callable[[], httpx.AsyncClient]
-_Clients = dict[_Loop, tuple["httpx.AsyncClient | _Client", _Lifetime]]
+_Clients = dict[_Loop, tuple[httpx.AsyncClient | Connections, _Lifetime]]
 
 # A compressed answer can grow a thousandfold when unpacked: ask for none, and read none (`_read`).
 _HEADERS = {
-    "Accept": "*/*",
-    "Accept-Encoding": "identity",
-    "Content-Type": "application/json",
-    "User-Agent": f"rag-rerank/{__version__}",
+    "accept": "*/*",
+    "accept-encoding": "identity",
+    "content-type": "application/json",
+    "user-agent": f"rag-rerank/{__version__}",
 }
 _OK = 200
 _LONGEST_ERROR_PAGE = 64 << 10  # bytes; enough for a sentence
@@ -84,6 +86,10 @@ class Transport:
         self.limits = timeout if isinstance(timeout, httpx.Timeout) else None
         # Of the user's client, its own proxies hold.
         self._proxies = {} if http_client else {endpoint.root: proxy_for(endpoint) for endpoint in endpoints}
+        for endpoint in endpoints:
+            _check_url("base_url", endpoint.root)
+            _check_url(f"the proxy that the environment names for {endpoint.label}", self._proxies.get(endpoint.root))
+        self._is_direct = http_client is None and self.limits is None and not any(self._proxies.values())
         self._closed = False
         self._clients: _Clients = {}
 
@@ -106,8 +112,56 @@ class Transport:
 
     async def send(self, send: Send) -> Reply | Failure:
         """Send a request in this event loop; cancelling the task gives it up."""
-        client, ending = await self._client(), _Ending()
-        task = asyncio.create_task(self._send(client, ending, send))
+        client = await self._client()
+        headers = _Headers({**_HEADERS, **self.keys.headers})
+        if send.request.id is not None:
+            headers["x-request-id"] = send.request.id
+        try:
+            if isinstance(client, Connections):
+                return await self._ask(client, headers, send)
+            return await self._ask_client(client, headers, send)
+        except Exception as error:
+            if self._closed:
+                raise RerankError(_CLOSED) from error
+            if isinstance(error, httpx.RequestError):  # it would carry the key and all documents
+                error.request = httpx.Request(send.request.method, send.endpoint.root)
+            if isinstance(error, httpx.HTTPError | httpx.InvalidURL | OSError):
+                return _failure(error, proxied=self._proxies.get(send.endpoint.root) is not None)
+            if self._factory is None or isinstance(error, RerankError):
+                raise
+            return Failure("broken", f"http_client= failed: {type(error).__name__}", error)  # its hooks, say
+
+    async def _ask(self, connections: Connections, headers: dict[str, str], send: Send) -> Reply | Failure:
+        """Ask over a connection of our own."""
+        request = send.request
+        address, host, target = _place(send.endpoint.root + request.path, tuple(self.keys.query.items()))
+        headers["host"] = host
+        self.keys.sign(headers, send.endpoint)
+        connection, judged = None, False
+        try:
+            # This bounds the whole exchange, not single reads.
+            async with asyncio.timeout(send.timeout):
+                connection = await connections.get(address, send.connect_timeout)
+                head = await connection.ask(request.method, target, headers, request.body)
+                reply = await _read(*head, connection.chunks(), request.reply_limit)
+            if isinstance(reply, Reply):
+                reply, judged = self._judged(send, replace(reply, is_connected=connection.is_connected), headers)
+            return reply
+        finally:
+            if connection is not None:
+                connections.take_back(address, connection, good=judged)
+
+    def _judged(self, send: Send, reply: Reply, headers: Mapping[str, str]) -> tuple[Reply, bool]:
+        """Have a reply judged; one that is no good answer has no key in it then."""
+        judged = send.judge(reply)
+        if judged and reply.status == _OK:
+            return reply, True
+        return replace(reply, body=self.keys.scrub(reply.body, headers)), judged
+
+    async def _ask_client(self, client: httpx.AsyncClient, headers: dict[str, str], send: Send) -> Reply | Failure:
+        """Ask by a client of httpx."""
+        ending = _Ending()
+        task = asyncio.create_task(self._exchange(client, ending, headers, send))
         _running.add(task)
         task.add_done_callback(_over)
         try:
@@ -121,51 +175,43 @@ class Transport:
             return Failure("timeout", "timed out")
         return task.result()
 
-    async def _send(self, client: "httpx.AsyncClient | _Client", ending: "_Ending", send: Send) -> Reply | Failure:
+    async def _exchange(
+        self, client: httpx.AsyncClient, ending: "_Ending", headers: dict[str, str], send: Send
+    ) -> Reply | Failure:
         limits = self.limits or httpx.Timeout(send.timeout, connect=send.connect_timeout, pool=None)
-        url, headers = _url(send.endpoint.root + send.request.path), _HEADERS | self.keys.headers
-        if send.request.id is not None:
-            headers["X-Request-Id"] = send.request.id
-        try:
-            request = client.build_request(
-                send.request.method,
-                url,
-                params=self.keys.query or None,
-                content=send.request.body,
-                headers=headers,
-                extensions={"timeout": limits.as_dict(), "trace": ending.trace},
-            )
-            own = client.auth is not None or "authorization" in request.headers
-            if not (own and self.keys.is_default):  # what the user's client brings goes before VLLM_API_KEY
-                self.keys.sign(request.headers, send.endpoint)
-            auth = None if "authorization" in request.headers else httpx.USE_CLIENT_DEFAULT
-            with ending.scope:
-                # A redirect would send every document, and the headers, to another host.
-                sending = client.send(request, stream=True, auth=auth, follow_redirects=False)
-                async with contextlib.aclosing(await sending) as response:
-                    reply = await _read(response, send.request.reply_limit)
-                    if isinstance(reply, Failure):
-                        return reply
-                    stream = response.extensions.get("network_stream")
-                    if stream is not None:  # with nothing asked, only its end can be read
-                        reply = replace(reply, is_connected=lambda: not stream.get_extra_info("is_readable"))
-                    judged = send.judge(reply)
-                    if not judged and stream is not None and response.http_version != "HTTP/2":
-                        await stream.aclose()  # in HTTP/2, answers have numbers
-                    if judged and reply.status == _OK:
-                        return reply
-                    return replace(reply, body=self.keys.scrub(reply.body, request.headers))
-            return Failure("timeout", "timed out")
-        except Exception as error:
-            if self._closed:
-                raise RerankError(_CLOSED) from error
-            if not isinstance(error, httpx.HTTPError | httpx.InvalidURL | OSError):
-                raise
-            if isinstance(error, httpx.RequestError):  # it would carry the key and all documents
-                error.request = httpx.Request(send.request.method, url)
-            return _failure(error)
+        request = client.build_request(
+            send.request.method,
+            send.endpoint.root + send.request.path,
+            params=self.keys.query or None,
+            content=send.request.body,
+            headers=headers,
+            extensions={"timeout": limits.as_dict(), "trace": ending.trace},
+        )
+        own = client.auth is not None or "authorization" in request.headers
+        if not (own and self.keys.is_default):  # what the user's client brings goes before VLLM_API_KEY
+            self.keys.sign(request.headers, send.endpoint)
+        auth = None if "authorization" in request.headers else httpx.USE_CLIENT_DEFAULT
+        with ending.scope:
+            # A redirect would send every document, and the headers, to another host.
+            sending = client.send(request, stream=True, auth=auth, follow_redirects=False)
+            try:
+                response = await sending
+            except httpx.HTTPStatusError as error:  # a hook has called raise_for_status()
+                response = error.response
+            async with contextlib.aclosing(response):
+                reply = await _read_response(response, send.request.reply_limit)
+                if isinstance(reply, Failure):
+                    return reply
+                stream = response.extensions.get("network_stream")
+                if stream is not None:  # with nothing asked, only its end can be read
+                    reply = replace(reply, is_connected=lambda: not stream.get_extra_info("is_readable"))
+                reply, judged = self._judged(send, reply, request.headers)
+                if not judged and stream is not None and response.http_version != "HTTP/2":
+                    await stream.aclose()  # in HTTP/2, answers have numbers
+                return reply
+        return Failure("timeout", "timed out")
 
-    async def _client(self) -> "httpx.AsyncClient | _Client":
+    async def _client(self) -> httpx.AsyncClient | Connections:
         # No lock: one held by another thread at a fork would never be released in the child.
         loop = asyncio.get_running_loop()
         if self._closed:
@@ -174,7 +220,7 @@ class Transport:
             return self._clients[loop][0]
         for ended in [other for other in list(self._clients) if other.is_closed()]:
             self._clients.pop(ended, None)
-        client = _Client(self._proxies) if self._factory is None else self._users_client(self._factory)
+        client = Connections(_tls(self._proxies)) if self._is_direct else self._httpx_client()
         lifetime = _closing(client)
         self._clients[loop] = client, lifetime
         await anext(lifetime)
@@ -183,8 +229,13 @@ class Transport:
             raise RerankError(_CLOSED)
         return client
 
-    def _users_client(self, make: Factory) -> httpx.AsyncClient:
-        client = make()
+    def _httpx_client(self) -> httpx.AsyncClient:
+        if self._factory is None:
+            return _proxying(self._proxies)
+        try:
+            client = self._factory()
+        except Exception as error:
+            raise ConfigError(f"http_client= is a function, which failed: {type(error).__name__}: {error}") from error
         if not isinstance(client, httpx.AsyncClient):
             raise ConfigError(f"http_client must make an httpx.AsyncClient; it made {type(client).__name__}")
         if client.is_closed or any(client is other for other, _ in self._clients.values()):
@@ -206,37 +257,34 @@ class Transport:
             await known[1].aclose()
 
 
-class _Client:
-    """A client of our own: as httpx's, but for what is not needed here, which takes 0.07 ms a request.
+def _proxying(proxies: Mapping[str, str | None]) -> httpx.AsyncClient:
+    """Make a client that asks each server through its proxy, and knows no cookies: one server's would go to another."""
+    # A pool with fewer connections than callers would answer the last of them with PoolTimeout.
+    options: dict[str, Any] = {"verify": _tls(["https:"]), "limits": httpx.Limits(max_connections=None)}
+    mounts = {root: httpx.AsyncHTTPTransport(proxy=proxy, **options) for root, proxy in proxies.items()}
+    client = httpx.AsyncClient(trust_env=False, mounts=mounts, **options)
+    client.cookies.jar.set_policy(DefaultCookiePolicy(allowed_domains=[]))
+    return client
 
-    It knows no cookies (one server's would go to another), no redirects, and no proxies but those of its arguments, by
-    the address of the server that they are for.
-    """
 
-    build_request = staticmethod(httpx.Request)
-    auth = None
+def _tls(roots: Iterable[str]) -> ssl.SSLContext | None:
+    """Make what https needs, where an address does: it takes 20-40 ms of every event loop."""
+    if not any(root.startswith("https") for root in roots):
+        return None
+    try:
+        context = httpx.create_ssl_context()
+    except (OSError, ssl.SSLError) as error:
+        names = [name for name in ("SSL_CERT_FILE", "SSL_CERT_DIR", "SSLKEYLOGFILE") if name in os.environ]
+        raise ConfigError(f"{' or '.join(names) or 'the authorities to trust'} can't be used: {error}") from error
+    context.set_alpn_protocols(["http/1.1"])
+    return context
 
-    def __init__(self, proxies: Mapping[str, str | None]) -> None:
-        # Getting ready for https takes 20-40 ms of every event loop.
-        encrypted = any(proxies.values()) or any(root.startswith("https") for root in proxies)
-        try:
-            context: Any = httpx.create_ssl_context() if encrypted else False
-        except (OSError, ssl.SSLError) as error:
-            names = [name for name in ("SSL_CERT_FILE", "SSL_CERT_DIR", "SSLKEYLOGFILE") if name in os.environ]
-            raise ConfigError(f"{' or '.join(names) or 'the authorities to trust'} can't be used: {error}") from error
-        # A pool with fewer connections than callers would answer the last of them with PoolTimeout.
-        limits = httpx.Limits(max_connections=None, max_keepalive_connections=32)
-        transports = {
-            proxy: httpx.AsyncHTTPTransport(verify=context, limits=limits, proxy=proxy) for proxy in proxies.values()
-        }
-        self.transports = {httpx.URL(root).netloc: transports[proxy] for root, proxy in proxies.items()}
 
-    def send(self, request: httpx.Request, **_: Any) -> Awaitable[httpx.Response]:
-        return self.transports[request.url.netloc].handle_async_request(request)
+class _Headers(dict[str, str]):
+    """Headers that show no key where a traceback shows the values of variables."""
 
-    async def aclose(self) -> None:
-        for transport in self.transports.values():
-            await transport.aclose()
+    def __repr__(self) -> str:
+        return f"<{len(self)} headers>"
 
 
 class _Ending:
@@ -297,29 +345,53 @@ async def _forget_location(response: httpx.Response) -> None:
     response.headers.pop("location", None)
 
 
+def _check_url(name: str, address: str | None) -> None:
+    """Raise ConfigError for what no request can be sent to, such as a host that is no name."""
+    try:
+        httpx.URL(address or "").host  # noqa: B018 - read to be checked
+    except (httpx.InvalidURL, ValueError) as error:  # idna's and Unicode's errors are ValueErrors
+        raise ConfigError(f"{name} is not a URL: {error}") from None
+
+
 @functools.lru_cache(256)
-def _url(text: str) -> httpx.URL:
-    return httpx.URL(text)
+def _place(text: str, query: tuple[tuple[str, str], ...]) -> tuple[Address, str, bytes]:
+    """Read a URL: where it leads, the header Host, and what stands behind the method."""
+    url = httpx.URL(text).copy_merge_params(dict(query)) if query else httpx.URL(text)
+    encrypted = url.scheme == "https"
+    address = url.raw_host.decode(), url.port or (443 if encrypted else 80), encrypted
+    return address, url.netloc.decode(), url.raw_path
 
 
-async def _read(response: httpx.Response, limit: int) -> Reply | Failure:
+async def _read_response(response: httpx.Response, limit: int) -> Reply | Failure:
+    headers = {name.lower(): value for name, value in response.headers.items()}
+    if not response.is_closed:
+        # Not aiter_raw, which at the end gives the connection to the next request, before this answer is judged.
+        return await _read(response.status_code, headers, response.stream, limit)  # type: ignore[arg-type]
+    body = b""  # a hook of the user's client has read it, unpacked, or ended it by an error
+    with contextlib.suppress(httpx.StreamError):
+        body = response.content
+    if len(body) > limit:
+        return Failure("unread", f"the answer is longer than {limit} bytes")
+    return Reply(response.status_code, body, headers)
+
+
+async def _read(status: int, headers: dict[str, str], chunks: AsyncIterable[bytes], limit: int) -> Reply | Failure:
     """Read an answer within bounds."""
-    good, body = response.status_code == _OK, bytearray()
-    fault = await _fill(body, response, limit if good else _LONGEST_ERROR_PAGE)
-    if fault and good:  # else the status tells enough
+    body = bytearray()
+    limit = limit if status == _OK else _LONGEST_ERROR_PAGE
+    fault = await _fill(body, chunks, headers.get("content-encoding", "").lower() or "identity", limit)
+    if fault and status == _OK:  # else the status tells enough
         return Failure("unread", f"the answer is {fault}")
-    return Reply(response.status_code, bytes(body), {name.lower(): value for name, value in response.headers.items()})
+    return Reply(status, bytes(body), headers)
 
 
-async def _fill(body: bytearray, response: httpx.Response, limit: int) -> str:
+async def _fill(body: bytearray, chunks: AsyncIterable[bytes], encoding: str, limit: int) -> str:
     """Read an answer's body, raw, and unpack what gateways pack although it was asked for plain; say what is wrong."""
-    encoding = response.headers.get("content-encoding", "identity").lower()
     if encoding not in ("identity", *_WBITS):
         return f"compressed ({encoding[:20]!r}) although it was asked for plain"
     unpack = None if encoding == "identity" else zlib.decompressobj(_WBITS[encoding])
     try:
-        # Not aiter_raw, which at the end gives the connection to the next request, before this answer is judged.
-        async for chunk in response.stream:  # type: ignore[union-attr]
+        async for chunk in chunks:
             body += chunk if unpack is None else unpack.decompress(chunk, limit + 1 - len(body))
             if len(body) > limit:
                 return ("" if unpack is None else f"compressed ({encoding}) and ") + f"longer than {limit} bytes"
@@ -328,22 +400,19 @@ async def _fill(body: bytearray, response: httpx.Response, limit: int) -> str:
     return "" if unpack is None or unpack.eof else f"compressed ({encoding}) and incomplete"
 
 
-def _failure(error: Exception) -> Failure:
-    text = str(error) or type(error).__name__
-    causes = list(_causes(error))
+def _failure(error: Exception, *, proxied: bool) -> Failure:
+    text, causes = str(error) or type(error).__name__, list(_causes(error))
     if any(isinstance(each, OSError) and each.errno in (errno.EMFILE, errno.ENFILE) for each in causes):
         return Failure("local", "this process has no file left for a connection (Too many open files)", error)
-    match error:
-        case httpx.ConnectTimeout():
-            return Failure("connect", "can't connect: timed out", error)
-        case httpx.TimeoutException() | TimeoutError():
-            return Failure("timeout", "timed out", error)
-        case httpx.ConnectError() if any(isinstance(each, ssl.SSLCertVerificationError) for each in causes):
+    if isinstance(error, CantConnect | httpx.ConnectError | httpx.ConnectTimeout | httpx.ProxyError):
+        if any(isinstance(each, ssl.SSLCertVerificationError) for each in causes):
             return Failure("certificate", f"can't trust the server: {text}", error)
-        case httpx.ConnectError():
-            return Failure("connect", f"can't connect: {text}", error)
-        case _:
-            return Failure("broken", f"the connection broke: {text}", error)
+        there = " through the proxy that the environment names" if proxied else ""
+        text = "timed out" if isinstance(error, httpx.ConnectTimeout) else text
+        return Failure("connect", f"can't connect{there}: {text}", error)
+    if isinstance(error, httpx.TimeoutException | TimeoutError):
+        return Failure("timeout", "timed out", error)
+    return Failure("broken", f"the connection broke: {text}", error)
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:

@@ -95,9 +95,10 @@ class ServerFacts:
     model: str  # the name to ask for
     checkpoint: str | None = None  # the hub id or folder behind that name
     window: int | None = None  # how many tokens the model reads at most
-    # Learned later, None before: whether it puts pairs into a score template; how many bytes the texts of a request may
-    # have, where one was too large.
+    # Learned later, None before: whether it puts pairs into a score template; whether its logits are right; how many
+    # bytes the texts of a request may have, where one was too large.
     has_template: bool | None = field(default=None, compare=False)
+    has_logits: bool | None = field(default=None, compare=False)
     most_bytes: int | None = field(default=None, compare=False)
     form: Form = field(default=VLLM_SCORE, compare=False)
 
@@ -158,6 +159,11 @@ SINCE: dict[str, Version] = {
     "chat_template_kwargs": (0, 22),
     "priority": (0, 8),
 }
+
+
+# In these versions use_activation=False leaves out the tanh in the head of BERT's cross-encoders, too (seen with 0.14
+# and 0.20, read in the sources of the others).
+WRONG_LOGITS: tuple[Version, Version] = (0, 14), (0, 30)
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -273,7 +279,8 @@ def read_models(body: bytes) -> list[Card]:
         raise _no_answer(body, "of /v1/models is no model list")
     cards = []
     for each in entries:
-        name, window = str(each["id"]), _of(int, each.get("max_model_len"))
+        name = str(each["id"]).encode(errors="replace").decode()  # a lone surrogate could not be sent
+        window = _of(int, each.get("max_model_len"))
         cards.append(Card(name, str(each.get("root") or name), window, each.get("owned_by")))
     return cards
 
@@ -285,11 +292,27 @@ def error_text(body: bytes) -> str:
     error = content.get("error")
     nested = error.get("message") if isinstance(error, dict) else error
     text = str(nested or content.get("message") or content.get("detail") or content)
-    if not content:
-        text = body[:1000].decode("utf-8", "replace")
-        page = re.search(r"(?is)<(title|h1)[^>]*>(.*?)</\1>", text)  # a proxy's, nginx's say
-        text = page[2] if page else text
-    return printable(text)
+    return printable(text) if content else _page_words(body)
+
+
+def _page_words(body: bytes) -> str:
+    """Find what a page says (a proxy's, nginx's say), or the beginning of a text that is none."""
+    text = body[:1000].decode("utf-8", "replace")
+    page = re.search(r"(?is)<(title|h1)[^>]*>(.*?)</\1>", text)
+    return printable(page[2] if page else text)
+
+
+# vLLM's words and those of gateways and other servers (SGLang, TEI, llama.cpp, OpenAI's) for a prompt that is too long.
+_TOO_LONG = re.compile(
+    r"(maximum|model'?s?) (context|model|input|sequence) length|context[ _]?(length|size|window)[ _]?exceed"
+    r"|exceeds? [\w ]*context|less than \d+ tokens|too many tokens|too large to process",
+    re.IGNORECASE,
+)
+
+
+def is_too_long(said: str) -> bool:
+    """Tell whether a server refuses a prompt that is longer than its model reads."""
+    return _TOO_LONG.search(said) is not None
 
 
 def printable(text: str) -> str:
@@ -306,9 +329,8 @@ def is_model_missing(body: bytes) -> bool:
 
 
 def _no_answer(body: bytes, said: str) -> BadReply:
-    """Make the error for an answer that is none; with its words where it is an error, which some send as a success."""
-    is_error = _fields(body).keys() & {"error", "message", "detail"}
-    return BadReply(f"the answer {said}" + (f": {error_text(body)}" if is_error else ""))
+    """Make the error for an answer that is none, with its words: some send an error as a success."""
+    return BadReply(f"the answer {said}: {error_text(body)}")
 
 
 def _fields(body: bytes) -> dict[str, Any]:
@@ -321,9 +343,10 @@ def _fields(body: bytes) -> dict[str, Any]:
 def _parsed(body: bytes) -> Any:
     """Read JSON. Python's reader fails in four ways on hostile input, and reads NaN and Infinity as floats."""
     try:
-        return json.loads(body.decode("utf-8"))
+        return json.loads(body.decode().removeprefix("\ufeff"))  # the byte order mark of some gateways
     except (ValueError, RecursionError) as error:  # UnicodeDecodeError and JSONDecodeError are ValueErrors
-        raise BadReply(f"the answer is not JSON: {type(error).__name__}") from error
+        said = f": {_page_words(body)}" if body.lstrip()[:1] == b"<" else ""
+        raise BadReply(f"the answer is not JSON ({type(error).__name__}){said}") from error
 
 
 def _object(body: bytes) -> dict[str, Any]:

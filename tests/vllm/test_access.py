@@ -1,7 +1,9 @@
 """What lets requests in and how they go: the user's client, headers, keys and proxies."""
 
 import asyncio
+import itertools
 import logging
+import math
 import pickle
 import zlib
 from typing import Any
@@ -9,7 +11,7 @@ from typing import Any
 import httpx
 import pytest
 
-from rag_rerank import AuthError, BackendUnavailable, ConfigError, VLLMScorer
+from rag_rerank import AuthError, BackendRejected, BackendUnavailable, ConfigError, VLLMScorer
 from tests.faulty_server import HANG, FaultyServer, Request, Steps, http, on_scores, oracle, refusal, right
 from tests.vllm.faults.common import soon
 
@@ -82,6 +84,48 @@ class TestClient:
             authorization = server.requests[-1].headers["authorization"]
         assert authorization.startswith("Bearer canary-3" if "api_key" in settings else sent)
         assert authorization.split()[1] not in f"{caught.value} {caught.value.body}"
+
+    @pytest.mark.parametrize(
+        ("behave", "outcome"),
+        [
+            (lambda request: None, EXACT),
+            (lambda request: refusal(401), AuthError),
+            (lambda request: refusal(400), BackendRejected),
+            (lambda request: refusal(503), BackendUnavailable),
+        ],
+    )
+    @pytest.mark.parametrize("reads", [True, False])
+    def test_its_hooks_may_read_replies_and_raise(self, reads: bool, behave: Any, outcome: Any):
+        """As those that log do, and `raise_for_status`: a refusal stays one."""
+
+        async def hook(response: httpx.Response) -> None:
+            await response.aread() if reads else response.raise_for_status()
+
+        with FaultyServer(on_scores(behave)) as server:
+            make = lambda: httpx.AsyncClient(event_hooks={"response": [hook]})  # noqa: E731
+            with VLLMScorer(server.base_url, http_client=make, max_retries=0) as scorer:
+                if outcome is EXACT:
+                    assert scorer.score("q", ["a"]) == EXACT
+                else:
+                    with pytest.raises(outcome):
+                        scorer.score("q", ["a"])
+
+    def test_what_fails_in_it_is_named(self):
+        """An exception of one's own hook, and of the function itself; without words that may hold a secret."""
+
+        async def hook(_: httpx.Request) -> None:
+            raise KeyError("canary")
+
+        make = lambda: httpx.AsyncClient(event_hooks={"request": [hook]})  # noqa: E731
+        with VLLMScorer("http://127.0.0.1:1", http_client=make, max_retries=0) as scorer:
+            with pytest.raises(BackendUnavailable, match="http_client= failed: KeyError") as caught:
+                scorer.score("q", ["a"])
+            assert "canary" not in str(caught.value)
+        with (
+            VLLMScorer(http_client=lambda: 1 / 0) as scorer,
+            pytest.raises(ConfigError, match="http_client= is a function"),
+        ):
+            scorer.score("q", ["a"])
 
     @pytest.mark.parametrize("wrong", [httpx.AsyncClient(), 3, lambda: 3, httpx.Client])
     def test_anything_else_is_refused(self, wrong: Any):
@@ -245,7 +289,20 @@ class TestProxies:
                 scorer.score("q", ["a"])
             assert proxy.requests[0].path == "http://10.1.2.3:8000/version"
 
-    @pytest.mark.parametrize("exception", ["*", "gpu.test", ".test", "*.test", "http://gpu.test", "gpu.test:8000, x"])
+    @pytest.mark.parametrize(
+        "exception",
+        [
+            "*",
+            "gpu.test",
+            "GPU.test.",
+            ".gpu.test",
+            ".test",
+            "*.test",
+            "http://gpu.test:8000",
+            "gpu.test:8000, x",
+            "x gpu.test",
+        ],
+    )
     def test_exceptions(self, exception: str, monkeypatch: pytest.MonkeyPatch):
         """A proxy that can't be used does no harm where it does not apply."""
         monkeypatch.setenv("ALL_PROXY", "socks://proxy:1")
@@ -271,6 +328,28 @@ class TestProxies:
             VLLMScorer("https://reranker.test")
         assert "canary" not in str(caught.value)
 
+    @pytest.mark.parametrize("proxy", ["http://☃.test:1", "http://h\x7f:1"])
+    def test_one_that_no_url_can_hold(self, proxy: str, monkeypatch: pytest.MonkeyPatch):
+        """At construction, too."""
+        monkeypatch.setenv("HTTP_PROXY", proxy)
+        with pytest.raises(ConfigError, match=r"the proxy that the environment names for gpu\.test:80 is not a URL"):
+            VLLMScorer("http://gpu.test")
+
+    @pytest.mark.parametrize(
+        ("url", "answer", "error", "words"),
+        [
+            ("http://gpu.test", 407, BackendRejected, "407.*HTTP_PROXY=http://user:password@"),
+            ("https://gpu.test", 407, BackendUnavailable, "connect through the proxy that the environment names: 407"),
+            ("https://gpu.test", 403, BackendUnavailable, "connect through the proxy that the environment names: 403"),
+        ],
+    )
+    def test_one_that_refuses(self, url: str, answer: int, error: type, words: str, monkeypatch: pytest.MonkeyPatch):
+        """The error says that there is a proxy in between."""
+        with FaultyServer(lambda request: [http("", answer)]) as proxy:
+            monkeypatch.setenv("ALL_PROXY", proxy.base_url)
+            with VLLMScorer(url, max_retries=0) as scorer, pytest.raises(error, match=words):
+                scorer.score("q", ["a"])
+
     def test_authorities_that_can_not_be_read(self, monkeypatch: pytest.MonkeyPatch):
         """Told before anything is sent."""
         monkeypatch.setenv("SSL_CERT_FILE", "/nowhere.pem")
@@ -284,6 +363,7 @@ class TestProxies:
         {"model": "\ud800"},
         {"instruction": "\ud800"},
         {"query_prompt": "\ud800"},
+        {"template": "\ud800"},
         {"extra_body": {"x": {1}}},
         {"chat_template_kwargs": {"x": object()}},
     ],
@@ -293,6 +373,28 @@ def test_what_no_request_can_hold_is_refused(settings: dict[str, Any]):
     """At construction, by name."""
     with pytest.raises(ConfigError, match="can't be sent as JSON"):
         VLLMScorer(**settings)
+
+
+@pytest.mark.parametrize(
+    ("names", "values"),
+    [
+        (("model", "instruction", "query_prompt", "document_prompt"), (3, b"x", ["x"])),
+        (("default_headers", "default_query", "chat_template_kwargs", "extra_body"), ("x", 3, [("a", "b")])),
+        (("use_activation", "send_key_over_http"), ("false", 0)),
+        (("max_retries", "chunk_size", "max_concurrency"), ("3", 1.5, True, None, -1)),
+        (("max_waiting_calls", "max_tokens_per_query", "max_tokens_per_doc"), ("3", 1.5, True, 0)),
+        (("truncate_prompt_tokens",), ("3", 1.5, True, 0, -2)),
+        (("timeout", "connect_timeout", "attempt_timeout"), ("3", True, 0, -1, math.nan)),
+        (("template",), (3, b"x")),
+        (("priority",), ("high", 1.5)),
+    ],
+    ids=lambda given: given[0] if isinstance(given[0], str) else "",
+)
+def test_arguments_of_the_wrong_type_or_out_of_range(names: tuple[str, ...], values: tuple[Any, ...]):
+    """At construction, by name; text such as "false" is not taken for a switch."""
+    for name, value in itertools.product(names, values):
+        with pytest.raises(ConfigError, match=f"^{name} must be"):
+            VLLMScorer(**{name: value})
 
 
 def test_the_usage_of_the_last_call():

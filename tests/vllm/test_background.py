@@ -9,6 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from rag_rerank import BackendUnavailable
 from rag_rerank.vllm.background import Background
 
 HANGING = """
@@ -43,7 +44,7 @@ class TestThread:
             start(thread)
 
         monkeypatch.setattr(threading.Thread, "start", refuse_once)
-        with pytest.raises(RuntimeError, match="new thread"):
+        with pytest.raises(BackendUnavailable, match="new thread"):
             background.run(answer(), 10)
         assert background.run(answer(), 10) == background.run(answer(), None) == 42
         assert len(tries) == 2

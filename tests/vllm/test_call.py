@@ -1,13 +1,14 @@
 """How a call is cut into requests, rejected documents found, and over-long ones cut; on a virtual clock."""
 
 import itertools
+import json
 from collections.abc import Collection
 from dataclasses import replace
 
 import pytest
 
 from rag_rerank import AuthError, BackendRejected, BackendUnavailable, BadReply, ConfigError, DocumentRejected
-from rag_rerank.vllm.sending import Send
+from rag_rerank.vllm.exchange import Send
 from rag_rerank.vllm.wire import Reply
 from tests.faulty_server import oracle
 from tests.vllm.virtual import BUSY, REFUSED, Outcome, Script, Server, World, always, documents_of, refusal
@@ -59,6 +60,41 @@ class TestChunks:
         world = World(chunk_size=1)
         world.score("q", ["a", "b"], use_activation=False, priority=3)
         assert [(sent.content["use_activation"], sent.content["priority"]) for sent in world.sent] == [(False, 3)] * 2
+
+    @pytest.mark.parametrize("version", ["0.14.0", "0.30.1", "0.31.0"])
+    @pytest.mark.parametrize(
+        ("score", "logit", "is_right"),
+        [
+            (0.25, -1.0986, True),
+            (0.25, -2.5, False),
+            (0.0001, -9.2102, True),
+            (0.0001, -5.0, False),
+            (0.99999994, 20.0, True),
+            (0.999, 2.0, False),
+            (0.7, 0.7, True),  # cosines, and models without an activation
+            (7.5, 30.0, True),  # sums over tokens
+        ],
+    )
+    def test_wrong_logits_are_refused(self, version: str, score: float, logit: float, is_right: bool):
+        """Of versions that leave out more than the activation, for some models: one look tells, in a minute."""
+
+        def answer(send: Send, now: float) -> tuple[float, Outcome]:
+            reply = Server(version=version).reply(send)
+            if send.request.body is None:
+                return 0.0, reply
+            content = json.loads(reply.body)
+            value = score if json.loads(send.request.body).get("use_activation") is None else logit
+            content["data"] = [entry | {"score": value} for entry in content["data"]]
+            return 0.0, replace(reply, body=json.dumps(content).encode())
+
+        world = World(answer, known=False)
+        if is_right or version == "0.31.0":
+            for _ in range(2):
+                assert world.score("q", ["a", "b"], use_activation=False) == [logit, logit]
+            assert len(world.score_requests) == (2 if version == "0.31.0" else 4)
+        else:
+            with pytest.raises(ConfigError, match=r"vLLM 0\.\d+ gives wrong logits .* Upgrade to 0\.31 or newer"):
+                world.score("q", ["a", "b"], use_activation=False)
 
     def test_an_option_that_the_server_does_not_know_is_an_error(self):
         """Nothing is sent with it left out."""

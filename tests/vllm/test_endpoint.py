@@ -78,6 +78,8 @@ def test_one_server_is_asked_once_however_its_address_is_written():
         ("file:///etc/passwd", "http://"),
         ("http://", "no host"),
         ("http://host:99999", "not a URL"),
+        ("http://host:0", "port 0"),
+        *((url, "not a URL") for url in ("http://☃.test", "http://xn--", "http://h\x7f", "http://h/\ud800")),
         ("http://host/?key=1", "query"),
         (3, "string"),
     ],
@@ -98,7 +100,7 @@ def test_a_password_in_the_address_is_refused_and_not_repeated():
 def test_the_environment_names_the_server_where_the_caller_does_not(monkeypatch: pytest.MonkeyPatch):
     """An argument wins over VLLM_BASE_URL, which wins over localhost:8000."""
     assert "http://localhost:8000" in repr(VLLMScorer())
-    monkeypatch.setenv("VLLM_BASE_URL", "http://elsewhere:9000/v1")
+    monkeypatch.setenv("VLLM_BASE_URL", "http://elsewhere:9000/v1, ,")
     assert "http://elsewhere:9000'" in repr(VLLMScorer())
     assert "http://here:1'" in repr(VLLMScorer("http://here:1"))
 
@@ -118,7 +120,9 @@ def test_the_environment_names_the_server_where_the_caller_does_not(monkeypatch:
         ("http://localhost.example", False),
         ("http://127.0.0.1.example", False),
         ("http://10.0.0.1", False),
-        ("http://0.0.0.0", False),
+        ("http://[::ffff:127.0.0.1]", True),
+        ("http://localhost.", True),
+        ("http://0.0.0.0:8000", True),  # what vLLM's log says
         ("http://[2001:db8::1]", False),
     ],
 )

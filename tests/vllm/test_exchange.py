@@ -18,8 +18,7 @@ from rag_rerank import (
     DeadlineExceeded,
 )
 from rag_rerank.vllm.endpoint import Endpoint
-from rag_rerank.vllm.exchange import ID_PREFIX, Exchange
-from rag_rerank.vllm.sending import Rules, Send
+from rag_rerank.vllm.exchange import ID_PREFIX, Exchange, Rules, Send
 from rag_rerank.vllm.servers import Servers
 from rag_rerank.vllm.wire import Failure, Options, Reply, Request, ServerFacts, scoring_request
 from tests.faulty_server import oracle
@@ -100,7 +99,7 @@ class TestTries:
         world = World(Script(BROKEN))
         assert score(world) == SCORES
         assert world.slept == []
-        world = World(Script(BROKEN, BROKEN), known=False)
+        world = World(Script(BROKEN, BROKEN))
         assert score(world) == SCORES
         assert world.slept == [0.5]
         world = World(Script(refusal(500), BROKEN))
@@ -149,7 +148,9 @@ class TestTries:
     def test_a_bad_reply_to_the_end_is_a_bad_reply(self):
         """With the place added to what is wrong with it; its connections are not used again."""
         world = World(Script(*[EMPTY] * 3))
-        with pytest.raises(BadReply, match=r"no list 'data' \(server0:1, 3 attempts.*Is it a vLLM server\?$") as caught:
+        with pytest.raises(
+            BadReply, match=r"no list 'data': {} \(server0:1, 3 attempts.*Is it a vLLM server\?$"
+        ) as caught:
             score(world)
         assert isinstance(caught.value.__cause__, BadReply)
         assert world.discarded == [EMPTY] * 3
@@ -402,10 +403,10 @@ class TestDeadline:
 
     def test_no_request_is_sent_after_it(self):
         """The second answer of three comes at the last moment."""
-        world = World(Server(seconds=0.5), known=False, deadline=1)
+        world = World(Server(seconds=0.5), deadline=1, chunk_size=1, max_concurrency=1)
         with pytest.raises(DeadlineExceeded, match=r"^the deadline passed \(server0:1, 2 attempts, 1.00 s\)"):
-            score(world)
-        assert world.paths == ["/version", "/v1/models"]
+            world.score("q", ["a", "b", "c"])
+        assert len(world.sent) == 2
 
     def test_an_answer_at_the_deadline_is_an_answer(self):
         """It is there."""
@@ -922,7 +923,7 @@ class TestLearning:
 
     def test_a_description_is_tried_for_as_a_score_is(self):
         """By the same rules."""
-        world = World(Script(BROKEN, None, refusal(500)), known=False)
+        world = World(Script(None, BROKEN, None, refusal(500)), known=False)
         assert learn(world).model == "m"
         assert world.slept == [0.5]
 
@@ -941,9 +942,10 @@ class TestLearning:
         assert learn(world) == ServerFacts(None, "mine")
         assert len(world.sent) == 2
 
-    @pytest.mark.parametrize("reply", [BUSY, refusal(500), UNREAD, Reply(200, b"nginx")])
+    @pytest.mark.parametrize("reply", [BUSY, refusal(500), UNREAD, Reply(200, b"nginx"), BROKEN])
     def test_what_a_server_need_not_tell_stops_no_call(self, reply: Outcome):
         """It is not known then, and asked again soon; nothing is held against the server."""
+        asked = ["/version", "/v1/models"] if reply is not BROKEN else ["/version"] * 2 + ["/v1/models"] * 2
 
         def answer(send: Send, now: float) -> tuple[float, Outcome]:
             return (0.0, reply) if send.request.body is None else Server()(send, now)
@@ -951,10 +953,22 @@ class TestLearning:
         world = World(answer, known=False, model="m")
         assert score(world) == SCORES
         assert score(world) == SCORES
-        assert world.paths == ["/version", "/v1/models", "/v1/score", "/v1/score"]
+        assert world.paths == [*asked, "/v1/score", "/v1/score"]
         world.now += 6
         assert score(world) == SCORES
-        assert world.paths[4:] == ["/version", "/v1/models", "/v1/score"]
+        assert world.paths[len(asked) + 2 :] == [*asked, "/v1/score"]
+
+    def test_what_a_server_never_tells_leaves_time_for_the_scores(self):
+        """A gateway that lets such requests hang: each gets a third of what is left, once in a minute."""
+
+        def answer(send: Send, now: float) -> tuple[float, Outcome]:
+            return HANG if send.request.body is None else Server()(send, now)
+
+        world = World(answer, known=False, model="m", deadline=9)
+        assert score(world) == SCORES
+        assert world.elapsed == pytest.approx(5.01)
+        assert score(world) == SCORES
+        assert world.paths == ["/version", "/v1/models", "/v1/score", "/v1/score"]
 
     def test_another_programs_version_is_not_vllms(self):
         """A router's, whose list of models does not tell how long prompts may be; a source build's says nothing."""
@@ -977,17 +991,18 @@ class TestLearning:
         models = Reply(200, b'{"data": [{"id": "a", "root": "r", "max_model_len": 8}, {"id": "b", "root": "r"}]}')
         assert learn(World(Script(None, models), known=False)) == ServerFacts((0, 32), "a", "r", 8)
 
-    @pytest.mark.parametrize(
-        ("models", "words"),
-        [
-            ('{"data": [{"id": "a"}, {"id": "b"}]}', r"server0:1 serves 2 models; pass model=\. It serves: a, b\."),
-            ('{"data": []}', "serves 0 models"),
-        ],
-    )
-    def test_no_or_several_models_must_be_chosen_from(self, models: str, words: str):
+    def test_several_models_must_be_chosen_from(self):
         """Guessing would score with the wrong one."""
-        with pytest.raises(ConfigError, match=words):
-            learn(World(Script(None, Reply(200, models.encode())), known=False))
+        models = Reply(200, b'{"data": [{"id": "a"}, {"id": "b"}]}')
+        with pytest.raises(ConfigError, match=r"server0:1 serves 2 models; pass model=\. It serves: a, b\."):
+            learn(World(Script(None, models), known=False))
+
+    def test_no_model_may_be_one_that_is_not_loaded_yet(self):
+        """A router's list before its servers are up: asked again; then another scorer may take over."""
+        none = Reply(200, b'{"data": []}')
+        assert learn(World(Script(None, none), known=False)).model == "m"
+        with pytest.raises(BackendUnavailable, match=r"lists no model \(server0:1, 6 attempts.*as model="):
+            learn(World(Script(*[None, none] * 3), known=False))
 
     def test_names_of_models_are_shown_printable_and_not_without_end(self):
         """Row 67, for what else a server says: a gateway may list hundreds."""

@@ -46,14 +46,14 @@ def vllm_litellm(vllm_released: VLLMServer, tmp_path_factory: pytest.TempPathFac
     with log.open("wb") as output:
         process = subprocess.Popen(command, cwd=folder, stdout=output, stderr=output, start_new_session=True)
     try:
-        _wait(process, f"http://127.0.0.1:{port}/health/liveliness", log)
+        wait(process, f"http://127.0.0.1:{port}/health/liveliness", log)
         yield f"http://127.0.0.1:{port}"
     finally:
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
 
 
-def _wait(process: "subprocess.Popen[bytes]", url: str, log: Path) -> None:
+def wait(process: "subprocess.Popen[bytes]", url: str, log: Path) -> None:
     for _ in range(1200):
         if process.poll() is not None:
             break
@@ -62,7 +62,7 @@ def _wait(process: "subprocess.Popen[bytes]", url: str, log: Path) -> None:
                 return
         except OSError:
             time.sleep(0.25)
-    pytest.fail(f"LiteLLM does not answer:\n{log.read_text()[-3000:]}")
+    pytest.fail(f"no answer from {url}:\n{log.read_text()[-3000:]}")
 
 
 def behind(proxy: str, model: str = "reranker", **options: object) -> VLLMScorer:

@@ -14,8 +14,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from rag_rerank import DeadlineExceeded, DocumentRejected, RerankError
-from rag_rerank.vllm.exchange import ID_PREFIX
-from rag_rerank.vllm.sending import Send
+from rag_rerank.vllm.exchange import ID_PREFIX, Send
 from rag_rerank.vllm.wire import Failure, Reply
 from tests.faulty_server import oracle
 from tests.vllm.virtual import (

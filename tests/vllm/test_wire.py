@@ -19,6 +19,7 @@ from rag_rerank.vllm.wire import (
     ServerFacts,
     error_text,
     is_model_missing,
+    is_too_long,
     read_answer,
     read_models,
     read_version,
@@ -400,6 +401,28 @@ class TestOtherReplies:
         assert error_text(b"x" * 300) == "x" * 300
         assert error_text(b"x" * 301) == error_text(b"x" * 1_000_000) == "x" * 297 + "..."
         assert len(error_text(b"\0" * 1_000_000)) == 300
+
+    @pytest.mark.parametrize(
+        ("said", "too_long"),
+        [
+            ("This model's maximum context length is 512 tokens. However, you requested 513", True),
+            ("The decoder prompt (length 513) is longer than the maximum model length of 512", True),
+            ("litellm.ContextWindowExceededError: HTTP 400", True),
+            ("The input (513 tokens) is longer than the model's context length (512 tokens)", True),
+            ("Input validation error: `inputs` must have less than 512 tokens. Given: 513", True),
+            ("the request exceeds the available context size", True),
+            ("input is too large to process. increase the physical batch size", True),
+            ("context_length_exceeded", True),
+            ("too many tokens: max tokens per document", True),
+            ("The model `x` does not exist.", False),
+            ("Input lengths must be either 1:1, 1:N or N:N", False),
+            ("Input should be a valid string", False),
+            ("max_tokens_per_doc (512) must be less than max_model_len (512).", False),
+        ],
+    )
+    def test_what_is_too_long_is_said_in_many_words(self, said: str, too_long: bool):
+        """By vLLM's versions, gateways and other servers."""
+        assert is_too_long(said) is too_long
 
     def test_an_unknown_model_and_an_unknown_path_are_told_apart(self):
         """Both are 404; the body differs."""

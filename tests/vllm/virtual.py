@@ -20,8 +20,7 @@ from rag_rerank.backoff import BackOff
 from rag_rerank.isolation import failure
 from rag_rerank.vllm.call import Call
 from rag_rerank.vllm.endpoint import Endpoint
-from rag_rerank.vllm.exchange import ID_PREFIX, Exchange
-from rag_rerank.vllm.sending import Rules, Send
+from rag_rerank.vllm.exchange import ID_PREFIX, Exchange, Rules, Send
 from rag_rerank.vllm.servers import Server as Asked
 from rag_rerank.vllm.servers import Servers
 from rag_rerank.vllm.wire import Failure, Options, Reply, ServerFacts

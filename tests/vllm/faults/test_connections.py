@@ -9,7 +9,6 @@ import ssl
 import threading
 from collections.abc import Iterator
 
-import httpx
 import pytest
 
 from rag_rerank import (
@@ -63,7 +62,7 @@ class TestConnections:
         label = closed_port()
         with pytest.raises(BackendUnavailable, match=f"{label}, 3 attempts") as caught:
             score(connect(f"http://{label}"))
-        assert isinstance(caught.value.__cause__, httpx.ConnectError)
+        assert isinstance(caught.value.__cause__, ConnectionError)
 
     @pytest.fixture
     def hanging_lookup(self, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:

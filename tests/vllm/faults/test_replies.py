@@ -5,6 +5,7 @@ import itertools
 import json
 import random
 import zlib
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -58,6 +59,12 @@ def bomb(window_bits: int) -> bytes:
     """64 MiB in 64 KB."""
     packer = zlib.compressobj(level=1, wbits=window_bits)
     return b"".join([*(packer.compress(bytes(1 << 20)) for _ in range(64)), packer.flush()])
+
+
+def chunked(*parts: bytes) -> bytes:
+    """An answer in parts, with something before and behind each that need not be understood."""
+    head = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
+    return head + b"".join(b"%x;a=b\r\n%s\r\n" % (len(part), part) for part in parts) + b"0\r\nX: y\r\n\r\n"
 
 
 NO_ANSWERS: dict[str, Behaviour] = {
@@ -208,6 +215,38 @@ class TestReplies:
             content["new"] = {"score": 1}
 
         assert score(connect(serve(on_scores(spoilt(change))))) == EXACT
+
+    @pytest.mark.parametrize(
+        "answer",
+        [
+            lambda body: [http(b"\xef\xbb\xbf" + body)],
+            lambda body: [http(body, Content_Encoding="")],
+            lambda body: [http(body, Content_Type="text/html")],
+            lambda body: [http(body, 201)],
+            lambda body: [b"HTTP/1.1 103 Early Hints\r\n\r\n" * 100, http(body)],
+            lambda body: [b"HTTP/1.0 200 OK\r\n\r\n" + body, CLOSE],
+            lambda body: [b"HTTP/1.1 200 OK\r\n\r\n", *(body[i : i + 1] for i in range(len(body))), CLOSE],
+            lambda body: [chunked(body[:50], body[50:])],
+        ],
+        ids=["byte order mark", "no encoding", "html", "201", "hints", "HTTP/1.0", "a byte at a time", "chunked"],
+    )
+    def test_an_answer_in_an_odd_dress(self, serve: Serve, connect: Connect, score: Score, answer: Callable):
+        """Gateways may; it is read all the same, in one request each."""
+        server = serve(on_scores(lambda request: answer(json.dumps(scores(request)).encode())))
+        scorer = connect(server)
+        for _ in range(2):
+            assert score(scorer, FEW) == EXACT[:5]
+        assert len(server.score_requests) == 2
+
+    def test_what_nobody_asked_for_while_idle(self, serve: Serve, connect: Connect, score: Score):
+        """Row 34: a connection on which the server goes on talking is dropped, and no memory filled."""
+        flood = itertools.repeat(b"x" * 100_000)
+        server = serve(on_scores(lambda request: itertools.chain(right(request), [0.01], flood), times=1))
+        scorer = connect(server)
+        with little_memory():
+            for _ in range(2):
+                assert score(scorer, FEW) == EXACT[:5]
+            assert soon(lambda: server.open_connections == 1)
 
     def test_the_answer_to_another_request(self, serve: Serve, connect: Connect, score: Score):
         """Row 34: its id gives it away; that connection is not used again, and the request is repeated."""

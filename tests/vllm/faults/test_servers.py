@@ -55,7 +55,7 @@ class TestSeveralServers:
         scorer = connect(*((dead, alive) if dead_first else (alive, dead)))
         assert score(scorer) == EXACT
         wasted = len(dead.requests)
-        assert wasted <= 4
+        assert wasted <= 6  # two requests at once, and what each learns of it before
         for _ in range(20):
             assert score(scorer, FEW) == EXACT[:5]
         assert len(dead.requests) <= max(wasted, 1)
