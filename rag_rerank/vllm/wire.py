@@ -134,8 +134,6 @@ class Options:
             if version < SINCE[name]:  # it would ignore the field silently: the score is not the one asked for
                 need = ".".join(map(str, SINCE[name]))
                 raise ConfigError(f"vLLM {version[0]}.{version[1]} does not know {name}; it needs {need} or newer")
-        if "use_activation" in given and version < (0, 12):
-            given["activation"] = given.pop("use_activation")  # its name in 0.10 and 0.11
         return given | dict(self.extra_body or {})
 
     def tei_fields(self) -> dict[str, Any]:
@@ -149,9 +147,9 @@ class Options:
         return fields | dict(self.extra_body or {})
 
 
-# The versions from which a field is known (the sources of the releases; 0.16 to 0.33 were read, 0.32 was run).
+# The versions from which a field is known (the sources of the releases; `make compat` runs some).
 SINCE: dict[str, Version] = {
-    "use_activation": (0, 10),
+    "use_activation": (0, 12),  # 0.11.1 and 0.11.2 take the older activation=False for True
     "truncate_prompt_tokens": (0, 8),
     "max_tokens_per_query": (0, 20),
     "max_tokens_per_doc": (0, 20),

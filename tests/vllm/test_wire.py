@@ -51,15 +51,10 @@ class TestRequest:
         request = scoring_request(ServerFacts(None, "m"), ["q", "r"], ["a", "b"], Options())
         assert json.loads(request.body) == {"model": "m", "text_1": ["q", "r"], "text_2": ["a", "b"]}
 
-    @pytest.mark.parametrize(("version", "field"), [((0, 32), "use_activation"), ((0, 11), "activation")])
-    def test_the_activation_has_the_name_of_its_version(self, version: tuple[int, int], field: str):
-        """use_activation from 0.12 on, activation before."""
-        assert body_of(version, use_activation=False)[field] is False
-
     @pytest.mark.parametrize(
         ("version", "options", "need"),
         [
-            ((0, 9), {"use_activation": False}, "0.10"),
+            ((0, 11), {"use_activation": False}, "0.12"),
             ((0, 7), {"truncate_prompt_tokens": 512}, "0.8"),
             ((0, 7), {"priority": 1}, "0.8"),
             ((0, 19), {"max_tokens_per_doc": 10}, "0.20"),
