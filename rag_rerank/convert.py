@@ -171,7 +171,8 @@ def _causal(checkpoint: Checkpoint, weights: Weights, tokens: Sequence[str]) -> 
     for option in LOGIT_OPTIONS:
         if getattr(config, option, None) not in {None, 1}:
             raise ConfigError(f"{name!r} has {option} in its config: its logits are more than the output matrix gives")
-    matrix = _EMBEDDINGS if config.tie_word_embeddings else _HEAD
+    # Tied to the embeddings, unless it has weights of its own: so does transformers.
+    matrix = _EMBEDDINGS if config.tie_word_embeddings and _HEAD not in weights.home else _HEAD
     if matrix not in weights.home or "lm_head.bias" in weights.home:
         raise ConfigError(f"{name!r} has no {matrix}, or an lm_head.bias: a classifier has a weight and no bias")
     ids = token_ids(checkpoint.tokenizer, tokens, name) if tokens else checkpoint.declaration.answers

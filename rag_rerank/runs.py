@@ -42,7 +42,11 @@ class Store:
             self._database = sqlite3.connect(path or ":memory:", timeout=wait, isolation_level=None)
         self.close = self._database.close
         try:
-            self.execute(f"PRAGMA locking_mode = {'EXCLUSIVE' if alone else 'NORMAL'}")
+            if alone:
+                self.execute("PRAGMA locking_mode = EXCLUSIVE")
+                with self.transaction():
+                    pass  # waits for the lock, which is then kept
+                self.execute("PRAGMA journal_mode = WAL")  # one sync a transaction instead of four
             with self.transaction():
                 is_new = not self.execute("SELECT name FROM sqlite_master")
                 ((page_size,),) = self.execute("PRAGMA page_size")

@@ -304,15 +304,18 @@ class TestWeights:
         assert {tensor.dtype for tensor in weights.values()} == {torch.float16}
         assert AutoModelForSequenceClassification.from_pretrained(out).dtype == torch.float16
 
-    def test_of_both_matrices_are_dropped(self, copied: Path, tmp_path: Path) -> None:
-        """A model with tied embeddings that stores the output matrix too loses it all the same."""
+    @pytest.mark.parametrize("sign", [1, -1])
+    def test_of_both_matrices_are_dropped(self, sign: int, copied: Path, prompts: list[str], tmp_path: Path) -> None:
+        """A model with tied embeddings that stores the output matrix too, equal to them or not, loses it."""
         weights = load_file(copied / WEIGHTS)
         save_file(
-            {**weights, "lm_head.weight": weights["model.embed_tokens.weight"].clone()},
+            {**weights, "lm_head.weight": weights["model.embed_tokens.weight"] * sign},
             copied / WEIGHTS,
             metadata={"format": "pt"},
         )
         out = convert(copied, tmp_path / "out", **YES_NO)
+        expected = causal_scores(copied, prompts[:4], **YES_NO)
+        assert largest_difference(classifier_scores(out, prompts[:4]), expected) <= TOLERANCE
         with safe_open(out / WEIGHTS, framework="pt") as file:
             assert "lm_head.weight" not in file.keys()  # noqa: SIM118 - it is not a dict
             assert file.metadata() == {"format": "pt"}

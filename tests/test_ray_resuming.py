@@ -98,7 +98,7 @@ class FolderRuns(RuleBasedStateMachine):
     @rule(point=st.integers(0, 60), restart=st.booleans())
     def kill(self, point: int, restart: bool) -> None:
         """By SIGKILL, at any point at which a run changes the disk, unless it comes to its end before."""
-        before, written = self.files(), kept.record(self.target / "_rag_rerank" / "run.sqlite")[0]
+        written, before = kept.record(self.target / "_rag_rerank" / "run.sqlite")[0], self.files()
         refused = self.begun is not None and self.begun[0] != self.now and not restart
         code = killed_at(point, lambda: self.run(restart=restart))
         if refused:
@@ -142,8 +142,9 @@ class FolderRuns(RuleBasedStateMachine):
         return {path.name: path.read_bytes() for path in files}
 
     def files(self) -> dict[str, bytes]:
-        """All but sqlite's own notes of what it has to undo after a kill."""
-        paths = [path for path in self.target.rglob("*") if path.is_file() and not path.name.endswith("-journal")]
+        """All but sqlite's own notes, which are of a run that was killed."""
+        notes = "-journal", "-wal"
+        paths = [path for path in self.target.rglob("*") if path.is_file() and not path.name.endswith(notes)]
         return {str(path): path.read_bytes() for path in paths}
 
 

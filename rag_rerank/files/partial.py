@@ -124,7 +124,7 @@ class Record(Store):
 
 def lines_kept(target: Path, wait: float) -> int:
     """Count the lines that a run which has not come to its end has finished."""
-    with closing(Store(partial_of(target), _DONE, wait=wait)) as store:
+    with closing(Store(partial_of(target), _DONE, wait=wait, alone=True)) as store:
         return sum(lines for (lines,) in store.each("SELECT lines FROM done"))
 
 

@@ -94,7 +94,6 @@ class EmbedderLoading(Loading):
             "max_length": self.max_length(model, route),
             "prompt": prompt,
             "marker": marker,
-            "lower_case": route.lower_case,
         }
 
 
@@ -105,9 +104,8 @@ def _all(states: States) -> torch.Tensor:
 
 def _known_ids(tokenizer: PreTrainedTokenizerBase, words: Sequence[str]) -> frozenset[int]:
     """Find the ids of those words that are tokens: the unknown token is not skipped for a word that is none."""
-    ids = {word: cast("int | None", tokenizer.convert_tokens_to_ids(word)) for word in words}
-    unknown = tokenizer.unk_token, tokenizer.unk_token_id
-    return frozenset(id_ for word, id_ in ids.items() if id_ is not None and (id_ != unknown[1] or word == unknown[0]))
+    ids = set(cast("list[int]", tokenizer.convert_tokens_to_ids(list(words)))) - {None}
+    return frozenset(ids if tokenizer.unk_token in words else ids - {tokenizer.unk_token_id})
 
 
 def _marker(tokenizer: PreTrainedTokenizerBase, prompt: str, markers: Sequence[str]) -> tuple[int | None, str]:

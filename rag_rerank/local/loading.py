@@ -23,7 +23,6 @@ _NO_FACTS = (
     *("offload_buffers", "offload_folder", "offload_state_dict", "proxies", "resume_download"),
 )
 
-
 _KINDS = {
     "ForCausalLM": "causal",
     "T5ForConditionalGeneration": "sequence-to-sequence",
@@ -94,42 +93,41 @@ def _facts(settings: Settings) -> dict[str, str]:
     """
     variables = settings.variables
     facts: dict[str, Any] = {"instruction": variables.pop("instruction"), "chat_template_kwargs": variables}
-    for name in ("query_prompt", "document_prompt", "max_tokens_per_query", "max_tokens_per_doc", "long_documents"):
-        facts[name] = getattr(settings, name)
+    names = "query_prompt", "document_prompt", "max_tokens_per_query", "max_tokens_per_doc", "long_documents"
+    facts |= {name: getattr(settings, name) for name in (*names, "revision", "trust_remote_code")}
     for name in ("model_kwargs", "tokenizer_kwargs"):
         facts[name] = {key: value for key, value in getattr(settings, name).items() if key not in _NO_FACTS}
-    facts |= {"revision": settings.revision, "trust_remote_code": settings.trust_remote_code}
     return {name: json.dumps(value, sort_keys=True, default=repr) for name, value in facts.items()}
 
 
 def _kind(checkpoint: Checkpoint) -> str:
     """Tell how the checkpoint is run."""
-    declared = checkpoint.declaration
+    declared, config = checkpoint.declaration, checkpoint.config
     if declared.kind != "cross-encoder":
         return declared.kind
-    if declared.document.pooling is not None:
-        return "modular"
     architecture = (*checkpoint.architectures, "(none)")[0]
-    reads_images = checkpoint.config.model_type in MODEL_TYPES
-    for ending, kind in _KINDS.items():
-        if architecture.endswith(ending):
-            return kind
-    if architecture.endswith("ForConditionalGeneration") and reads_images:
-        return "vision"
-    if not architecture.endswith("ForSequenceClassification"):
+    pools, reads_images = declared.document.pooling is not None, config.model_type in MODEL_TYPES
+    if not pools and not architecture.endswith("ForSequenceClassification"):
+        for ending, kind in _KINDS.items():
+            if architecture.endswith(ending):
+                return kind
+        if architecture.endswith("ForConditionalGeneration") and reads_images:
+            return "vision"
         raise ConfigError(
-            f"{checkpoint.name!r} is a {architecture}: neither a *ForSequenceClassification nor a *ForCausalLM nor a "
-            "sentence-transformers or ColBERT model. Pass a reranker such as cross-encoder/ms-marco-MiniLM-L6-v2."
+            f"{checkpoint.name!r} is a {architecture} (architectures in config.json): neither a "
+            "*ForSequenceClassification nor a *ForCausalLM nor a sentence-transformers or ColBERT model. Pass a "
+            "reranker such as cross-encoder/ms-marco-MiniLM-L6-v2."
         )
-    if (checkpoint.config.num_labels or 1) > 2:
+    labels, field = (declared.labels, "out_features") if pools else (config.num_labels, "id2label")
+    if (labels or 1) > 2:
         raise ConfigError(
-            f"{checkpoint.name!r} has {checkpoint.config.num_labels} labels; a reranker has one, or two of which the "
-            "second says relevant. It classifies, it does not score relevance."
+            f"{checkpoint.name!r} has {labels} labels (config.json: {field}); a reranker has one, or two of which the "
+            "second says relevant. It classifies, it does not score relevance: pass a reranker."
         )
-    labels = list((checkpoint.config.id2label or {}).values())
-    if len(labels) == 2 and _NEGATIVE.match(f"{labels[1]}") and not _NEGATIVE.match(f"{labels[0]}"):
+    names = [name for _, name in sorted((config.id2label or {}).items())]
+    if not pools and len(names) == 2 and _NEGATIVE.match(f"{names[1]}") and not _NEGATIVE.match(f"{names[0]}"):
         raise ConfigError(
-            f"{checkpoint.name!r}: config.json: id2label calls the second of two labels {labels[1]!r}, but the second "
+            f"{checkpoint.name!r}: config.json: id2label calls the second of two labels {names[1]!r}, but the second "
             "is taken for relevance, as rerankers are trained. Swap the rows of the head and the labels."
         )
-    return "vision" if reads_images else "classifier"
+    return "modular" if pools else "vision" if reads_images else "classifier"

@@ -170,6 +170,7 @@ class PairLoading(Loading):
         if isinstance(self.settings.template, Template) or self.settings.template is None:
             return self.settings.template
         chat, saved = self.checkpoint.declaration.document.chat, self.checkpoint.tokenizer.chat_template
+        saved = saved.get("default", "") if isinstance(saved, dict) else saved  # of several, by their names
         if chat is not None and isinstance(saved, str):
             return ChatTemplate.of(chat, saved)
         if self.family is not None and self.family.template is not None:
@@ -188,7 +189,7 @@ class PairLoading(Loading):
 
     def _activation(self) -> Activation:
         name = IDENTITY if self.settings.use_activation is False else self._activation_name()
-        own = activation(name, f"{self.checkpoint.name!r}")
+        own = activation(name, f"{self.checkpoint.name!r} (activation_fn; use_activation=False gives logits)")
         self.facts["activation"] = name.rpartition(".")[2].lower()
         if self.family is None or (self.family.logit_scale, self.family.logit_bias) == (1.0, 0.0):
             return own
@@ -201,7 +202,7 @@ class PairLoading(Loading):
         config, declared = self.checkpoint.config, self.checkpoint.declaration.activation
         classifies = self.checkpoint.architectures[0].endswith("ForSequenceClassification")
         pools = self.checkpoint.declaration.document.pooling is not None
-        if getattr(config, "num_labels", 1) == 2 and classifies and not pools:
+        if (self.checkpoint.declaration.labels if pools else classifies and config.num_labels) == 2:
             return SIGMOID  # the second label's probability
         chosen = config_activation(config) or (declared if classifies or pools else None) or SIGMOID
         if declared is not None and declared != chosen:

@@ -75,8 +75,7 @@ class Loading:
         self, model: PreTrainedModel, head: Head, checkpoint: Checkpoint | None = None, *, share: bool = True
     ) -> Parts:
         """Take apart a transformer that has a head of ours."""
-        plain = self.plain(model, checkpoint)
-        return Parts(model, head, plain, head, share=share)
+        return Parts(model, head, self.plain(model, checkpoint), head, share=share)
 
     def run(
         self,
@@ -92,10 +91,12 @@ class Loading:
         body = parts.body
         prepare(body)
         longest = max_length(checkpoint, body, None, None)
-        limit = rope_limit(body, asked or longest)
+        limit = rope_limit(body, asked or max(longest, checkpoint.route.max_length or 0))
         # What is not to be proven, tests must have proven.
         unpadded = unpadded and parts.head is not None and can_unpad(body) and (verify or tested(body))
-        ways: dict[Path, bool] = {"unpadded": unpadded, "padded": verify, "equal lengths": True}
+        # Doge and DeepSeek V3.2 keep the best keys of a long row, its padding among them.
+        picks = any(hasattr(body.config, name) for name in ("keep_window_size", "index_topk"))
+        ways: dict[Path, bool] = {"unpadded": unpadded, "padded": verify and not picks, "equal lengths": True}
         paths = [path for path, possible in ways.items() if possible]
         differences: Mapping[Path, float] = {}
         if verify:

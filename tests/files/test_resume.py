@@ -177,8 +177,8 @@ class Runs(RuleBasedStateMachine):
             self.begun = self.now
 
     def files(self) -> dict[str, bytes]:
-        """All but sqlite's own note of what it has to undo after a kill."""
-        paths = [path for path in Path(self.folder.name).iterdir() if not path.name.endswith("-journal")]
+        """All but sqlite's own notes, which are of a run that was killed."""
+        paths = [path for path in Path(self.folder.name).iterdir() if not path.name.endswith(("-journal", "-wal"))]
         return {path.name: path.read_bytes() for path in paths}
 
     @invariant()

@@ -188,7 +188,8 @@ class TestReading:
         """Named so, or PyLate's folder: a projection and no pooling."""
         listed = [{"type": f"sentence_transformers.models.{kind}", "path": kind} for kind in modules]
         config = {"architectures": [architecture]}
-        files = {"modules.json": listed or None, "config.json": config, "Transformer/config.json": config}
+        pooling = {"Pooling/config.json": {"pooling_mode": "mean"}}
+        files = {"modules.json": listed or None, "config.json": config, "Transformer/config.json": config, **pooling}
         assert (read_declaration("x", files.get).kind == "late-interaction") is expected
 
     @pytest.fixture

@@ -76,7 +76,7 @@ class Adapter:
             merged = wrapped.base_model.merge_and_unload()
             apart = (merged(input_ids=tokens)[0].float() - expected).abs().max() / expected.abs().max()
         except (AttributeError, KeyError, NotImplementedError, OSError, RuntimeError, TypeError, ValueError) as error:
-            kind, reason = self.declared.get("peft_type"), " ".join(str(error).split())
+            kind, reason = self.declared.get("peft_type"), " ".join([*str(error).split(), "Merge it by PEFT itself"])
             raise ConfigError(f"the adapter ({kind}) of {self.name!r} can't be merged: {reason}") from error
         if left := [*result.missing_keys, *result.unexpected_keys]:
             raise ConfigError(f"the adapter of {self.name!r} is not one for {self.base.name!r}: {left[0]} has no place")

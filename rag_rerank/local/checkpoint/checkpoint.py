@@ -10,6 +10,7 @@ from types import MappingProxyType
 from typing import Any, cast
 
 import torch
+from tokenizers import normalizers
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -28,6 +29,7 @@ from rag_rerank.local.checkpoint.fingerprint import fingerprint
 from rag_rerank.local.models.native.translation import load_translated, translated_config, translated_declaration
 
 _SMALL = 500_000_000  # bytes of a folder's weights, which are there before a progress bar can be read
+_SCALES = "weight_scale", "weight_scale_inv", "weight_scale_2", "input_scale", ".scales", ".SCB", ".absmax"
 _NO_ADAPTER = "(none)"  # a folder that no checkpoint has
 
 
@@ -108,21 +110,28 @@ class Checkpoint:
                 subfolder=folder,
                 use_safetensors=True,  # pickle weights can run code
                 output_loading_info=True,
+                ignore_mismatched_sizes=True,  # to name them below
                 **({"config": self.config} if self._translated or adapter is not None else {}),
                 **self._code,
                 # transformers would apply an adapter without merging it, and ask the hub whether there is one
                 **{"adapter_kwargs": {**files.source, "subfolder": _NO_ADAPTER}, **options},
             )
+        for name, stored, wanted in report["mismatched_keys"]:
+            sizes = f"{name} is {tuple(stored)} in the weights, {tuple(wanted)} by config.json"
+            raise ConfigError(f"{self.name!r}: {sizes}, which is another model's. Copy the right one")
         # Weights that a checkpoint lacks are drawn at random with no more than a log line: scores from nowhere. Only
         # the pooler may be missing, and only where we pool ourselves.
+        there = () if adapter is None else adapter.shapes
         missing = [key for key in report["missing_keys"] if auto is not AutoModel or "pooler" not in key]
-        if adapter is not None:
-            missing = [key for key in missing if key not in adapter.shapes]
-        if missing:
+        if missing := [key for key in missing if key not in there]:
             raise ConfigError(
                 f"{self.name!r} has no weights for {', '.join(sorted(missing)[:3])}: not a trained "
                 f"{type(loaded).__name__}. Pass a reranker, or score_type= for what it is."
             )
+        ignored = getattr(loaded.config, "quantization_config", None) and getattr(loaded, "hf_quantizer", None) is None
+        if ignored or any(key.endswith(_SCALES) for key in report["unexpected_keys"]):
+            what = "config.json: its weights are quantized, but it has no quantization_config that transformers knows"
+            raise ConfigError(f"{self.name!r}: {what}. Pass the model that it was made of")
         if adapter is not None:
             loaded = adapter.merge(loaded)
         self._check_tokenizer(loaded)
@@ -139,19 +148,21 @@ class Checkpoint:
     @functools.cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The checkpoint's tokenizer; an adapter without one has its model's."""
-        files, folder, options = self.files, self.route.folder, {}
-        if self._translated:
-            options = {"config": self.config}  # read from the folder it would ask for the folder's code
-        if self.adapter is not None:
-            options = {"config": self.config}
-            if not any(files.path(folder, file) for file in ("tokenizer.json", "tokenizer_config.json")):
-                files, folder = self.adapter.base, self.adapter.folder
+        files, folder, adapter = self.files, self.route.folder, self.adapter
+        # From a folder with code of its own it would ask for that, and from an adapter's for a config.
+        options = {"config": self.config} if self._translated or adapter is not None else {}
+        if adapter is not None and not any(files.path(folder, f"tokenizer{end}.json") for end in ("", "_config")):
+            files, folder = adapter.base, adapter.folder
         tokenizer: PreTrainedTokenizerBase = files.read(
             AutoTokenizer.from_pretrained,
             subfolder=folder,
             **self._code,
             **{**options, **self.route.tokenizer_options, **self._tokenizer_kwargs},
         )
+        if self.route.lower_case:  # prompts, too; Python's lower() makes other letters of some
+            backend: Any = tokenizer.backend_tokenizer
+            before = [] if backend.normalizer is None else [backend.normalizer]
+            backend.normalizer = normalizers.Sequence([normalizers.Lowercase(), *before])
         return tokenizer
 
     def fingerprint(self) -> dict[str, str]:
@@ -184,10 +195,6 @@ class Checkpoint:
 @contextmanager
 def _without_bars() -> Iterator[None]:
     """Hide transformers' progress bars in this thread; those of others stay as they are, and so do all settings."""
-    set_hook = getattr(transformers_logging, "set_tqdm_hook", None)
-    if set_hook is None:  # before it had one, bars could be hidden for the whole process only
-        yield
-        return
     thread = threading.get_ident()
 
     def hook(make: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -195,21 +202,22 @@ def _without_bars() -> Iterator[None]:
             kwargs = {**kwargs, "disable": True}
         return make(*args, **kwargs) if previous is None else previous(make, args, kwargs)
 
-    previous = set_hook(hook)  # the process's: `one_at_a_time` is held
+    previous = transformers_logging.set_tqdm_hook(hook)  # the process's: `one_at_a_time` is held
     try:
         yield
     finally:
-        set_hook(previous)
+        transformers_logging.set_tqdm_hook(previous)
 
 
 def max_length(checkpoint: Checkpoint, model: PreTrainedModel, declared: int | None, asked: int | None) -> int:
     """Find the longest input in tokens; ConfigError if the caller asked for more than the model was made for.
 
-    What sentence-transformers' files declare goes before what the tokenizer says.
+    What sentence-transformers' files declare goes before what the tokenizer says, and before the window of a rope.
     """
     config = checkpoint.config.get_text_config()  # itself, where there is no tower beside it
-    limits = [int(getattr(config, "max_position_embeddings", 0) or 0)]
-    limits += [count for _, count in position_tables(model)]
+    limits = [count for _, count in position_tables(model)]
+    if declared is None or not any("inv_freq" in name for name, _ in model.named_buffers()):
+        limits.append(int(getattr(config, "max_position_embeddings", 0) or 0))
     limits.append(declared or int(min(checkpoint.tokenizer.model_max_length, 10**9)))  # "no limit" is written as 10**30
     limit = min(value for value in limits if value > 0)
     if asked is not None and asked > limit:

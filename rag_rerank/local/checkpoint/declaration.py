@@ -9,7 +9,7 @@ import string
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import PurePosixPath
-from typing import Any, Literal, NoReturn, TypeVar, cast
+from typing import Any, Literal, NoReturn, TypeVar, cast, get_args
 
 from rag_rerank.errors import ConfigError
 
@@ -26,6 +26,7 @@ _TEXTS = tuple(
     f"sentence_{name}_config.json"
     for name in ("bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet")
 )
+_SIDES: tuple[Side, ...] = get_args(Side)
 _KINDS: Mapping[str, Kind] = {
     "CrossEncoder": "cross-encoder",
     "SentenceTransformer": "bi-encoder",
@@ -122,6 +123,7 @@ class Declaration:
     query: Route = Route()
     document: Route = Route()
     answers: tuple[int, ...] = ()  # whose logits make the score: (true,), or (false, true) for the difference
+    labels: int | None = None  # how many scores a head of modules makes of a pair
     activation: str | None = None  # the torch class that makes scores of logits, by its full name
     instruction: str | None = None  # what a chat template is given unless the caller names another
     similarity: Similarity = "cosine"
@@ -135,8 +137,7 @@ class Declaration:
     def as_vllm(self) -> "Declaration":
         """Give what vLLM makes of a declaration of late interaction: only the projection and its length."""
         query, document = (
-            Route(folder=route.folder, token_layers=route.token_layers, lower_case=route.lower_case)
-            for route in (self.query, self.document)
+            Route(folder=own.folder, token_layers=own.token_layers) for own in (self.query, self.document)
         )
         return Declaration(kind=self.kind, modular=self.modular, query=query, document=document, similarity="maxsim")
 
@@ -160,7 +161,7 @@ def read_declaration(name: str, read: Callable[[str], Any], kind: Kind | None = 
             return reader.cross_encoder()
         return reader.bi_encoder() if kind == "bi-encoder" else reader.multi_vector()
     except _Refused as error:
-        raise ConfigError(f"{name!r}: {error}") from error
+        raise ConfigError(f"{name!r}: {error}. Correct the file, or use the library that wrote it") from error
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,7 +211,8 @@ class _Reader:
         folder = next((folder for kind, folder in steps if kind == "Transformer"), "")
         architectures = self.file(_path(folder, "config.json")).get("architectures", list) or [""]
         scores = kinds[-1:] == ["Dense"] and self._config(steps[-1][1]).get("module_output_name", str) == _SCORES
-        if scores or not kinds or "LogitScore" in kinds or architectures[0].endswith("ForSequenceClassification"):
+        classifies = kinds == ["Transformer"] and architectures[0].endswith("ForSequenceClassification")
+        if scores or not kinds or "LogitScore" in kinds or classifies:
             named_so = architectures[0].startswith(("HF_ColBERT", "ColBERT"))
             return "late-interaction" if named_so and not scores else "cross-encoder"
         # Before there was a model_type, PyLate wrote a Transformer and its projection.
@@ -226,28 +228,27 @@ class _Reader:
         return Declaration(kind=kind, document=Route(max_length=self._max_length(self._texts(""), "document")))
 
     def cross_encoder(self) -> Declaration:
-        name = self.model.get("default_prompt_name", str)
-        prompts = self.model.get("prompts", dict) or {}
-        if name is not None and name not in prompts:
-            self.model.refuse("default_prompt_name", f"is {name!r}, which is not among its prompts")
-        prompt = (prompts.get(name) or "") if name is not None else ""
+        prompt = self._prompts()[None]
         if self.steps("query") != self.steps("document"):
             raise _Refused(f"{_MODULES} has a Router, but a cross-encoder reads query and document together")
         route, end = self._route("document", "", _SENTENCE)
         if end not in (_LOGITS, _SCORES):
             raise _Refused(f"{_MODULES} ends with {end}; a cross-encoder's last module makes {_SCORES}")
+        heads = [self._config(folder) for kind, folder in self.steps("document") if kind == "Dense"]
         return Declaration(
             kind="cross-encoder",
             modular=True,
             query=route,
             document=route if route.chat else replace(route, prompt=prompt),
             answers=self._answers() if end == _LOGITS else (),
+            labels=heads[-1].get("out_features", int) if heads else None,
             activation=self.model.get("activation_fn", str),
             instruction=(prompt or None) if route.chat else None,
         )
 
     def bi_encoder(self) -> Declaration:
-        query, document = (self._vector_route(side, prompt, _SENTENCE) for side, prompt in self._prompts().items())
+        prompts = self._prompts()
+        query, document = (self._vector_route(side, prompts[side], _SENTENCE) for side in _SIDES)
         return Declaration(
             kind="bi-encoder",
             modular=True,
@@ -260,10 +261,10 @@ class _Reader:
     def multi_vector(self) -> Declaration:
         # sentence-transformers' own have modules for all; PyLate's end with the projection.
         whole = self.model.get("model_type", str) == "MultiVectorEncoder"
-        prefixes = {side: self.model.get(f"{side}_prefix", str) or "" for side in ("query", "document")}
-        routes: dict[Side, Route] = {}
-        for side, prompt in self._prompts().items():
-            route = self._vector_route(side, prefixes[side] + prompt.removeprefix(prefixes[side]), _TOKENS)
+        prefixes = {side: self.model.get(f"{side}_prefix", str) or "" for side in _SIDES}
+        prompts, routes = self._prompts(), dict[Side, Route]()
+        for side, prefix in prefixes.items():
+            route = self._vector_route(side, prefix + prompts[side].removeprefix(prefix), _TOKENS)
             if not whole and not any(layer.kind == "Normalize" for layer in route.token_layers):
                 route = replace(route, token_layers=(*route.token_layers, Layer("Normalize")))
             routes[side] = route
@@ -415,13 +416,13 @@ class _Reader:
         sizes += [_options(texts, "processor_kwargs").get("model_max_length"), texts.get("max_seq_length", int)]
         return next((size for size in sizes if size), None)
 
-    def _prompts(self) -> dict[Side, str]:
-        """Find what sentence-transformers' ``encode_query`` and ``encode_document`` put before a text."""
-        prompts = {"query": None, "document": None} | (self.model.get("prompts", dict) or {})
+    def _prompts(self) -> dict[str | None, str]:
+        """Read what is put before a text: a query, a document (``encode_query``, ``encode_document``), by default."""
+        prompts: dict[Any, Any] = {"query": None, "document": None, **(self.model.get("prompts", dict) or {})}
         name = self.model.get("default_prompt_name", str)
         if name is not None and name not in prompts:
             self.model.refuse("default_prompt_name", f"is {name!r}, which is not among its prompts")
-        return {"query": prompts["query"] or "", "document": prompts["document"] or ""}
+        return {None: prompts.get(name) or "", **{side: prompts[side] or "" for side in _SIDES}}
 
     def _similarity(self, kind: Kind) -> Similarity:
         named, allowed = self.model.get("similarity_fn_name", str), _SIMILARITIES[kind]
@@ -479,6 +480,8 @@ def _step(module: Mapping[str, Any], file: str) -> tuple[str, str]:
 def _pooling(config: _File) -> Pooling:
     """Its newer form (``pooling_mode``) or its older (one flag each)."""
     named = config.content.get("pooling_mode")
+    if not config.content:
+        config.refuse("pooling_mode", "is missing")
     if named is None:
         flags = [key for key, value in config.content.items() if key.startswith("pooling_mode_") and value is True]
         named = [flag.removeprefix("pooling_mode_").removesuffix("_token") for flag in flags]

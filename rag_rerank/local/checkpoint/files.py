@@ -44,7 +44,7 @@ class Files:
         elif Path(name, "snapshots").is_dir():
             raise ConfigError(f"{name!r} is a folder of the hub's cache; pass the one in its snapshots, or the hub id")
         elif not any((folder / file).is_file() for file in _FIRST_FILES):
-            raise ConfigError(f"the folder {name!r} holds no model: neither config.json nor modules.json is in it")
+            raise ConfigError(f"the folder {name!r} holds no model: none of {', '.join(_FIRST_FILES)} is in it")
 
     @property
     def source(self) -> Mapping[str, Any]:
@@ -104,8 +104,7 @@ class Files:
         try:
             return json.loads(found.read_text(encoding="utf-8"))
         except ValueError as error:
-            path = PurePosixPath(*parts)
-            raise ConfigError(f"{path} of {self.name!r} can't be loaded: it is not valid JSON ({error})") from error
+            raise ConfigError(f"{PurePosixPath(*parts)} of {self.name!r} can't be loaded, no JSON: {error}") from error
 
 
 class Weights:

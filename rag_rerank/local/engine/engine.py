@@ -293,10 +293,8 @@ def _ours(error: BaseException, name: str, *, loading: bool = False) -> RerankEr
     elif isinstance(error, ImportError):
         remedy = "Install anew what it needs: pip install --force-reinstall 'rag-rerank[local]'."
     cause = f"{kind}: {error}".rstrip(": ")
-    ours: RerankError
+    ours: RerankError = BackendError(f"{name} failed with {cause}", remedy=remedy)
     if loading and isinstance(error, Exception) and kind != "OutOfMemoryError":
         ours = ConfigError(f"{name} can't be loaded: {cause}" + (f". {remedy}" if remedy else ""))
-    else:
-        ours = BackendError(f"{name} failed with {cause}", remedy=remedy)
     ours.__cause__ = error
     return ours

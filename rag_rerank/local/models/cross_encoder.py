@@ -101,7 +101,11 @@ def classifier_parts(model: Any, plain: Padded) -> Parts:
     # A checkpoint's own code may read its score from elsewhere (nemotron: the mean): that runs as it is.
     if isinstance(score, torch.nn.Linear) and from_transformers(model):
         # Padded, too, its last token is where we know it to be; transformers looks for a token that is no padding.
-        head = last_token_head(score.weight)
+        precise = score.weight.detach().float()  # it computes in float32, as vLLM has it
+
+        def head(states: States) -> Tensor:
+            return relevance(states.last().float() @ precise.to(states.tokens.device).T)
+
         return Parts(whole.body, head, plain, head, whole.outputs)
     known = classification_head(model)
     return whole if known is None else replace(whole, head=lambda states: relevance(known(states).float()))
@@ -110,12 +114,6 @@ def classifier_parts(model: Any, plain: Padded) -> Parts:
 def whole_parts(body: Any, plain: Padded) -> Parts:
     """Take a model for what gives its logits as states."""
     return Parts(body, None, plain, lambda states: relevance(states.tokens.float()))
-
-
-def last_token_head(rows: Tensor) -> Head:
-    """Make a head of the rows that score, one or two; it computes in float32, as vLLM has it."""
-    precise = rows.detach().float()
-    return lambda states: relevance(states.last().float() @ precise.to(states.tokens.device).T)
 
 
 def classification_head(model: Any) -> Head | None:

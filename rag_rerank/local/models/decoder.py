@@ -5,7 +5,6 @@ the logit of that word, or its difference from the opposite's: of an output laye
 computed.
 """
 
-import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from rag_rerank.errors import ConfigError
 from rag_rerank.local.models.cross_encoder import relevance
+from rag_rerank.local.models.layers import linear
 from rag_rerank.local.transformer.batching import TokenSequence
 from rag_rerank.local.transformer.proof import Parts
 from rag_rerank.local.transformer.transformer import Head, Padded, States
@@ -64,10 +64,9 @@ def keep_answers(model: "PreTrainedModel", ids: Sequence[int]) -> None:
 def causal_parts(model: Any, plain: Padded) -> Parts:
     """Take a causal model apart whose answers are all that is left; `plain` runs its transformer."""
     head, one = answer_head(model), replace(plain, equal=True)  # nothing at its end
-    options = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
 
     def alone(sequence: TokenSequence) -> Tensor:
-        return relevance(model(**one.inputs([sequence]), **options).logits[:, -1].float())
+        return relevance(model(**one.inputs([sequence])).logits[:, -1].float())
 
     return Parts(plain.model, head, plain, head, alone)
 
@@ -101,15 +100,6 @@ def stored_head(checkpoint: "Checkpoint") -> Head:
 def stored_layers(checkpoint: "Checkpoint", *layers: str) -> Callable[[Tensor], Tensor]:
     """Read linear layers from the checkpoint's files; between them is a ReLU, and all compute in float32."""
     weights = checkpoint.stored([f"{layer}.{kind}" for layer in layers for kind in ("weight", "bias")])
-    missing = [f"{layer}.weight" for layer in layers if f"{layer}.weight" not in weights]
-    if missing:
-        raise ConfigError(f"{checkpoint.name!r} has no weights for {', '.join(missing)}")
-
-    def run(vectors: Tensor) -> Tensor:
-        own = {name: weight.to(vectors.device) for name, weight in weights.items()}
-        for layer in layers:
-            vectors = vectors if layer == layers[0] else vectors.relu()
-            vectors = torch.nn.functional.linear(vectors, own[f"{layer}.weight"], own.get(f"{layer}.bias"))
-        return vectors
-
-    return run
+    parts = [part for layer in layers for part in (linear(checkpoint.name, weights, [f"{layer}."]), torch.nn.ReLU())]
+    run = torch.nn.Sequential(*parts[:-1]).requires_grad_(False)
+    return lambda vectors: run.to(vectors.device)(vectors)

@@ -4,6 +4,7 @@ import itertools
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
+from rag_rerank.errors import ConfigError
 from rag_rerank.local.transformer.batching import TokenSequence
 
 if TYPE_CHECKING:
@@ -44,6 +45,16 @@ def encode(
     return [TokenSequence(ids, kinds, truncated=cut) for ids, kinds, cut in rows]
 
 
+def places(tokenizer: "PreTrainedTokenizerBase", text: str, **options: bool) -> list[tuple[int, int]]:
+    """Find where in a text each of its tokens begins and ends."""
+    if not tokenizer.is_fast:
+        raise ConfigError("its tokenizer is written in Python and can't tell where to cut: set no limit but max_length")
+    found: list[tuple[int, int]] = tokenizer(
+        text, add_special_tokens=False, return_offsets_mapping=True, verbose=False, **options
+    )["offset_mapping"]
+    return found
+
+
 def truncate(tokenizer: "PreTrainedTokenizerBase", text: str, max_tokens: int) -> str:
     """Take the beginning of `text` that is at most `max_tokens` tokens long, special tokens not counted.
 
@@ -53,10 +64,9 @@ def truncate(tokenizer: "PreTrainedTokenizerBase", text: str, max_tokens: int) -
     if max_tokens <= 0:
         return ""
     while text:
-        encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-        if len(encoded["input_ids"]) <= max_tokens:
+        offsets = places(tokenizer, text)
+        if len(offsets) <= max_tokens:
             break
-        offsets = encoded["offset_mapping"]
         # A character may take several tokens, all with its offsets: it goes as a whole.
         end = min(offsets[max_tokens - 1][1], offsets[max_tokens][0])
         text = text[: min(end, len(text) - 1)]
@@ -82,7 +92,6 @@ class TextEncoder:
     max_length: int  # of a sequence, in tokens
     prompt: str = ""  # before each text
     marker: int | None = None  # a token that stands before the prompt
-    lower_case: bool = False  # whether texts are lowered before the tokenizer sees them
 
     def space(self) -> int:
         """Count the tokens of a text that are read."""
@@ -92,7 +101,7 @@ class TextEncoder:
 
     def encode(self, texts: list[str]) -> list[TokenSequence]:
         """Tokenise texts, each behind the prompt."""
-        texts = [self.prompt + (text.lower() if self.lower_case else text) for text in texts]
+        texts = [self.prompt + text for text in texts]
         if self.marker is None:
             return encode(self.tokenizer, texts, None, self.max_length)
         # What any two texts begin with are special tokens, behind which the marker goes.

@@ -52,7 +52,7 @@ class TokenEmbedder(TextEncoder):
 
     def embed(self, states: States, sequences: Sequence[TokenSequence]) -> tuple[Tensor, Tensor]:
         """Give the vectors that are compared, float32 ``[tokens, size]``, and which sequence each is of."""
-        tokens, owners = states.flat()
+        tokens, owners, _ = states.flat()
         vectors: Tensor = self.layers(tokens.float())
         if not self.skipped and not self.kept:
             return vectors, owners

@@ -16,7 +16,7 @@ from rag_rerank.local.transformer.transformer import States, largest_of_each
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-_OWN = ("linear", "colbert_linear", "score", "residual", "norm")
+_OWN = ("linear", "colbert_linear", "score", "residual", "norm", "activation_function")
 
 
 def activation(name: str, where: str) -> nn.Module:
@@ -27,14 +27,14 @@ def activation(name: str, where: str) -> nn.Module:
     found = getattr(nn, name.rpartition(".")[2], None) if name.startswith("torch.nn.") else None
     numbers = torch.tensor([[-1.0, 2.0]])
     try:
-        made: nn.Module = found()  # type: ignore[misc]
+        made: nn.Module = found().eval()  # type: ignore[misc]
         alone = torch.stack([made(number) for number in numbers[0]])
         if torch.equal(made(numbers)[0], alone):
             return made
     except (TypeError, RuntimeError, ValueError, IndexError):
         pass
     why = "which is none of torch.nn that works on each number alone"
-    raise ConfigError(f"{where} asks for the activation {name!r}, {why}")
+    raise ConfigError(f"{where} asks for the activation {name!r}, {why}. Use the library that wrote it")
 
 
 def config_activation(config: "PreTrainedConfig") -> str | None:
@@ -86,22 +86,26 @@ def _module(files: Files, layer: Layer) -> nn.Module:
         norm = nn.LayerNorm(len(weights["norm.weight"]))
         norm.load_state_dict({name.removeprefix("norm."): weight for name, weight in weights.items()})
         return norm
-    linear = _linear(path, weights, ("linear.", "colbert_linear.", "score."))
-    dense = nn.Sequential(linear, activation(layer.activation, f"{layer.folder}/config.json"))
+    projection = linear(path, weights, ("linear.", "colbert_linear.", "score."))
+    act = activation(layer.activation, f"{layer.folder}/config.json")
+    trained = {name: weight for name, weight in weights.items() if name.startswith("activation_function.")}
+    act.load_state_dict({name.partition(".")[2]: weight for name, weight in trained.items()})  # PReLU's
+    dense = nn.Sequential(projection, act)
     if not layer.residual:
         return dense
     square = "residual.weight" not in weights
-    return _Residual(dense, nn.Identity() if square else _linear(path, weights, ("residual.",)))
+    return _Residual(dense, nn.Identity() if square else linear(path, weights, ("residual.",)))
 
 
-def _linear(path: str, weights: dict[str, Tensor], prefixes: Sequence[str]) -> nn.Linear:
+def linear(path: str, weights: dict[str, Tensor], prefixes: Sequence[str]) -> nn.Linear:
+    """Make a linear layer, float32, of the weights with the first prefix that any has; ConfigError if none has."""
     prefix = next((prefix for prefix in prefixes if f"{prefix}weight" in weights), None)
     if prefix is None:
         raise ConfigError(f"{path} holds no {prefixes[0]}weight, the projection that the checkpoint declares")
     weight, bias = weights[f"{prefix}weight"], weights.get(f"{prefix}bias")
-    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, dtype=torch.float32)
-    linear.load_state_dict({"weight": weight} | ({} if bias is None else {"bias": bias}))
-    return linear
+    made = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, dtype=torch.float32)
+    made.load_state_dict({"weight": weight} | ({} if bias is None else {"bias": bias}))
+    return made
 
 
 def pool(states: States, pooling: Pooling, skip: int = 0) -> Tensor:
@@ -111,10 +115,9 @@ def pool(states: States, pooling: Pooling, skip: int = 0) -> Tensor:
 
 def _counted(states: States, skip: int) -> tuple[Tensor, Tensor, Tensor]:
     """Select the states that count, float32, with the sequence that each is of and its place in it, from 1."""
-    tokens, owners = states.flat()
-    places = torch.cat([torch.arange(1, count + 1, device=tokens.device) for count in states.lengths])
-    kept = places > skip
-    return tokens[kept].float(), owners[kept], places[kept]
+    tokens, owners, places = states.flat()
+    kept = places >= skip
+    return tokens[kept].float(), owners[kept], places[kept] + 1
 
 
 def _mean(states: States, skip: int, power: float = 1.0, *, weighted: bool = False) -> Tensor:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from rag_rerank.inputs.multimodal import Prepared
+from rag_rerank.local.models.encoding import places
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -33,9 +34,7 @@ def split_document(
 
 def passages(tokenizer: "PreTrainedTokenizerBase", text: str, size: int) -> list[str]:
     """Cut a text into passages of `size` tokens that overlap half of the one before; the last ends with the text."""
-    offsets = tokenizer(
-        text, add_special_tokens=False, return_offsets_mapping=True, verbose=False, split_special_tokens=True
-    )["offset_mapping"]
+    offsets = places(tokenizer, text, split_special_tokens=True)
     if len(offsets) <= size:
         return [text]
     step = size // 2

@@ -119,11 +119,13 @@ class ChatPrompts(Prompts):
             return ids
         if space < 1:
             raise no_space(self.max_length)
+        if self.tokenizer.truncation_side == "left":
+            return ids[-self.max_length :]
         # Two prompts that have nothing in common but the template.
         first, second = self._ids([template.render(text, text, self.variables) for text in ("0", "1 2 3 4")])
         backwards = zip(reversed(first), reversed(second), strict=False)
         end = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], backwards))
-        return ids[: self.max_length - end] + ids[len(ids) - end :]
+        return ids[: self.max_length - end] + first[len(first) - end :]
 
     def _ids(self, texts: list[str], *, add_special_tokens: bool = False) -> list[list[int]]:
         return super(ChatPrompts, self)._ids(texts, add_special_tokens=add_special_tokens)

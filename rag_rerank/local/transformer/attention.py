@@ -95,6 +95,8 @@ def attention(
     (Gemma 2). None for `scaling` is one over the root of `size`, for `is_causal` what the layer is. Returns
     ``[1, tokens, heads, size]``, and None for the weights.
     """
+    if attention_mask is not None and sliding_window is None:
+        raise ValueError("only its mask has a window")
     causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
     kernel = _varlen if query.is_cuda else _one_by_one
     return kernel(query, key, value, layout, _Options(causal, sliding_window, softcap, scaling)), None
@@ -250,5 +252,10 @@ def available(device: torch.device, dtype: torch.dtype) -> bool:
     return True
 
 
+def _mask(*_: Any, local_size: int | None = None, **__: Any) -> Tensor | None:
+    """Give no mask, for the layout says it all but a window, of which layers must be told: it gives an empty one."""
+    return None if local_size is None else torch.empty(0)
+
+
 AttentionInterface.register(NAME, attention)
-AttentionMaskInterface.register(NAME, lambda *_, **__: None)  # the layout says it all
+AttentionMaskInterface.register(NAME, _mask)

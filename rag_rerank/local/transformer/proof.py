@@ -18,13 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode  # noqa: PLC2701 - it
 
 from rag_rerank.errors import ConfigError
 from rag_rerank.local.transformer.batching import TokenSequence
-from rag_rerank.local.transformer.transformer import (
-    Head,
-    Padded,
-    Path,
-    Unpadded,
-    make_transformer,
-)
+from rag_rerank.local.transformer.transformer import Head, Padded, Path, Unpadded, make_transformer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

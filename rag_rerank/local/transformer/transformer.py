@@ -63,16 +63,16 @@ class States:
         """Give the state of each last token, ``[sequences, size]``."""
         return self.tokens[self.lasts]
 
-    def flat(self) -> tuple[Tensor, Tensor]:
-        """Give the states of all tokens, one sequence after the other, and int64 ``[tokens]``: whose each is."""
+    def flat(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Give the states of all tokens, one sequence after the other; whose each is, and its place, int64."""
         counts = self.lasts - self.firsts + 1
         owners = torch.repeat_interleave(counts, output_size=sum(self.lengths))
         places = torch.arange(len(owners), device=owners.device) - (counts.cumsum(0) - counts)[owners]
-        return self.tokens[self.firsts[owners] + places], owners
+        return self.tokens[self.firsts[owners] + places], owners, places
 
     def mean(self, layers: Callable[[Tensor], Tensor] = torch.Tensor.float) -> Tensor:
         """Average over each sequence's tokens what `layers` make of their states; float32 ``[sequences, size]``."""
-        tokens, owners = self.flat()
+        tokens, owners, _ = self.flat()
         values = layers(tokens).float()
         sums = values.new_zeros(len(self.lengths), values.shape[1]).index_add_(0, owners, values)
         return sums / (self.lasts - self.firsts + 1).unsqueeze(1)
@@ -117,7 +117,7 @@ def make_transformer(
     prepare(model)
     if unpadded and can_unpad(model):
         model.set_attn_implementation(NAME)
-    if model.config._attn_implementation != NAME:  # transformers 5.0 can't set it for ModernBERT, and only warns
+    if model.config._attn_implementation != NAME:
         return Padded(model, pad_id or 0, batching)
     if packed:
         pack(model, batching.token_budget)
@@ -172,11 +172,13 @@ class _Runner(ABC):
     pad_id: int
     device_batching: Batching
     limit: int | None = field(default=None, kw_only=True)  # see `rope_limit`
+    _ahead: ClassVar[int] = 1
 
     @property
     def batching(self) -> Batching:
         """How large its batches are best; one at a time where the rope of the last is kept in the model."""
-        return self.device_batching if self.limit is None else replace(self.device_batching, parallel=1)
+        batching = replace(self.device_batching, batches_ahead=self._ahead)
+        return batching if self.limit is None else replace(batching, parallel=1)
 
     def batches(self, sequences: Sequence[TokenSequence], token_budget: int) -> list[list[int]]:
         """Group sequences, those on each side of the limit apart."""
@@ -199,16 +201,12 @@ class Padded(_Runner):
     """Sequences of like length side by side, padded on the right, or of equal length and so not padded."""
 
     equal: bool = False
+    _ahead: ClassVar[int] = 8  # so that lengths are alike in each batch
 
     @property
     def path(self) -> Path:
         """What users are told."""
         return "equal lengths" if self.equal else "padded"
-
-    @property
-    def batching(self) -> Batching:
-        """Several batches at a time, so that lengths are alike in each."""
-        return replace(super(Padded, self).batching, batches_ahead=8)
 
     def _batches(self, sequences: Sequence[TokenSequence], token_budget: int) -> list[list[int]]:
         return by_length([len(sequence.ids) for sequence in sequences], token_budget, equal=self.equal)
@@ -284,9 +282,15 @@ class Unpadded(_Runner):
 def rope_limit(model: "PreTrainedModel", longest: int) -> int | None:
     """Find the length beyond which all positions of a sequence are turned otherwise (LongRoPE); None up to `longest`.
 
-    ConfigError if each length beyond has a rope of its own (dynamic NTK): transformers' depends on what ran before.
+    ConfigError where transformers' own scores depend on what ran before: dynamic NTK's, and BigBird's of long texts.
     """
     limits: set[int] = set()
+    if getattr(model.config, "attention_type", None) == "block_sparse":
+        limit = (5 + 2 * model.config.num_random_blocks) * model.config.block_size
+        if longest > limit:
+            raise ConfigError(
+                f"its attention beyond {limit} tokens depends on what ran before; pass max_length={limit}"
+            )
     for rope in model.modules():
         kinds: Any = getattr(rope, "rope_type", None)
         for layers, kind in kinds.items() if isinstance(kinds, dict) else [(None, kinds)]:

@@ -11,10 +11,6 @@ from rag_rerank import LocalScorer
 from rag_rerank.local.checkpoint import checkpoint
 from tests.models import make_bert_cross_encoder
 
-pytestmark = pytest.mark.skipif(
-    not hasattr(logging, "set_tqdm_hook"), reason="this transformers has one switch for all"
-)
-
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from sentence_transformers import CrossEncoder, MultiVectorEncoder, SentenceTransformer
 from sentence_transformers.base.modules import Dense, Normalize, Router, Transformer
 from sentence_transformers.cross_encoder.modules import LogitScore
@@ -48,6 +49,9 @@ Answer yes or no.<|im_end|>
 <think></think>
 
 {% endif %}"""
+
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 1}
+EXPERTS |= {"moe_intermediate_size": 64, "shared_expert_intermediate_size": 64}
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -170,16 +174,34 @@ class TestClassifiers:
         CrossEncoder(source, max_length=48, activation_fn=torch.nn.Identity()).save_pretrained(folder)
         assert_alike(ours(folder, texts), predicted(folder, texts))
         edit(folder, "sentence_bert_config.json", processing_kwargs={"text": {"max_length": 30}})
+        edit(folder, "config.json", max_position_embeddings=25)  # which binds no rope
         assert_alike(ours(folder, texts), predicted(folder, texts))
 
-    @pytest.mark.parametrize("kind", ["bert", "electra", "qwen3"])
+    @pytest.mark.parametrize("kind", ["cross-encoder", "bi-encoder"])
+    def test_texts_and_prompts_are_lowered(self, kind: str, base, folder: str, texts):
+        """Where the folder says so and the tokenizer knows no capitals; Greek's last letter of a word, too."""
+        prompts = {"prompts": {"query": "The Query: "}}
+        if kind == "cross-encoder":
+            source = str(base("bert", AutoModelForSequenceClassification, num_labels=1))
+            options = {"default_prompt_name": "query", "activation_fn": torch.nn.Identity()}
+            CrossEncoder(source, **prompts, **options).save_pretrained(folder)
+        else:
+            modules = [Transformer(str(base("bert"))), Pooling(64, "mean", include_prompt=False)]
+            SentenceTransformer(modules=modules, **prompts).save_pretrained(folder)
+        edit(folder, "tokenizer.json", normalizer=None)
+        edit(folder, "sentence_bert_config.json", do_lower_case=True)
+        texts = [text.title() + " ΣΟΦΟΣ" for text in texts[0]], [text.upper() for text in texts[1]]
+        assert_alike(ours(folder, texts), (predicted if kind == "cross-encoder" else compared)(folder, texts))
+
+    @pytest.mark.parametrize("kind", ["bert", "electra", "qwen3", "modules"])
     def test_of_two_labels_the_second_is_relevance(self, kind: str, base, folder: str, tmp_path: Path, texts):
         """Its probability, and as a logit the difference; monoELECTRA is such a model."""
         if kind == "qwen3":
             source = make_decoder_classifier(tmp_path / "source", kind, num_labels=2)
         else:
-            source = base(kind, AutoModelForSequenceClassification, num_labels=2)
-        CrossEncoder(str(source)).save_pretrained(folder)
+            source = folder if kind == "modules" else base(kind, AutoModelForSequenceClassification, num_labels=2)
+        of_modules = {"modules": TestModular().modules(base("bert"), labels=2)} if kind == "modules" else {}
+        CrossEncoder(**of_modules or {"model_name_or_path": str(source)}).save_pretrained(folder)
         options = {"template": None} if kind == "qwen3" else {}
         theirs = predicted(folder, texts, apply_softmax=True)[:, 1]
         assert_alike(ours(folder, texts, **options), theirs, spread=0)
@@ -187,6 +209,7 @@ class TestClassifiers:
         assert_alike(ours(folder, texts, use_activation=False, **options), logits[:, 1] - logits[:, 0])
         assert_alike(ours(str(source), texts, **options), theirs, spread=0)
 
+    @pytest.mark.parametrize("order", [1, -1])  # in which config.json lists them
     @pytest.mark.parametrize(
         ("labels", "right"),
         [
@@ -199,26 +222,32 @@ class TestClassifiers:
         ],
     )
     def test_two_labels_the_other_way_round_are_refused(
-        self, labels: tuple[str, str], right: bool, base, folder: str, texts
+        self, labels: tuple[str, str], right: bool, order: int, base, folder: str, texts
     ):
         """By their names in config.json: the scores would be upside down."""
         source = base("bert", AutoModelForSequenceClassification, num_labels=2)
         CrossEncoder(str(source)).save_pretrained(folder)
-        edit(folder, "config.json", id2label=dict(enumerate(labels)), label2id={labels[0]: 0, labels[1]: 1})
+        names = dict(list(enumerate(labels))[::order])
+        edit(folder, "config.json", id2label=names, label2id={name: number for number, name in names.items()})
         with nullcontext() if right else pytest.raises(ConfigError, match=rf"'{labels[1]}', but the second is taken"):
             ours(folder, texts)
 
-    def test_three_labels_are_refused(self, base, folder: str, texts):
+    @pytest.mark.parametrize("field", ["id2label", "out_features"])
+    def test_three_labels_are_refused(self, field: str, base, folder: str, texts):
         """They don't say which of them is relevance."""
-        CrossEncoder(str(base("bert", AutoModelForSequenceClassification, num_labels=3))).save_pretrained(folder)
-        with pytest.raises(ConfigError, match="has 3 labels"):
+        if field == "id2label":
+            model = CrossEncoder(str(base("bert", AutoModelForSequenceClassification, num_labels=3)))
+        else:
+            model = CrossEncoder(modules=TestModular().modules(base("bert"), labels=3))
+        model.save_pretrained(folder)
+        with pytest.raises(ConfigError, match=rf"has 3 labels \(config\.json: {field}\)"):
             ours(folder, texts)
 
 
 class TestAnswers:
     """A causal model whose answer is the score: LogitScore."""
 
-    def make(self, folder: str, source: Path, *, false: bool = True, chat: str = CHAT, **options: Any) -> CrossEncoder:
+    def make(self, folder: str, source: Path, *, false: bool = True, chat: Any = CHAT, **options: Any) -> CrossEncoder:
         tokenizer = AutoTokenizer.from_pretrained(source)
         tokenizer.chat_template = chat
         tokenizer.save_pretrained(source)
@@ -250,6 +279,8 @@ class TestAnswers:
             ("phi", {}),  # has a bias
             ("llama", {"is_causal": False}),
             ("gemma3_text", {"use_bidirectional_attention": True, "head_dim": 32}),
+            # A window of which no layer is told, and longer than what a model is proven on.
+            ("qwen2_moe", {**EXPERTS, "use_sliding_window": True, "sliding_window": 100, "max_window_layers": 1}),
         ],
     )
     @pytest.mark.parametrize("false", [True, False])
@@ -296,10 +327,12 @@ class TestAnswers:
             assert_alike(scorer.score(*texts, instruction="Find the opposite"), theirs)
             assert_alike(scorer.score(*texts), predicted(folder, texts, **logits))
 
-    def test_special_tokens_come_from_the_template(self, folder: str, tmp_path: Path, texts):
-        """By their names, and no others are put before it."""
+    @pytest.mark.parametrize("several_templates", [False, True])
+    def test_special_tokens_come_from_the_template(self, several_templates: bool, folder: str, tmp_path: Path, texts):
+        """By their names, and no others are put before it; of several templates it is the default."""
         chat = "{{ bos_token }}" + CHAT.strip("\n") + "{{ eos_token }}"
-        self.make(folder, make_causal_lm(tmp_path / "source", "llama"), chat=chat)
+        several = {"default": chat, "tools": "{{ messages }}"}
+        self.make(folder, make_causal_lm(tmp_path / "source", "llama"), chat=several if several_templates else chat)
         assert_cross_encoders_agree(folder, texts)
 
     @pytest.mark.parametrize("kind", ["llama", "gemma"])
@@ -329,10 +362,12 @@ class TestAnswers:
         short = texts[0], [document[:100] for document in texts[1]]
         assert_alike(ours(str(source), ([query[:100] for query in short[0]], short[1]), **options), expected)
 
-    def test_a_limit_of_its_calls_is_kept(self, folder: str, tmp_path: Path, texts):
+    @pytest.mark.parametrize("side", ["right", "left"])
+    def test_a_limit_of_its_calls_is_kept(self, side: str, folder: str, tmp_path: Path, texts):
         """With the end of the prompt."""
         processing = {"text": {"max_length": 120}, "chat_template": {"add_generation_prompt": True}}
         self.make(folder, make_causal_lm(tmp_path / "source", "qwen3"), processing_kwargs=processing)
+        edit(folder, "tokenizer_config.json", truncation_side=side)
         assert_cross_encoders_agree(folder, texts)
 
 
@@ -413,7 +448,7 @@ class TestBiEncoders:
     def test_dense_modules_prompts_and_fewer_dimensions(self, kind: str, similarity: str, base, folder: str, texts):
         """As embeddinggemma has them; the limit is the folder's own."""
         torch.manual_seed(2)
-        dense = [Dense(64, 96, bias=False, activation_function=torch.nn.Identity()), Dense(96, 32)]
+        dense = [Dense(64, 96, bias=False, activation_function=torch.nn.PReLU(init=0.7)), Dense(96, 32)]
         SentenceTransformer(
             modules=[Transformer(str(base(kind))), Pooling(64, "mean"), *dense, Normalize()],
             prompts={"query": "task: search | query: ", "document": "title: none | text: "},
@@ -429,6 +464,14 @@ class TestBiEncoders:
         modules = [Transformer(str(base("bert"))), Pooling(64, ["cls", "max"])]
         SentenceTransformer(modules=modules, similarity_fn_name=similarity).save_pretrained(folder)
         assert_alike(ours(folder, texts), compared(folder, texts))
+
+    def test_what_pools_is_one(self, base, folder: str, texts):
+        """Also on a classifier's transformer, as older versions save it: they don't say what the whole is."""
+        SentenceTransformer(modules=[Transformer(str(base("bert"))), Pooling(64, "mean")]).save_pretrained(folder)
+        expected = compared(folder, texts)
+        edit(folder, "config.json", architectures=["BertForSequenceClassification"])
+        edit(folder, "config_sentence_transformers.json", model_type=None)
+        assert_alike(ours(folder, texts), expected)
 
     @pytest.mark.parametrize("pooling", ["cls", "max", "mean", "mean_sqrt_len_tokens", "weightedmean", "lasttoken"])
     def test_prompts_that_do_not_count(self, pooling: str, base, folder: str, texts):
@@ -642,6 +685,21 @@ class TestFiles:
         tokenizer.add_tokens(["anothertoken"])
         tokenizer.save_pretrained(cross_encoder)
         with pytest.raises(ConfigError, match="has 2001 tokens, but the model only 2000"):
+            ours(cross_encoder, texts)
+
+    def test_weights_that_config_json_does_not_tell_of(self, cross_encoder: str, texts):
+        """Of other sizes, or quantized in a way that nobody knows, with scales or without."""
+        edit(cross_encoder, "config.json", quantization_config={"quant_method": "new"})
+        with pytest.raises(ConfigError, match=r"config\.json: its weights are quantized, but"):
+            ours(cross_encoder, texts)
+        edit(cross_encoder, "config.json", quantization_config=None)
+        weights = load_file(Path(cross_encoder, "model.safetensors"))
+        scale = {"bert.pooler.dense.weight_scale": torch.ones(1)}
+        save_file(weights | scale, Path(cross_encoder, "model.safetensors"), metadata={"format": "pt"})
+        with pytest.raises(ConfigError, match=r"config\.json: its weights are quantized, but"):
+            ours(cross_encoder, texts)
+        edit(cross_encoder, "config.json", intermediate_size=96)
+        with pytest.raises(ConfigError, match=r"dense\.\w+ is .*128.* in the weights, .*96.* by config\.json"):
             ours(cross_encoder, texts)
 
     def test_an_adapter_without_peft(self, cross_encoder: str, texts, monkeypatch: pytest.MonkeyPatch):

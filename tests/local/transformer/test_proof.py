@@ -157,6 +157,14 @@ class TestLongRope:
         with pytest.raises(ConfigError, match="pass max_length=40"):
             rope_limit(model, MAX_LENGTH)
 
+    def test_attention_that_a_shorter_text_ends_is_refused(self):
+        """BigBird's: transformers' own scores depend on what was scored before."""
+        sizes = {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "block_size": 8}
+        model = AutoModel.from_config(CONFIG_MAPPING["big_bird"](**sizes, vocab_size=200, intermediate_size=64))
+        assert rope_limit(model, 88) is None
+        with pytest.raises(ConfigError, match="pass max_length=88"):
+            rope_limit(model, MAX_LENGTH)
+
 
 class TestHead:
     """What is behind the transformer, in a model that computes in bfloat16."""

@@ -89,7 +89,7 @@ def check_all(states: States, expected: Sequence[Tensor]) -> None:
     """Each token's, first, last and between, and where they end."""
     check_last(states, expected)
     assert difference(states.first(), torch.stack([rows[0] for rows in expected])) <= TOLERANCE
-    tokens, owners = states.flat()
+    tokens, owners, _ = states.flat()
     assert owners.bincount().tolist() == [len(rows) for rows in expected]
     assert difference(tokens, torch.cat(list(expected))) <= TOLERANCE
     assert difference(states.mean(), torch.stack([rows.mean(0) for rows in expected])) <= TOLERANCE

@@ -49,16 +49,13 @@ def translated_config(name: str, content: Mapping[str, Any] | None) -> PreTraine
         code = str((content.get("auto_map") or {}).get("AutoConfig")).rpartition(".")[2]
         kinds = content.get("model_type"), code, *(content.get("architectures") or ())
         translate = next((_CONFIGS[kind] for kind in kinds if kind in _CONFIGS), None)
-        return None if translate is None else _config(content, *translate(content))
+        if translate is None:
+            return None
+        model_type, changed = translate(content)
+        fields = {key: value for key, value in content.items() if key not in ("auto_map", "model_type")}
+        return CONFIG_MAPPING[model_type].from_dict({**fields, **changed})
     except (AttributeError, ArithmeticError, KeyError, TypeError, ValueError) as error:
         raise ConfigError(f"{name!r} can't be loaded: config.json: {error}") from error
-
-
-def _config(content: Mapping[str, Any], model_type: str, changed: Mapping[str, Any]) -> PreTrainedConfig:
-    if model_type not in CONFIG_MAPPING:
-        raise ValueError(f"this version of transformers has no {model_type}; upgrade it")
-    fields = {key: value for key, value in content.items() if key not in ("auto_map", "model_type")}
-    return CONFIG_MAPPING[model_type].from_dict({**fields, **changed})
 
 
 def _only(content: Mapping[str, Any], **supported: object) -> None:

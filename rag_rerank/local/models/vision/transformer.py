@@ -20,14 +20,7 @@ from rag_rerank.local.models.vision.tower import Features, Tower
 from rag_rerank.local.transformer.attention import Layout, to_device
 from rag_rerank.local.transformer.batching import Batching, TokenSequence
 from rag_rerank.local.transformer.linear import pack
-from rag_rerank.local.transformer.transformer import (
-    Path,
-    States,
-    Transformer,
-    Unpadded,
-    lay_out,
-    padding_of,
-)
+from rag_rerank.local.transformer.transformer import Path, States, Transformer, Unpadded, lay_out, padding_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -106,9 +99,7 @@ class VisionTransformer:
         if len(features) > 1:
             options |= {"visual_pos_masks": of_images, "deepstack_visual_embeds": list(features[1:])}
         states: Tensor = self.decoder(
-            inputs_embeds=embeddings,
-            position_ids=positions.to(self.decoder.device),
-            **options,
+            inputs_embeds=embeddings, position_ids=positions.to(self.decoder.device), **options
         ).last_hidden_state
         return states
 
