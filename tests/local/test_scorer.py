@@ -255,9 +255,7 @@ class TestRefused:
     def test_weights_that_are_missing(self, minilm: Path, tmp_path: Path):
         """An encoder posing as a cross-encoder would get a random head and random scores."""
         folder = edited(minilm, tmp_path / "m", architectures=["BertForSequenceClassification"], num_labels=1)
-        with pytest.raises(ConfigError, match=r"modules\.json ends with sentence_embedding"):
-            LocalScorer(folder).score("q", "d")
-        (folder / "modules.json").unlink()
+        (folder / "modules.json").unlink()  # by which it is a bi-encoder
         with pytest.raises(ConfigError, match=r"no weights for .*classifier"):
             LocalScorer(folder).score("q", "d")
 
