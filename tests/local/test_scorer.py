@@ -252,10 +252,12 @@ class TestRefused:
         with pytest.raises(ConfigError, match="Qwen3ForCausalLM"):
             LocalScorer(folder).score("q", "d")
 
-    def test_weights_that_are_missing(self, minilm: Path, tmp_path: Path):
+    def test_weights_that_are_missing(self, local: LocalScorer, minilm: Path, tmp_path: Path):
         """An encoder posing as a cross-encoder would get a random head and random scores."""
         folder = edited(minilm, tmp_path / "m", architectures=["BertForSequenceClassification"], num_labels=1)
-        (folder / "modules.json").unlink()  # by which it is a bi-encoder
+        with LocalScorer(folder, dtype="float32") as embeds:  # by its modules.json, which goes before config.json
+            assert embeds.score("q", ["d", "q"]) == local.score("q", ["d", "q"])
+        (folder / "modules.json").unlink()
         with pytest.raises(ConfigError, match=r"no weights for .*classifier"):
             LocalScorer(folder).score("q", "d")
 
