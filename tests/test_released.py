@@ -174,6 +174,7 @@ def by_llama_index(scorer: Scorer, query: str, documents: list[str]) -> Iterator
 
 
 @pytest.mark.parametrize("adapter", [by_langchain, by_llama_index])
+@pytest.mark.slow
 class TestThroughTheFrameworks:
     """One question's documents, sync and async: the scorer's own scores, not nearly."""
 

@@ -26,6 +26,8 @@ from tests.faulty_server import FaultyServer, Request, Steps, http, on_scores, r
 from tests.test_calibration import calibration
 from tests.vllm_server import VLLMServer
 
+pytestmark = pytest.mark.slow  # each starts processes
+
 
 def command(*arguments: str | Path) -> list[str]:
     return [sys.executable, "-m", "rag_rerank", "eval", *map(str, arguments)]
@@ -52,7 +54,6 @@ class TestCommand:
         """Unless told."""
         assert inspect.signature(evaluating.evaluate).parameters["measures"].default == ",".join(DEFAULT_MEASURES)
 
-    @pytest.mark.slow
     def test_a_local_model_twice(self, tmp_path: Path, folder: Path, cross_encoder: Path):
         """A second time nothing is scored, and the figures are the same; every file that was asked for is there."""
         arguments = [folder, "--model", cross_encoder, "--depth", "2", "--depth", "3", "--dtype", "float32"]

@@ -16,6 +16,7 @@ from tests import commands, kept
 from tests.faulty_server import FaultyServer, Request, Steps, http, scores
 from tests.models import make_bert_cross_encoder
 
+pytestmark = pytest.mark.slow  # each starts processes
 LINES = 800
 
 
