@@ -1,9 +1,6 @@
 """A real infinity server: the scores of its model in this process, one query and several."""
 
-import contextlib
 import os
-import signal
-import subprocess
 from collections.abc import Iterator
 from itertools import takewhile
 from pathlib import Path
@@ -12,34 +9,26 @@ import pytest
 
 from rag_rerank import LocalScorer, VLLMScorer
 from rag_rerank.check import check
+from tests.other_servers import program, running
 from tests.pairs import largest_difference, pairs
-from tests.vllm.test_litellm import wait
-from tests.vllm_server import ROOT, free_port
+from tests.vllm_server import free_port
 
-INFINITY = ROOT / ".venv-peers-infinity" / "bin" / "infinity_emb"
 TOLERANCE = 1e-4
 
 
 @pytest.fixture(scope="module")
 def vllm_infinity(cross_encoder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """Its address; it serves the tiny cross-encoder."""
-    if not INFINITY.exists():
-        pytest.skip("infinity is not installed: run `make .venv-peers-infinity/.installed`")
+    infinity = program(".venv-peers-infinity", "infinity_emb")
     port, log = free_port(), tmp_path_factory.mktemp("infinity") / "log"
     options = {"model-id": cross_encoder, "host": "127.0.0.1", "port": port, "engine": "torch", "device": "cpu"}
-    command = [INFINITY, "v2", *(f"--{name}={value}" for name, value in options.items())]
+    command = [infinity, "v2", *(f"--{name}={value}" for name, value in options.items())]
     command += ["--dtype=float32", "--no-bettertransformer", "--no-model-warmup"]
     environment = os.environ | {"DO_NOT_TRACK": "1", "INFINITY_ANONYMOUS_USAGE_STATS": "0"}
     environment.pop("PYTHONPATH", None)
-    with log.open("wb") as output:
-        process = subprocess.Popen(command, env=environment, stdout=output, stderr=output, start_new_session=True)
-    try:
-        wait(process, f"http://127.0.0.1:{port}/health", log)
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+    url = f"http://127.0.0.1:{port}"
+    with running(command, f"{url}/health", log, env=environment):
+        yield url
 
 
 @pytest.mark.parametrize(("endpoint", "path"), [("rerank", "/rerank"), ("auto", "")])

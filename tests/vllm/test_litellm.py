@@ -1,23 +1,17 @@
 """Behind LiteLLM's real proxy: the scores of the vLLM server behind it, or errors that say whose fault they are."""
 
-import os
-import signal
-import subprocess
-import time
-import urllib.request
 from collections.abc import Iterator
 from itertools import takewhile
-from pathlib import Path
 
 import pytest
 
 from rag_rerank import BackendRejected, BackendUnavailable, DocumentRejected, RerankError, VLLMScorer
 from rag_rerank.check import check
 from tests.conftest import require_server
+from tests.other_servers import program, running
 from tests.pairs import largest_difference, pairs
-from tests.vllm_server import ROOT, VLLMServer, free_port
+from tests.vllm_server import VLLMServer, free_port
 
-LITELLM = ROOT / ".venv-litellm" / "bin" / "litellm"
 TOLERANCE = 1e-4  # other pairs in a batch, other rounding
 PROXY_KEY = "sk-canary-proxy"
 CONFIG = """
@@ -34,35 +28,15 @@ general_settings: {{master_key: "{proxy_key}"}}
 def vllm_litellm(vllm_released: VLLMServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The proxy's address; it serves a reranker, and one whose server is down."""
     require_server()
-    if not LITELLM.exists():
-        missing = pytest.fail if os.environ.get("RAG_RERANK_REQUIRE_VLLM") else pytest.skip
-        missing("LiteLLM is not installed: run `make .venv-litellm/.installed`")
+    litellm = program(".venv-litellm", "litellm")
     folder = tmp_path_factory.mktemp("litellm")
     served = {"name": vllm_released.name, "base_url": vllm_released.base_url}
     (folder / "config.yaml").write_text(CONFIG.format(**served, nobody=free_port(), proxy_key=PROXY_KEY))
     port = free_port()
-    log = folder / "log"
-    command = [LITELLM, "--config", "config.yaml", "--host", "127.0.0.1", "--port", str(port)]
-    with log.open("wb") as output:
-        process = subprocess.Popen(command, cwd=folder, stdout=output, stderr=output, start_new_session=True)
-    try:
-        wait(process, f"http://127.0.0.1:{port}/health/liveliness", log)
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-
-
-def wait(process: "subprocess.Popen[bytes]", url: str, log: Path) -> None:
-    for _ in range(1200):
-        if process.poll() is not None:
-            break
-        try:
-            with urllib.request.urlopen(url, timeout=5):
-                return
-        except OSError:
-            time.sleep(0.25)
-    pytest.fail(f"no answer from {url}:\n{log.read_text()[-3000:]}")
+    command = [litellm, "--config", "config.yaml", "--host", "127.0.0.1", "--port", str(port)]
+    url = f"http://127.0.0.1:{port}"
+    with running(command, f"{url}/health/liveliness", folder / "log", cwd=folder):
+        yield url
 
 
 def behind(proxy: str, model: str = "reranker", **options: object) -> VLLMScorer:
