@@ -26,7 +26,6 @@ from rag_rerank.vllm.wire import (
     SINCE,
     WRONG_LOGITS,
     Answer,
-    Encoded,
     Options,
     ServerFacts,
     is_too_long,
@@ -69,7 +68,6 @@ class Call:
     _outcomes: dict[int, Outcome] = field(default_factory=dict)  # by position, as the refusals
     _refusals: dict[int, BackendRejected] = field(default_factory=dict)
     _accepted: set[bool] = field(default_factory=set)  # True: a request with an image; False: one with text only
-    _encoded: dict[int, Encoded] = field(default_factory=dict)  # by id of what stands in queries and documents
 
     async def score(self) -> list[Outcome]:
         """Score each document, in order; one that the server rejects has its DocumentRejected there."""
@@ -162,7 +160,6 @@ class Call:
             return
         self._accepted.add(not self._is_text and _has_image(documents))
         self._outcomes.update(zip(chunk, answer.scores, strict=True))
-        self._forget(chunk)
 
     async def _parts(self, error: Refusal, chunk: list[int], sent: Options) -> list[list[int]]:
         """Cut a refused chunk into what is to be asked instead, the last first; raise what concerns the whole call."""
@@ -178,7 +175,6 @@ class Call:
         size = sum(_size(self.documents[position]) for position in chunk)
         if len(chunk) == 1:
             self._refusals[chunk[0]] = error
-            self._forget(chunk)
             return []
         if error.status == 413 and size > _LEAST_BYTES:
             self._most_bytes = min(self._most_bytes, size // 2)
@@ -337,24 +333,14 @@ class Call:
         self, queries: Inputs, documents: Inputs, options: Options, positions: Sequence[int] | None = None
     ) -> Answer:
         """Get one request answered; without `positions` among the caller's documents a small one that takes no turn."""
-        asked, sent = [self._sent(query) for query in queries], [self._sent(document) for document in documents]
+        asked, sent = (
+            [each if isinstance(each, str) else each.encoded() for each in side] for side in (queries, documents)
+        )
         return await self.exchange.ask(
             lambda facts, request_id: scoring_request(facts, asked, sent, options, request_id),
             lambda body: read_answer(self._api, body, positions or (0,)),
             takes_turn=positions is not None,
         )
-
-    def _sent(self, value: Prepared) -> str | Encoded:
-        """Encode what is more than text, once; it is kept until it has its score."""
-        if isinstance(value, str):
-            return value
-        if id(value) not in self._encoded:
-            self._encoded[id(value)] = Encoded.of(value)
-        return self._encoded[id(value)]
-
-    def _forget(self, chunk: Sequence[int]) -> None:
-        for position in chunk if self._encoded else ():
-            self._encoded.pop(id(self.documents[position]), None)
 
     def _options(self, position: int) -> Options:
         return self._options_for(self._query(position), self.documents[position], self._limits.get(position))

@@ -14,7 +14,6 @@ from typing import Any, Literal, NamedTuple, TypeVar
 
 from rag_rerank.errors import BadReply, ConfigError
 from rag_rerank.families import is_listwise
-from rag_rerank.inputs.multimodal import Multimodal
 
 T = TypeVar("T")
 Version = tuple[int, int]
@@ -164,28 +163,15 @@ SINCE: dict[str, Version] = {
 WRONG_LOGITS: tuple[Version, Version] = (0, 14), (0, 30)
 
 
-@dataclass(frozen=True, slots=True, repr=False)
-class Encoded:
-    """A query or document with images as it is sent, so that requests that are repeated need not encode it again."""
-
-    json: bytes  # vLLM's ScoreMultiModalParam
-    echo: int  # most bytes that a rerank API may take to repeat it
-
-    @classmethod
-    def of(cls, value: Multimodal) -> "Encoded":
-        """Encode it: about 1 ms for a megabyte."""
-        encoded = value.encoded()
-        return cls(encoded, 2 * len(encoded) + 12 * len(value.text) + 1024)
-
-
-Sent = list[str | Encoded]  # queries or documents in a request
+Sent = list[str | bytes]  # queries or documents in a request; bytes: the JSON of what holds more than text
 
 
 def scoring_request(
     facts: ServerFacts, queries: Sent, documents: Sent, options: Options, request_id: str | None = None
 ) -> Request:
     """Make a request in the server's form; one query only, but to a score API, and without ``top_n``."""
-    # An entry of a score answer takes about 60 bytes; a rerank answer echoes the documents, up to 12 bytes a character.
+    # An entry of a score answer takes about 60 bytes; a rerank answer echoes the documents: 12 bytes a character at most,
+    # or as much more as JSON takes without UTF-8.
     reply_limit = (64 << 10) + 256 * len(documents)
     api = facts.form.api
     body: dict[str, Any] = {} if api == "tei" else {"model": facts.model}
@@ -195,7 +181,7 @@ def scoring_request(
         raise ConfigError(f"one of the servers is asked by {facts.form.path}, another otherwise; pass endpoint=")
     else:
         body |= {"query": queries[0], "texts" if api == "tei" else "documents": documents}
-        reply_limit += sum(12 * len(each) if isinstance(each, str) else each.echo for each in documents)
+        reply_limit += sum(12 * len(each) if isinstance(each, str) else 3 * len(each) + 1024 for each in documents)
     body |= options.tei_fields() if api == "tei" else options.fields(facts.version)
     if request_id is not None and facts.version is not None and facts.version >= (0, 16):
         # Where the field is known, in the body too: a gateway may replace the header by an id of its own.
@@ -208,9 +194,9 @@ _to_json = json.JSONEncoder(ensure_ascii=False).encode
 
 
 def _json(value: Any) -> bytes:
-    if isinstance(value, Encoded):
-        return value.json
-    if isinstance(value, list) and any(isinstance(each, Encoded) for each in value):
+    if isinstance(value, bytes):
+        return value
+    if isinstance(value, list) and any(isinstance(each, bytes) for each in value):
         return b"[" + b", ".join(map(_json, value)) + b"]"
     return _to_json(value).encode()  # lists of text at once: a tenth of the time
 
