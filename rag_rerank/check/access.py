@@ -119,7 +119,7 @@ def _listed(server: CheckedServer) -> tuple[Reply, list[Card]]:
 def model(server: CheckedServer) -> Finding:
     """See what is served; or that the server doesn't tell without another key."""
     reply, cards = _listed(server)
-    wanted, names = server.client.model, ", ".join(card.name for card in cards)
+    wanted, names = server.client.rules.model, ", ".join(card.name for card in cards)
     card = next((card for card in cards if wanted in (None, card.name)), None)
     if reply.status in (401, 403):
         return _refused(server, f"the server answered {reply.status}: {wire.error_text(reply.body)}")

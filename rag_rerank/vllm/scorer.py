@@ -177,7 +177,8 @@ class VLLMScorer(Scorer):
             priority=priority,
             extra_body=None if extra_body is None else dict(extra_body),
         )
-        rules = Rules(chunk_size, max_concurrency, max_retries, connect_timeout, attempt_timeout)
+        limits = chunk_size, max_concurrency, max_retries, connect_timeout, attempt_timeout
+        rules = Rules(*limits, model=model, api=endpoint, logits=use_activation is False)
         endpoints = _endpoints(base_url)
         keys = Keys(endpoints, api_key, default_headers, default_query, over_http=send_key_over_http)
         transport = Transport(endpoints, keys, http_client, timeout)
@@ -194,22 +195,20 @@ class VLLMScorer(Scorer):
             transport=transport,
             rules=rules,
             options=options,
-            api=endpoint,
-            model=model,
             fit=truncate_prompt_tokens == "auto" and not renders,
             template=None if template is None else Template.load(template),
             variables={"instruction": instruction, **variables},
             prompts=(query_prompt, document_prompt),
             timeout=float(seconds),
         )
-        self._default_deadline = None if seconds == math.inf else float(seconds)
+        self._default_deadline = self.client.timeout
         self._max_waiting_calls = max_waiting_calls
 
     @property
     def model_name(self) -> str:
         """The model's name on the server; ``"unknown"`` before the first call where it was not given."""
         facts = self.client.servers.facts
-        return (self.client.model or "unknown") if facts is None else facts.model
+        return (self.client.rules.model or "unknown") if facts is None else facts.model
 
     @property
     def usage(self) -> Usage | None:
@@ -276,7 +275,7 @@ class VLLMScorer(Scorer):
 
     def __repr__(self) -> str:
         roots = self._roots
-        model = "" if self.client.model is None else f", model={self.client.model!r}"
+        model = "" if self.client.rules.model is None else f", model={self.client.rules.model!r}"
         return f"VLLMScorer({(roots[0] if len(roots) == 1 else roots)!r}{model})"
 
     @property

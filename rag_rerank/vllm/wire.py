@@ -94,10 +94,9 @@ class ServerFacts:
     model: str  # the name to ask for
     checkpoint: str | None = None  # the hub id or folder behind that name
     window: int | None = None  # how many tokens the model reads at most
-    # Learned later, None before: whether it puts pairs into a score template; whether its logits are right; how many
-    # bytes the texts of a request may have, where one was too large.
+    # Learned later, None before: whether it puts pairs into a score template; how many bytes the texts of a request may
+    # have, where one was too large.
     has_template: bool | None = field(default=None, compare=False)
-    has_logits: bool | None = field(default=None, compare=False)
     most_bytes: int | None = field(default=None, compare=False)
     form: Form = field(default=VLLM_SCORE, compare=False)
 

@@ -87,7 +87,7 @@ class TestChunks:
             content["data"] = [entry | {"score": value} for entry in content["data"]]
             return 0.0, replace(reply, body=json.dumps(content).encode())
 
-        world = World(answer, known=False)
+        world = World(answer, known=False, logits=True)
         if is_right or version == "0.31.0":
             for _ in range(2):
                 assert world.score("q", ["a", "b"], use_activation=False) == [logit, logit]
