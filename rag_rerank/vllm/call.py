@@ -13,7 +13,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from rag_rerank.errors import BackendError, BackendRejected, BackendUnavailable, ConfigError, DocumentRejected
+from rag_rerank.errors import BackendError, BackendRejected, BackendUnavailable, DocumentRejected
 from rag_rerank.inputs import NEUTRAL
 from rag_rerank.inputs.images import BLANK
 from rag_rerank.inputs.multimodal import Link, Multimodal, Prepared, hidden
@@ -21,7 +21,6 @@ from rag_rerank.inputs.preparing import MANY, off_loop, text_only
 from rag_rerank.isolation import Outcome
 from rag_rerank.vllm.exchange import Exchange
 from rag_rerank.vllm.wire import (
-    API,
     SINCE,
     Answer,
     Options,
@@ -72,7 +71,7 @@ class Call:
         self._facts = await self.exchange.describe()
         self._most_bytes = self._facts.most_bytes or MAX_BYTES
         self._whole = self._facts.listwise and len(self.queries) == 1
-        self._is_text = all(isinstance(each, str) for inputs in (self.queries, self.documents) for each in inputs)
+        self._is_text = not (_is_mixed(self.queries) or _is_mixed(self.documents))
         if self.fit and not self._whole:
             await self._fit()
         positions = range(len(self.documents))
@@ -154,7 +153,7 @@ class Call:
                 error.body = error.body and hidden(error.body, link.url)
             chunks.extendleft(await self._parts(error, chunk, options))
             return
-        self._accepted.add(not self._is_text and _has_image(documents))
+        self._accepted.add(not self._is_text and _is_mixed(documents))
         self._outcomes.update(zip(chunk, answer.scores, strict=True))
 
     async def _parts(self, error: Refusal, chunk: list[int], sent: Options) -> list[list[int]]:
@@ -180,12 +179,12 @@ class Call:
         return [chunk[len(chunk) // 2 :], chunk[: len(chunk) // 2]]
 
     async def _fits_after_all(self, error: BackendError, chunk: list[int], sent: Options) -> bool:
-        """Cut a chunk that is too long although it did not seem so, as its template is long; False where that is known."""
+        """Cut a chunk that is too long although it did not seem so; False where it is cut already."""
         uncut = sent.truncate_prompt_tokens is None and sent.max_tokens_per_doc == self.options.max_tokens_per_doc
         if not (self.fit and uncut and is_too_long(error.message)) or self._is_multimodal(chunk[0]):
             return False
         if self._options(chunk[0]) == sent:  # else another branch has found out meanwhile
-            self.exchange.servers.forget()  # or the window is another one since a restart
+            self.exchange.servers.forget()  # its template is long, or its window another one since a restart
             await self._cut(chunk, at_once=1)
         return self._options(chunk[0]) != sent
 
@@ -205,7 +204,7 @@ class Call:
         A server that fails (500) at any image, also at a blank one, fails as a whole.
         """
         changing = [self.documents, self.queries] if len(self.queries) > 1 else [self.documents]
-        with_image = any(_has_image([side[position] for position in chunk]) for side in changing)
+        with_image = any(_is_mixed([side[position] for position in chunk]) for side in changing)
         if isinstance(error, BackendRejected):
             if error.status == 413 and len(chunk) > 1:
                 return True  # less is always less; a single one may be refused for the query's size
@@ -357,7 +356,6 @@ def _links(inputs: Inputs) -> list[Link]:
     return [part for each in inputs if isinstance(each, Multimodal) for part in each.parts if isinstance(part, Link)]
 
 
-def _has_image(inputs: Inputs) -> bool:
-    """Tell whether there is an image in any of them; videos don't count."""
-    parts = [part for each in inputs if isinstance(each, Multimodal) for part in each.parts]
-    return any(part.kind == "image_url" if isinstance(part, Link) else not isinstance(part, str) for part in parts)
+def _is_mixed(inputs: Inputs) -> bool:
+    """Tell whether there is more than text in any of them."""
+    return any(isinstance(each, Multimodal) for each in inputs)

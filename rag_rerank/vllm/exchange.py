@@ -226,7 +226,10 @@ class Exchange:
                                 blamed[asked] = since
                             pause = self._pause(failure, tried, tries)
                             if pause == math.inf and not under_way:
-                                return cast("T", self._given_up(failure, down=len(tried) >= tries))
+                                if failure.answer is not None:
+                                    return cast("T", failure.answer)
+                                self.servers.down = len(tried) >= tries
+                                raise failure.error from failure.error.__cause__
                             continue
                         blamed.pop(asked, None)
                         for other, since in blamed.items():
@@ -242,13 +245,6 @@ class Exchange:
             for task in under_way:
                 task.cancel()
             await asyncio.gather(*under_way, return_exceptions=True)
-
-    def _given_up(self, failure: MayPass, *, down: bool) -> Any:
-        """Return what a call gets that is not tried again, or raise it."""
-        if failure.answer is None:
-            self.servers.down = down
-            raise failure.error from failure.error.__cause__
-        return failure.answer
 
     async def _begun(self, attempt: Coroutine[Any, Any, T]) -> asyncio.Future[T]:
         """Begin an attempt; where no other may begin beside it, it needs no task of its own, and is over on return."""
@@ -275,26 +271,23 @@ class Exchange:
 
     def _pause(self, failure: MayPass, tried: list[Server], tries: int) -> float:
         """Find the seconds until the next try; infinite if there must be none."""
+        asked = self.servers.asked_until() - self.clock()
         if self.servers.others_answer(tried):
             pause = 0.0
         elif len(tried) >= tries or failure.kind == "certificate":
-            return math.inf
+            pause = math.inf
+        elif asked > 0:
+            pause = asked if asked <= LONGEST_ASKED_REST else math.inf  # else the caller is told at once
+        elif failure.kind in ("broken", "renamed") and len(tried) == 1:  # most often a kept one, closed in that moment
+            pause = 0.0
         else:
-            pause = self._back_off(failure, len(tried))
+            bound: float = min(LONGEST_PAUSE, FIRST_PAUSE * 2 ** (len(tried) - 1))
+            # Callers that failed together don't come back together, nor before a hiccup of a quarter of a second ends.
+            pause = bound * (1 + self.jitter()) / 2
         if pause >= self.left():
             return math.inf
         logger.info("%s Attempt %d follows in %.3g s.", failure.error, len(tried) + 1, pause)
         return pause
-
-    def _back_off(self, failure: MayPass, tried: int) -> float:
-        asked = self.servers.asked_until() - self.clock()
-        if asked > 0:
-            return asked if asked <= LONGEST_ASKED_REST else math.inf  # else the caller is told at once
-        if failure.kind in ("broken", "renamed") and tried == 1:  # most often a kept one, closed in that moment
-            return 0.0
-        bound: float = min(LONGEST_PAUSE, FIRST_PAUSE * 2 ** (tried - 1))
-        # Callers that failed together do not come back together; nor before a hiccup of a quarter of a second is over.
-        return bound * (1 + self.jitter()) / 2
 
     # One request to one server, once.
 

@@ -184,10 +184,6 @@ class VLLMScorer(Scorer):
         transport = Transport(endpoints, keys, http_client, timeout)
         seconds = math.inf if timeout is None or transport.limits is not None else timeout
         _check_seconds(timeout=seconds, connect_timeout=connect_timeout, attempt_timeout=attempt_timeout)
-        sendable = {"model": model, "query_prompt": query_prompt, "document_prompt": document_prompt}
-        sendable["template"] = template if isinstance(template, str) else None
-        for name, value in (sendable | variables | asdict(options)).items():
-            check_sendable(name, value)
         if renders and (options.truncate_prompt_tokens, max_tokens_per_doc, max_tokens_per_query) != (None,) * 3:
             raise ConfigError("a template that is rendered here can't be cut by the server: it would lose its end")
         self.client = Client(
@@ -312,9 +308,10 @@ def _check(given: Mapping[str, Any]) -> None:
     for name, kind in _KINDS.items():
         value = given[name]
         if value is not None and not isinstance(value, kind):
-            raise ConfigError(
-                f"{name} must be {getattr(kind, '__name__', kind)}, got {type(value).__name__}"
-            )  # it may be a secret
+            kinds = getattr(kind, "__name__", kind)
+            raise ConfigError(f"{name} must be {kinds}, got {type(value).__name__}")  # it may be a secret
+        if isinstance(value, str | Mapping):
+            check_sendable(name, value if isinstance(value, str) else dict(value))
     for name, (least, default) in _COUNTS.items():
         count = given[name]
         if isinstance(count, bool) or not ((isinstance(count, int) and count >= least) or count is default):

@@ -111,7 +111,7 @@ class Servers:
         return min(server.asked_until for server in self._servers)
 
     def forget(self, oldest: float = math.inf) -> None:
-        """Have asked again who they are: those that were asked before that moment, or closed what they answered over."""
+        """Have those asked again that told who they are before that moment, or closed what they answered over."""
         for server in self._servers:
             if server.asked_at < oldest or (server.is_connected is not None and not server.is_connected()):
                 server.facts = None
