@@ -43,14 +43,18 @@ class Connection(asyncio.Protocol):
             self._http.receive_data(data)
             self._news.set()
 
+    def eof_received(self) -> None:  # noqa: D102
+        self.connection_lost(None)  # asyncio says so when all is sent, and this server may read no more
+
     def connection_lost(self, error: Exception | None) -> None:  # noqa: D102
-        self._end = error or EOFError()
+        self._end = self._end or error or EOFError()
         self._news.set()
 
     @property
     def is_idle(self) -> bool:
-        """Whether another request may follow: the last answer was read, and nothing came that nobody asked for."""
-        return self._http.our_state is h11.IDLE and not self._http.trailing_data[0] and self.is_connected()
+        """Whether another request may follow: the last went out and was answered, and nobody said more."""
+        is_done = self._http.our_state is h11.IDLE and not self._http.trailing_data[0]
+        return is_done and not self.transport.get_write_buffer_size() and self.is_connected()
 
     def is_connected(self) -> bool:
         """Tell whether the server has left it open, and said nothing that the event loop has not read yet."""
@@ -121,7 +125,7 @@ class Connections:
         try:
             async with asyncio.timeout(seconds):
                 connection = await self._connect(*address, seconds)
-        except (OSError, UnicodeError) as error:  # the latter for names that no lookup takes
+        except (OSError, UnicodeError, RuntimeError) as error:  # names that no lookup takes; no thread for one
             text = "timed out" if isinstance(error, TimeoutError) else str(error) or type(error).__name__
             raise CantConnect(text) from error
         self._all.add(connection)

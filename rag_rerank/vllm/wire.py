@@ -169,8 +169,8 @@ def scoring_request(
     facts: ServerFacts, queries: Sent, documents: Sent, options: Options, request_id: str | None = None
 ) -> Request:
     """Make a request in the server's form; one query only, but to a score API, and without ``top_n``."""
-    # An entry of a score answer takes about 60 bytes; a rerank answer echoes the documents: 12 bytes a character at most,
-    # or as much more as JSON takes without UTF-8.
+    # An entry of a score answer takes about 60 bytes; a rerank answer echoes the documents, up to 12 bytes a character,
+    # or three times what JSON takes in UTF-8.
     reply_limit = (64 << 10) + 256 * len(documents)
     api = facts.form.api
     body: dict[str, Any] = {} if api == "tei" else {"model": facts.model}
@@ -219,7 +219,8 @@ def read_answer(api: API, body: bytes, positions: Sequence[int]) -> Answer:
 
 
 def _of(kind: type[T], value: object) -> T | None:
-    return value if type(value) is kind else None
+    """Give a text that is not empty or a number above 0, as gateways fill in what they don't know; else None."""
+    return value if type(value) is kind and value > kind() else None  # type: ignore[operator]  # text or number
 
 
 _NUMBERS = {int, float, type(None)}

@@ -24,6 +24,7 @@ from tests.faulty_server import (
     Steps,
     http,
     on_scores,
+    oracle,
     right,
     scores,
 )
@@ -32,6 +33,7 @@ from tests.vllm.faults.common import (
     EXACT,
     FEW,
     KEY,
+    QUERY,
     TLS,
     Connect,
     Score,
@@ -104,6 +106,22 @@ class TestConnections:
             resource.setrlimit(resource.RLIMIT_NOFILE, limits)
         assert score(scorer, FEW) == EXACT[:5]
 
+    def test_no_thread_is_left_for_a_name(
+        self, serve: Serve, connect: Connect, score: Score, monkeypatch: pytest.MonkeyPatch
+    ):
+        """As with files."""
+        server = serve()
+        score(connect(server), FEW)  # the event loop's thread is there
+        scorer = connect(server.base_url.replace("127.0.0.1", "localhost"), max_retries=0)
+
+        def refuse(_: threading.Thread) -> None:
+            raise RuntimeError("can't start new thread")
+
+        with monkeypatch.context() as patch, pytest.raises(BackendUnavailable, match="or no thread .*new thread"):
+            patch.setattr(threading.Thread, "start", refuse)
+            score(scorer, FEW)
+        assert score(scorer, FEW) == EXACT[:5]
+
     def test_nobody_accepts(self, connect: Connect, score: Score):
         """Row 3: a full backlog swallows the SYN; each try ends after connect_timeout."""
         with contextlib.ExitStack() as sockets:
@@ -174,6 +192,41 @@ class TestConnections:
         server.revive()
         assert score(scorer) == EXACT
         assert len(server.score_requests) == 2 * CHUNKS
+
+    @pytest.mark.parametrize("how", ["closes", "ends", "goes on"])
+    def test_an_answer_before_the_request_was_read(self, connect: Connect, score: Score, how: str):
+        """413 to the first part of a large one: with a reset, with no length, on a connection that is read no more."""
+        head = f"HTTP/1.1 413 Too large\r\n{'Content-Length: 4' if how == 'goes on' else 'Connection: close'}\r\n\r\n"
+        over = threading.Event()
+
+        def serve(connection: socket.socket) -> None:
+            with connection, connection.makefile("rwb") as file:
+                while line := file.readline():
+                    headers = dict(line.decode().strip().split(": ") for line in iter(file.readline, b"\r\n"))
+                    length = int(headers.get("content-length", 0))
+                    if length > 3_000_000:
+                        connection.sendall(f"{head}long".encode())
+                        if how == "ends":
+                            connection.shutdown(socket.SHUT_WR)
+                        if how != "closes":
+                            over.wait(30)
+                        return
+                    method, path, _ = line.decode().split()
+                    connection.sendall(b"".join(right(Request(method, path, headers, file.read(length), 1, 1))))
+
+        def listen(listener: socket.socket) -> None:
+            with contextlib.suppress(OSError):
+                while True:
+                    threading.Thread(target=serve, args=listener.accept()[:1], daemon=True).start()
+
+        documents = [f"{number}" * 1_000_000 for number in range(4)]
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            threading.Thread(target=listen, args=(listener,), daemon=True).start()
+            scorer = connect(f"http://127.0.0.1:{listener.getsockname()[1]}", max_concurrency=1)
+            found = score(scorer, documents, deadline=20)
+            listener.shutdown(socket.SHUT_RDWR)
+        over.set()
+        assert found == [oracle(QUERY, document) for document in documents]
 
     @pytest.mark.parametrize("kept", [0, 20, -1], ids=["no body", "20 bytes", "all but one byte"])
     def test_half_an_answer(self, serve: Serve, connect: Connect, score: Score, kept: int):
