@@ -135,7 +135,7 @@ def model(server: CheckedServer) -> Finding:
         said = f"It serves {len(cards)} models: {names}."
         return Finding("Model", "problem", said, "Pass the name of one: --model NAME (model= in Python).")
     server.facts = replace(server.facts, model=card.name, checkpoint=card.root, window=card.window)
-    checkpoint = "" if card.root == card.name else f", from {card.root}"
+    checkpoint = "" if card.root == card.name else f", from {wire.printable(card.root)}"
     return Finding("Model", "good", f"It serves {wanted or names}{checkpoint}.")
 
 

@@ -52,9 +52,8 @@ class Connection(asyncio.Protocol):
 
     @property
     def is_idle(self) -> bool:
-        """Whether another request may follow: the last went out and was answered, and nobody said more."""
-        is_done = self._http.our_state is h11.IDLE and not self._http.trailing_data[0]
-        return is_done and not self.transport.get_write_buffer_size() and self.is_connected()
+        """Whether another request may follow: the last answer was read, and nothing came that nobody asked for."""
+        return self._http.our_state is h11.IDLE and not self._http.trailing_data[0] and self.is_connected()
 
     def is_connected(self) -> bool:
         """Tell whether the server has left it open, and said nothing that the event loop has not read yet."""

@@ -226,10 +226,7 @@ class Exchange:
                                 blamed[asked] = since
                             pause = self._pause(failure, tried, tries)
                             if pause == math.inf and not under_way:
-                                if failure.answer is not None:
-                                    return cast("T", failure.answer)
-                                self.servers.down = len(tried) >= tries
-                                raise failure.error from failure.error.__cause__
+                                return cast("T", self._given_up(failure, down=len(tried) >= tries))
                             continue
                         blamed.pop(asked, None)
                         for other, since in blamed.items():
@@ -245,6 +242,13 @@ class Exchange:
             for task in under_way:
                 task.cancel()
             await asyncio.gather(*under_way, return_exceptions=True)
+
+    def _given_up(self, failure: MayPass, *, down: bool) -> Any:
+        """Return what a call gets that is not tried again, or raise it."""
+        if failure.answer is None:
+            self.servers.down = down
+            raise failure.error from failure.error.__cause__
+        return failure.answer
 
     async def _begun(self, attempt: Coroutine[Any, Any, T]) -> asyncio.Future[T]:
         """Begin an attempt; where no other may begin beside it, it needs no task of its own, and is over on return."""

@@ -1,6 +1,7 @@
 """What lets requests in: keys, and headers and query parameters such as gateways want."""
 
 import functools
+import html
 import inspect
 import os
 import pickle
@@ -101,8 +102,8 @@ def _spellings(letter: str) -> str:
     """Make a pattern of the ways in which JSON, URLs and HTML write a letter of a key."""
     if letter.isalnum():
         return letter
-    code = ord(letter)
-    return rf"(?:\\*{re.escape(letter)}|(?:\\+u00|%|%25)(?i:{code:02x})|&#(?:{code}|[xX](?i:{code:x}));)"
+    code, named = ord(letter), re.escape(html.escape(letter))
+    return rf"(?:{named}|\\*{re.escape(letter)}|(?:\\+u00|%|%25)(?i:{code:02x})|&#(?:{code}|[xX](?i:{code:x}));)"
 
 
 def portable(name: str, function: object) -> Any:

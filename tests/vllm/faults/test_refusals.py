@@ -158,6 +158,7 @@ class TestRefusals:
             "canary%252F5ecret%252Bk3y%253D%253D",
             "canary/5ecret&#43;k3y&#x3d;&#X3D;",
         ],
+        ids=["JSON", "JSON in JSON", "URL", "URL in a URL", "page"],
     )
     def test_a_server_that_writes_the_key_otherwise(self, serve: Serve, connect: Connect, written: str):
         """In JSON, in a URL, in a page, in a header."""
