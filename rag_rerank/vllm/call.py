@@ -60,6 +60,7 @@ class Call:
     _facts: ServerFacts = field(init=False)  # of one of the servers
     _whole: bool = False  # whether all documents go in one request, for they are scored together
     _is_text: bool = False  # whether there is nothing but text
+    _is_sure: bool = False  # whether the servers were asked anew because of a refusal
     _most_bytes: int = MAX_BYTES
     _limits: dict[int, int] = field(default_factory=dict)  # by position, at how many tokens documents are cut
     _outcomes: dict[int, Outcome] = field(default_factory=dict)  # by position, as the refusals
@@ -179,12 +180,16 @@ class Call:
         return [chunk[len(chunk) // 2 :], chunk[: len(chunk) // 2]]
 
     async def _fits_after_all(self, error: BackendError, chunk: list[int], sent: Options) -> bool:
-        """Cut a chunk that is too long although it did not seem so; False where it is cut already."""
+        """Cut a chunk that is too long although it did not seem so: its template is long; False where that is known."""
         uncut = sent.truncate_prompt_tokens is None and sent.max_tokens_per_doc == self.options.max_tokens_per_doc
-        if not (self.fit and uncut and is_too_long(error.message)) or self._is_multimodal(chunk[0]):
+        if not (self.fit and is_too_long(error.message)) or self._is_multimodal(chunk[0]):
             return False
         if self._options(chunk[0]) == sent:  # else another branch has found out meanwhile
-            self.exchange.servers.forget()  # its template is long, or its window another one since a restart
+            if not uncut:
+                if self._is_sure:
+                    return False
+                self._is_sure = True
+                self.exchange.servers.forget()  # since a restart, the window may be another one
             await self._cut(chunk, at_once=1)
         return self._options(chunk[0]) != sent
 

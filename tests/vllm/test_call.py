@@ -491,8 +491,23 @@ class TestFitting:
     def test_a_smaller_window_shows_in_a_refusal(self):
         """Of a document that was short for the former one; nothing else told that the server was started again."""
         world = fitted(Server(template=20, window=4096), "q", ["x" * 100])
-        world.answer = Server(template=20, window=64)
-        assert world.score("q", ["x" * 100], fit=True) == [oracle("q", "x" * 42)]
+        for window in (64, 40):  # the former cut is too long, then
+            world.answer = Server(template=20, window=window)
+            assert world.score("q", ["x" * 100], fit=True) == [oracle("q", "x" * (window - 22))]
+
+    def test_a_server_that_does_not_cut_is_asked_anew_once(self):
+        """A gateway that drops max_tokens_per_doc: each document is refused, and looked for as ever."""
+        server, long = Server(template=20, window=64), [letter * 100 for letter in "xyz"]
+
+        def answer(send: Send, now: float) -> tuple[float, Outcome]:
+            refused = send.request.body is not None and set(long) & set(documents_of(send))
+            return 0.0, refusal(400, "maximum context length is 64") if refused else server.reply(send)
+
+        world = World(answer, known=False)
+        with pytest.raises(DocumentRejected) as caught:
+            world.score("q", [*long, "a"], fit=True)
+        assert caught.value.indices == (0, 1, 2)
+        assert world.paths.count("/version") == 2
 
     @pytest.mark.parametrize(("length", "requests"), [(3071, 1), (3072, 2)])
     def test_short_is_what_fits_with_a_thousand_tokens_of_template(self, length: int, requests: int):
