@@ -387,9 +387,13 @@ class Exchange:
         """Learn what a server tells about itself, asked if it is not known or was long ago."""
         before, now = server.facts, self.clock()
         if before is None or now - server.asked_at > LONGEST_AGE:
-            server.asked_at = now  # others go on with what is known meanwhile
-            version = await self._optional(server, Request("GET", "/version"), wire.read_version)
-            facts = self._facts(server, version, await self._listed(server))
+            former, server.asked_at = server.asked_at, now  # others go on with what is known meanwhile
+            try:
+                version = await self._optional(server, Request("GET", "/version"), wire.read_version)
+                facts = self._facts(server, version, await self._listed(server))
+            except asyncio.CancelledError:
+                server.asked_at = former
+                raise
             if facts == before:
                 server.facts = replace(before, has_template=None)  # a restart may have changed no more than that
             else:

@@ -986,6 +986,22 @@ class TestLearning:
         assert world.servers.facts.window == 99
         assert world.paths == ["/version", "/v1/models", "/v1/score"] * 2
 
+    def test_a_call_that_is_given_up_while_it_asks_leaves_that_to_the_next(self):
+        """What is known is not younger for it."""
+        world = World(known=False)
+        assert score(world) == SCORES
+        world.now += 61
+
+        async def give_up() -> None:
+            with pytest.raises(TimeoutError):
+                await asyncio.wait_for(world.call("q", ["a"]), 1.0)
+
+        world.answer = always(*reversed(HANG))
+        world.run(give_up())
+        world.answer = Server(window=99)
+        assert score(world) == SCORES
+        assert world.servers.facts.window == 99
+
     def test_an_unnamed_model_is_the_one_that_is_served(self):
         """Aliases of one checkpoint count as one; the first is asked for."""
         models = Reply(200, b'{"data": [{"id": "a", "root": "r", "max_model_len": 8}, {"id": "b", "root": "r"}]}')
