@@ -270,7 +270,7 @@ class _Reader:
             routes[side] = route
         masks = [folder for kind, folder in self.steps("document") if kind == "MultiVectorMask"]
         mask = self.file(_path(masks[0], "config.json")) if masks else self.model
-        words = mask.get("skiplist_words", list)
+        words, tasks = mask.get("skiplist_words", list), mask.get("skiplist_tasks", list)
         if words is None and not masks and (self.model.get("model_type", str) == "ColBERT" or any(prefixes.values())):
             words = list(string.punctuation)
         expansion = self._expansion()
@@ -290,7 +290,7 @@ class _Reader:
             similarity=self._similarity("late-interaction"),
             expansion=expansion,
             skipped_words=tuple(words or ()),
-            skipped_in=tuple(mask.get("skiplist_tasks", list) or ("document",)),
+            skipped_in=("document",) if tasks is None else tuple(tasks),
             kept_ids=tuple(mask.get("keep_only_token_ids", list) or ()),
             markers=tuple(filter(None, prefixes.values())),
         )
@@ -355,6 +355,7 @@ class _Reader:
         passed = texts.get("module_output_name", str) or _OUTPUTS.get(task)
         if passed is None or passed != _OUTPUTS.get(task):
             texts.refuse("transformer_task", f"is {task!r} with {passed}; supported are {', '.join(_OUTPUTS)}")
+        chat = _chat(texts, task)
         token_layers: list[Layer] = []
         layers: list[Layer] = []
         pooling = None
@@ -390,9 +391,9 @@ class _Reader:
             folder=folder,
             task=task,
             prompt=prompt,
-            max_length=self._max_length(texts, side),
+            max_length=self._max_length(texts, side, chat),
             lower_case=bool(texts.get("do_lower_case", bool)),
-            chat=_chat(texts, task),
+            chat=chat,
             tokenizer_options=_tokenizer_options(texts),
             token_layers=tuple(token_layers),
             pooling=pooling,
@@ -409,9 +410,10 @@ class _Reader:
     def _config(self, folder: str) -> _File:
         return self.file(_path(folder, "config.json"))
 
-    def _max_length(self, texts: _File, side: Side) -> int | None:
+    def _max_length(self, texts: _File, side: Side, chat: Chat | None = None) -> int | None:
         options = texts.get("processing_kwargs", dict) or {}
-        sizes = [(options.get(group) or {}).get("max_length") for group in ("chat_template", "text", "common")]
+        groups = ("common", "text") if chat is None else ("chat_template", "text", "common")  # the first goes first
+        sizes = [(options.get(group) or {}).get("max_length") for group in groups]
         sizes.append(texts.get(f"{side}_length", int) or self.model.get(f"{side}_length", int))
         sizes += [_options(texts, "processor_kwargs").get("model_max_length"), texts.get("max_seq_length", int)]
         return next((size for size in sizes if size), None)
@@ -500,6 +502,8 @@ def _options(texts: _File, name: str) -> Mapping[str, Any]:
 
 
 def _tokenizer_options(texts: _File) -> Mapping[str, Any]:
+    if texts.get("tokenizer_name_or_path", str) is not None:
+        texts.refuse("tokenizer_name_or_path", "is not supported: the tokenizer belongs beside the weights")
     for name in ("model_kwargs", "config_kwargs"):
         for option in _options(texts, name).keys() - _WITHOUT_EFFECT:
             texts.refuse(f"{name}.{option}", "is not supported")

@@ -176,6 +176,9 @@ class TestClassifiers:
         edit(folder, "sentence_bert_config.json", processing_kwargs={"text": {"max_length": 30}})
         edit(folder, "config.json", max_position_embeddings=25)  # which binds no rope
         assert_alike(ours(folder, texts), predicted(folder, texts))
+        limits = {"text": {"max_length": 30}, "common": {"max_length": 22}, "chat_template": {"max_length": 12}}
+        edit(folder, "sentence_bert_config.json", processing_kwargs=limits)
+        assert_alike(ours(folder, texts), predicted(folder, texts))
 
     @pytest.mark.parametrize("kind", ["cross-encoder", "bi-encoder"])
     def test_texts_and_prompts_are_lowered(self, kind: str, base, folder: str, texts):
@@ -361,6 +364,14 @@ class TestAnswers:
         options |= {} if place == "folder" else {"template": template}
         short = texts[0], [document[:100] for document in texts[1]]
         assert_alike(ours(str(source), ([query[:100] for query in short[0]], short[1]), **options), expected)
+
+    @pytest.mark.parametrize("ids", [(5, 5), (-1, 5), (5, -1), (9999, None)])
+    def test_answers_that_are_none(self, ids: tuple[int, int | None], folder: str, tmp_path: Path, texts):
+        """Not in the vocabulary, or the same twice: every score would be 0."""
+        self.make(folder, make_causal_lm(tmp_path / "source", "qwen3"))
+        edit(folder, "1_LogitScore/config.json", true_token_id=ids[0], false_token_id=ids[1])
+        with pytest.raises(ConfigError, match=r"LogitScore: true_token_id and false_token_id are \(.*no different"):
+            ours(folder, texts)
 
     @pytest.mark.parametrize("side", ["right", "left"])
     def test_a_limit_of_its_calls_is_kept(self, side: str, folder: str, tmp_path: Path, texts):
@@ -549,6 +560,13 @@ class TestLateInteraction:
         MultiVectorEncoder(modules=modules, prompts=prompts, similarity_fn_name="meanmaxsim").save_pretrained(folder)
         assert_alike(ours(folder, texts), compared(folder, texts, MultiVectorEncoder), spread=0.01)
 
+    @pytest.mark.parametrize("tasks", [[], ["query"], ["query", "document"]])
+    def test_words_are_left_out_where_the_mask_says(self, tasks: list[str], base, folder: str, texts):
+        """Nowhere, too; without its saying so, of documents."""
+        MultiVectorEncoder(modules=self.modules(base("bert"), ["the", "of", "a"])).save_pretrained(folder)
+        edit(folder, "2_MultiVectorMask/config.json", skiplist_tasks=tasks)
+        assert_alike(ours(folder, texts), compared(folder, texts, MultiVectorEncoder))
+
     @pytest.mark.parametrize("attend", [True, False])
     def test_pylates_own_words_for_it(self, attend: bool, tmp_path: Path, texts):
         """With markers that its tokenizer knows as tokens; sentence-transformers reads PyLate's folders."""
@@ -610,6 +628,7 @@ class TestRefusals:
             ("config_sentence_transformers.json", {"default_prompt_name": "no"}, "default_prompt_name is 'no'"),
             ("config_sentence_transformers.json", {"truncate_dim": "8"}, "truncate_dim is '8', which is no int"),
             ("sentence_bert_config.json", {"transformer_task": "fill-mask"}, "transformer_task is 'fill-mask'"),
+            ("sentence_bert_config.json", {"tokenizer_name_or_path": "other"}, "tokenizer_name_or_path is not supported"),
             (
                 "sentence_bert_config.json",
                 {"processing_kwargs": {"text": {"truncation": "only_first"}}},
