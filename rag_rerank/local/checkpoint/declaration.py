@@ -50,7 +50,7 @@ _OUTPUTS = {
 _WITHOUT_EFFECT = {
     *("padding", "padding_side", "pad_to_multiple_of", "return_tensors", "return_attention_mask", "logits_to_keep"),
     *("attn_implementation", "device_map", "dtype", "torch_dtype", "low_cpu_mem_usage", "use_safetensors", "use_cache"),
-    *("trust_remote_code", "use_fast", "verbose"),
+    *("trust_remote_code", "use_fast", "verbose", "cache_dir", "local_files_only", "revision", "subfolder", "token"),
 }
 _PYLATE = {
     *("query_prefix", "document_prefix", "query_length", "document_length", "query_expansion", "skiplist_words"),
@@ -225,7 +225,7 @@ class _Reader:
 
     def plain(self, kind: Kind) -> Declaration:
         """Read what a checkpoint without modules declares: only how long its inputs may be."""
-        return Declaration(kind=kind, document=Route(max_length=self._max_length(self._texts(""), "document")))
+        return Declaration(kind=kind, document=Route(max_length=self._max_length(self._texts(""))))
 
     def cross_encoder(self) -> Declaration:
         prompt = self._prompts()[None]
@@ -269,6 +269,8 @@ class _Reader:
                 route = replace(route, token_layers=(*route.token_layers, Layer("Normalize")))
             routes[side] = route
         masks = [folder for kind, folder in self.steps("document") if kind == "MultiVectorMask"]
+        if len(masks) > 1:
+            raise _Refused(f"{_MODULES} has several MultiVectorMask; one is supported")
         mask = self.file(_path(masks[0], "config.json")) if masks else self.model
         words, tasks = mask.get("skiplist_words", list), mask.get("skiplist_tasks", list)
         if words is None and not masks and (self.model.get("model_type", str) == "ColBERT" or any(prefixes.values())):
@@ -391,7 +393,7 @@ class _Reader:
             folder=folder,
             task=task,
             prompt=prompt,
-            max_length=self._max_length(texts, side, chat),
+            max_length=self._max_length(texts, chat, None if passed in (_SCORES, _LOGITS) else side),
             lower_case=bool(texts.get("do_lower_case", bool)),
             chat=chat,
             tokenizer_options=_tokenizer_options(texts),
@@ -410,11 +412,12 @@ class _Reader:
     def _config(self, folder: str) -> _File:
         return self.file(_path(folder, "config.json"))
 
-    def _max_length(self, texts: _File, side: Side, chat: Chat | None = None) -> int | None:
+    def _max_length(self, texts: _File, chat: Chat | None = None, side: Side | None = None) -> int | None:
         options = texts.get("processing_kwargs", dict) or {}
         groups = ("common", "text") if chat is None else ("chat_template", "text", "common")  # the first goes first
         sizes = [(options.get(group) or {}).get("max_length") for group in groups]
-        sizes.append(texts.get(f"{side}_length", int) or self.model.get(f"{side}_length", int))
+        if side is not None:  # a pair is neither
+            sizes.append(texts.get(f"{side}_length", int) or self.model.get(f"{side}_length", int))
         sizes += [_options(texts, "processor_kwargs").get("model_max_length"), texts.get("max_seq_length", int)]
         return next((size for size in sizes if size), None)
 

@@ -81,6 +81,7 @@ def assert_equal(ours: list[float], expected: list[float]) -> None:
         ("modernbert", peft.LoraConfig(task_type="SEQ_CLS", target_modules="all-linear", use_dora=True, **LORA)),
         ("xlm-roberta", peft.LoHaConfig(task_type="SEQ_CLS", target_modules=["key"], modules_to_save=["classifier"])),
         ("roberta", peft.IA3Config(task_type="SEQ_CLS", target_modules=["key"], feedforward_modules=[])),
+        ("bert", peft.LoraConfig(task_type="SEQ_CLS", target_modules=["query"], bias="all", **LORA)),
         (
             "qwen3",
             peft.LoraConfig(task_type="SEQ_CLS", target_modules=["q_proj"], use_rslora=True, **LORA),
@@ -134,6 +135,19 @@ def test_the_head_may_be_the_adapters_alone(own: int, labels: int, adapter: Path
         ]
     expected = [(row[-1] - row[0] if labels == 2 else row[0]).item() for row in rows]
     assert_equal(ours(adapter, texts), expected)
+
+
+@pytest.mark.parametrize("saved", [[], ["word_embeddings"]])
+def test_of_a_tokenizer_with_more_words(saved: list[str], adapter: Path, tmp_path: Path, texts):
+    """PEFT saves the whole embeddings, and the user the tokenizer."""
+    base = make_encoder_cross_encoder(tmp_path / "base", "bert")
+    model, tokenizer = AutoModelForSequenceClassification.from_pretrained(base), AutoTokenizer.from_pretrained(base)
+    tokenizer.add_tokens(["the file", "python"])
+    model.resize_token_embeddings(len(tokenizer))
+    config = peft.LoraConfig(task_type="SEQ_CLS", target_modules=["query"], modules_to_save=saved, **LORA)
+    wrapped = train(adapter, model, config)
+    tokenizer.save_pretrained(adapter)
+    assert_applied(ours(adapter, texts), logits(wrapped, adapter, texts), ours(base, texts))
 
 
 class TestPlaces:

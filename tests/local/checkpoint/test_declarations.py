@@ -29,7 +29,7 @@ from transformers import (
 )
 
 from rag_rerank import LocalScorer
-from rag_rerank.errors import ConfigError
+from rag_rerank.errors import ConfigError, DocumentRejected
 from rag_rerank.local.checkpoint.fingerprint import fingerprint
 from tests.causal_models import byte_level_tokenizer, make_causal_lm, make_decoder_classifier, random_decoder
 from tests.encoder_models import make_colbert, make_pylate_colbert, random_encoder
@@ -178,6 +178,9 @@ class TestClassifiers:
         assert_alike(ours(folder, texts), predicted(folder, texts))
         limits = {"text": {"max_length": 30}, "common": {"max_length": 22}, "chat_template": {"max_length": 12}}
         edit(folder, "sentence_bert_config.json", processing_kwargs=limits)
+        assert_alike(ours(folder, texts), predicted(folder, texts))
+        options = {"processor_kwargs": {"revision": "x", "subfolder": "y", "model_max_length": 33}}
+        edit(folder, "sentence_bert_config.json", processing_kwargs={}, query_length=9, document_length=14, **options)
         assert_alike(ours(folder, texts), predicted(folder, texts))
 
     @pytest.mark.parametrize("kind", ["cross-encoder", "bi-encoder"])
@@ -365,6 +368,13 @@ class TestAnswers:
         short = texts[0], [document[:100] for document in texts[1]]
         assert_alike(ours(str(source), ([query[:100] for query in short[0]], short[1]), **options), expected)
 
+    def test_templates_are_given_what_transformers_gives(self, folder: str, tmp_path: Path, texts):
+        """Also where they ask for it by a name that is not set, and the date."""
+        given = "{{ strftime_now('%Y') }} {{ tools }} {{ documents }} {{ add_generation_prompt }} {{ more }}"
+        options = {"processing_kwargs": {"chat_template": {"tools": [{"x": 1}]}}}
+        self.make(folder, make_causal_lm(tmp_path / "source", "qwen3"), chat=CHAT + given, **options)
+        assert_cross_encoders_agree(folder, texts)
+
     @pytest.mark.parametrize("ids", [(5, 5), (-1, 5), (5, -1), (9999, None)])
     def test_answers_that_are_none(self, ids: tuple[int, int | None], folder: str, tmp_path: Path, texts):
         """Not in the vocabulary, or the same twice: every score would be 0."""
@@ -508,6 +518,22 @@ class TestBiEncoders:
         expected = model.similarity_pairwise(queries, documents)
         assert_alike(ours(folder, texts, query_prompt="other: ", document_prompt=""), expected)
 
+    def test_a_text_of_no_tokens_has_no_score(self, base, folder: str, texts):
+        """Where no special ones are added; the others have theirs."""
+        SentenceTransformer(modules=[Transformer(str(base("qwen3"))), Pooling(64, "lasttoken")]).save_pretrained(folder)
+        with LocalScorer(folder, dtype="float32") as scorer:
+            with pytest.raises(DocumentRejected, match="no token that the model reads") as caught:
+                scorer.score("a query", ["one", "", "two"])
+            assert caught.value.indices == (1,)
+            rest = ["a query"] * 2, ["one", "two"]
+            assert_alike(scorer.score(*rest), compared(folder, rest), spread=1e-3)
+
+    def test_one_kind_of_token_is_enough_for_single_texts(self, base, folder: str, texts):
+        """Though a pair would have two."""
+        source = base("bert", type_vocab_size=1)
+        SentenceTransformer(modules=[Transformer(str(source)), Pooling(64, "mean")]).save_pretrained(folder)
+        assert_alike(ours(folder, texts), compared(folder, texts))
+
     def test_a_router_parts_queries_from_documents(self, base, folder: str, texts):
         """Each with a transformer of its own; or behind a common one."""
         sides = [
@@ -559,6 +585,14 @@ class TestLateInteraction:
         prompts = {"query": "question: ", "document": "passage: "}
         MultiVectorEncoder(modules=modules, prompts=prompts, similarity_fn_name="meanmaxsim").save_pretrained(folder)
         assert_alike(ours(folder, texts), compared(folder, texts, MultiVectorEncoder), spread=0.01)
+
+    def test_queries_that_are_filled_up_on_the_left_are_refused(self, base, folder: str, texts):
+        """As sentence-transformers does where the tokenizer pads there."""
+        expansion = {"strategy": "fixed", "length": 24, "attend": True}
+        MultiVectorEncoder(modules=self.modules(base("bert"), query_expansion=expansion)).save_pretrained(folder)
+        edit(folder, "tokenizer_config.json", padding_side="left")
+        with pytest.raises(ConfigError, match="the padding_side of its tokenizer is left"):
+            ours(folder, texts)
 
     @pytest.mark.parametrize("tasks", [[], ["query"], ["query", "document"]])
     def test_words_are_left_out_where_the_mask_says(self, tasks: list[str], base, folder: str, texts):
@@ -628,7 +662,11 @@ class TestRefusals:
             ("config_sentence_transformers.json", {"default_prompt_name": "no"}, "default_prompt_name is 'no'"),
             ("config_sentence_transformers.json", {"truncate_dim": "8"}, "truncate_dim is '8', which is no int"),
             ("sentence_bert_config.json", {"transformer_task": "fill-mask"}, "transformer_task is 'fill-mask'"),
-            ("sentence_bert_config.json", {"tokenizer_name_or_path": "other"}, "tokenizer_name_or_path is not supported"),
+            (
+                "sentence_bert_config.json",
+                {"tokenizer_name_or_path": "other"},
+                "tokenizer_name_or_path is not supported",
+            ),
             (
                 "sentence_bert_config.json",
                 {"processing_kwargs": {"text": {"truncation": "only_first"}}},
@@ -672,6 +710,13 @@ class TestRefusals:
         path.write_text(json.dumps(modules))
         with pytest.raises(ConfigError, match=message):
             ours(bi_encoder, texts)
+
+    def test_several_masks(self, base, folder: str, texts):
+        """Each has words of its own."""
+        modules = TestLateInteraction().modules(base("bert"), ["the"])
+        MultiVectorEncoder(modules=[*modules, MultiVectorMask(["a"])]).save_pretrained(folder)
+        with pytest.raises(ConfigError, match="has several MultiVectorMask"):
+            ours(folder, texts)
 
     def test_token_pooling(self, base, folder: str, texts):
         """It makes other vectors."""
