@@ -33,7 +33,6 @@ _NO_ANSWER = {
     "connect": "Start vLLM there (it listens once its model is loaded), or pass the address where it runs.",
     "timeout": "Restart it if it hangs (vLLM does so after SIGTERM while it works), or allow more time.",
     "certificate": "Use the name that its certificate is for; SSL_CERT_FILE names more authorities to trust.",
-    "broken": _LOG,
     "unread": "Pass the address of a vLLM server.",
 }
 
@@ -43,7 +42,8 @@ def reach(server: CheckedServer) -> Finding:
     label = server.label
     took, outcome = _timed(server)
     if isinstance(outcome, Failure):
-        return Finding("Reachable", "problem", f"{label} gave no answer: {outcome.text}.", _NO_ANSWER[outcome.kind])
+        said, remedy = f"{label} gave no answer: {outcome.text}.", _NO_ANSWER.get(outcome.kind, _LOG)
+        return Finding("Reachable", "problem", said, remedy)
     if outcome.status >= 500:
         said = sentence(f"{label} answered {outcome.status}: {wire.error_text(outcome.body)}")
         return Finding("Reachable", "problem", said, _LOG)
@@ -119,7 +119,7 @@ def _listed(server: CheckedServer) -> tuple[Reply, list[Card]]:
 def model(server: CheckedServer) -> Finding:
     """See what is served; or that the server doesn't tell without another key."""
     reply, cards = _listed(server)
-    wanted, names = server.client.model, ", ".join(card.name for card in cards)
+    wanted, names = server.client.rules.model, wire.printable(", ".join(card.name for card in cards))
     card = next((card for card in cards if wanted in (None, card.name)), None)
     if reply.status in (401, 403):
         return _refused(server, f"the server answered {reply.status}: {wire.error_text(reply.body)}")
@@ -135,7 +135,7 @@ def model(server: CheckedServer) -> Finding:
         said = f"It serves {len(cards)} models: {names}."
         return Finding("Model", "problem", said, "Pass the name of one: --model NAME (model= in Python).")
     server.facts = replace(server.facts, model=card.name, checkpoint=card.root, window=card.window)
-    checkpoint = "" if card.root == card.name else f", from {card.root}"
+    checkpoint = "" if card.root == card.name else f", from {wire.printable(card.root)}"
     return Finding("Model", "good", f"It serves {wanted or names}{checkpoint}.")
 
 

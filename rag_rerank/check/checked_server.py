@@ -24,7 +24,7 @@ class CheckedServer:
         self.client = replace(client, servers=Servers([endpoint]))  # the same for this server alone
         self.label = endpoint.label
         # What is known so far.
-        self.facts = ServerFacts(None, client.model or "", form=endpoint.forms(client.api)[0])
+        self.facts = ServerFacts(None, client.rules.model or "", form=endpoint.forms(client.rules.api)[0])
         self.program: str | None = None  # what answers, where it is known and not vLLM
 
     @property

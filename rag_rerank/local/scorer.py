@@ -54,7 +54,7 @@ class LocalScorer(Scorer):
             documents of a query together (`listwise`).
         device: ``"cuda"``, ``"cuda:1"``, ``"mps"``, ``"cpu"``, ... None takes the first there is, in this order.
         dtype: ``"float32"``, ``"bfloat16"``, ``"float16"``, or ``"auto"``: the fastest that the device runs natively
-            (bfloat16 on recent GPUs and on CPUs with AMX, float16 on older GPUs, else float32).
+            (bfloat16 on recent GPUs and on CPUs with AMX or AMD's AVX512_BF16, float16 on older GPUs, else float32).
         score_type: ``"cross-encoder"``, ``"bi-encoder"``, ``"late-interaction"``; ``"auto"`` reads it from the
             checkpoint.
         template: The score template: a shipped name, a path or the text (see `Template.load`). ``"auto"`` takes the one

@@ -7,14 +7,13 @@ and cuts its end otherwise. Texts beside images are cut where asked for, with to
 """
 
 import asyncio
-import math
 import re
 from collections import defaultdict, deque
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from rag_rerank.errors import BackendError, BackendRejected, BackendUnavailable, ConfigError, DocumentRejected
+from rag_rerank.errors import BackendError, BackendRejected, BackendUnavailable, DocumentRejected
 from rag_rerank.inputs import NEUTRAL
 from rag_rerank.inputs.images import BLANK
 from rag_rerank.inputs.multimodal import Link, Multimodal, Prepared, hidden
@@ -22,11 +21,8 @@ from rag_rerank.inputs.preparing import MANY, off_loop, text_only
 from rag_rerank.isolation import Outcome
 from rag_rerank.vllm.exchange import Exchange
 from rag_rerank.vllm.wire import (
-    API,
     SINCE,
-    WRONG_LOGITS,
     Answer,
-    Encoded,
     Options,
     ServerFacts,
     is_too_long,
@@ -61,7 +57,7 @@ class Call:
     documents: Inputs  # at least one
     options: Options
     fit: bool = False
-    _api: API = "score"
+    _facts: ServerFacts = field(init=False)  # of one of the servers
     _whole: bool = False  # whether all documents go in one request, for they are scored together
     _is_text: bool = False  # whether there is nothing but text
     _most_bytes: int = MAX_BYTES
@@ -69,18 +65,15 @@ class Call:
     _outcomes: dict[int, Outcome] = field(default_factory=dict)  # by position, as the refusals
     _refusals: dict[int, BackendRejected] = field(default_factory=dict)
     _accepted: set[bool] = field(default_factory=set)  # True: a request with an image; False: one with text only
-    _encoded: dict[int, Encoded] = field(default_factory=dict)  # by id of what stands in queries and documents
 
     async def score(self) -> list[Outcome]:
         """Score each document, in order; one that the server rejects has its DocumentRejected there."""
-        server = await self.exchange.describe()
-        self._api, self._most_bytes = server.form.api, server.most_bytes or MAX_BYTES
-        self._whole = server.listwise and len(self.queries) == 1
-        self._is_text = all(isinstance(each, str) for inputs in (self.queries, self.documents) for each in inputs)
-        if self.options.use_activation is False and server.version is not None:
-            await self._check_logits(server)
+        self._facts = await self.exchange.describe()
+        self._most_bytes = self._facts.most_bytes or MAX_BYTES
+        self._whole = self._facts.listwise and len(self.queries) == 1
+        self._is_text = not (_is_mixed(self.queries) or _is_mixed(self.documents))
         if self.fit and not self._whole:
-            await self._fit(server)
+            await self._fit()
         positions = range(len(self.documents))
         chunks = deque(await off_loop(len(positions) > MANY, self._chunks, positions))
         await self._side_by_side(chunks, lambda chunk: self._score_chunk(chunk, chunks))
@@ -119,12 +112,12 @@ class Call:
         if self._whole:
             return [list(positions)]
         groups: dict[object, list[int]] = defaultdict(list)
-        if self._is_text and self._api == "score" and not self._limits:
+        if self._is_text and self._facts.form.api == "score" and not self._limits:
             groups[None] += positions  # what most calls are, in half the time
         else:
             for position in positions:
                 query, is_multimodal = self._query(position), self._is_multimodal(position)
-                alone = query if self._api != "score" or isinstance(query, Multimodal) else None
+                alone = query if self._facts.form.api != "score" or isinstance(query, Multimodal) else None
                 cut = self._options(position) if is_multimodal else self._limits.get(position)
                 groups[is_multimodal, cut, alone].append(position)
         chunks: list[list[int]] = []
@@ -145,8 +138,8 @@ class Call:
 
         One rejected document of 32 costs 11 requests more, or 12 where nothing was accepted before.
         """
-        one = len(self.queries) == 1 or self._api != "score" or isinstance(self._query(chunk[0]), Multimodal)
-        queries = [self._query(position) for position in (chunk[:1] if one else chunk)]
+        several = len(self.queries) > 1 and self._facts.form.api == "score" and isinstance(self._query(chunk[0]), str)
+        queries = [self._query(position) for position in (chunk if several else chunk[:1])]
         documents = [self.documents[position] for position in chunk]
         if self._limits and len(set(map(self._limits.get, chunk))) > 1:  # found out since it was planned
             chunks.extendleft(self._chunks(chunk))
@@ -160,9 +153,8 @@ class Call:
                 error.body = error.body and hidden(error.body, link.url)
             chunks.extendleft(await self._parts(error, chunk, options))
             return
-        self._accepted.add(not self._is_text and _has_image(documents))
+        self._accepted.add(not self._is_text and _is_mixed(documents))
         self._outcomes.update(zip(chunk, answer.scores, strict=True))
-        self._forget(chunk)
 
     async def _parts(self, error: Refusal, chunk: list[int], sent: Options) -> list[list[int]]:
         """Cut a refused chunk into what is to be asked instead, the last first; raise what concerns the whole call."""
@@ -178,7 +170,6 @@ class Call:
         size = sum(_size(self.documents[position]) for position in chunk)
         if len(chunk) == 1:
             self._refusals[chunk[0]] = error
-            self._forget(chunk)
             return []
         if error.status == 413 and size > _LEAST_BYTES:
             self._most_bytes = min(self._most_bytes, size // 2)
@@ -188,11 +179,12 @@ class Call:
         return [chunk[len(chunk) // 2 :], chunk[: len(chunk) // 2]]
 
     async def _fits_after_all(self, error: BackendError, chunk: list[int], sent: Options) -> bool:
-        """Cut a chunk that is too long although it did not seem so: its template is long; False where that is known."""
+        """Cut a chunk that is too long although it did not seem so; False where it is cut already."""
         uncut = sent.truncate_prompt_tokens is None and sent.max_tokens_per_doc == self.options.max_tokens_per_doc
         if not (self.fit and uncut and is_too_long(error.message)) or self._is_multimodal(chunk[0]):
             return False
         if self._options(chunk[0]) == sent:  # else another branch has found out meanwhile
+            self.exchange.servers.forget()  # its template is long, or its window another one since a restart
             await self._cut(chunk, at_once=1)
         return self._options(chunk[0]) != sent
 
@@ -200,7 +192,7 @@ class Call:
         """Give an error that concerns an image the remedy that fits; ContentError for a model that reads text only."""
         # vLLM 0.32, entrypoints/pooling/scoring: for models of text, and for jina-reranker-v3.
         if re.search("MultiModalParam is not supported|only supports text as input", error.message):
-            raise text_only(self.exchange.model_name, self.queries, self.documents) from error
+            raise text_only(self._facts.model, self.queries, self.documents) from error
         if is_too_long(error.message):
             error.remedy = "Text beside an image is cut only by max_tokens_per_doc=; or scale it down (max_pixels=)."
         elif error.status == 500:  # vLLM's for an address out of reach, and for images that its model can't take in
@@ -212,7 +204,7 @@ class Call:
         A server that fails (500) at any image, also at a blank one, fails as a whole.
         """
         changing = [self.documents, self.queries] if len(self.queries) > 1 else [self.documents]
-        with_image = any(_has_image([side[position] for position in chunk]) for side in changing)
+        with_image = any(_is_mixed([side[position] for position in chunk]) for side in changing)
         if isinstance(error, BackendRejected):
             if error.status == 413 and len(chunk) > 1:
                 return True  # less is always less; a single one may be refused for the query's size
@@ -236,42 +228,20 @@ class Call:
             self._accepted.add(with_image)
         return True
 
-    async def _check_logits(self, facts: ServerFacts) -> None:
-        """Refuse to take logits that are none, see `WRONG_LOGITS`: seen in whether their sigmoid is the score."""
-        if not WRONG_LOGITS[0] <= (facts.version or (0, 0)) <= WRONG_LOGITS[1]:
-            return
-        is_right = facts.has_logits
-        if is_right is None:
-            options = self.options, replace(self.options, use_activation=None)
-            logit, score = [(await self._ask([NEUTRAL], [NEUTRAL], each)).scores[0] for each in options]
-            is_right = not 0 < score < 1 or math.isclose(score, logit, abs_tol=0.01)  # where there is no activation
-            if not is_right and score > 0.99:  # rounding leaves no more to compare
-                is_right = logit > 4
-            elif not is_right:
-                is_right = math.isclose(math.log(score / (1 - score)), logit, rel_tol=0.05, abs_tol=0.1)
-            self.exchange.servers.remember(has_logits=is_right)
-        if not is_right:
-            version = ".".join(map(str, facts.version or ()))
-            said = f"vLLM {version} gives wrong logits for this model (use_activation=False): it leaves out a layer of"
-            raise ConfigError(f"{said} its head. Upgrade to 0.31 or newer, or leave out use_activation=")
-
-    async def _fit(self, facts: ServerFacts) -> None:
+    async def _fit(self) -> None:
         """Cut the documents that may be too long, where that can be known and does no harm."""
-        if self._api == "tei":
+        if self._facts.form.api == "tei":
             self.options = replace(self.options, truncate_prompt_tokens=-1)
-        if self._api != "score" and facts.version is None:
+        if self._facts.form.api != "score" and self._facts.version is None:
             self.fit = False  # no vLLM server, as it seems: others may stumble over a field of vLLM's
             return
-        many = len(self.documents) > MANY
-        long = await off_loop(many, self._long, facts.window)
-        if long:
-            facts = await self.exchange.describe(surely=True)
-            long = await off_loop(many, self._long, facts.window)
+        long = await off_loop(len(self.documents) > MANY, self._long)
         if long:
             await self._cut(long)
 
-    def _long(self, window: int | None) -> list[int]:
+    def _long(self) -> list[int]:
         """List the pairs of texts that could exceed the window: no tokenizer makes more tokens than bytes."""
+        window = self._facts.window
         beside = _TEMPLATE_TOKENS + _bytes(self.options.instruction or "")
         of_queries = list(map(_bytes, self.queries)) * (len(self.documents) // len(self.queries))
         return [
@@ -283,7 +253,7 @@ class Call:
 
     async def _cut(self, long: Sequence[int], at_once: int | None = None) -> None:
         """Find at how many tokens to cut the documents of some pairs; as they are where the server can't tell."""
-        facts = await self.exchange.describe()
+        facts = await self.exchange.describe(surely=True)
         has_template = await self._has_template(facts)
         if has_template is False:
             self.options = replace(self.options, truncate_prompt_tokens=-1)
@@ -337,24 +307,14 @@ class Call:
         self, queries: Inputs, documents: Inputs, options: Options, positions: Sequence[int] | None = None
     ) -> Answer:
         """Get one request answered; without `positions` among the caller's documents a small one that takes no turn."""
-        asked, sent = [self._sent(query) for query in queries], [self._sent(document) for document in documents]
+        asked, sent = (
+            [each if isinstance(each, str) else each.encoded() for each in side] for side in (queries, documents)
+        )
         return await self.exchange.ask(
             lambda facts, request_id: scoring_request(facts, asked, sent, options, request_id),
-            lambda body: read_answer(self._api, body, positions or (0,)),
+            lambda body: read_answer(self._facts.form.api, body, positions or (0,)),
             takes_turn=positions is not None,
         )
-
-    def _sent(self, value: Prepared) -> str | Encoded:
-        """Encode what is more than text, once; it is kept until it has its score."""
-        if isinstance(value, str):
-            return value
-        if id(value) not in self._encoded:
-            self._encoded[id(value)] = Encoded.of(value)
-        return self._encoded[id(value)]
-
-    def _forget(self, chunk: Sequence[int]) -> None:
-        for position in chunk if self._encoded else ():
-            self._encoded.pop(id(self.documents[position]), None)
 
     def _options(self, position: int) -> Options:
         return self._options_for(self._query(position), self.documents[position], self._limits.get(position))
@@ -396,7 +356,6 @@ def _links(inputs: Inputs) -> list[Link]:
     return [part for each in inputs if isinstance(each, Multimodal) for part in each.parts if isinstance(part, Link)]
 
 
-def _has_image(inputs: Inputs) -> bool:
-    """Tell whether there is an image in any of them; videos don't count."""
-    parts = [part for each in inputs if isinstance(each, Multimodal) for part in each.parts]
-    return any(part.kind == "image_url" if isinstance(part, Link) else not isinstance(part, str) for part in parts)
+def _is_mixed(inputs: Inputs) -> bool:
+    """Tell whether there is more than text in any of them."""
+    return any(isinstance(each, Multimodal) for each in inputs)

@@ -2,7 +2,7 @@
 
 import json
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any
 
 from rag_rerank.errors import ConfigError, ContentError
 from rag_rerank.inputs.multimodal import Prepared
@@ -12,7 +12,7 @@ from rag_rerank.vllm.call import Call, Inputs
 from rag_rerank.vllm.exchange import Exchange, Rules, Usage
 from rag_rerank.vllm.servers import Servers
 from rag_rerank.vllm.transport import Transport
-from rag_rerank.vllm.wire import API, Options
+from rag_rerank.vllm.wire import Options
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,8 +23,6 @@ class Client:
     transport: Transport  # variants share it
     rules: Rules
     options: Options
-    api: API | Literal["auto"]
-    model: str | None  # the name to ask for; None takes the only one that is served
     fit: bool  # whether to cut what is too long for the model
     template: Template | None  # to be rendered here; None leaves it and its variables to the server
     variables: dict[str, Any]  # of the template; one is its instruction
@@ -70,8 +68,7 @@ class Client:
 
     def exchange(self, until: float | None, usage: Usage | None = None) -> Exchange:
         """Begin the requests of one call."""
-        rules, asked = self.rules, {"until": until, "model": self.model, "api": self.api}
-        return Exchange(self.transport.send, self.servers, rules, **asked, usage=usage or Usage())  # type: ignore[arg-type]
+        return Exchange(self.transport.send, self.servers, self.rules, until=until, usage=usage or Usage())
 
 
 def check_sendable(name: str, value: object) -> None:

@@ -43,8 +43,11 @@ class Connection(asyncio.Protocol):
             self._http.receive_data(data)
             self._news.set()
 
+    def eof_received(self) -> None:  # noqa: D102
+        self.connection_lost(None)  # asyncio says so when all is sent, and this server may read no more
+
     def connection_lost(self, error: Exception | None) -> None:  # noqa: D102
-        self._end = error or EOFError()
+        self._end = self._end or error or EOFError()
         self._news.set()
 
     @property
@@ -121,7 +124,7 @@ class Connections:
         try:
             async with asyncio.timeout(seconds):
                 connection = await self._connect(*address, seconds)
-        except (OSError, UnicodeError) as error:  # the latter for names that no lookup takes
+        except (OSError, UnicodeError, RuntimeError) as error:  # names that no lookup takes; no thread for one
             text = "timed out" if isinstance(error, TimeoutError) else str(error) or type(error).__name__
             raise CantConnect(text) from error
         self._all.add(connection)

@@ -42,7 +42,6 @@ from rag_rerank.vllm.wire import (
 
 T = TypeVar("T")
 E = TypeVar("E", bound=BackendError)
-Again = Literal["soon", "later", "elsewhere"]
 
 # Seconds for which what is known of a server holds; where it could not tell, it is asked again soon.
 LONGEST_AGE, SHORTEST_AGE = 60.0, 5.0
@@ -64,19 +63,19 @@ _REMEDIES = {  # by the kind of a failure, or by the status of a refusal
 
 NOBODY = ("connect", "certificate", "local")  # kinds of failures without a connection
 
-# A broken connection is most often a kept one that the server had closed in that moment.
-_AGAIN: dict[str, Again] = {"broken": "soon", "certificate": "elsewhere"}
-
 
 @dataclass(frozen=True, slots=True)
 class Rules:
-    """The settings of `VLLMScorer` that say how its requests go; see there."""
+    """The settings of `VLLMScorer` that say what its requests ask for and how they go; see there."""
 
     chunk_size: int = 128
     max_concurrency: int = 4
     max_retries: int = 2
     connect_timeout: float = 2.0
     attempt_timeout: float | None = None
+    model: str | None = None
+    api: API | Literal["auto"] = "score"
+    logits: bool = False  # use_activation=False
 
 
 @dataclass(slots=True)
@@ -94,12 +93,10 @@ class Usage:
 
 @dataclass(eq=False)
 class MayPass(Exception):
-    """A failure that another try may not meet: at once on a new connection, after a pause, or with another server."""
+    """A failure that another try may not meet."""
 
     error: BackendError  # what the caller gets if there is no other try
-    again: Again = "later"
-    blames: bool = False  # its server, once another one has answered the same request
-    kind: str | None = None  # of the `Failure`, where there was no reply
+    kind: str = ""  # of the `Failure`, where there was no reply; or "renamed", of the model
     answer: Any = None  # what the caller gets instead of the error: well-formed, with a score that is not finite
 
 
@@ -131,8 +128,6 @@ class Exchange:
     rules: Rules
     _: KW_ONLY
     until: float | None  # when the call must be over, on `clock`
-    model: str | None = None  # None takes the only one that is served
-    api: API | Literal["auto"] = "score"
     usage: Usage = field(default_factory=Usage)
     clock: Callable[[], float] = time.monotonic
     now: Callable[[], float] = time.time
@@ -159,16 +154,10 @@ class Exchange:
         told = {"endpoint": (server or self.servers).label, "attempts": self.usage.requests, "remedy": remedy}
         return kind(message, told | {"elapsed": self.clock() - self._began} | facts)
 
-    @property
-    def model_name(self) -> str:
-        """What is asked, as far as that is known."""
-        facts = self.servers.facts
-        return self.model or ("the model" if facts is None else facts.model)
-
     async def describe(self, *, surely: bool = False) -> ServerFacts:
         """Learn what one of the servers tells about itself; asked anew to be sure, where it may have restarted."""
-        if surely and self.servers.may_have_restarted(self.clock() - LONGEST_AGE):
-            self.servers.forget()
+        if surely:
+            self.servers.forget(self.clock() - LONGEST_AGE)
         facts = self.servers.facts
         return await self._try(self._described, takes_turn=False) if facts is None else facts
 
@@ -233,7 +222,7 @@ class Exchange:
                         try:
                             answer = ended.result()
                         except MayPass as failure:
-                            if failure.blames:
+                            if isinstance(failure.error, BadReply) or (failure.error.status or 0) >= 500:
                                 blamed[asked] = since
                             pause = self._pause(failure, tried, tries)
                             if pause == math.inf and not under_way:
@@ -286,26 +275,23 @@ class Exchange:
 
     def _pause(self, failure: MayPass, tried: list[Server], tries: int) -> float:
         """Find the seconds until the next try; infinite if there must be none."""
+        asked = self.servers.asked_until() - self.clock()
         if self.servers.others_answer(tried):
             pause = 0.0
-        elif len(tried) >= tries or failure.again == "elsewhere":
-            return math.inf
+        elif len(tried) >= tries or failure.kind == "certificate":
+            pause = math.inf
+        elif asked > 0:
+            pause = asked if asked <= LONGEST_ASKED_REST else math.inf  # else the caller is told at once
+        elif failure.kind in ("broken", "renamed") and len(tried) == 1:  # most often a kept one, closed in that moment
+            pause = 0.0
         else:
-            pause = self._back_off(failure, len(tried))
+            bound: float = min(LONGEST_PAUSE, FIRST_PAUSE * 2 ** (len(tried) - 1))
+            # Callers that failed together don't come back together, nor before a hiccup of a quarter of a second ends.
+            pause = bound * (1 + self.jitter()) / 2
         if pause >= self.left():
             return math.inf
         logger.info("%s Attempt %d follows in %.3g s.", failure.error, len(tried) + 1, pause)
         return pause
-
-    def _back_off(self, failure: MayPass, tried: int) -> float:
-        asked = self.servers.asked_until() - self.clock()
-        if asked > 0:
-            return asked if asked <= LONGEST_ASKED_REST else math.inf  # else the caller is told at once
-        if failure.again == "soon" and tried == 1:
-            return 0.0
-        bound: float = min(LONGEST_PAUSE, FIRST_PAUSE * 2 ** (tried - 1))
-        # Callers that failed together do not come back together; nor before a hiccup of a quarter of a second is over.
-        return bound * (1 + self.jitter()) / 2
 
     # One request to one server, once.
 
@@ -345,9 +331,7 @@ class Exchange:
             return read(reply.body)  # its fault once more, now without keys
         except BadReply as fault:
             facts = _told(reply, request) | {"whole": fault.whole, "__cause__": fault}
-            raise MayPass(
-                self.error(BadReply, fault.message, "Is it a vLLM server?", server, **facts), blames=True
-            ) from None
+            raise MayPass(self.error(BadReply, fault.message, "Is it a vLLM server?", server, **facts)) from None
 
     def _failed(self, server: Server, failure: Failure, sent: float | None) -> Exception:
         """Make the error for no answer."""
@@ -357,7 +341,7 @@ class Exchange:
             remedy = "Allow more time (deadline= or timeout=) or pass fewer documents."
             return self.error(DeadlineExceeded, text, remedy, server, **cause)
         if failure.kind == "unread":
-            return MayPass(self.error(BadReply, failure.text, None, server, whole=True), blames=True, kind="unread")
+            return MayPass(self.error(BadReply, failure.text, None, server, whole=True))
         if failure.kind != "local" and sent is not None:
             server.failed(sent, gone=failure.kind == "connect")
         text = failure.text
@@ -366,7 +350,7 @@ class Exchange:
             text = f"no answer within {'the time for a try' if limit is None else f'{limit:.3g} s'}"
         remedy = _REMEDIES.get(failure.kind, "Is the vLLM server running there, and has it finished loading?")
         error = self.error(BackendUnavailable, text, remedy, server, **cause)
-        return MayPass(error, _AGAIN.get(failure.kind, "later"), kind=failure.kind)
+        return MayPass(error, failure.kind)
 
     def _refused(self, server: Server, reply: Reply, request: Request, sent: float | None) -> Exception:
         """Make the error for a status that is no success."""
@@ -379,8 +363,7 @@ class Exchange:
                     server.failed(sent)
                 if after is not None:
                     server.asked(after, self.clock())
-            unavailable = self.error(BackendUnavailable, message, None, server, retry_after=after, **facts)
-            return MayPass(unavailable, blames=status >= 500)
+            return MayPass(self.error(BackendUnavailable, message, None, server, retry_after=after, **facts))
         self._answered(server)
         kind: type[BackendRejected] = AuthError if status in (401, 403) else BackendRejected
         remedy = _REMEDIES.get(status)
@@ -410,7 +393,10 @@ class Exchange:
             if facts == before:
                 server.facts = replace(before, has_template=None)  # a restart may have changed no more than that
             else:
-                server.facts = replace(facts, form=await self._form(server, facts))
+                facts = replace(facts, form=await self._form(server, facts))
+                if self.rules.logits:
+                    await self._check_logits(server, facts)
+                server.facts = facts
         return server.facts or await self._described(server)
 
     async def _missing(self, server: Server, model: str, refusal: BackendRejected) -> Exception:
@@ -425,7 +411,7 @@ class Exchange:
             remedy = f"It serves: {_names(cards)}. Pass one of them as model=."
         facts = {"status": 404, "body": refusal.body, "request_id": refusal.request_id}
         error = self.error(BackendRejected, said, remedy, server, whole=True, **facts)
-        return error if is_listed or self.model is not None else MayPass(error, "soon")
+        return error if is_listed or self.rules.model is not None else MayPass(error, "renamed")
 
     async def _optional(self, server: Server, request: Request, read: Callable[[bytes], T]) -> T | None:
         """Ask what a server need not tell; None where it answers anything else, or nothing, as gateways do."""
@@ -447,10 +433,10 @@ class Exchange:
     async def _listed(self, server: Server) -> list[Card]:
         """Get the models that are served; none where one is named and the server doesn't tell."""
         refusals = []
-        for path in server.endpoint.lists(self.api):
+        for path in server.endpoint.lists(self.rules.api):
             request = Request("GET", path)
             try:
-                if self.model is None:
+                if self.rules.model is None:
                     return await self.once(server, request, wire.read_models)
                 cards = await self._optional(server, request, wire.read_models)
                 if cards is not None:
@@ -463,14 +449,13 @@ class Exchange:
 
     async def _form(self, server: Server, facts: ServerFacts) -> Form:
         """Find how a server is asked for scores: the only way, or the first that it answers."""
-        forms = server.endpoint.forms(self.api)
+        forms = server.endpoint.forms(self.rules.api)
         if len(forms) == 1:
             return forms[0]
         refusals: list[BackendError] = []
         for form in forms:
-            request = wire.scoring_request(replace(facts, form=form), [NEUTRAL], [NEUTRAL], Options())
             try:
-                await self.once(server, request, functools.partial(wire.read_answer, form.api, positions=[0]))
+                await self._score_of_letters(server, replace(facts, form=form), Options())
             except (BackendRejected, MayPass) as error:
                 refusal = error.error if isinstance(error, MayPass) else error
                 if isinstance(refusal, AuthError) or not isinstance(refusal, BackendRejected | BadReply):
@@ -480,11 +465,33 @@ class Exchange:
                 return form
         raise min(refusals, key=lambda refusal: refusal.status == 404)  # a path that is not there tells less
 
+    async def _check_logits(self, server: Server, facts: ServerFacts) -> None:
+        """Refuse to take logits that are none, see `wire.WRONG_LOGITS`: seen in whether their sigmoid is the score."""
+        if not wire.WRONG_LOGITS[0] <= (facts.version or (0, 0)) <= wire.WRONG_LOGITS[1]:
+            return
+        logit = await self._score_of_letters(server, facts, Options(use_activation=False))
+        score = await self._score_of_letters(server, facts, Options())
+        if not 0 < score < 1 or math.isclose(score, logit, abs_tol=0.01):
+            return  # the model has no activation
+        if score > 0.99:  # rounding leaves no more to compare
+            is_right = logit > 4
+        else:
+            is_right = math.isclose(math.log(score / (1 - score)), logit, rel_tol=0.05, abs_tol=0.1)
+        if not is_right:
+            version = ".".join(map(str, facts.version or ()))
+            said = f"vLLM {version} gives wrong logits for this model (use_activation=False): it leaves out a layer of"
+            raise ConfigError(f"{said} its head. Upgrade to 0.31 or newer, or leave out use_activation=")
+
+    async def _score_of_letters(self, server: Server, facts: ServerFacts, options: Options) -> float:
+        request = wire.scoring_request(facts, [NEUTRAL], [NEUTRAL], options)
+        answer = await self.once(server, request, functools.partial(wire.read_answer, facts.form.api, positions=[0]))
+        return answer.scores[0]
+
     def _facts(self, server: Server, version: Version | None, cards: list[Card]) -> ServerFacts:
         if not any(card.window for card in cards):
             version = None  # some gateways have a version of their own: only vLLM's lists tell how long prompts may be
-        if self.model is not None:
-            card = next((card for card in cards if card.name == self.model), Card(self.model, ""))
+        if self.rules.model is not None:
+            card = next((card for card in cards if card.name == self.rules.model), Card(self.rules.model, ""))
             return ServerFacts(version, card.name, card.root or None, card.window)
         label = server.endpoint.label
         if not cards:

@@ -1,6 +1,7 @@
 """What lets requests in: keys, and headers and query parameters such as gateways want."""
 
 import functools
+import html
 import inspect
 import os
 import pickle
@@ -88,12 +89,21 @@ class Keys:
         if key:
             headers["authorization"] = f"Bearer {key}"
 
-    def scrub(self, text: bytes, headers: Mapping[str, str]) -> bytes:
+    def scrub(self, text: str, headers: Mapping[str, str]) -> str:
         """Leave secrets out of what a server says: some gateways repeat the key that they refuse."""
-        for secret in (headers.get("authorization", "").rpartition(" ")[2], *self._secrets):
+        for value in (headers.get("authorization", ""), *self._secrets):
+            secret = value.rpartition(" ")[2]  # what follows Bearer, say
             if len(secret) >= 8:  # a short one ("k", "0") is in words and numbers
-                text = text.replace(secret.encode(), b"[key]")
+                text = re.sub("".join(map(_spellings, secret)), "[key]", text)
         return text
+
+
+def _spellings(letter: str) -> str:
+    """Make a pattern of the ways in which JSON, URLs and HTML write a letter of a key."""
+    if letter.isalnum():
+        return letter
+    code, named = ord(letter), re.escape(html.escape(letter))
+    return rf"(?:{named}|\\*{re.escape(letter)}|(?:\\+u00|%|%25)(?i:{code:02x})|&#(?:{code}|[xX](?i:{code:x}));)"
 
 
 def portable(name: str, function: object) -> Any:

@@ -177,16 +177,13 @@ class VLLMScorer(Scorer):
             priority=priority,
             extra_body=None if extra_body is None else dict(extra_body),
         )
-        rules = Rules(chunk_size, max_concurrency, max_retries, connect_timeout, attempt_timeout)
+        limits = chunk_size, max_concurrency, max_retries, connect_timeout, attempt_timeout
+        rules = Rules(*limits, model=model, api=endpoint, logits=use_activation is False)
         endpoints = _endpoints(base_url)
         keys = Keys(endpoints, api_key, default_headers, default_query, over_http=send_key_over_http)
         transport = Transport(endpoints, keys, http_client, timeout)
         seconds = math.inf if timeout is None or transport.limits is not None else timeout
         _check_seconds(timeout=seconds, connect_timeout=connect_timeout, attempt_timeout=attempt_timeout)
-        sendable = {"model": model, "query_prompt": query_prompt, "document_prompt": document_prompt}
-        sendable["template"] = template if isinstance(template, str) else None
-        for name, value in (sendable | variables | asdict(options)).items():
-            check_sendable(name, value)
         if renders and (options.truncate_prompt_tokens, max_tokens_per_doc, max_tokens_per_query) != (None,) * 3:
             raise ConfigError("a template that is rendered here can't be cut by the server: it would lose its end")
         self.client = Client(
@@ -194,22 +191,20 @@ class VLLMScorer(Scorer):
             transport=transport,
             rules=rules,
             options=options,
-            api=endpoint,
-            model=model,
             fit=truncate_prompt_tokens == "auto" and not renders,
             template=None if template is None else Template.load(template),
             variables={"instruction": instruction, **variables},
             prompts=(query_prompt, document_prompt),
             timeout=float(seconds),
         )
-        self._default_deadline = None if seconds == math.inf else float(seconds)
+        self._default_deadline = self.client.timeout
         self._max_waiting_calls = max_waiting_calls
 
     @property
     def model_name(self) -> str:
         """The model's name on the server; ``"unknown"`` before the first call where it was not given."""
         facts = self.client.servers.facts
-        return (self.client.model or "unknown") if facts is None else facts.model
+        return (self.client.rules.model or "unknown") if facts is None else facts.model
 
     @property
     def usage(self) -> Usage | None:
@@ -276,7 +271,7 @@ class VLLMScorer(Scorer):
 
     def __repr__(self) -> str:
         roots = self._roots
-        model = "" if self.client.model is None else f", model={self.client.model!r}"
+        model = "" if self.client.rules.model is None else f", model={self.client.rules.model!r}"
         return f"VLLMScorer({(roots[0] if len(roots) == 1 else roots)!r}{model})"
 
     @property
@@ -313,9 +308,10 @@ def _check(given: Mapping[str, Any]) -> None:
     for name, kind in _KINDS.items():
         value = given[name]
         if value is not None and not isinstance(value, kind):
-            raise ConfigError(
-                f"{name} must be {getattr(kind, '__name__', kind)}, got {type(value).__name__}"
-            )  # it may be a secret
+            kinds = getattr(kind, "__name__", kind)
+            raise ConfigError(f"{name} must be {kinds}, got {type(value).__name__}")  # it may be a secret
+        if isinstance(value, str | Mapping):
+            check_sendable(name, value if isinstance(value, str) else dict(value))
     for name, (least, default) in _COUNTS.items():
         count = given[name]
         if isinstance(count, bool) or not ((isinstance(count, int) and count >= least) or count is default):

@@ -65,11 +65,6 @@ class Server:
         """
         return self.answered > now - share and self.answered_sent < sent + share / 2
 
-    def may_have_restarted(self, oldest: float) -> bool:
-        """Tell whether it closed what it answered over last, or told about itself before that moment."""
-        lost = self.is_connected is not None and not self.is_connected()
-        return self.facts is not None and (lost or self.asked_at < oldest)
-
 
 class Servers:
     """Several servers of the same model, asked in turn; those that do not answer rest for 1, 2, 4 ... 30 s.
@@ -115,14 +110,11 @@ class Servers:
         """Tell when the first of them may be asked again, by what they asked for (Retry-After)."""
         return min(server.asked_until for server in self._servers)
 
-    def may_have_restarted(self, oldest: float) -> bool:
-        """Tell whether one of those that are known may be another by now."""
-        return any(server.may_have_restarted(oldest) for server in self._servers)
-
-    def forget(self) -> None:
-        """Have all servers asked again who they are."""
+    def forget(self, oldest: float = math.inf) -> None:
+        """Have those asked again that told who they are before that moment, or closed what they answered over."""
         for server in self._servers:
-            server.facts = None
+            if server.asked_at < oldest or (server.is_connected is not None and not server.is_connected()):
+                server.facts = None
 
     def remember(self, **learned: Any) -> None:
         """Note of every server that is known what was learned of one: they are started alike."""

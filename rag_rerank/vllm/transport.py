@@ -30,7 +30,7 @@ from rag_rerank.vllm.endpoint import Endpoint
 from rag_rerank.vllm.exchange import Send
 from rag_rerank.vllm.keys import Keys, portable
 from rag_rerank.vllm.proxies import proxy_for
-from rag_rerank.vllm.wire import Failure, Reply
+from rag_rerank.vllm.wire import Failure, Reply, printable
 
 # What httpx would import with its first request: a process that forks in that moment has a child that waits for ever.
 for _name in ("httpcore", "anyio._backends._asyncio", "encodings.idna"):
@@ -50,7 +50,6 @@ _HEADERS = {
     "content-type": "application/json",
     "user-agent": f"rag-rerank/{__version__}",
 }
-_OK = 200
 _LONGEST_ERROR_PAGE = 64 << 10  # bytes; enough for a sentence
 _CLOSED = "The scorer was closed while it was scoring."
 _WBITS = {"gzip": 31, "deflate": 15}  # zlib's
@@ -126,7 +125,9 @@ class Transport:
             if isinstance(error, httpx.RequestError):  # it would carry the key and all documents
                 error.request = httpx.Request(send.request.method, send.endpoint.root)
             if isinstance(error, httpx.HTTPError | httpx.InvalidURL | OSError):
-                return _failure(error, proxied=self._proxies.get(send.endpoint.root) is not None)
+                failure = _failure(error, proxied=self._proxies.get(send.endpoint.root) is not None)
+                said = printable(self.keys.scrub(failure.text, headers))  # h11 quotes what it can't read
+                return failure if said == failure.text else replace(failure, text=said, cause=None)
             if self._factory is None or isinstance(error, RerankError):
                 raise
             return Failure("broken", f"http_client= failed: {type(error).__name__}", error)  # its hooks, say
@@ -154,16 +155,19 @@ class Transport:
     def _judged(self, send: Send, reply: Reply, headers: Mapping[str, str]) -> tuple[Reply, bool]:
         """Have a reply judged; one that is no good answer has no key in it then."""
         judged = send.judge(reply)
-        if judged and reply.status == _OK:
+        if judged and reply.succeeded:
             return reply, True
-        return replace(reply, body=self.keys.scrub(reply.body, headers)), judged
+        told = {name: self.keys.scrub(value, headers) for name, value in reply.headers.items()}
+        body = self.keys.scrub(reply.body.decode("latin-1"), headers).encode("latin-1")
+        return replace(reply, body=body, headers=told), judged
 
     async def _ask_client(self, client: httpx.AsyncClient, headers: dict[str, str], send: Send) -> Reply | Failure:
         """Ask by a client of httpx."""
         ending = _Ending()
         task = asyncio.create_task(self._exchange(client, ending, headers, send))
         _running.add(task)
-        task.add_done_callback(_over)
+        task.add_done_callback(_running.discard)
+        task.add_done_callback(lambda task: task.cancelled() or task.exception())  # nobody may be there to ask for it
         try:
             # httpx times out single reads; this bounds the whole exchange.
             done, _ = await asyncio.wait([task], timeout=send.timeout)
@@ -190,6 +194,7 @@ class Transport:
         own = client.auth is not None or "authorization" in request.headers
         if not (own and self.keys.is_default):  # what the user's client brings goes before VLLM_API_KEY
             self.keys.sign(request.headers, send.endpoint)
+        headers.update(request.headers)  # for `scrub`
         auth = None if "authorization" in request.headers else httpx.USE_CLIENT_DEFAULT
         with ending.scope:
             # A redirect would send every document, and the headers, to another host.
@@ -322,12 +327,6 @@ class _Ending:
             self.scope.cancel()
 
 
-def _over(task: "asyncio.Task[Reply | Failure]") -> None:
-    _running.discard(task)
-    if not task.cancelled():
-        task.exception()  # nobody may be there any more to ask for it
-
-
 async def _closing(client: Any) -> _Lifetime:
     """Close a client in its event loop, when that ends or when nobody holds this any more: adapters are only dropped.
 
@@ -377,18 +376,18 @@ async def _read_response(response: httpx.Response, limit: int) -> Reply | Failur
 
 async def _read(status: int, headers: dict[str, str], chunks: AsyncIterable[bytes], limit: int) -> Reply | Failure:
     """Read an answer within bounds."""
-    body = bytearray()
-    limit = limit if status == _OK else _LONGEST_ERROR_PAGE
+    reply, body = Reply(status, b"", headers), bytearray()
+    limit = limit if reply.succeeded else _LONGEST_ERROR_PAGE
     fault = await _fill(body, chunks, headers.get("content-encoding", "").lower() or "identity", limit)
-    if fault and status == _OK:  # else the status tells enough
+    if fault and reply.succeeded:  # else the status tells enough
         return Failure("unread", f"the answer is {fault}")
-    return Reply(status, bytes(body), headers)
+    return replace(reply, body=bytes(body))
 
 
 async def _fill(body: bytearray, chunks: AsyncIterable[bytes], encoding: str, limit: int) -> str:
     """Read an answer's body, raw, and unpack what gateways pack although it was asked for plain; say what is wrong."""
     if encoding not in ("identity", *_WBITS):
-        return f"compressed ({encoding[:20]!r}) although it was asked for plain"
+        return "compressed although it was asked for plain"
     unpack = None if encoding == "identity" else zlib.decompressobj(_WBITS[encoding])
     try:
         async for chunk in chunks:
@@ -402,8 +401,9 @@ async def _fill(body: bytearray, chunks: AsyncIterable[bytes], encoding: str, li
 
 def _failure(error: Exception, *, proxied: bool) -> Failure:
     text, causes = str(error) or type(error).__name__, list(_causes(error))
-    if any(isinstance(each, OSError) and each.errno in (errno.EMFILE, errno.ENFILE) for each in causes):
-        return Failure("local", "this process has no file left for a connection (Too many open files)", error)
+    full = [each for each in causes if isinstance(each, OSError) and each.errno in (errno.EMFILE, errno.ENFILE)]
+    if full or any(isinstance(each, RuntimeError) for each in causes):
+        return Failure("local", f"this process has no file left for a connection, or no thread ({text})", error)
     if isinstance(error, CantConnect | httpx.ConnectError | httpx.ConnectTimeout | httpx.ProxyError):
         if any(isinstance(each, ssl.SSLCertVerificationError) for each in causes):
             return Failure("certificate", f"can't trust the server: {text}", error)

@@ -14,7 +14,6 @@ from typing import Any, Literal, NamedTuple, TypeVar
 
 from rag_rerank.errors import BadReply, ConfigError
 from rag_rerank.families import is_listwise
-from rag_rerank.inputs.multimodal import Multimodal
 
 T = TypeVar("T")
 Version = tuple[int, int]
@@ -95,10 +94,9 @@ class ServerFacts:
     model: str  # the name to ask for
     checkpoint: str | None = None  # the hub id or folder behind that name
     window: int | None = None  # how many tokens the model reads at most
-    # Learned later, None before: whether it puts pairs into a score template; whether its logits are right; how many
-    # bytes the texts of a request may have, where one was too large.
+    # Learned later, None before: whether it puts pairs into a score template; how many bytes the texts of a request may
+    # have, where one was too large.
     has_template: bool | None = field(default=None, compare=False)
-    has_logits: bool | None = field(default=None, compare=False)
     most_bytes: int | None = field(default=None, compare=False)
     form: Form = field(default=VLLM_SCORE, compare=False)
 
@@ -164,28 +162,15 @@ SINCE: dict[str, Version] = {
 WRONG_LOGITS: tuple[Version, Version] = (0, 14), (0, 30)
 
 
-@dataclass(frozen=True, slots=True, repr=False)
-class Encoded:
-    """A query or document with images as it is sent, so that requests that are repeated need not encode it again."""
-
-    json: bytes  # vLLM's ScoreMultiModalParam
-    echo: int  # most bytes that a rerank API may take to repeat it
-
-    @classmethod
-    def of(cls, value: Multimodal) -> "Encoded":
-        """Encode it: about 1 ms for a megabyte."""
-        encoded = value.encoded()
-        return cls(encoded, 2 * len(encoded) + 12 * len(value.text) + 1024)
-
-
-Sent = list[str | Encoded]  # queries or documents in a request
+Sent = list[str | bytes]  # queries or documents in a request; bytes: the JSON of what holds more than text
 
 
 def scoring_request(
     facts: ServerFacts, queries: Sent, documents: Sent, options: Options, request_id: str | None = None
 ) -> Request:
     """Make a request in the server's form; one query only, but to a score API, and without ``top_n``."""
-    # An entry of a score answer takes about 60 bytes; a rerank answer echoes the documents, up to 12 bytes a character.
+    # An entry of a score answer takes about 60 bytes; a rerank answer echoes the documents, up to 12 bytes a character,
+    # or three times what JSON takes in UTF-8.
     reply_limit = (64 << 10) + 256 * len(documents)
     api = facts.form.api
     body: dict[str, Any] = {} if api == "tei" else {"model": facts.model}
@@ -195,7 +180,7 @@ def scoring_request(
         raise ConfigError(f"one of the servers is asked by {facts.form.path}, another otherwise; pass endpoint=")
     else:
         body |= {"query": queries[0], "texts" if api == "tei" else "documents": documents}
-        reply_limit += sum(12 * len(each) if isinstance(each, str) else each.echo for each in documents)
+        reply_limit += sum(12 * len(each) if isinstance(each, str) else 3 * len(each) + 1024 for each in documents)
     body |= options.tei_fields() if api == "tei" else options.fields(facts.version)
     if request_id is not None and facts.version is not None and facts.version >= (0, 16):
         # Where the field is known, in the body too: a gateway may replace the header by an id of its own.
@@ -208,9 +193,9 @@ _to_json = json.JSONEncoder(ensure_ascii=False).encode
 
 
 def _json(value: Any) -> bytes:
-    if isinstance(value, Encoded):
-        return value.json
-    if isinstance(value, list) and any(isinstance(each, Encoded) for each in value):
+    if isinstance(value, bytes):
+        return value
+    if isinstance(value, list) and any(isinstance(each, bytes) for each in value):
         return b"[" + b", ".join(map(_json, value)) + b"]"
     return _to_json(value).encode()  # lists of text at once: a tenth of the time
 
@@ -234,7 +219,8 @@ def read_answer(api: API, body: bytes, positions: Sequence[int]) -> Answer:
 
 
 def _of(kind: type[T], value: object) -> T | None:
-    return value if type(value) is kind else None
+    """Give a text that is not empty or a number above 0, as gateways fill in what they don't know; else None."""
+    return value if type(value) is kind and value > kind() else None  # type: ignore[operator]  # text or number
 
 
 _NUMBERS = {int, float, type(None)}

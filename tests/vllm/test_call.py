@@ -11,7 +11,7 @@ from rag_rerank import AuthError, BackendRejected, BackendUnavailable, BadReply,
 from rag_rerank.vllm.exchange import Send
 from rag_rerank.vllm.wire import Reply
 from tests.faulty_server import oracle
-from tests.vllm.virtual import BUSY, REFUSED, Outcome, Script, Server, World, always, documents_of, refusal
+from tests.vllm.virtual import BUSY, REFUSED, Outcome, Script, Server, World, always, at, documents_of, refusal
 
 
 def texts(count: int) -> list[str]:
@@ -87,7 +87,7 @@ class TestChunks:
             content["data"] = [entry | {"score": value} for entry in content["data"]]
             return 0.0, replace(reply, body=json.dumps(content).encode())
 
-        world = World(answer, known=False)
+        world = World(answer, known=False, logits=True)
         if is_right or version == "0.31.0":
             for _ in range(2):
                 assert world.score("q", ["a", "b"], use_activation=False) == [logit, logit]
@@ -95,6 +95,19 @@ class TestChunks:
         else:
             with pytest.raises(ConfigError, match=r"vLLM 0\.\d+ gives wrong logits .* Upgrade to 0\.31 or newer"):
                 world.score("q", ["a", "b"], use_activation=False)
+
+    def test_each_servers_logits_are_looked_at(self):
+        """One is newer than the other while they are upgraded."""
+
+        def older(send: Send, now: float) -> tuple[float, Outcome]:
+            reply = Server(version="0.20.2").reply(send)
+            wrong = b'"score": 9.' if b'"use_activation": false' in (send.request.body or b"") else b'"score": 0.'
+            return 0.0, replace(reply, body=reply.body.replace(b'"score": 0.', wrong))
+
+        world = World(at(Server(), older), servers=2, known=False, logits=True)
+        assert world.score("q", ["a"], use_activation=False) == exact("q", ["a"])
+        with pytest.raises(ConfigError, match=r"vLLM 0\.20 gives wrong logits"):
+            world.score("q", ["a"], use_activation=False)
 
     def test_an_option_that_the_server_does_not_know_is_an_error(self):
         """Nothing is sent with it left out."""
@@ -474,6 +487,12 @@ class TestFitting:
                 world.now += seconds
                 right = oracle("q", "x" * 42) if restarted.template else oracle("q", "x" * 100)
                 assert world.score("q", ["x" * 100], fit=True) == [right]
+
+    def test_a_smaller_window_shows_in_a_refusal(self):
+        """Of a document that was short for the former one; nothing else told that the server was started again."""
+        world = fitted(Server(template=20, window=4096), "q", ["x" * 100])
+        world.answer = Server(template=20, window=64)
+        assert world.score("q", ["x" * 100], fit=True) == [oracle("q", "x" * 42)]
 
     @pytest.mark.parametrize(("length", "requests"), [(3071, 1), (3072, 2)])
     def test_short_is_what_fits_with_a_thousand_tokens_of_template(self, length: int, requests: int):

@@ -34,8 +34,9 @@ def compare(server: VLLMServer, tell: Tell, row: str, here: dict[str, object], t
     ):
         expected = local.score(QUERY, DOCUMENTS)
         assert not here or largest_difference(plain.score(QUERY, DOCUMENTS), expected) > 0.01
-    with VLLMScorer(server.base_url, api_key=server.api_key, **there) as remote:
+    with VLLMScorer(server.base_url, api_key=server.api_key) as remote:
         version = remote_version(remote)
+    with VLLMScorer(server.base_url, api_key=server.api_key, **there) as remote:
         new = [name for name in there if SINCE.get(name, (0, 0)) > version]
         new += ["use_activation"] * ("use_activation" in there and WRONG_LOGITS[0] <= version <= WRONG_LOGITS[1])
         if new:

@@ -308,7 +308,7 @@ class TestScores:
         data = [{"index": 0, "score": 1}]
         said = {"data": data, "id": "score-1", "model": "m", "usage": {"prompt_tokens": 7}}
         assert read_answer("score", json.dumps(said).encode(), range(1)) == Answer([1.0], "score-1", "m", 7)
-        for usage in (None, 7, [], {}, {"prompt_tokens": None}, {"prompt_tokens": "7"}, {"prompt_tokens": True}):
+        for usage in (None, 7, [], {}, *({"prompt_tokens": tokens} for tokens in (None, "7", True, 0, -1))):
             nonsense = {"data": data, "id": 1, "model": ["m"], "usage": usage}
             assert read_answer("score", json.dumps(nonsense).encode(), range(1)) == Answer([1.0])
 
@@ -343,8 +343,9 @@ class TestOtherReplies:
             {"id": "b", "root": "org/x", "max_model_len": None},
             {"id": "c", "max_model_len": "512"},
             {"id": "d", "root": None, "max_model_len": True},
+            {"id": "e", "max_model_len": -1},
         ]
-        cards = [Card("a", "org/x", 512), Card("b", "org/x"), Card("c", "c"), Card("d", "d")]
+        cards = [Card("a", "org/x", 512), Card("b", "org/x"), Card("c", "c"), Card("d", "d"), Card("e", "e")]
         assert read_models(reply(*entries)) == cards
         assert read_models(b'{"data": []}') == []
         assert read_models(b'{"data": [{"id": "a", "owned_by": "sglang"}]}') == [Card("a", "a", owner="sglang")]

@@ -232,7 +232,6 @@ class World:
         answer: What servers answer.
         servers: How many; they are called server0:1, server1:1 ...
         deadline: Seconds that a call may take.
-        model: That is asked for.
         known: Whether the servers have told already that they are version 0.32 and serve m.
         jitter: Always that.
         rules: Fields of `Rules`.
@@ -250,13 +249,12 @@ class World:
         *,
         servers: int = 1,
         deadline: float | None = None,
-        model: str | None = None,
         known: bool = True,
         jitter: float = 0.0,
         **rules: Any,
     ) -> None:
         self.answer = answer or Server()
-        self.deadline, self.model, self.jitter, self.rules = deadline, model, jitter, Rules(**rules)
+        self.deadline, self.jitter, self.rules = deadline, jitter, Rules(**rules)
         self.servers = Servers([Endpoint(f"http://server{number}:1", f"server{number}:1") for number in range(servers)])
         self.loop = VirtualLoop()
         self.sent: list[Sent] = []
@@ -293,10 +291,8 @@ class World:
         return Exchange(
             self.send,
             self.servers,
-            self.rules,
+            replace(self.rules, api=api),
             until=None if self.deadline is None else self.now + self.deadline,
-            model=self.model,
-            api=api,
             clock=self.clock,
             now=lambda: EPOCH + self.now - START,
             sleep=self.sleep,

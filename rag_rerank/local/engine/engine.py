@@ -28,11 +28,14 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# Tokens up to which a batch is left to one core, and below which work is not split: all cores wait for each other at
-# each operation. Calls of 10, 4 and 1 short documents take 23, 15 and 7.3 ms this way, and 26, 13 and 6.0 ms where all
-# run what is below 512 tokens; beside a dozen busy processes 94, 62 and 33 ms, and 1,103, 1,068 and 378 ms (medians of
-# interleaved calls, MiniLM, bfloat16, 2 cores). With 128 instead of 256, the first takes 31 ms.
+# Tokens up to which a batch is left to one core, and which are too few to make one more batch of where others run: all
+# cores wait for each other at each operation. Calls of 10, 4 and 1 short documents take 23, 15 and 7.3 ms this way, and
+# 26, 13 and 6.0 ms where all run what is below 512 tokens; beside a dozen busy processes 94, 62 and 33 ms, and 1,103,
+# 1,068 and 378 ms (medians of interleaved calls, MiniLM, bfloat16, 2 cores).
 _MIN_BATCH = 256
+# Tokens that are too few to be split over idle cores. Calls of 4, 8 and 12 documents of 20 tokens take 14, 19 and 27 ms
+# where the cores share them, and 17, 27 and 34 ms where a batch has 256 (MiniLM, float32, 2 cores).
+_LEAST = 48
 
 
 class Engine:
@@ -184,18 +187,22 @@ class _Loop:
         transformer, cores = model.score_type.transformer, 1 if self._workers is None else self._workers.count
         batching = transformer.batching
         budget = batching.token_budget
-        # A text that can't be tokenised: next_round gives its call the error.
-        with contextlib.suppress(BaseException):
-            if cores > 1 and len(waiting) <= 4 * cores:
+        if cores > 1 and len(waiting) <= 4 * cores:
+            idle = cores - self._running - len(self._backlog)
+            # A text that can't be tokenised: next_round gives its call the error.
+            with contextlib.suppress(BaseException):
                 left = sum(call.tokens_left(model) for call in waiting)
-                budget = max(_MIN_BATCH, min(budget, math.ceil(left / cores)))
+                parts = max(idle, min(cores, 2 * left // _MIN_BATCH))
+                budget = max(_LEAST, min(budget, math.ceil(left / parts)))
         items: list[Item] = []
         for call, taken in next_round(waiting, model, budget * batching.batches_ahead):
             if isinstance(taken, BaseException):
                 call.fail(_ours(taken, self._name))
             else:
                 items += taken
-        batches = transformer.batches([item.sequence for item in items], budget)
+        # Of what is taken at once, no more batches than parts: each may have one sequence beyond its share.
+        longest = max((len(item.sequence.ids) for item in items), default=0)
+        batches = transformer.batches([item.sequence for item in items], min(batching.token_budget, budget + longest))
         self._backlog.extend([items[position] for position in batch] for batch in batches)
 
     def _begin(self, model: Model, workers: Workers) -> None:

@@ -132,6 +132,11 @@ class TestEngine:
         assert model.threads == {"rag_rerank toy 0", "rag_rerank toy 1"}
         assert model.together == 2
 
+    def test_a_few_short_documents_are_shared_out_evenly(self, engine: Engine, model: SideBySide):
+        """6 of 20 tokens: half of them is a batch that takes little more than half the time."""
+        assert engine.submit(["q"], [f"{number:020d}" for number in range(6)]).result(10) == [20.0] * 6
+        assert model.last_batches == (60, 60)
+
     @pytest.mark.parametrize("count", [240, 257, 300, 512, 513])
     def test_the_cores_end_together(self, engine: Engine, model: SideBySide, count: int):
         """Also where the last documents are tokenised after the first: no core has more than a batch before the end."""

@@ -24,6 +24,7 @@ from tests.faulty_server import (
     Steps,
     http,
     on_scores,
+    oracle,
     right,
     scores,
 )
@@ -32,6 +33,7 @@ from tests.vllm.faults.common import (
     EXACT,
     FEW,
     KEY,
+    QUERY,
     TLS,
     Connect,
     Score,
@@ -104,6 +106,23 @@ class TestConnections:
             resource.setrlimit(resource.RLIMIT_NOFILE, limits)
         assert score(scorer, FEW) == EXACT[:5]
 
+    def test_no_thread_is_left_for_a_name(
+        self, serve: Serve, connect: Connect, score: Score, monkeypatch: pytest.MonkeyPatch
+    ):
+        """As with files."""
+        server = serve()
+        connect(server).score(QUERY, FEW)  # the thread of the event loop is there
+        scorer = connect(server.base_url.replace("127.0.0.1", "localhost"), max_retries=0)
+
+        def refuse(_: threading.Thread) -> None:
+            raise RuntimeError("can't start new thread")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(threading.Thread, "start", refuse)
+            with pytest.raises(BackendUnavailable, match="or no thread .*new thread"):
+                score(scorer, FEW)
+        assert score(scorer, FEW) == EXACT[:5]
+
     def test_nobody_accepts(self, connect: Connect, score: Score):
         """Row 3: a full backlog swallows the SYN; each try ends after connect_timeout."""
         with contextlib.ExitStack() as sockets:
@@ -174,6 +193,40 @@ class TestConnections:
         server.revive()
         assert score(scorer) == EXACT
         assert len(server.score_requests) == 2 * CHUNKS
+
+    @pytest.mark.parametrize("resets", [True, False])
+    def test_an_answer_before_the_request_was_read(self, connect: Connect, score: Score, resets: bool):
+        """413 to the first part of a large one: the connection is reset, or ends on one side and is read no more."""
+        head = b"HTTP/1.1 413 Too large\r\n" + (b"Content-Length: 4" if resets else b"Connection: close")
+        over = threading.Event()
+
+        def serve(connection: socket.socket) -> None:
+            with connection, connection.makefile("rwb") as file:
+                while line := file.readline():
+                    headers = dict(line.decode().strip().split(": ") for line in iter(file.readline, b"\r\n"))
+                    length = int(headers.get("content-length", 0))
+                    if length > 3_000_000:
+                        connection.sendall(head + b"\r\n\r\nlong")
+                        if not resets:
+                            connection.shutdown(socket.SHUT_WR)
+                            over.wait(30)
+                        return
+                    method, path, _ = line.decode().split()
+                    connection.sendall(b"".join(right(Request(method, path, headers, file.read(length), 1, 1))))
+
+        def listen(listener: socket.socket) -> None:
+            with contextlib.suppress(OSError):
+                while True:
+                    threading.Thread(target=serve, args=listener.accept()[:1], daemon=True).start()
+
+        documents = [f"{number}" * 1_000_000 for number in range(4)]
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            threading.Thread(target=listen, args=(listener,), daemon=True).start()
+            scorer = connect(f"http://127.0.0.1:{listener.getsockname()[1]}", max_concurrency=1)
+            found = score(scorer, documents, deadline=20)
+            listener.shutdown(socket.SHUT_RDWR)
+        over.set()
+        assert found == [oracle(QUERY, document) for document in documents]
 
     @pytest.mark.parametrize("kept", [0, 20, -1], ids=["no body", "20 bytes", "all but one byte"])
     def test_half_an_answer(self, serve: Serve, connect: Connect, score: Score, kept: int):

@@ -3,16 +3,19 @@
 import json
 import traceback
 
+import httpx
 import pytest
 
 from rag_rerank import (
     AuthError,
     BackendError,
     BackendRejected,
+    BackendUnavailable,
     DocumentRejected,
     Ranked,
 )
 from tests.faulty_server import (
+    CLOSE,
     Request,
     Steps,
     http,
@@ -145,6 +148,41 @@ class TestRefusals:
         with pytest.raises(BackendError, match=str(status)) as caught:
             score(connect(server, api_key=KEY), FEW)
         assert KEY not in "".join(traceback.format_exception(caught.value)) + repr(caught.value)
+
+    @pytest.mark.parametrize(
+        "written",
+        [
+            r"canary\/5ecret\u002Bk3y\u003d\u003D",
+            r"canary\\/5ecret\u002bk3y==",
+            "canary%2F5ecret%2bk3y%3D=",
+            "canary%252F5ecret%252Bk3y%253D%253D",
+            "canary/5ecret&#43;k3y&#x3d;&#X3D;",
+        ],
+        ids=["JSON", "JSON in JSON", "URL", "URL in a URL", "page"],
+    )
+    def test_a_server_that_writes_the_key_otherwise(self, serve: Serve, connect: Connect, written: str):
+        """In JSON, in a URL, in a page, in a header."""
+        body = f'{{"detail": "wrong key: {written}"}}'
+        server = serve(on_scores(lambda request: [http(body, 401, X_Request_Id=written)]))
+        scorer = connect(server, default_headers={"X-Api-Key": "Token canary/5ecret+k3y=="})
+        with pytest.raises(AuthError, match=r"wrong key: \[key\]") as caught:
+            scorer.score(QUERY, FEW)
+        told = "".join(traceback.format_exception(caught.value)) + str(vars(caught.value))
+        assert "canary" not in told
+        assert caught.value.request_id == "[key]"
+
+    @pytest.mark.parametrize("line", ["HTTP/1.1 {}", "HTTP/1.1 200 OK\r\nX\0: {}", "HTTP/1.1 200 OK\r\nX: {}\0"])
+    @pytest.mark.parametrize("client", [None, httpx.AsyncClient], ids=["ours", "httpx"])
+    def test_a_server_that_repeats_the_key_outside_of_an_answer(
+        self, serve: Serve, connect: Connect, score: Score, line: str, client: type | None
+    ):
+        """What is no HTTP is quoted by those who can't read it, but not without end."""
+        server = serve(on_scores(lambda request: [f"{line.format(KEY)}{'x' * 50_000}\r\n\r\n".encode(), CLOSE]))
+        with pytest.raises(BackendUnavailable, match="the connection broke") as caught:
+            score(connect(server, api_key=KEY, http_client=client), FEW)
+        told = "".join(traceback.format_exception(caught.value)) + str(vars(caught.value))
+        assert KEY not in told
+        assert len(str(caught.value)) < 1000
 
     def test_an_unknown_model(self, serve: Serve, connect: Connect, score: Score):
         """Row 22: no retry; the error names it, and what there is."""

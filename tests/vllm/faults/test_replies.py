@@ -238,6 +238,11 @@ class TestReplies:
             assert score(scorer, FEW) == EXACT[:5]
         assert len(server.score_requests) == 2
 
+    def test_a_long_answer_with_another_status_of_success(self, serve: Serve, connect: Connect, score: Score):
+        """203 of a proxy, say; only pages of errors are cut."""
+        server = serve(on_scores(lambda request: [http(json.dumps(scores(request) | {"x": "x" * 60_000}), 203)]))
+        assert score(connect(server, chunk_size=128)) == EXACT
+
     def test_what_nobody_asked_for_while_idle(self, serve: Serve, connect: Connect, score: Score):
         """Row 34: a connection on which the server goes on talking is dropped, and no memory filled."""
         flood = itertools.repeat(b"x" * 100_000)
