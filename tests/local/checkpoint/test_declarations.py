@@ -140,6 +140,13 @@ class TestClassifiers:
         CrossEncoder(str(base(kind, AutoModelForSequenceClassification, num_labels=1))).save_pretrained(folder)
         assert_cross_encoders_agree(folder, texts)
 
+    @pytest.mark.parametrize("kind", ["bert", "deberta-v2"])
+    def test_a_config_that_asks_for_tuples(self, kind: str, base, folder: str, texts):
+        """As sentence-transformers, we ask for names."""
+        CrossEncoder(str(base(kind, AutoModelForSequenceClassification, num_labels=1))).save_pretrained(folder)
+        edit(folder, "config.json", return_dict=False)
+        assert_cross_encoders_agree(folder, texts)
+
     @pytest.mark.parametrize("activation", [torch.nn.Identity(), torch.nn.Tanh(), torch.nn.Sigmoid()])
     def test_the_declared_activation_is_applied(self, activation: torch.nn.Module, base, folder: str, texts):
         """From config_sentence_transformers.json, where alone sentence-transformers 6 writes it."""
@@ -236,6 +243,13 @@ class TestClassifiers:
         names = dict(list(enumerate(labels))[::order])
         edit(folder, "config.json", id2label=names, label2id={name: number for number, name in names.items()})
         with nullcontext() if right else pytest.raises(ConfigError, match=rf"'{labels[1]}', but the second is taken"):
+            ours(folder, texts)
+
+    def test_two_labels_that_may_both_be_right_are_refused(self, base, folder: str, texts):
+        """They are no share of each other."""
+        CrossEncoder(str(base("bert", AutoModelForSequenceClassification, num_labels=2))).save_pretrained(folder)
+        edit(folder, "config.json", problem_type="multi_label_classification")
+        with pytest.raises(ConfigError, match="problem_type is 'multi_label_classification'"):
             ours(folder, texts)
 
     @pytest.mark.parametrize("field", ["id2label", "out_features"])
