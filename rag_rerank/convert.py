@@ -302,7 +302,7 @@ def _write_tokenizer(out: Path, checkpoint: Checkpoint, template: str | None) ->
         if (found := files.path(route.folder, file)) is not None:
             shutil.copyfile(found, out / file)
     settings = files.json(route.folder, "tokenizer_config.json") or {}
-    changed = dict(settings)
+    changed = {**settings, **route.tokenizer_options}
     if template is not None:
         (out / "chat_template.jinja").write_text(template, encoding="utf-8", newline="")
         changed.pop("chat_template", None)  # older readers look here first

@@ -17,6 +17,7 @@ import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -99,7 +100,7 @@ class Template:
         """
         given = {name: value for name, value in (variables or {}).items() if value is not None}
         try:
-            return _compiled(self.source).render({**self._given(query, document, given), "tools": None})
+            return _compiled(self.source).render({"tools": None, **self._given(query, document, given)})
         except jinja2.exceptions.SecurityError as error:
             raise ConfigError(f"the template {self.name!r} is refused: {error}") from error
         except jinja2.TemplateSyntaxError as error:
@@ -183,9 +184,13 @@ def _compiled(source: str) -> jinja2.Template:
     # As transformers' apply_chat_template has it; another setting is another prompt.
     environment = _Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
     environment.filters["tojson"] = functools.partial(json.dumps, ensure_ascii=False)
-    environment.globals["raise_exception"] = _raise
+    environment.globals |= {"raise_exception": _raise, "strftime_now": _now}
     return environment.from_string(source)
 
 
 def _raise(message: str) -> None:
     raise jinja2.TemplateError(message)
+
+
+def _now(layout: str) -> str:
+    return datetime.now().astimezone().strftime(layout)

@@ -213,10 +213,12 @@ class TestModular:
         dense = Dense(64, 64, activation_function=torch.nn.GELU())
         self.assert_equal(source("modernbert", {1: Pooling(64, pooling), 2: dense, 3: norm}), tmp_path)
 
-    def test_activation_and_limit_come_along(self, source: Callable[..., Path], tmp_path: Path) -> None:
+    def test_activation_limit_and_options_come_along(self, source: Callable[..., Path], tmp_path: Path) -> None:
         """Where vLLM and transformers read them."""
         folder = source("modernbert", activation_fn=torch.nn.Identity())
-        edit(folder / "sentence_bert_config.json", processing_kwargs={"text": {"max_length": 24}})
+        limits = {"text": {"max_length": 24}}
+        options = {"truncation_side": "left"}
+        edit(folder / "sentence_bert_config.json", processing_kwargs=limits, processor_kwargs=options)
         out = self.assert_equal(folder, tmp_path)
         config = json.loads((out / "config.json").read_text())
         assert config["sentence_transformers"] == {"activation_fn": "torch.nn.modules.linear.Identity"}

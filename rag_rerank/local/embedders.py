@@ -64,6 +64,9 @@ class EmbedderLoading(Loading):
         if expansion is not None and (filler is None or (token and filler == tokenizer.unk_token_id)):
             what = f"a query_expansion with {token or 'its mask'}, which its tokenizer lacks"
             raise ConfigError(f"{self.checkpoint.name!r} declares {what}")
+        if expansion is not None and expansion.fixed and tokenizer.padding_side == "left":
+            what = "a query_expansion, but the padding_side of its tokenizer is left; supported is right"
+            raise ConfigError(f"{self.checkpoint.name!r} declares {what}")
         unpadded = declared.expansion is None or declared.expansion.attend
         return TokenEmbedder(
             **self._encoder(route, own_prompt, declared.markers, unpadded=unpadded),

@@ -124,6 +124,11 @@ def _kind(checkpoint: Checkpoint) -> str:
             f"{checkpoint.name!r} has {labels} labels (config.json: {field}); a reranker has one, or two of which the "
             "second says relevant. It classifies, it does not score relevance: pass a reranker."
         )
+    if not pools and labels == 2 and config.problem_type not in (None, "single_label_classification"):
+        raise ConfigError(
+            f"{checkpoint.name!r} has two labels of which both may be right (config.json: problem_type is "
+            f"{config.problem_type!r}): it classifies, it does not score relevance. Pass a reranker."
+        )
     names = [name for _, name in sorted((config.id2label or {}).items())]
     if not pools and len(names) == 2 and _NEGATIVE.match(f"{names[1]}") and not _NEGATIVE.match(f"{names[0]}"):
         raise ConfigError(

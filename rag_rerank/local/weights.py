@@ -100,8 +100,10 @@ class Loading:
         paths = [path for path, possible in ways.items() if possible]
         differences: Mapping[Path, float] = {}
         if verify:
+            pairs = checkpoint.declaration.kind == "cross-encoder"
             try:
-                proof = prove(model, take_apart, samples(checkpoint.tokenizer, longest), paths, limit)
+                texts = samples(checkpoint.tokenizer, longest, pairs=pairs)
+                proof = prove(model, take_apart, texts, paths, limit)
             except torch.OutOfMemoryError:
                 raise
             except FAILURES as error:

@@ -67,6 +67,11 @@ class Adapter:
 
         folder, tokens = str(self.weights.parent), torch.arange(1, 9, device=model.device).unsqueeze(0)
         try:
+            embeddings = [each for each in model.named_modules() if isinstance(each[1], torch.nn.Embedding)]
+            for place, part in embeddings:
+                (rows, *_) = self.shapes.get(f"{place}.weight", (part.num_embeddings,))
+                if rows != part.num_embeddings:  # trained with more words
+                    model.resize_token_embeddings(rows, mean_resizing=False)
             wrapped: Any = PeftModel(model, PeftConfig.from_pretrained(folder))
             result = wrapped.load_adapter(folder, "default", torch_device="cpu")
             expected = wrapped(input_ids=tokens)[0].float()
@@ -78,7 +83,10 @@ class Adapter:
         except (AttributeError, KeyError, NotImplementedError, OSError, RuntimeError, TypeError, ValueError) as error:
             kind, reason = self.declared.get("peft_type"), " ".join([*str(error).split(), "Merge it by PEFT itself"])
             raise ConfigError(f"the adapter ({kind}) of {self.name!r} can't be merged: {reason}") from error
-        if left := [*result.missing_keys, *result.unexpected_keys]:
+        keys = [*result.missing_keys, *result.unexpected_keys]
+        # PEFT saves some twice: of a head and embeddings that are saved as a whole, and as a part of the model.
+        names = {key: key.removeprefix("base_model.model.").replace(".modules_to_save", "") for key in keys}
+        if left := [key for key in keys if names[key] not in self.shapes]:
             raise ConfigError(f"the adapter of {self.name!r} is not one for {self.base.name!r}: {left[0]} has no place")
         if not apart < (1e-4 if model.dtype == torch.float32 else 0.1):  # as with weights that two layers share
             raise ConfigError(f"the adapter of {self.name!r} can't be merged: outputs would be {apart:.1g} off")

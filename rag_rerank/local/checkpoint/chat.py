@@ -35,4 +35,5 @@ class ChatTemplate(Template):
             {"role": role, "content": [{"type": "text", "text": text}] if self.structured else text}
             for role, text in messages.items()
         ]
-        return {**self.variables, **variables, "messages": made}
+        # Those that transformers always gives.
+        return {"documents": None, "add_generation_prompt": False, **self.variables, **variables, "messages": made}

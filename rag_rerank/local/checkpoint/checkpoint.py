@@ -51,6 +51,10 @@ class Checkpoint:
         self.declaration = read_declaration(files.name, self._declared, kind)
         self._follow(self.declaration.document)
         self.declaration = translated_declaration(self.config, self.declaration)
+        answers = self.declaration.answers
+        if answers and len(set(answers) & set(range(self.config.get_text_config().vocab_size))) < len(answers):
+            ids = f"true_token_id and false_token_id are {answers[::-1]}"
+            raise ConfigError(f"{self.name!r}: LogitScore: {ids}, which are no different entries of its vocabulary")
 
     def _declared(self, path: str) -> Any:
         """Read a JSON file for the declaration; an adapter's config is that of its model."""
@@ -116,12 +120,12 @@ class Checkpoint:
                 # transformers would apply an adapter without merging it, and ask the hub whether there is one
                 **{"adapter_kwargs": {**files.source, "subfolder": _NO_ADAPTER}, **options},
             )
-        for name, stored, wanted in report["mismatched_keys"]:
+        there = () if adapter is None else adapter.shapes
+        for name, stored, wanted in [each for each in report["mismatched_keys"] if each[0] not in there]:
             sizes = f"{name} is {tuple(stored)} in the weights, {tuple(wanted)} by config.json"
             raise ConfigError(f"{self.name!r}: {sizes}, which is another model's. Copy the right one")
         # Weights that a checkpoint lacks are drawn at random with no more than a log line: scores from nowhere. Only
         # the pooler may be missing, and only where we pool ourselves.
-        there = () if adapter is None else adapter.shapes
         missing = [key for key in report["missing_keys"] if auto is not AutoModel or "pooler" not in key]
         if missing := [key for key in missing if key not in there]:
             raise ConfigError(

@@ -50,7 +50,7 @@ _OUTPUTS = {
 _WITHOUT_EFFECT = {
     *("padding", "padding_side", "pad_to_multiple_of", "return_tensors", "return_attention_mask", "logits_to_keep"),
     *("attn_implementation", "device_map", "dtype", "torch_dtype", "low_cpu_mem_usage", "use_safetensors", "use_cache"),
-    *("trust_remote_code", "use_fast", "verbose"),
+    *("trust_remote_code", "use_fast", "verbose", "cache_dir", "local_files_only", "revision", "subfolder", "token"),
 }
 _PYLATE = {
     *("query_prefix", "document_prefix", "query_length", "document_length", "query_expansion", "skiplist_words"),
@@ -225,7 +225,7 @@ class _Reader:
 
     def plain(self, kind: Kind) -> Declaration:
         """Read what a checkpoint without modules declares: only how long its inputs may be."""
-        return Declaration(kind=kind, document=Route(max_length=self._max_length(self._texts(""), "document")))
+        return Declaration(kind=kind, document=Route(max_length=self._max_length(self._texts(""))))
 
     def cross_encoder(self) -> Declaration:
         prompt = self._prompts()[None]
@@ -269,8 +269,10 @@ class _Reader:
                 route = replace(route, token_layers=(*route.token_layers, Layer("Normalize")))
             routes[side] = route
         masks = [folder for kind, folder in self.steps("document") if kind == "MultiVectorMask"]
+        if len(masks) > 1:
+            raise _Refused(f"{_MODULES} has several MultiVectorMask; one is supported")
         mask = self.file(_path(masks[0], "config.json")) if masks else self.model
-        words = mask.get("skiplist_words", list)
+        words, tasks = mask.get("skiplist_words", list), mask.get("skiplist_tasks", list)
         if words is None and not masks and (self.model.get("model_type", str) == "ColBERT" or any(prefixes.values())):
             words = list(string.punctuation)
         expansion = self._expansion()
@@ -290,7 +292,7 @@ class _Reader:
             similarity=self._similarity("late-interaction"),
             expansion=expansion,
             skipped_words=tuple(words or ()),
-            skipped_in=tuple(mask.get("skiplist_tasks", list) or ("document",)),
+            skipped_in=("document",) if tasks is None else tuple(tasks),
             kept_ids=tuple(mask.get("keep_only_token_ids", list) or ()),
             markers=tuple(filter(None, prefixes.values())),
         )
@@ -355,6 +357,7 @@ class _Reader:
         passed = texts.get("module_output_name", str) or _OUTPUTS.get(task)
         if passed is None or passed != _OUTPUTS.get(task):
             texts.refuse("transformer_task", f"is {task!r} with {passed}; supported are {', '.join(_OUTPUTS)}")
+        chat = _chat(texts, task)
         token_layers: list[Layer] = []
         layers: list[Layer] = []
         pooling = None
@@ -390,9 +393,9 @@ class _Reader:
             folder=folder,
             task=task,
             prompt=prompt,
-            max_length=self._max_length(texts, side),
+            max_length=self._max_length(texts, chat, None if passed in (_SCORES, _LOGITS) else side),
             lower_case=bool(texts.get("do_lower_case", bool)),
-            chat=_chat(texts, task),
+            chat=chat,
             tokenizer_options=_tokenizer_options(texts),
             token_layers=tuple(token_layers),
             pooling=pooling,
@@ -409,10 +412,12 @@ class _Reader:
     def _config(self, folder: str) -> _File:
         return self.file(_path(folder, "config.json"))
 
-    def _max_length(self, texts: _File, side: Side) -> int | None:
+    def _max_length(self, texts: _File, chat: Chat | None = None, side: Side | None = None) -> int | None:
         options = texts.get("processing_kwargs", dict) or {}
-        sizes = [(options.get(group) or {}).get("max_length") for group in ("chat_template", "text", "common")]
-        sizes.append(texts.get(f"{side}_length", int) or self.model.get(f"{side}_length", int))
+        groups = ("common", "text") if chat is None else ("chat_template", "text", "common")  # the first goes first
+        sizes = [(options.get(group) or {}).get("max_length") for group in groups]
+        if side is not None:  # a pair is neither
+            sizes.append(texts.get(f"{side}_length", int) or self.model.get(f"{side}_length", int))
         sizes += [_options(texts, "processor_kwargs").get("model_max_length"), texts.get("max_seq_length", int)]
         return next((size for size in sizes if size), None)
 
@@ -500,6 +505,8 @@ def _options(texts: _File, name: str) -> Mapping[str, Any]:
 
 
 def _tokenizer_options(texts: _File) -> Mapping[str, Any]:
+    if texts.get("tokenizer_name_or_path", str) is not None:
+        texts.refuse("tokenizer_name_or_path", "is not supported: the tokenizer belongs beside the weights")
     for name in ("model_kwargs", "config_kwargs"):
         for option in _options(texts, name).keys() - _WITHOUT_EFFECT:
             texts.refuse(f"{name}.{option}", "is not supported")

@@ -15,7 +15,8 @@ from rag_rerank.errors import ConfigError
 
 TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json"),
-    *("merges.txt", "vocab.txt", "tokenizer.model", "spiece.model", "chat_template.jinja"),
+    *("merges.txt", "vocab.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model"),
+    "chat_template.jinja",
 )
 _SETTINGS = frozenset((".json", ".txt", ".model", ".jinja", ".py", ".metadata", ".tiktoken"))
 _NO_SETTINGS = ("generation_config.json", "trainer_state.json", "README", "LICENSE", "requirements.txt", "results.json")

@@ -4,7 +4,7 @@ import itertools
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
-from rag_rerank.errors import ConfigError
+from rag_rerank.errors import BackendRejected, ConfigError
 from rag_rerank.local.transformer.batching import TokenSequence
 
 if TYPE_CHECKING:
@@ -26,6 +26,7 @@ def encode(
 
     Text that spells a special token (``[SEP]`` in a document) stays text. Pairs are cut from the longer side, as vLLM
     does for ``truncate_prompt_tokens=-1``, or from the second only, as where ``max_tokens_per_doc`` is set too.
+    BackendRejected for a text of no tokens: without special ones, an empty one has no state to be read.
     """
     if not texts:
         return []
@@ -42,7 +43,10 @@ def encode(
     types = encoded.get("token_type_ids") or [None] * len(texts)
     truncated = [bool(encoding.overflowing) for encoding in encoded.encodings or ()] or [False] * len(texts)
     rows = zip(encoded["input_ids"], types, truncated, strict=True)
-    return [TokenSequence(ids, kinds, truncated=cut) for ids, kinds, cut in rows]
+    made = [TokenSequence(ids, kinds, truncated=cut) for ids, kinds, cut in rows]
+    if not all(each.ids for each in made):
+        raise BackendRejected("a text has no token that the model reads", remedy="Leave it out.")
+    return made
 
 
 def places(tokenizer: "PreTrainedTokenizerBase", text: str, **options: bool) -> list[tuple[int, int]]:
@@ -73,11 +77,14 @@ def truncate(tokenizer: "PreTrainedTokenizerBase", text: str, max_tokens: int) -
     return text
 
 
-def samples(tokenizer: "PreTrainedTokenizerBase", longest: int) -> list[TokenSequence]:
-    """Make a short pair, a longer one of the same query, and the first again: what a model is proven on."""
+def samples(tokenizer: "PreTrainedTokenizerBase", longest: int, *, pairs: bool) -> list[TokenSequence]:
+    """Make a short pair or text, a longer one of the same query, and the first again: what a model is proven on."""
     query = "who lives in the city of 1 million people, and when was it founded by the old king?"
     sizes = {"a king": 29, "an old king lives there. " * 20: 67}  # tokens, at most; odd, for some pool neighbours
-    short, long = (encode(tokenizer, [query], [text], min(size, longest))[0] for text, size in sizes.items())
+    short, long = (
+        encode(tokenizer, [query if pairs else f"{query} {text}"], [text] if pairs else None, min(size, longest))[0]
+        for text, size in sizes.items()
+    )
     while len(short.ids) > 1 and short.ids[-1] == tokenizer.pad_token_id:  # which some take for padding
         short, long = (replace(each, ids=each.ids[:-1], types=each.types and each.types[:-1]) for each in (short, long))
     return [replace(each, group="proof") for each in (short, long, short)]

@@ -127,6 +127,7 @@ def make_transformer(
 
 def prepare(model: "PreTrainedModel") -> None:
     """Have a model give what transformers' most exact kernels give, and keep nothing."""
+    model.config.return_dict = True  # some config.json has False, which gives tuples
     if hasattr(model.config, "use_cache"):
         model.config.use_cache = False  # nothing is generated: keys and values are not asked for again
     if _soft_capped(model) and model.config._attn_implementation == "sdpa":

@@ -17,6 +17,7 @@ from rag_rerank import LocalScorer
 from rag_rerank.errors import ConfigError
 from tests.causal_models import make_causal_lm, make_decoder_classifier
 from tests.encoder_models import make_bi_encoder, make_encoder_cross_encoder
+from tests.models import make_bert_cross_encoder
 from tests.pairs import pairs
 
 TOLERANCE = 1e-5
@@ -80,6 +81,7 @@ def assert_equal(ours: list[float], expected: list[float]) -> None:
         ("modernbert", peft.LoraConfig(task_type="SEQ_CLS", target_modules="all-linear", use_dora=True, **LORA)),
         ("xlm-roberta", peft.LoHaConfig(task_type="SEQ_CLS", target_modules=["key"], modules_to_save=["classifier"])),
         ("roberta", peft.IA3Config(task_type="SEQ_CLS", target_modules=["key"], feedforward_modules=[])),
+        ("bert", peft.LoraConfig(task_type="SEQ_CLS", target_modules=["query"], bias="all", **LORA)),
         (
             "qwen3",
             peft.LoraConfig(task_type="SEQ_CLS", target_modules=["q_proj"], use_rslora=True, **LORA),
@@ -113,13 +115,17 @@ def test_of_a_causal_model(adapter: Path, tmp_path: Path, texts):
     assert_applied(ours(adapter, texts, **options), expected, ours(base, texts, **options))
 
 
-@pytest.mark.parametrize("labels", [1, 2])
-def test_the_head_may_be_the_adapters_alone(labels: int, adapter: Path, tmp_path: Path, texts):
-    """Its model has none, and says nothing of labels: what was trained does."""
-    base = make_bi_encoder(tmp_path / "base", "cls_token")
-    (base / "modules.json").unlink()
+@pytest.mark.parametrize(("own", "labels"), [(0, 1), (0, 2), (3, 1), (1, 2)])
+def test_the_head_may_be_the_adapters_alone(own: int, labels: int, adapter: Path, tmp_path: Path, texts):
+    """Its model has none, or one for `own` labels: what was trained says how many there are."""
+    if own:
+        base = make_bert_cross_encoder(tmp_path / "base", num_labels=own)
+    else:
+        base = make_bi_encoder(tmp_path / "base", "cls_token")
+        (base / "modules.json").unlink()
     config = peft.LoraConfig(task_type="SEQ_CLS", target_modules=["query"], **LORA)
-    model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=labels)
+    load = AutoModelForSequenceClassification.from_pretrained
+    model = load(base, num_labels=labels, ignore_mismatched_sizes=True)
     wrapped = train(adapter, model, config)
     tokenizer = AutoTokenizer.from_pretrained(base)
     with torch.inference_mode():
@@ -129,6 +135,19 @@ def test_the_head_may_be_the_adapters_alone(labels: int, adapter: Path, tmp_path
         ]
     expected = [(row[-1] - row[0] if labels == 2 else row[0]).item() for row in rows]
     assert_equal(ours(adapter, texts), expected)
+
+
+@pytest.mark.parametrize("saved", [[], ["word_embeddings"]])
+def test_of_a_tokenizer_with_more_words(saved: list[str], adapter: Path, tmp_path: Path, texts):
+    """PEFT saves the whole embeddings, and the user the tokenizer."""
+    base = make_encoder_cross_encoder(tmp_path / "base", "bert")
+    model, tokenizer = AutoModelForSequenceClassification.from_pretrained(base), AutoTokenizer.from_pretrained(base)
+    tokenizer.add_tokens(["the file", "python"])
+    model.resize_token_embeddings(len(tokenizer))
+    config = peft.LoraConfig(task_type="SEQ_CLS", target_modules=["query"], modules_to_save=saved, **LORA)
+    wrapped = train(adapter, model, config)
+    tokenizer.save_pretrained(adapter)
+    assert_applied(ours(adapter, texts), logits(wrapped, adapter, texts), ours(base, texts))
 
 
 class TestPlaces:

@@ -29,7 +29,7 @@ from transformers import (
 )
 
 from rag_rerank import LocalScorer
-from rag_rerank.errors import ConfigError
+from rag_rerank.errors import ConfigError, DocumentRejected
 from rag_rerank.local.checkpoint.fingerprint import fingerprint
 from tests.causal_models import byte_level_tokenizer, make_causal_lm, make_decoder_classifier, random_decoder
 from tests.encoder_models import make_colbert, make_pylate_colbert, random_encoder
@@ -140,6 +140,13 @@ class TestClassifiers:
         CrossEncoder(str(base(kind, AutoModelForSequenceClassification, num_labels=1))).save_pretrained(folder)
         assert_cross_encoders_agree(folder, texts)
 
+    @pytest.mark.parametrize("kind", ["bert", "deberta-v2"])
+    def test_a_config_that_asks_for_tuples(self, kind: str, base, folder: str, texts):
+        """As sentence-transformers, we ask for names."""
+        CrossEncoder(str(base(kind, AutoModelForSequenceClassification, num_labels=1))).save_pretrained(folder)
+        edit(folder, "config.json", return_dict=False)
+        assert_cross_encoders_agree(folder, texts)
+
     @pytest.mark.parametrize("activation", [torch.nn.Identity(), torch.nn.Tanh(), torch.nn.Sigmoid()])
     def test_the_declared_activation_is_applied(self, activation: torch.nn.Module, base, folder: str, texts):
         """From config_sentence_transformers.json, where alone sentence-transformers 6 writes it."""
@@ -175,6 +182,12 @@ class TestClassifiers:
         assert_alike(ours(folder, texts), predicted(folder, texts))
         edit(folder, "sentence_bert_config.json", processing_kwargs={"text": {"max_length": 30}})
         edit(folder, "config.json", max_position_embeddings=25)  # which binds no rope
+        assert_alike(ours(folder, texts), predicted(folder, texts))
+        limits = {"text": {"max_length": 30}, "common": {"max_length": 22}, "chat_template": {"max_length": 12}}
+        edit(folder, "sentence_bert_config.json", processing_kwargs=limits)
+        assert_alike(ours(folder, texts), predicted(folder, texts))
+        options = {"processor_kwargs": {"revision": "x", "subfolder": "y", "model_max_length": 33}}
+        edit(folder, "sentence_bert_config.json", processing_kwargs={}, query_length=9, document_length=14, **options)
         assert_alike(ours(folder, texts), predicted(folder, texts))
 
     @pytest.mark.parametrize("kind", ["cross-encoder", "bi-encoder"])
@@ -230,6 +243,13 @@ class TestClassifiers:
         names = dict(list(enumerate(labels))[::order])
         edit(folder, "config.json", id2label=names, label2id={name: number for number, name in names.items()})
         with nullcontext() if right else pytest.raises(ConfigError, match=rf"'{labels[1]}', but the second is taken"):
+            ours(folder, texts)
+
+    def test_two_labels_that_may_both_be_right_are_refused(self, base, folder: str, texts):
+        """They are no share of each other."""
+        CrossEncoder(str(base("bert", AutoModelForSequenceClassification, num_labels=2))).save_pretrained(folder)
+        edit(folder, "config.json", problem_type="multi_label_classification")
+        with pytest.raises(ConfigError, match="problem_type is 'multi_label_classification'"):
             ours(folder, texts)
 
     @pytest.mark.parametrize("field", ["id2label", "out_features"])
@@ -361,6 +381,21 @@ class TestAnswers:
         options |= {} if place == "folder" else {"template": template}
         short = texts[0], [document[:100] for document in texts[1]]
         assert_alike(ours(str(source), ([query[:100] for query in short[0]], short[1]), **options), expected)
+
+    def test_templates_are_given_what_transformers_gives(self, folder: str, tmp_path: Path, texts):
+        """Also where they ask for it by a name that is not set, and the date."""
+        given = "{{ strftime_now('%Y') }} {{ tools }} {{ documents }} {{ add_generation_prompt }} {{ more }}"
+        options = {"processing_kwargs": {"chat_template": {"tools": [{"x": 1}]}}}
+        self.make(folder, make_causal_lm(tmp_path / "source", "qwen3"), chat=CHAT + given, **options)
+        assert_cross_encoders_agree(folder, texts)
+
+    @pytest.mark.parametrize("ids", [(5, 5), (-1, 5), (5, -1), (9999, None)])
+    def test_answers_that_are_none(self, ids: tuple[int, int | None], folder: str, tmp_path: Path, texts):
+        """Not in the vocabulary, or the same twice: every score would be 0."""
+        self.make(folder, make_causal_lm(tmp_path / "source", "qwen3"))
+        edit(folder, "1_LogitScore/config.json", true_token_id=ids[0], false_token_id=ids[1])
+        with pytest.raises(ConfigError, match=r"LogitScore: true_token_id and false_token_id are \(.*no different"):
+            ours(folder, texts)
 
     @pytest.mark.parametrize("side", ["right", "left"])
     def test_a_limit_of_its_calls_is_kept(self, side: str, folder: str, tmp_path: Path, texts):
@@ -497,6 +532,22 @@ class TestBiEncoders:
         expected = model.similarity_pairwise(queries, documents)
         assert_alike(ours(folder, texts, query_prompt="other: ", document_prompt=""), expected)
 
+    def test_a_text_of_no_tokens_has_no_score(self, base, folder: str, texts):
+        """Where no special ones are added; the others have theirs."""
+        SentenceTransformer(modules=[Transformer(str(base("qwen3"))), Pooling(64, "lasttoken")]).save_pretrained(folder)
+        with LocalScorer(folder, dtype="float32") as scorer:
+            with pytest.raises(DocumentRejected, match="no token that the model reads") as caught:
+                scorer.score("a query", ["one", "", "two"])
+            assert caught.value.indices == (1,)
+            rest = ["a query"] * 2, ["one", "two"]
+            assert_alike(scorer.score(*rest), compared(folder, rest), spread=1e-3)
+
+    def test_one_kind_of_token_is_enough_for_single_texts(self, base, folder: str, texts):
+        """Though a pair would have two."""
+        source = base("bert", type_vocab_size=1)
+        SentenceTransformer(modules=[Transformer(str(source)), Pooling(64, "mean")]).save_pretrained(folder)
+        assert_alike(ours(folder, texts), compared(folder, texts))
+
     def test_a_router_parts_queries_from_documents(self, base, folder: str, texts):
         """Each with a transformer of its own; or behind a common one."""
         sides = [
@@ -548,6 +599,21 @@ class TestLateInteraction:
         prompts = {"query": "question: ", "document": "passage: "}
         MultiVectorEncoder(modules=modules, prompts=prompts, similarity_fn_name="meanmaxsim").save_pretrained(folder)
         assert_alike(ours(folder, texts), compared(folder, texts, MultiVectorEncoder), spread=0.01)
+
+    def test_queries_that_are_filled_up_on_the_left_are_refused(self, base, folder: str, texts):
+        """As sentence-transformers does where the tokenizer pads there."""
+        expansion = {"strategy": "fixed", "length": 24, "attend": True}
+        MultiVectorEncoder(modules=self.modules(base("bert"), query_expansion=expansion)).save_pretrained(folder)
+        edit(folder, "tokenizer_config.json", padding_side="left")
+        with pytest.raises(ConfigError, match="the padding_side of its tokenizer is left"):
+            ours(folder, texts)
+
+    @pytest.mark.parametrize("tasks", [[], ["query"], ["query", "document"]])
+    def test_words_are_left_out_where_the_mask_says(self, tasks: list[str], base, folder: str, texts):
+        """Nowhere, too; without its saying so, of documents."""
+        MultiVectorEncoder(modules=self.modules(base("bert"), ["the", "of", "a"])).save_pretrained(folder)
+        edit(folder, "2_MultiVectorMask/config.json", skiplist_tasks=tasks)
+        assert_alike(ours(folder, texts), compared(folder, texts, MultiVectorEncoder))
 
     @pytest.mark.parametrize("attend", [True, False])
     def test_pylates_own_words_for_it(self, attend: bool, tmp_path: Path, texts):
@@ -612,6 +678,11 @@ class TestRefusals:
             ("sentence_bert_config.json", {"transformer_task": "fill-mask"}, "transformer_task is 'fill-mask'"),
             (
                 "sentence_bert_config.json",
+                {"tokenizer_name_or_path": "other"},
+                "tokenizer_name_or_path is not supported",
+            ),
+            (
+                "sentence_bert_config.json",
                 {"processing_kwargs": {"text": {"truncation": "only_first"}}},
                 r"processing_kwargs\.text\.truncation is 'only_first'",
             ),
@@ -653,6 +724,13 @@ class TestRefusals:
         path.write_text(json.dumps(modules))
         with pytest.raises(ConfigError, match=message):
             ours(bi_encoder, texts)
+
+    def test_several_masks(self, base, folder: str, texts):
+        """Each has words of its own."""
+        modules = TestLateInteraction().modules(base("bert"), ["the"])
+        MultiVectorEncoder(modules=[*modules, MultiVectorMask(["a"])]).save_pretrained(folder)
+        with pytest.raises(ConfigError, match="has several MultiVectorMask"):
+            ours(folder, texts)
 
     def test_token_pooling(self, base, folder: str, texts):
         """It makes other vectors."""
