@@ -5,7 +5,6 @@ import math
 import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Self
 
 SCORING_VERSION = "2"
 """Raised with each release of this package that changes a score of any model."""
@@ -55,17 +54,6 @@ class Identity:
         if len(self.probes) != len(other.probes) or not all(map(near, self.probes, other.probes)):
             found.append(f"scores of the probe: {_told(self.probes)}, before {_told(other.probes)}")
         return found
-
-    def to_dict(self) -> dict[str, Any]:
-        """Make JSON values of it."""
-        own = {"steady": self.steady, "place": self.place, "name": self.name}
-        return {"facts": dict(self.facts), "probes": list(self.probes), **own}
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """Read what `to_dict` has made; a KeyError where it is something else."""
-        facts, probes = values["facts"], tuple(values["probes"])
-        return cls(facts, probes, values["steady"], values["place"], values.get("name", ""))
 
 
 def _told(scores: Sequence[float]) -> str:

@@ -4,6 +4,7 @@ import json
 import sqlite3
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -70,13 +71,13 @@ class Store:
         """Who has made what is in it, the latest last."""
         try:
             rows = self.execute("SELECT identity FROM scorers ORDER BY number")
-            return [Identity.from_dict(json.loads(text)) for (text,) in rows]
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            return [Identity(**json.loads(text)) for (text,) in rows]
+        except (json.JSONDecodeError, TypeError) as error:
             raise self._unusable(error) from error
 
     def add_scorer(self, identity: Identity) -> None:
         """Write down who makes what comes now."""
-        self.write("scorers", [(None, json.dumps(identity.to_dict()))])
+        self.write("scorers", [(None, json.dumps(asdict(identity)))])
 
     @contextmanager
     def transaction(self) -> Iterator[None]:

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import asdict
 from typing import Any
 
 import pytest
@@ -61,7 +62,7 @@ class TestAnyScorer:
     def test_it_outlives_json(self):
         """As runs and caches keep it."""
         identity = WordOverlap().identity()
-        again = Identity.from_dict(json.loads(json.dumps(identity.to_dict())))
+        again = Identity(**json.loads(json.dumps(asdict(identity))))
         assert again.differences(identity) == []
         assert (again.steady, again.place) == (identity.steady, identity.place)
 

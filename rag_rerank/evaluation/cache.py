@@ -8,12 +8,12 @@ import json
 import logging
 import os
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 from rag_rerank.identity import Identity
 from rag_rerank.runs import Store
 
-_MOST_KEYS = 999  # of one statement, in any build of sqlite
 _LOCK_TIMEOUT = 60.0  # seconds to wait for another process that is writing
 _TABLES = (
     "scores (pair BLOB PRIMARY KEY, score REAL NOT NULL) WITHOUT ROWID",
@@ -52,22 +52,18 @@ class ScoreCache(Store):
                 logger.warning("%s is not the scorer whose scores are cached; scored anew: %s", name, changes)
         # Keys are hashed with this: they are lost with the entry, where a damaged file has lost that, and are never
         # taken for another's.
-        self._salt = hashlib.sha256(json.dumps((same or self._identity).to_dict()).encode()).digest()
+        self._salt = hashlib.sha256(json.dumps(asdict(same or self._identity)).encode()).digest()
 
     def scores(self, query: str, documents: Sequence[str]) -> list[float | None]:
         """Look up the score of each document, None where it is not known."""
-        keys = [self._key(query, document) for document in documents]
-        known: dict[bytes, float] = {}
-        for start in range(0, len(keys), _MOST_KEYS):
-            part = keys[start : start + _MOST_KEYS]
-            marks = ", ".join("?" * len(part))
-            known |= self.each(f"SELECT pair, score FROM scores WHERE pair IN ({marks})", *part)  # noqa: S608 - marks
-        return [known.get(key) for key in keys]
+        return [self._known("SELECT score FROM scores WHERE pair = ?", query, text) for text in documents]
 
     def seconds(self, query: str, documents: Sequence[str]) -> float | None:
         """Look up how long a call with these very documents took in this place, None if there was none."""
-        call = self._key(self._identity.place, query, *documents)
-        return next((float(row[0]) for row in self.execute("SELECT seconds FROM times WHERE call = ?", call)), None)
+        return self._known("SELECT seconds FROM times WHERE call = ?", self._identity.place, query, *documents)
+
+    def _known(self, statement: str, *texts: str) -> float | None:
+        return next((value for (value,) in self.execute(statement, self._key(*texts))), None)
 
     def keep(
         self, query: str, documents: Sequence[str], scores: Sequence[float | None], seconds: float | None = None

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,7 @@ def test_facts_suffice(folder: Path):
     told = identity(folder, **CAUSAL)
     assert list(told.probes) == []
     assert all(isinstance(fact, str) for fact in told.facts.values())
-    again = Identity.from_dict(json.loads(json.dumps(told.to_dict())))
+    again = Identity(**json.loads(json.dumps(asdict(told))))
     assert identity(folder, **CAUSAL).differences(again) == []
 
 

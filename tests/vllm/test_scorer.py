@@ -6,6 +6,7 @@ import math
 import pickle
 import threading
 from collections.abc import Callable
+from dataclasses import asdict
 from typing import Any
 
 import pytest
@@ -121,7 +122,7 @@ class TestIdentity:
         body = {"user": "me", "api_key": "canary1", "metadata": {"auth_token": "canary2", "x": 1}}
         with FaultyServer(serves()) as server:
             identity = identity_of(server, api_key="canary3", extra_body=body)
-        assert "canary" not in json.dumps(identity.to_dict())
+        assert "canary" not in json.dumps(asdict(identity))
         assert json.loads(identity.facts["extra_body"]) == {
             "user": "me",
             "api_key": "...",
