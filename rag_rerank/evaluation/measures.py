@@ -6,7 +6,6 @@ from typing import Any, Literal
 
 import ir_measures
 import numpy as np
-from numpy.typing import NDArray
 
 from rag_rerank.errors import ConfigError
 
@@ -57,7 +56,10 @@ class Measurer:
 
 def _parsed(name: str) -> Any:
     try:
-        return ir_measures.parse_measure(name)
+        measure = ir_measures.parse_measure(name)
+        if measure.params.get("cutoff", 1) < 1:
+            raise ValueError("its cutoff is below 1")  # noqa: TRY301 - trec_eval would end the process
+        return measure  # noqa: TRY300
     except (NameError, ValueError, SyntaxError, TypeError, AttributeError, KeyError) as error:
         known = "nDCG@10, MRR@10, Recall@100, MAP, P@5"
         raise ConfigError(f"the measure {name!r} is not known ({error}); some that are: {known}") from error
@@ -98,17 +100,9 @@ def compare(differences: Sequence[Sequence[float]], *, resamples: int = RESAMPLE
     if table.ndim != 2 or not (queries := len(table)):
         raise ValueError("every comparison needs one difference for each of the same queries, at least one")
     table[np.abs(table) < _ROUNDING] = 0.0
-    rng, step = np.random.default_rng(SEED), max(1, _NUMBERS_DRAWN // queries)
+    rng, step = np.random.default_rng(SEED), max(1, _NUMBERS_DRAWN // table.size)
     sizes = [min(step, resamples - start) for start in range(0, resamples, step)]
-    means = np.concatenate([_means(table, size, rng) for size in sizes])
+    means = np.concatenate([table[rng.integers(queries, size=(size, queries))].mean(axis=1) for size in sizes])
     low, high = np.quantile(means, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2], axis=0)
     counts = [each.sum(axis=0) for each in (table > 0, table < 0, table == 0)]
     return list(map(Comparison, *(values.tolist() for values in (table.mean(axis=0), low, high, *counts))))
-
-
-def _means(table: NDArray[np.float64], size: int, rng: np.random.Generator) -> NDArray[np.float64]:
-    """Average the columns over `size` drawings of as many rows as there are: ``[size, columns]``."""
-    queries = len(table)
-    drawn = rng.integers(queries, size=(size, queries)) + np.arange(size)[:, None] * queries
-    counts = np.bincount(drawn.ravel(), minlength=size * queries).reshape(size, queries)
-    return counts @ table / queries

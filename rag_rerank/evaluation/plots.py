@@ -8,23 +8,20 @@ import html
 import io
 import re
 from collections.abc import Callable
+from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rag_rerank.errors import ConfigError
+import matplotlib as mpl
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator
+
 from rag_rerank.evaluation.measures import mean
 from rag_rerank.evaluation.results import Evaluation
 
 if TYPE_CHECKING:
     from rag_rerank.evaluation.calibrating import Calibrating
-
-try:
-    import matplotlib as mpl
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import FuncFormatter, LogLocator
-except ModuleNotFoundError as error:  # pragma: no cover - the tests have it
-    raise ConfigError(f"the report's plots need {error.name}: pip install 'rag-rerank[eval]'") from error
 
 # Colours that stand for the page's own, CSS variables, until the drawing is done.
 _ROLES = {"ink": "#010101", "muted": "#020202", "line": "#030303", "better": "#040404", "worse": "#050505"}
@@ -43,8 +40,7 @@ def quality_by_depth(evaluation: Evaluation) -> str:
         axes.axhline(before, color=_ROLES["ink"], linestyle=":", linewidth=1.4)
         ceiling = [mean(evaluation.ceilings[depth][evaluation.measure]) for depth in depths]
         axes.plot(depths, ceiling, color=_ROLES["muted"], linestyle="--", linewidth=1.4)
-        for number, system in enumerate(evaluation.systems):
-            colour, marker = _LINES[number % len(_LINES)]
+        for system, (colour, marker) in zip(evaluation.systems, cycle(_LINES), strict=False):
             gains = [level.gains[evaluation.measure] for level in system.levels]
             low, high = [before + gain.low for gain in gains], [before + gain.high for gain in gains]
             axes.fill_between(depths, low, high, color=colour, alpha=0.16, linewidth=0)
@@ -64,8 +60,7 @@ def quality_by_latency(evaluation: Evaluation) -> str | None:
 
     def draw(axes: Axes) -> None:
         axes.axhline(mean(evaluation.before[evaluation.measure]), color=_ROLES["ink"], linestyle=":", linewidth=1.4)
-        for number, system in enumerate(evaluation.systems):
-            colour, marker = _LINES[number % len(_LINES)]
+        for system, (colour, marker) in zip(evaluation.systems, cycle(_LINES), strict=False):
             points = [
                 (1000 * level.latency.p50, level.mean(evaluation.measure), str(level.depth))
                 for level in system.levels

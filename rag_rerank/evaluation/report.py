@@ -12,7 +12,7 @@ import jinja2
 
 from rag_rerank import __version__
 from rag_rerank.evaluation.measures import CONFIDENCE, RESAMPLES, mean
-from rag_rerank.evaluation.results import GAIN, Evaluation
+from rag_rerank.evaluation.results import Evaluation
 from rag_rerank.evaluation.scoring import TIMED_QUERIES
 
 if TYPE_CHECKING:
@@ -40,7 +40,6 @@ def render(found: "Evaluation | Calibrating", form: Literal["html", "txt"] = "ht
     return environment.get_template(f"{name}.{form}.jinja").render(
         found=found,
         mean=mean,
-        gain_of_ndcg=GAIN,
         timed_queries=TIMED_QUERIES,
         resamples=RESAMPLES,
         confidence=round(100 * CONFIDENCE),

@@ -13,18 +13,12 @@ from rag_rerank.evaluation.scoring import Latency, Scores
 from rag_rerank.ranking import Ranking
 
 Values = Mapping[str, Mapping[str, float]]  # measure to query id to value
-GAIN = "linear"  # of nDCG: a grade counts as it is, as in trec_eval, and not as 2^grade - 1
 
 
 def reranked(candidates: Sequence[str], scores: Scores, depth: int) -> list[str]:
     """Order the first `depth` candidates as `Scorer.rerank` does; those behind stay where they were."""
     ranked = Ranking().rank(scores[:depth])
     return [candidates[item.index] for item in ranked] + list(candidates[depth:])
-
-
-def ideal(candidates: Sequence[str], grades: Mapping[str, int], depth: int) -> list[str]:
-    """Order as a scorer that knows the judgments: no other order of the first `depth` measures better."""
-    return sorted(candidates[:depth], key=lambda document: -grades.get(document, 0)) + list(candidates[depth:])
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,7 +182,7 @@ class Evaluation:
             "candidates_per_query": sum(map(len, self.candidates.values())) / len(self.candidates),
             "depths": list(self.depths),
             "measures": list(self.measures),
-            "ndcg_gain": GAIN,
+            "ndcg_gain": "linear",  # a grade counts as it is, as in trec_eval, and not as 2^grade - 1
             "interval": {"confidence": CONFIDENCE, "method": "paired bootstrap", "resamples": RESAMPLES, "seed": SEED},
             "before": {"means": _means(self.before), "per_query": self.before},
             "ceilings": {str(depth): _means(values) for depth, values in self.ceilings.items()},

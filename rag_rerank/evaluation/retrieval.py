@@ -28,10 +28,15 @@ class BM25:
         self._ids, self._language = list(documents), language
         self._stemmer = None if language in ("none", "characters") else Stemmer.Stemmer(language)
         self._index = bm25s.BM25(method="lucene", k1=1.2, b=0.75)
-        self._index.index(self._tokens(list(documents.values())), show_progress=False)
+        tokens = self._tokens(list(documents.values()))
+        self._has_words = bool(tokens.vocab)  # an index of none can't be made
+        if self._has_words:
+            self._index.index(tokens, show_progress=False)
 
     def retrieve(self, query: str, depth: int) -> dict[str, float]:
         """Find the `depth` best documents, best first, with their scores; fewer if fewer share a word with it."""
+        if not self._has_words:
+            return {}
         rows, scores = self._index.retrieve(self._tokens([query]), k=min(depth, len(self._ids)), show_progress=False)
         # Documents with score 0 share no word with the query: keeping them would inflate recall on small collections.
         return {self._ids[row]: float(score) for row, score in zip(rows[0], scores[0], strict=True) if score > 0}

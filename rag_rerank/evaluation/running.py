@@ -1,7 +1,7 @@
 """`evaluate`: first stage, scores, measures at every depth, and whether what changed is more than luck."""
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
 from itertools import combinations
@@ -11,9 +11,9 @@ from rag_rerank.errors import ConfigError
 from rag_rerank.evaluation.cache import default_folder
 from rag_rerank.evaluation.collection import Collection
 from rag_rerank.evaluation.measures import DEFAULT_MEASURES, Comparison, Measurer, Run, compare
-from rag_rerank.evaluation.results import Evaluation, Level, System, Values, ideal, keep, ranking, reranked
+from rag_rerank.evaluation.results import Evaluation, Level, System, Values, keep, ranking, reranked
 from rag_rerank.evaluation.retrieval import BM25
-from rag_rerank.evaluation.scoring import Latency, ScoringRun
+from rag_rerank.evaluation.scoring import Latency, Scores, ScoringRun
 from rag_rerank.evaluation.trec import best_first
 from rag_rerank.scorer import Scorer
 
@@ -92,7 +92,18 @@ def evaluate(
         raise ConfigError("min_precision needs probabilities: Calibrated(scorer, file), see rag-rerank calibrate")
     texts = {query: _texts(collection, query, names[: depths[-1]]) for query, names in candidates.items() if named}
     folder = None if cache is False else default_folder() if cache is True else Path(cache).expanduser()
-    scored = {}
+
+    def measured(scores: Mapping[str, Scores]) -> dict[int, Values]:
+        return {
+            depth: measurer.measure({query: reranked(candidates[query], row, depth) for query, row in scores.items()})
+            for depth in depths
+        }
+
+    before, systems = measurer.measure(candidates), list[System]()
+    # A scorer that knows the judgments: no other order of so many candidates measures better.
+    grades = {
+        query: [collection.judgments[query].get(name, 0) for name in names] for query, names in candidates.items()
+    }
     for name, scorer in named.items():
         with closing(ScoringRun(scorer, depths, folder, deadline)) as scoring:
             for done, (query, documents) in enumerate(texts.items()):
@@ -100,33 +111,20 @@ def evaluate(
                 scoring.add(query, queries[query], documents)
             scoring.finish()
             report(name, len(texts), len(texts))
-        scored[name] = scoring
-    before = measurer.measure(candidates)
-    ceilings, after = {}, {name: dict[int, Values]() for name in scored}
-    for depth in depths:
-        best = {query: ideal(names, collection.judgments[query], depth) for query, names in candidates.items()}
-        ceilings[depth] = measurer.measure(best)
-        for name, made in scored.items():
-            ranked = {query: reranked(candidates[query], scores, depth) for query, scores in made.scores.items()}
-            after[name][depth] = measurer.measure(ranked)
-    pairs = list(combinations(after, 2))
-    wanted: list[tuple[Values, Values]] = []
-    for each in after.values():
-        wanted += [pair for level in each.values() for pair in ((before, level), (each[depths[-1]], level))]
-    wanted += [(after[first][depths[-1]], after[second][depths[-1]]) for first, second in pairs]
-    gains = _compare(wanted)
-    systems = []
-    for name, made in scored.items():
+        values = measured(scoring.scores)
         levels = tuple(
-            Level(depth, level, next(gains), next(gains), Latency.of(made.calls[depth]))
-            for depth, level in after[name].items()
+            Level(depth, each, _gains(before, each), _gains(values[depths[-1]], each), Latency.of(scoring.calls[depth]))
+            for depth, each in values.items()
         )
-        chosen = policies or (CALIBRATED_POLICIES if named[name].calibrated else POLICIES)
-        kept = tuple(keep(policy, collection, candidates, made.scores) for policy in chosen)
-        systems.append(System(name, levels, made.scores, made.pairs_scored, made.pairs_cached, kept))
-    between = tuple((*pair, next(gains)) for pair in pairs)
+        chosen = policies or (CALIBRATED_POLICIES if scorer.calibrated else POLICIES)
+        kept = tuple(keep(policy, collection, candidates, scoring.scores) for policy in chosen)
+        systems.append(System(name, levels, scoring.scores, scoring.pairs_scored, scoring.pairs_cached, kept))
+    between = tuple(
+        (one.name, other.name, _gains(one.deepest.values, other.deepest.values))
+        for one, other in combinations(systems, 2)
+    )
     stage = first_stage or ("BM25" if run is None else "the run")
-    figures = candidates, before, ceilings, tuple(systems), between, retrieval
+    figures = candidates, before, measured(grades), tuple(systems), between, retrieval
     return Evaluation(collection, stage, measurer.measures, depths, *figures)
 
 
@@ -163,10 +161,7 @@ def _candidates(
     return candidates, Latency.of(calls)
 
 
-def _compare(wanted: Sequence[tuple[Values, Values]]) -> Iterator[Mapping[str, Comparison]]:
-    """Compare values with those before, by each measure; all at once, for drawing takes longer than adding up."""
-    differences = [
-        [new[name][query] - value for query, value in old[name].items()] for old, new in wanted for name in old
-    ]
-    comparisons = iter(compare(differences))
-    return iter([{name: next(comparisons) for name in old} for old, _ in wanted])
+def _gains(old: Values, new: Values) -> dict[str, Comparison]:
+    """Compare values with those before, by each measure."""
+    differences = [[new[name][query] - value for query, value in before.items()] for name, before in old.items()]
+    return dict(zip(old, compare(differences), strict=True))

@@ -38,7 +38,7 @@ class TestMeasures:
             **dict.fromkeys(["Recall@2", "R@2"], 0.5),
         }
 
-    @pytest.mark.parametrize("name", ["nDGC@10", "nDCG@ten", "", "nDCG@10)", "__import__('os')"])
+    @pytest.mark.parametrize("name", ["nDGC@10", "nDCG@ten", "R@0", "", "nDCG@10)", "__import__('os')"])
     def test_an_unknown_measure_is_named(self, name: str):
         """With some that are known."""
         with pytest.raises(ConfigError, match="is not known.*nDCG@10, MRR@10"):

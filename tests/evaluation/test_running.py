@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from rag_rerank import Calibrated, ConfigError, LocalScorer, Scorer
 from rag_rerank.embedded import collection_folder
 from rag_rerank.evaluation import Collection, Evaluation, Kept, evaluate, read_run, write_run
-from rag_rerank.evaluation.results import ideal, reranked
+from rag_rerank.evaluation.results import reranked
 from tests.evaluation.collections import SHARED, small
 from tests.scorers import Answers, WordOverlap
 from tests.test_calibration import calibration
@@ -147,10 +148,6 @@ class TestOrder:
             for measure, best in found.ceilings[deep].items():
                 assert all(best[query] >= value - 1e-9 for query, value in found.ceilings[shallow][measure].items())
 
-    def test_the_best_order_is_by_grade(self):
-        """Equal ones stay in order."""
-        assert ideal(["a", "b", "c", "d", "e"], {"b": 1, "c": 2, "d": 1, "e": 3}, 4) == ["c", "b", "d", "a", "e"]
-
 
 class TestEvaluate:
     """One call."""
@@ -187,6 +184,9 @@ class TestEvaluate:
         assert found.without_candidates == found.as_json()["queries_without_candidates"] == ["q"]
         with pytest.raises(ConfigError, match="no candidate for any of 1 queries as english: name the language"):
             evaluate(collection, scorer, limit=1, cache=False)
+        for text in ("", "x", "the"):  # texts without a word that is indexed
+            with pytest.raises(ConfigError, match="no candidate for any of 2 queries"):
+                evaluate(replace(collection, documents={"d": text}), scorer, cache=False)
 
     def test_empty_documents_are_scored_as_any_other(self):
         """Two of cranfield's are."""
