@@ -6,7 +6,7 @@ from pathlib import Path
 
 from rag_rerank.errors import ConfigError
 from rag_rerank.evaluation.measures import Run
-from rag_rerank.evaluation.trec import read_judgments, rows
+from rag_rerank.evaluation.trec import graded, read_judgments, rows
 
 _ENDINGS = (".jsonl", ".jsonl.gz", ".parquet", "-*.parquet", "/*.parquet")
 
@@ -77,21 +77,19 @@ def _texts(paths: Sequence[Path]) -> Iterator[tuple[str, str]]:
     """Yield (id, title and text) of every row."""
     names = set()
     for path in paths:
-        for place, name, title, text in rows(path, {"_id": str, "title": str | None, "text": str}):
-            if name in names:
+        for place, name, title, text in rows(path, {"_id": str | int, "title": str | None, "text": str}):
+            if str(name) in names:
                 raise ConfigError(f"{place}: the id {name!r} is there twice")
-            names.add(name)
-            yield name, f"{title} {text}" if title else text
+            names.add(str(name))
+            yield str(name), f"{title} {text}" if title else text
 
 
 def read_labelled(path: Path) -> tuple[Collection, Run]:
     """Read labelled pairs, JSON Lines or Parquet with ``query``, ``document`` and ``relevant`` (a grade, or true).
 
-    A ConfigError has the number of a line that is not so.
+    A ConfigError has the number of a line that is not so, or contradicts another one.
     """
-    judgments: dict[str, dict[str, int]] = {}
-    for _, query, document, grade in rows(path, {"query": str, "document": str, "relevant": int}):
-        judgments.setdefault(query, {})[document] = int(grade)
+    judgments = graded(rows(path, {"query": str, "document": str, "relevant": int | float}))
     documents = {document: document for grades in judgments.values() for document in grades}
     run = {query: dict.fromkeys(grades, 0.0) for query, grades in judgments.items()}
     return Collection(documents, {query: query for query in judgments}, judgments, path.stem), run

@@ -55,19 +55,28 @@ def read_judgments(*paths: str | Path) -> dict[str, dict[str, int]]:
     document, grade), or ``query-id``, ``corpus-id`` and ``score`` as JSON Lines or Parquet; text may be gzipped. A
     ConfigError has the number of a line that is not as it should be or contradicts another one.
     """
+    return graded(judged for path in paths for judged in _judgments(Path(path)))
+
+
+def graded(judged: Iterable[tuple[Any, ...]]) -> dict[str, dict[str, int]]:
+    """Collect grades from (place, query, document, grade); a ConfigError for one that contradicts another."""
     judgments: dict[str, dict[str, int]] = {}
-    for path in map(Path, paths):
-        for place, query, document, grade in _judgments(path):
-            if judgments.setdefault(query, {}).setdefault(document, grade) != grade:
-                raise ConfigError(f"{place}: the document {document!r} has another grade for {query!r} further up")
+    for place, query, document, value in judged:
+        try:
+            grade = float(value)
+        except ValueError as error:
+            raise ConfigError(f"{place}: not query, document and grade ({error})") from error
+        if not grade.is_integer():
+            raise ConfigError(f"{place}: the grade {value} is no whole number, which the measures need")
+        if judgments.setdefault(query, {}).setdefault(document, int(grade)) != grade:
+            raise ConfigError(f"{place}: the document {document!r} has another grade for {query!r} further up")
     return judgments
 
 
-def _judgments(path: Path) -> Iterator[tuple[str, str, str, int]]:
-    """(place, query, document, grade)."""
+def _judgments(path: Path) -> Iterator[tuple[str, str, str, Any]]:
     if path.suffix == ".parquet" or path.name.removesuffix(".gz").endswith(".jsonl"):
         for place, query, document, grade in rows(path, _COLUMNS):
-            yield place, str(query), str(document), _grade(place, grade)
+            yield place, str(query), str(document), grade
         return
     for position, (place, line) in enumerate(lines(path)):
         fields = line.split("\t" if line.count("\t") == 2 else None)
@@ -75,17 +84,7 @@ def _judgments(path: Path) -> Iterator[tuple[str, str, str, int]]:
             continue  # BEIR's header
         if len(fields) not in (3, 4):
             raise ConfigError(f"{place}: not query, document and grade ({len(fields)} columns)")
-        yield place, fields[0], fields[-2], _grade(place, fields[-1])
-
-
-def _grade(place: str, value: Any) -> int:
-    try:
-        number = float(value)
-    except ValueError as error:
-        raise ConfigError(f"{place}: not query, document and grade ({error})") from error
-    if not number.is_integer():
-        raise ConfigError(f"{place}: the grade {value} is no whole number, which the measures need")
-    return int(number)
+        yield place, fields[0], fields[-2], fields[-1]
 
 
 def read_run(path: str | Path) -> dict[str, dict[str, float]]:

@@ -200,15 +200,22 @@ class TestCommand:
         assert ranked == [{"index": 1, "score": pytest.approx(right, abs=1e-4)}]
 
     @pytest.mark.parametrize(
-        "row", [{"query": "q", "document": "d"}, {"query": "q", "document": 1, "relevant": 1}, {"relevant": True}]
+        ("row", "words"),
+        [
+            ({"document": "e"}, r"not an object with query \(str\), document \(str\), relevant \(int \| float\)"),
+            ({"document": 1, "relevant": 1}, "not an object with"),
+            ({"document": "e", "relevant": 0.5}, "the grade 0.5 is no whole number"),
+            ({"document": "d", "relevant": False}, "the document 'd' has another grade for 'q' further up"),
+        ],
     )
-    def test_a_line_that_is_no_labelled_pair_is_named(self, tmp_path: Path, row: dict[str, Any]):
+    def test_a_line_that_is_no_labelled_pair_is_named(self, tmp_path: Path, row: dict[str, Any], words: str):
+        """Nor may one contradict another, as in judgments. The first one here is as pandas writes it."""
         path = tmp_path / "pairs.jsonl"
-        path.write_text(json.dumps({"query": "q", "document": "d", "relevant": 1}) + "\n" + json.dumps(row))
-        with pytest.raises(
-            ConfigError,
-            match=r"pairs\.jsonl, line 2: not an object with query \(str\), document \(str\), relevant \(int\)",
-        ):
+        first = {"query": "q", "document": "d", "relevant": 1.0}
+        path.write_text(json.dumps(first) + "\n")
+        assert read_labelled(path)[0].judgments == {"q": {"d": 1}}
+        path.write_text(json.dumps(first) + "\n" + json.dumps({"query": "q", **row}))
+        with pytest.raises(ConfigError, match=rf"pairs\.jsonl, line 2: {words}"):
             read_labelled(path)
 
 

@@ -40,13 +40,13 @@ class TestCollection:
             ("corpus.jsonl", '{"_id": "a"}', r"corpus\.jsonl, line 1"),
             (
                 "corpus.jsonl",
-                '{"_id": 1, "text": "x"}',
-                r"line 1: not an object with _id \(str\), title \(str \| None\), text \(str\)",
+                '{"_id": 1.5, "text": "x"}',
+                r"line 1: not an object with _id \(str \| int\), title \(str \| None\), text \(str\)",
             ),
             (
                 "corpus.jsonl",
                 '{"_id": "a", "text": "x", "title": 3}',
-                r"line 1: not an object with _id \(str\), title \(str \| None\), text \(str\)",
+                r"line 1: not an object with _id \(str \| int\), title \(str \| None\), text \(str\)",
             ),
             ("corpus.jsonl", '["a", "x"]', r"corpus\.jsonl, line 1: not an object"),
             ("corpus.jsonl", '\n{"_id": "a", "text": "x"}\n\n{"_id": "a", "text": "y"}', "line 4: the id 'a' is there"),
