@@ -158,7 +158,7 @@ class Calibration:
         for score, (_, _, value) in zip(scores, self.references, strict=True):
             most = _HALF_PRECISION * max(1.0, abs(value)) if half else _TOLERANCE
             most += _FLOAT32 / max(score * (1 - score), _FLOAT32) if scale == "logit" else 0.0
-            if abs(on_scale(score, scale) - value) > most:
+            if not abs(on_scale(score, scale) - value) <= most:  # a value that is not a number fits nothing
                 return False
         return True
 

@@ -167,6 +167,14 @@ class TestScores:
 class TestAnotherModel:
     """The file is for one model with one template and instruction."""
 
+    def test_is_refused_where_the_file_has_no_number_to_compare(self):
+        fitted = calibration(WordOverlap())
+        references = [(query, document, math.nan) for query, document, _ in fitted.references]
+        with pytest.raises(ConfigError, match="the calibration was fitted for"):
+            Calibrated(Answers(lambda texts: [9.0] * len(texts)), replace(fitted, references=references)).score(
+                "q", "d"
+            )
+
     def test_is_refused_with_what_differs(self):
         scorer = Calibrated(WordOverlap(weight=2.0), calibration(WordOverlap()))
         for _ in range(2):
