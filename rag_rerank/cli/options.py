@@ -30,7 +30,8 @@ _URL_HELP = "A vLLM server; may be repeated for several. The key is read from VL
 _HEADER_HELP = 'A header for a server, such as "X-Tenant: search"; may be repeated.'
 _KEY_HELP = "Allow the key to be sent unencrypted to another machine."
 _TEMPLATE_HELP = "Score template, rendered here: a file, or a name of rag-rerank template list."
-_LOCAL, _REMOTE = ("device", "dtype", "max_length", "long_documents"), ("endpoint", "timeout", "header")
+_LOCAL = ("device", "dtype", "max_length", "long_documents")
+_REMOTE = ("endpoint", "timeout", "header", "send_key_over_http")
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +75,7 @@ class ScorerOptions:
             wrong = [f"--{name.replace('_', '-')}" for name in others]
             place = "local models; a server has chosen its own" if urls else "a server: pass --base-url"
             raise ConfigError(f"{' and '.join(wrong)} {'is' if len(wrong) == 1 else 'are'} for {place}")
-        for name in ("base_url", "host", "port", "calibration", *(() if urls else ("send_key_over_http",))):
+        for name in ("base_url", "host", "port", "calibration"):
             given.pop(name, None)
         if given.pop("logits", False):
             given["use_activation"] = False
@@ -112,7 +113,7 @@ def show(found: Any, file: str = "", *, on: Console | None = None) -> None:
     from rag_rerank.evaluation.report import render
 
     on = on or console()
-    text = render(found, "txt", escape=lambda text: escape(printable(text)), file=repr(file))
+    text = render(found, "txt", escape=lambda name: escape(printable(name)).replace("│", "|"), file=repr(file))
     for is_table, lines in groupby(text.splitlines(), key=lambda line: line.startswith("│")):
         if not is_table:
             for line in lines:
@@ -124,16 +125,6 @@ def show(found: Any, file: str = "", *, on: Console | None = None) -> None:
         for row in rows:
             table.add_row(*row)
         on.print(table)
-
-
-def check_files(*files: Path | None) -> None:
-    """Refuse, before hours of scoring, files that could not be written after them."""
-    for path in filter(None, files):
-        folder = path.absolute().parent
-        if path.is_dir() or not folder.is_dir():
-            raise ConfigError(f"{path} can't be written: {'it is a' if path.is_dir() else 'there is no such'} folder")
-        if not os.access(path if path.exists() else folder, os.W_OK):
-            raise ConfigError(f"{path} can't be written: permission denied")
 
 
 def write_json(path: Path | None, figures: Any) -> None:

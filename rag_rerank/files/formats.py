@@ -1,9 +1,12 @@
 """The formats of files: JSON Lines, gzipped JSON Lines, and Parquet, where pyarrow is installed."""
 
 import gzip
+import io
 import json
+import os
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib import import_module
 from itertools import islice
@@ -22,6 +25,16 @@ def check_name(path: Path) -> None:
         raise ConfigError(f"{path} must end in {', '.join(ENDINGS[:-1])} or {ENDINGS[-1]}")
     if path.suffix == ".parquet":
         import_arrow(path)
+
+
+def check_targets(*paths: Path | None) -> None:
+    """Refuse, before hours of scoring, files that could not be written after them."""
+    for path in filter(None, paths):
+        folder = path.resolve().parent
+        if path.is_dir() or not folder.is_dir():
+            raise ConfigError(f"{path} can't be written: {'it is a' if path.is_dir() else 'there is no such'} folder")
+        if not os.access(path if path.exists() else folder, os.W_OK):
+            raise ConfigError(f"{path} can't be written: permission denied")
 
 
 def import_arrow(path: Path) -> Any:
@@ -110,9 +123,15 @@ def count_rows(path: Path) -> int:
 def encode(row: object) -> bytes:
     """Write `row` as a line of JSON in UTF-8. Values that JSON lacks, such as dates from Parquet, become text."""
     try:
-        return json.dumps(row, ensure_ascii=False, default=str).encode() + b"\n"
+        return json.dumps(row, ensure_ascii=False, default=_text).encode() + b"\n"
     except UnicodeEncodeError:  # a lone surrogate, which JSON can only escape
-        return json.dumps(row, default=str).encode() + b"\n"
+        return json.dumps(row, default=_text).encode() + b"\n"
+
+
+def _text(value: object) -> str:
+    with suppress(UnicodeDecodeError):  # texts that were written as bytes, as some writers do
+        return value.decode() if isinstance(value, bytes) else str(value)
+    return str(value)
 
 
 def compress(lines: Iterable[bytes], file: IO[bytes]) -> None:
@@ -129,16 +148,19 @@ class Columns:
 
     def __init__(self, target: Path, source: Path) -> None:
         self._arrow, self._target = import_arrow(target), target
+        self._errors = self._arrow.ArrowException, OverflowError, UnicodeError
         self._kept = _kept_types(self._arrow, source)
         self._schema = self._arrow.schema(list(self._kept.items()))
 
     def add(self, lines: Iterable[bytes]) -> None:
-        """Take the columns of more lines; a ConfigError where one has texts here and objects there."""
+        """Take the columns of more lines; a ConfigError where Parquet has no type for one."""
         try:
             for block in _blocks(lines):
                 schemas = [self._schema, self._table(block, self._kept).schema]
                 self._schema = self._arrow.unify_schemas(schemas, promote_options="permissive")
-        except self._arrow.ArrowException as error:
+            # The writer alone knows what has a schema and can't be written: objects that have no fields.
+            self._arrow.parquet.write_table(self._schema.empty_table(), io.BytesIO())
+        except self._errors as error:
             raise self._refusal(error) from error
 
     def write(self, lines: Iterable[bytes], file: IO[bytes]) -> None:
@@ -148,7 +170,7 @@ class Columns:
             with self._arrow.parquet.ParquetWriter(file, self._schema) as writer:
                 for block in _blocks(lines):
                     writer.write_table(self._table(block, types).select(self._schema.names))
-        except self._arrow.ArrowException as error:
+        except self._errors as error:
             raise self._refusal(error) from error
 
     def _table(self, lines: Iterable[bytes], types: Mapping[str, Any]) -> Any:
@@ -157,11 +179,11 @@ class Columns:
         for name in dict.fromkeys([*types, *(name for row in rows for name in row)]):
             try:
                 columns[name] = self._arrow.array([row.get(name) for row in rows], type=types.get(name))
-            except self._arrow.ArrowException as error:
-                raise type(error)(f"column {name}: {error}") from error
+            except self._errors as error:
+                raise self._refusal(f"column {name}: {error}") from error
         return self._arrow.table(columns)
 
-    def _refusal(self, error: Exception) -> ConfigError:
+    def _refusal(self, error: object) -> ConfigError:
         return ConfigError(f"{self._target.name}: no Parquet of these lines: {error}. Name a .jsonl file instead")
 
 

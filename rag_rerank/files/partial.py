@@ -137,6 +137,7 @@ def refuse_changes(path: Path | None, before: Identity, now: Identity) -> None:
 @contextmanager
 def replacing(path: Path) -> Iterator[IO[bytes]]:
     """Open a file that takes the place of `path` once it is whole and on the disk, or never."""
+    path = path.resolve()  # a link stays one
     new = path.with_name(f"{path.name}.new")
     try:
         with new.open("wb") as file:

@@ -1,6 +1,5 @@
 """From one file to the other: lines in groups, groups to the scorer, results and rejects to the disk."""
 
-import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
 from itertools import islice
@@ -8,7 +7,7 @@ from pathlib import Path
 from typing import Unpack
 
 from rag_rerank.errors import ConfigError
-from rag_rerank.files.formats import WHOLE, Columns, Part, Reader, check_name, compress
+from rag_rerank.files.formats import WHOLE, Columns, Part, Reader, check_name, check_targets, compress
 from rag_rerank.files.partial import START_OVER, Record, Tally, partial_of, refuse_changes, rejects_of, replacing
 from rag_rerank.files.rows import GROUP, Line, Options, is_blank, parse, rank, results
 from rag_rerank.identity import Identity
@@ -21,8 +20,8 @@ _GROUP_BYTES = 8 << 20  # a group ends here, too, so that this much of the input
 
 def rerank_file(
     scorer: Scorer,
-    source: Path,
-    target: Path,
+    source: str | Path,
+    target: str | Path,
     *,
     restart: bool = False,
     group: int = GROUP,
@@ -64,6 +63,7 @@ def rerank_file(
         BackendError: No scores, and not through the fault of single lines; what was finished stays for the next run.
         OSError: A file can't be read or written.
     """
+    source, target = Path(source), Path(target)
     options = Options(group=group, **ranking)
     options.check(scorer)
     _check_files(source, target)
@@ -122,12 +122,7 @@ def _check_files(source: Path, target: Path) -> None:
     check_name(target)
     if not source.is_file():
         raise ConfigError(f"{source} is no file" if source.exists() else f"there is no file {source}")
-    if not target.parent.is_dir():
-        raise ConfigError(f"there is no folder {target.parent}")
-    if target.is_dir():
-        raise ConfigError(f"{target} is a folder")
-    if not os.access(target.parent, os.W_OK):
-        raise ConfigError(f"the folder {target.parent} can't be written to")
+    check_targets(target)
     if any(made.exists() and made.samefile(source) for made in (target, rejects_of(target))):
         raise ConfigError(f"{source} would be replaced by its own result; name another output")
 

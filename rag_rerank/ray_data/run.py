@@ -41,8 +41,8 @@ class Shard(NamedTuple):
 
 def rerank_folder(
     scorer: Scorer,
-    source: Path,
-    target: Path,
+    source: str | Path,
+    target: str | Path,
     *,
     pool: Pool = DEFAULT_POOL,
     restart: bool = False,
@@ -80,6 +80,7 @@ def rerank_folder(
         ConfigError: Ray is not installed, the machines don't have what is asked for, or as `rerank_file`.
         TypeError, ValueError, BackendError, OSError: As `rerank_file`.
     """
+    source, target = Path(source), Path(target)
     ranking = Options(**options)
     ranking.check(scorer)
     if isinstance(shard_lines, bool) or not isinstance(shard_lines, int) or shard_lines < 1:

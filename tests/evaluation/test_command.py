@@ -146,7 +146,7 @@ class TestOtherScorers:
         )
         second, told = self.figures(tmp_path, *arguments, "float32")
         assert "is not the scorer whose scores are cached; scored anew: " in told
-        whole, _ = self.figures(tmp_path, *arguments, "float32", "--no-cache")
+        whole, _ = self.figures(tmp_path, *arguments, "float32", "--cache", tmp_path / "other")
         assert second["depths"][0]["per_query"] == whole["depths"][0]["per_query"]
         assert second["pairs_scored"] == first["pairs_scored"] > 0
         save_file(weights, model / "model.safetensors", {"format": "pt"})
@@ -175,7 +175,7 @@ class TestOtherScorers:
             assert process.wait(60) == -signal.SIGKILL
             server.behave = on_scores(other)
             resumed, told = self.figures(tmp_path, folder, "--base-url", server.base_url)
-            whole, _ = self.figures(tmp_path, folder, "--base-url", server.base_url, "--no-cache")
+            whole, _ = self.figures(tmp_path, folder, "--base-url", server.base_url, "--cache", tmp_path / "other")
         assert "is not the scorer whose scores are cached; scored anew: scores of the probe" in told
         assert (resumed["pairs_cached"], resumed["depths"][0]["per_query"]) == (0, whole["depths"][0]["per_query"])
 
@@ -300,8 +300,8 @@ class TestEnds:
         assert words in result.stderr
         assert "Traceback" not in result.stderr
 
-    def test_a_cache_may_be_damaged_and_may_be_done_without(self, tmp_path: Path, folder: Path):
-        """What to do is said; --no-cache neither reads nor writes it."""
+    def test_a_cache_may_be_damaged_and_may_be_elsewhere(self, tmp_path: Path, folder: Path):
+        """What to do is said; another folder takes its place."""
         with FaultyServer() as server:
             arguments = [folder, "--base-url", server.base_url, "--cache", tmp_path / "cache"]
             first = run(tmp_path, *arguments)
@@ -311,7 +311,7 @@ class TestEnds:
             second = run(tmp_path, *arguments)
             assert (second.returncode, second.stdout) == (2, "")
             assert "delete it to start over" in second.stderr
-            third = run(tmp_path, *arguments, "--no-cache")
+            third = run(tmp_path, *arguments[:-1], tmp_path / "other")
             assert third.returncode == 0, third.stderr
             assert " 0 from the cache" in third.stdout
         assert not (tmp_path / "rag_rerank").exists()

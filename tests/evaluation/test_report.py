@@ -1,11 +1,14 @@
 """The report: whole, honest, readable in light and dark, and nothing in it is taken for a command."""
 
+import io
 import re
 from dataclasses import replace
 from html.parser import HTMLParser
 
 import pytest
+from rich.console import Console
 
+from rag_rerank.cli.options import show
 from rag_rerank.evaluation import Collection, Evaluation, evaluate
 from rag_rerank.evaluation.report import render
 from tests.evaluation.collections import small
@@ -203,6 +206,13 @@ class TestHonesty:
         found = evaluate(collection, scorer, run=run, depths=[2, 3], limit=1, cache=False)
         words = Page(render(found)).words
         assert "Reranking 3 candidates is not clearly better than 2: it changes nDCG@10 by +0.000 to +0.000" in words
+
+
+def test_a_bar_in_a_name_parts_no_cells():
+    """In the terminal, where bars do."""
+    console = Console(file=io.StringIO(), width=200)
+    show(evaluate(small(), {"a│b": WordOverlap(), "c": WordOverlap()}, cache=False), on=console)
+    assert "a|b … c ≈ +0.0000 +0.000 … +0.000 0/0" in " ".join(console.file.getvalue().split())
 
 
 class TestCases:

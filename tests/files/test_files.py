@@ -179,6 +179,26 @@ class TestRows:
             assert len(scorer.calls) == calls
             assert len(kept.output(partial_of(out)).splitlines()) == 6
 
+    @pytest.mark.parametrize("extra", [{"a": {}}, {"a": [{}]}, {"a": 2**70}, {"a": "\ud800"}, {"\ud800": 1}])
+    def test_what_parquet_cant_hold_is_found_out_early(self, extra: dict[str, Any], source: Path, target: Path):
+        """Also what only the writer refuses, and what is no error of Arrow's."""
+        source.write_bytes(lines(*[{"query": "q", "document": "d", **extra}] * 9))
+        scorer = WordOverlap()
+        with pytest.raises(ConfigError, match="no Parquet of these lines.*Name a .jsonl file"):
+            rerank_file(scorer, source, target.with_suffix(".parquet"), group=2)
+        assert len(scorer.calls) == 1
+
+    def test_texts_in_parquet_may_be_bytes(self, source: Path, target: Path):
+        """As writers leave them that do not tell texts from bytes."""
+        from pyarrow import Table, parquet
+
+        file = source.with_suffix(".parquet")
+        parquet.write_table(Table.from_pylist([{"query": "é".encode(), "documents": [b"x", "é".encode()]}]), file)
+        rerank_file(WordOverlap(), file, target)
+        [row] = read(target)
+        assert (row["query"], row["documents"]) == ("é", ["x", "é"])
+        assert row["ranked"] == [{"index": 1, "score": 1.0}, {"index": 0, "score": 0.0}]
+
     def test_parquet_without_pyarrow(self, source: Path, monkeypatch: pytest.MonkeyPatch):
         """The way out is named, before anything is scored."""
         monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
@@ -309,7 +329,7 @@ class TestFiles:
             (("none.jsonl", "out.jsonl"), "there is no file"),
             (("folder.jsonl", "out.jsonl"), "is no file"),
             (("in.jsonl", "folder.jsonl"), "is a folder"),
-            (("in.jsonl", "none/out.jsonl"), "there is no folder"),
+            (("in.jsonl", "none/out.jsonl"), "there is no such folder"),
             (("in.jsonl", "in.jsonl"), "its own result"),
             (("out.jsonl.rejects.jsonl", "out.jsonl"), "its own result"),
         ],
@@ -323,6 +343,15 @@ class TestFiles:
             rerank_file(scorer, source.parent / names[0], source.parent / names[1])
         assert scorer.calls == []
         assert left(source.parent) == {"in.jsonl", "folder.jsonl", "out.jsonl.rejects.jsonl"}
+
+    def test_a_link_stays_one(self, source: Path, target: Path):
+        """And what it leads to is written, in its place; paths may be texts."""
+        (source.parent / "elsewhere").mkdir()
+        target.symlink_to(source.parent / "elsewhere" / "real.jsonl")
+        rerank_file(WordOverlap(), str(source), str(target))
+        assert target.is_symlink()
+        assert len(read(source.parent / "elsewhere" / "real.jsonl")) == len(ROWS)
+        assert left(source.parent / "elsewhere") == {"real.jsonl"}
 
     def test_wrong_options(self, source: Path, target: Path):
         """As Scorer.rerank."""
