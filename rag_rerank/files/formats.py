@@ -6,7 +6,6 @@ import json
 import os
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from importlib import import_module
 from itertools import islice
@@ -129,9 +128,8 @@ def encode(row: object) -> bytes:
 
 
 def _text(value: object) -> str:
-    with suppress(UnicodeDecodeError):  # texts that were written as bytes, as some writers do
-        return value.decode() if isinstance(value, bytes) else str(value)
-    return str(value)
+    # Some writers write texts as bytes; what is no UTF-8 in them becomes U+FFFD, as half a character does.
+    return value.decode(errors="replace") if isinstance(value, bytes) else str(value)
 
 
 def compress(lines: Iterable[bytes], file: IO[bytes]) -> None:

@@ -193,10 +193,10 @@ class TestRows:
         from pyarrow import Table, parquet
 
         file = source.with_suffix(".parquet")
-        parquet.write_table(Table.from_pylist([{"query": "é".encode(), "documents": [b"x", "é".encode()]}]), file)
+        parquet.write_table(Table.from_pylist([{"query": "é".encode(), "documents": [b"x\xff", "é".encode()]}]), file)
         rerank_file(WordOverlap(), file, target)
         [row] = read(target)
-        assert (row["query"], row["documents"]) == ("é", ["x", "é"])
+        assert (row["query"], row["documents"]) == ("é", ["x\ufffd", "é"])
         assert row["ranked"] == [{"index": 1, "score": 1.0}, {"index": 0, "score": 0.0}]
 
     def test_parquet_without_pyarrow(self, source: Path, monkeypatch: pytest.MonkeyPatch):
