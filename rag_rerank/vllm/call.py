@@ -57,7 +57,7 @@ class Call:
     documents: Inputs  # at least one
     options: Options
     fit: bool = False
-    _facts: ServerFacts = field(init=False)  # of one of the servers
+    _facts: ServerFacts = field(init=False, repr=False)  # of one of the servers
     _whole: bool = False  # whether all documents go in one request, for they are scored together
     _is_text: bool = False  # whether there is nothing but text
     _is_sure: bool = False  # whether the servers were asked anew because of a refusal
