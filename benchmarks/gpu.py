@@ -144,6 +144,7 @@ def plain(path: Path, device: str, causal: bool) -> Callable[[Call], object]:
 
     from rag_rerank.template import Template
 
+    template = Template.load("qwen3-reranker")
     auto: Any = AutoModelForCausalLM if causal else AutoModelForSequenceClassification
     tokenizer = AutoTokenizer.from_pretrained(path, padding_side="left" if causal else "right")
     for attention in ("flash_attention_2", "sdpa"):  # the first where its package is there
@@ -156,7 +157,7 @@ def plain(path: Path, device: str, causal: bool) -> Callable[[Call], object]:
         query, texts = call.queries[0], sorted(call.documents[0], key=len, reverse=True)
         for start in range(0, len(texts), 64):
             part = texts[start : start + 64]
-            prompts = [Template.load("qwen3-reranker").render(query, text) for text in part] if causal else part
+            prompts = [template.render(query, text) for text in part] if causal else part
             first = () if causal else ([query] * len(part),)
             batch = tokenizer(*first, prompts, padding=True, truncation=True, return_tensors="pt").to(device)
             model(**batch, **({"logits_to_keep": 1} if causal else {})).logits.float().cpu()

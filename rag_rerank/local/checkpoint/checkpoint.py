@@ -51,8 +51,8 @@ class Checkpoint:
         self.declaration = read_declaration(files.name, self._declared, kind)
         self._follow(self.declaration.document)
         self.declaration = translated_declaration(self.config, self.declaration)
-        answers = self.declaration.answers
-        if answers and len(set(answers) & set(range(self.config.get_text_config().vocab_size))) < len(answers):
+        answers, words = self.declaration.answers, self.config.get_text_config()
+        if answers and len({each for each in answers if 0 <= each < words.vocab_size}) < len(answers):
             ids = f"true_token_id and false_token_id are {answers[::-1]}"
             raise ConfigError(f"{self.name!r}: LogitScore: {ids}, which are no different entries of its vocabulary")
 
