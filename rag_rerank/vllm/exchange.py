@@ -397,6 +397,7 @@ class Exchange:
             if facts == before:
                 server.facts = replace(before, has_template=None)  # a restart may have changed no more than that
             else:
+                server.facts = None  # of another server, whatever becomes of what follows
                 facts = replace(facts, form=await self._form(server, facts))
                 if self.rules.logits:
                     await self._check_logits(server, facts)

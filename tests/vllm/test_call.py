@@ -14,6 +14,13 @@ from tests.faulty_server import oracle
 from tests.vllm.virtual import BUSY, REFUSED, Outcome, Script, Server, World, always, at, documents_of, refusal
 
 
+def older(send: Send, now: float) -> tuple[float, Outcome]:
+    """Answer as a server of a version whose logits are wrong."""
+    reply = Server(version="0.20.2").reply(send)
+    wrong = b'"score": 9.' if b'"use_activation": false' in (send.request.body or b"") else b'"score": 0.'
+    return 0.0, replace(reply, body=reply.body.replace(b'"score": 0.', wrong))
+
+
 def texts(count: int) -> list[str]:
     return [f"document {number:03}" for number in range(count)]
 
@@ -98,16 +105,20 @@ class TestChunks:
 
     def test_each_servers_logits_are_looked_at(self):
         """One is newer than the other while they are upgraded."""
-
-        def older(send: Send, now: float) -> tuple[float, Outcome]:
-            reply = Server(version="0.20.2").reply(send)
-            wrong = b'"score": 9.' if b'"use_activation": false' in (send.request.body or b"") else b'"score": 0.'
-            return 0.0, replace(reply, body=reply.body.replace(b'"score": 0.', wrong))
-
         world = World(at(Server(), older), servers=2, known=False, logits=True)
         assert world.score("q", ["a"], use_activation=False) == exact("q", ["a"])
         with pytest.raises(ConfigError, match=r"vLLM 0\.20 gives wrong logits"):
             world.score("q", ["a"], use_activation=False)
+
+    def test_wrong_logits_of_a_server_that_became_an_older_one_are_refused_each_time(self):
+        """What was known of the former one is no way out."""
+        world = World(Server(), known=False, logits=True)
+        assert world.score("q", ["a"], use_activation=False) == exact("q", ["a"])
+        world.now += 61
+        world.answer = older
+        for _ in range(2):
+            with pytest.raises(ConfigError, match=r"vLLM 0\.20 gives wrong logits"):
+                world.score("q", ["a"], use_activation=False)
 
     def test_an_option_that_the_server_does_not_know_is_an_error(self):
         """Nothing is sent with it left out."""
