@@ -58,6 +58,7 @@ def load(settings: Settings) -> Model:
     loads = PairLoading if checkpoint.declaration.kind == "cross-encoder" else EmbedderLoading
     loading = loads(checkpoint, settings, family, device)
     score_type: ScoreType = getattr(loading, kind.replace("-", "_"))()
+    loading.own_weights()
     template = loading.template
     asked = f"{checkpoint.name!r}, without a template," if template is None else f"the template {template.name!r}"
     takes = kind == "listwise" or (template is not None and template.takes("instruction"))

@@ -43,6 +43,7 @@ class Loading:
     proofs: list[Proof] = field(default_factory=list)  # of each transformer
     facts: dict[str, str] = field(default_factory=dict)  # what was found out on the way that can change a score
     template: Template | None = None  # to prompt with; set on the way
+    models: list[PreTrainedModel] = field(default_factory=list)  # all that were loaded
 
     @cached_property
     def batching(self) -> Batching:
@@ -62,7 +63,17 @@ class Loading:
         options = {"dtype": choose_dtype(self.settings.dtype, self.device), **self.settings.model_kwargs}
         model = (checkpoint or self.checkpoint).model(auto, self.device, **options)
         self.facts |= {"dtype": str(model.dtype).removeprefix("torch."), "device": model.device.type}
+        self.models.append(model)
         return model
+
+    def own_weights(self) -> None:
+        """Copy those that are still mapped from a file: whoever writes over it would change the model that runs.
+
+        Called when all is packed, which copies, too: what is left are embeddings and small tensors.
+        """
+        for tensor in [each for model in self.models for each in (*model.parameters(), *model.buffers())]:
+            if type(tensor.data) is torch.Tensor and not tensor.untyped_storage().resizable():
+                tensor.data = tensor.data.clone()
 
     def plain(
         self, model: PreTrainedModel, checkpoint: Checkpoint | None = None, run_by: type[Padded] = Padded

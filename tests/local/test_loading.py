@@ -1,5 +1,6 @@
 """What loading does to the rest of the process."""
 
+import shutil
 import threading
 import time
 from pathlib import Path
@@ -40,3 +41,15 @@ def test_models_are_loaded_one_after_the_other(cross_encoder: Path, monkeypatch:
         assert torch.get_default_dtype() is torch.float32
     assert failures == []
     assert most == 1
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs /proc")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_loaded_model_is_its_own(dtype: str, cross_encoder: Path, tmp_path: Path):
+    """What is written over the file of its weights is not scored with, and an empty one ends no process."""
+    folder = shutil.copytree(cross_encoder, tmp_path / "model")
+    with LocalScorer(folder, dtype=dtype) as scorer:
+        expected = scorer.score("query", ["document", "city"])
+        assert str(folder) not in Path("/proc/self/maps").read_text(encoding="utf-8")
+        (folder / "model.safetensors").write_bytes(b"")
+        assert scorer.score("query", ["document", "city"]) == expected

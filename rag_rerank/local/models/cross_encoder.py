@@ -101,7 +101,7 @@ def classifier_parts(model: Any, plain: Padded) -> Parts:
     # A checkpoint's own code may read its score from elsewhere (nemotron: the mean): that runs as it is.
     if isinstance(score, torch.nn.Linear) and from_transformers(model):
         # Padded, too, its last token is where we know it to be; transformers looks for a token that is no padding.
-        precise = score.weight.detach().float()  # it computes in float32, as vLLM has it
+        precise = score.weight.detach().to(torch.float32, copy=True)  # it computes in float32, as vLLM has it
 
         def head(states: States) -> Tensor:
             return relevance(states.last().float() @ precise.to(states.tokens.device).T)

@@ -24,8 +24,8 @@ class PackedLinear(torch.nn.Module):
     def __init__(self, layer: torch.nn.Linear, rows: int, activation: str = "none") -> None:
         super().__init__()
         self.in_features, self.out_features = layer.in_features, layer.out_features
-        # The kernel reads a bias as if it were contiguous, whether it is or not.
-        self.bias = None if layer.bias is None else layer.bias.detach().contiguous()
+        # The kernel reads a bias as if it were contiguous, whether it is or not; a copy, as the weight is.
+        self.bias = None if layer.bias is None else layer.bias.detach().clone(memory_format=torch.contiguous_format)
         self.weight: Tensor = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach().contiguous(), rows)
         self._activation = activation
 
