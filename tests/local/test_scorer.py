@@ -347,6 +347,16 @@ class TestPooling:
             LocalScorer(folder).score("q", "d")
 
 
+class Owner:
+    """What closes its scorer when it is collected, as a generator does that has one in a ``with``."""
+
+    def __init__(self, scorer: LocalScorer) -> None:
+        self.scorer, self.itself = scorer, self
+
+    def __del__(self) -> None:
+        self.scorer.close()
+
+
 class TestCallers:
     """Threads, event loops, copies, deadlines."""
 
@@ -437,8 +447,9 @@ class TestCallers:
         thread.join(10)
         assert not thread.is_alive()
 
-    def test_a_scorer_may_be_collected_by_one_of_its_own_threads(self, cross_encoder: Path, monkeypatch):
-        """The garbage collector runs in any thread: nothing is waited for there."""
+    @pytest.mark.parametrize("closes", [False, True])
+    def test_a_scorer_may_be_collected_by_one_of_its_own_threads(self, closes: bool, cross_encoder: Path, monkeypatch):
+        """The garbage collector runs in any thread: nothing is waited for there, not even by what closes it."""
         scorer = LocalScorer(cross_encoder)
         scorer.score("q", "d")
         model, thread, dropped = scorer._engine.model.score_type, scorer._engine.thread, threading.Event()
@@ -451,7 +462,7 @@ class TestCallers:
 
         monkeypatch.setattr(type(model), "run", run_and_collect)
         future = scorer._engine.submit(["q"], ["a", "b"])
-        scorer.itself = scorer
+        scorer.itself = Owner(scorer) if closes else scorer
         del scorer, model
         dropped.set()
         thread.join(10)

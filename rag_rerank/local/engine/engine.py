@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 from rag_rerank.errors import BackendError, ConfigError, RerankError, short_name
 from rag_rerank.inputs.multimodal import Prepared
 from rag_rerank.local.engine.calls import Item, WaitingCall, next_round
-from rag_rerank.local.engine.workers import Workers
+from rag_rerank.local.engine.workers import EngineThread, Workers
 from rag_rerank.local.models.model import Model
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ class Engine:
         self._closing = threading.Event()
         # The thread holds the loop, not the engine: whoever drops the engine can have it collected and closed.
         self._loop = _Loop(load, self._inbox, self._closing, self._name)
-        self.thread = threading.Thread(target=self._loop.run, name=f"rag_rerank {name}", daemon=True)
+        self.thread = EngineThread(target=self._loop.run, name=f"rag_rerank {name}", daemon=True)
         self.thread.start()
 
     @property
@@ -62,25 +62,21 @@ class Engine:
     ) -> "Future[list[float]]":
         """Hand in one call; see `WaitingCall`. Cancelling the future takes it back, even half done."""
         call = WaitingCall(queries, documents, instruction)
-        with self._lock:  # nothing may come behind the None that ends the thread: nobody would ever answer it
-            closed = self._closing.is_set()
-            if not closed:
-                call.future.add_done_callback(lambda _: self._finished(call))
-                self._inbox.put(call)
-        if closed:
+        call.future.add_done_callback(lambda _: self._finished(call))
+        self._inbox.put(call)
+        if self._closing.is_set():  # the thread may have taken its last from the inbox; what came before, it answers
             call.fail(_closed(self._name))
         return call.future
 
     def stop(self) -> None:
-        """Close without waiting and without a lock: a finaliser may run in any thread, one of the engine's too."""
+        """Close without waiting and without a lock: a finaliser may run in any thread, at any place."""
         self._closing.set()
         self._inbox.put(None)
 
     def close(self) -> None:
-        """Stop after the batch that is running; work that waits fails."""
-        with self._lock:
-            self.stop()
-        if threading.current_thread() is not self.thread:
+        """Stop after the batch that is running; work that waits fails. A finaliser in an engine's thread can't wait."""
+        self.stop()
+        if not isinstance(threading.current_thread(), EngineThread):
             self.thread.join()
 
     def _finished(self, call: WaitingCall) -> None:

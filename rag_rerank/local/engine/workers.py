@@ -10,6 +10,10 @@ import threading
 from collections.abc import Callable
 
 
+class EngineThread(threading.Thread):
+    """A thread of an engine. It never waits for an engine's end, which may be waiting for it."""
+
+
 class Workers:
     """`count` threads that run tasks, in which torch uses one core."""
 
@@ -17,7 +21,7 @@ class Workers:
         self.count = count
         self._tasks: queue.SimpleQueue[Callable[[], object] | None] = queue.SimpleQueue()
         names, task = [f"{name} {number}" for number in range(count)], (self._tasks,)
-        self._threads = [threading.Thread(target=_work, args=task, name=each, daemon=True) for each in names]
+        self._threads = [EngineThread(target=_work, args=task, name=each, daemon=True) for each in names]
         for thread in self._threads:
             thread.start()
 
