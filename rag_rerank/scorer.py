@@ -5,7 +5,6 @@ inputs pair up how (1:1, 1:N, N:N), what is refused before any model loads or an
 wait, one finite score for every pair, and what becomes of a query or document that has none.
 """
 
-import asyncio
 import contextlib
 import math
 import numbers
@@ -24,7 +23,7 @@ from rag_rerank.forking import held_over_forks
 from rag_rerank.identity import PROBES, SCORING_VERSION, Identity
 from rag_rerank.inputs.content import Input
 from rag_rerank.inputs.multimodal import Contents, Multimodal
-from rag_rerank.inputs.preparing import MANY, is_slow, off_loop, pair_up, text_only
+from rag_rerank.inputs.preparing import MANY, is_slow, off_loop, pair_up, starting_threads, text_only
 from rag_rerank.isolation import Asking, Outcome, Pairs, failure
 from rag_rerank.ranking import OnBatchError, OnError, Ranked, Ranking, RankOptions
 
@@ -98,7 +97,7 @@ class Scorer(Closeable, ABC):
     ) -> Sequence[Outcome]:
         """Score the pairs for a caller in an event loop. By default it runs `_score` in a worker thread."""
         own = {} if instruction is None else {"instruction": instruction}
-        return await asyncio.to_thread(self._score, queries, documents, until, **own)
+        return await off_loop(True, self._score, queries, documents, until, **own)
 
     def _start(self) -> None:
         """Begin in this process, before its first call: in a forked child, threads and connections are gone."""
@@ -108,7 +107,7 @@ class Scorer(Closeable, ABC):
 
     async def _aclose(self) -> None:
         """Give back what the scorer holds, from an event loop. By default it runs `_close` in a worker thread."""
-        await asyncio.to_thread(self._close)
+        await off_loop(True, self._close)
 
     def _facts(self, until: float | None) -> dict[str, str]:
         """Say what, beside the class and the model's name, can change a score; nothing secret.
@@ -384,7 +383,8 @@ class Scorer(Closeable, ABC):
             with _starting:
                 if self._process != os.getpid():
                     self._unfinished = set()
-                    self._start()
+                    with starting_threads():
+                        self._start()
                     self._process = os.getpid()
         if instruction is not None and not isinstance(instruction, str):
             raise TypeError(f"instruction must be str or None, got {type(instruction).__name__}")

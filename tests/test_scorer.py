@@ -5,6 +5,7 @@ import copy
 import logging
 import math
 import pickle
+import threading
 import time
 from collections.abc import Callable
 
@@ -377,6 +378,24 @@ class TestEventLoop:
             took.append(time.thread_time() - began)
             assert len(results) == len(arguments[1])
         assert min(took) < 0.05
+
+    @pytest.mark.parametrize("count", [1, 1000])
+    async def test_a_process_that_may_have_no_more_threads(self, count: int, monkeypatch: pytest.MonkeyPatch):
+        """Says so in an error that may be passed through, wherever one is needed; later there may be some again."""
+
+        def refused(_: threading.Thread) -> None:
+            raise RuntimeError("can't start new thread")
+
+        scorer = WordOverlap() if count == 1 else Instant()
+        with monkeypatch.context() as patch:
+            patch.setattr(threading.Thread, "start", refused)
+            with pytest.raises(BackendUnavailable, match="can start no thread.*ulimit -u"):
+                await scorer.ascore("q", ["d"] * count)
+            patch.setattr(scorer, "_process", 0)
+            patch.setattr(scorer, "_start", threading.Thread().start)
+            with pytest.raises(BackendUnavailable, match="can start no thread"):
+                scorer.score("q", "d")
+        assert len(await scorer.ascore("q", ["d"] * count)) == count
 
 
 class TestDeadline:

@@ -1,13 +1,14 @@
 """From what callers pass to what back ends get: types checked, text cleaned, images read, each with its position."""
 
 import asyncio
+import contextlib
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from collections.abc import Set as AbstractSet
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
-from rag_rerank.errors import ContentError, DeadlineExceeded
+from rag_rerank.errors import BackendUnavailable, ContentError, DeadlineExceeded
 from rag_rerank.inputs.cleaning import clean
 from rag_rerank.inputs.content import Content, Image, Input, Video, from_mapping, is_pil, placed
 from rag_rerank.inputs.images import ImageFile, read_image
@@ -100,7 +101,22 @@ MANY = 500
 
 async def off_loop(slow: bool, do: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
     """Do something, in a worker thread where it takes longer than an event loop may stand."""
-    return await asyncio.to_thread(do, *args, **kwargs) if slow else do(*args, **kwargs)
+    if not slow:
+        return do(*args, **kwargs)
+    with starting_threads():
+        return await asyncio.to_thread(do, *args, **kwargs)
+
+
+@contextlib.contextmanager
+def starting_threads() -> Iterator[None]:
+    """Turn the error of a process that may have no more threads into ours."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "start new thread" not in str(error):
+            raise
+        remedy = "Try again later, or raise its limit (ulimit -u, the container's number of processes)."
+        raise BackendUnavailable("this process can start no thread", attempts=0, remedy=remedy) from error
 
 
 def is_slow(value: Any) -> bool:
