@@ -44,7 +44,6 @@ class Engine:
     def __init__(self, load: Callable[[], Model], *, name: str) -> None:
         self._inbox: _Inbox = queue.SimpleQueue()
         self._name = short_name(name)
-        self._lock = threading.Lock()
         self._warned = False
         self._closing = threading.Event()
         # The thread holds the loop, not the engine: whoever drops the engine can have it collected and closed.
@@ -80,10 +79,8 @@ class Engine:
             self.thread.join()
 
     def _finished(self, call: WaitingCall) -> None:
-        with self._lock:
-            level = logging.DEBUG if self._warned else logging.WARNING
-            self._warned = self._warned or call.texts_truncated > 0
         if call.texts_truncated:
+            level, self._warned = logging.DEBUG if self._warned else logging.WARNING, True
             message = (
                 "%s reads only so much at a time: %d of a call's texts were cut. "
                 'long_documents="max-passage" reads them to their end. (Further calls say so at level DEBUG.)'
