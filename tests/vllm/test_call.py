@@ -474,8 +474,8 @@ class TestFitting:
     @pytest.mark.parametrize("at_once", [1, 2])
     def test_it_is_found_out_once_for_all_requests_of_a_query(self, at_once: int):
         """Those that are planned are cut anew, each pair at what its own query leaves; those under way are repeated."""
-        server, queries = Server(template=1500, window=4000), ["q", "q", "q", "query"]
-        documents = [letter * 2900 for letter in "abc"] + ["d"]
+        server, queries = Server(template=1500, window=4000), ["query", "query", "query", "q"]
+        documents = [letter * 2900 for letter in "abcd"]
 
         def answer(send: Send, now: float) -> tuple[float, Outcome]:
             second = send.request.body is not None and documents[2] in documents_of(send)
@@ -483,10 +483,11 @@ class TestFitting:
 
         world = World(answer, known=False, chunk_size=2, max_concurrency=at_once)
         assert world.score(queries, documents, fit=True) == [
-            oracle(query, document[:2498]) for query, document in zip(queries, documents, strict=True)
+            oracle(query, document[: 2499 - len(query)]) for query, document in zip(queries, documents, strict=True)
         ]
         measured = [sent.content["text_1"] for sent in world.score_requests if sent.documents == ["a"]]
-        assert measured == ["a", "q"]
+        assert measured == ["a", "query", "q"]
+        assert len(world.score_requests) == 7 + at_once
 
     def test_a_server_that_may_have_restarted_is_asked_anew_before_a_document_is_cut(self):
         """Now with a template, or another window: its connections are gone, or it was asked long ago."""
