@@ -353,7 +353,7 @@ class TestIsolation:
         """They come together in one half: 8 of 32, of which 63 requests would be needed were they spread out."""
         documents = [f"{number:03}" + ("x" * 500 if number % 4 == 0 else "") for number in range(32)]
         world = World(Server(window=100))
-        with pytest.raises(DocumentRejected, match=r"\[0\] and 7 more .*context length.*max_tokens_per_doc=") as e:
+        with pytest.raises(DocumentRejected, match=r"\[0\] and 7 more .*context length.*Set max_tokens_per_doc=") as e:
             world.score("q", documents)
         assert e.value.indices == tuple(range(0, 32, 4))
         assert len(world.sent) == 20
@@ -592,6 +592,9 @@ class TestFitting:
         world.score(queries, ["x" * 100] * 6, fit=True)
         assert world.most_at_once == 3
         assert world.elapsed == 2 + 1 + 2 + 2  # who it is, whether there is a template, six queries, six chunks
+        world = World(Server(template=1500, window=4000), known=False, chunk_size=3, max_concurrency=2)
+        world.score(queries, ["x" * 2900] * 6, fit=True)  # found out in two requests
+        assert world.most_at_once == 2
 
     @pytest.mark.parametrize("templated", [None, True])
     def test_measuring_takes_no_servers_turn(self, templated: bool | None):
@@ -658,8 +661,10 @@ class TestFitting:
 
     def test_a_rerank_api_that_is_not_vllms_is_sent_no_field_of_vllms(self):
         """Some servers pass fields that they don't know on, and fail over them."""
-        world = fitted(Server(version=None, window=64), "q", ["x" * 30], api="rerank")
-        assert world.sent[-1].content.keys() == {"model", "query", "documents"}
+        world = World(Server(version=None, window=64), known=False)
+        with pytest.raises(DocumentRejected):
+            world.score("q", ["x" * 30, "x" * 100], api="rerank", fit=True)
+        assert {frozenset(sent.content) for sent in world.score_requests} == {frozenset({"model", "query", "documents"})}
 
     def test_a_query_that_leaves_one_token_is_fine(self):
         """One of the document's."""
