@@ -76,6 +76,7 @@ class TestChunks:
             (0.25, -2.5, False),
             (0.0001, -9.2102, True),
             (0.0001, -5.0, False),
+            (0.0, -150.0, True),
             (0.99999994, 20.0, True),
             (0.999, 2.0, False),
             (0.7, 0.7, True),  # cosines, and models without an activation
@@ -500,6 +501,14 @@ class TestFitting:
                 right = oracle("q", "x" * 42) if restarted.template else oracle("q", "x" * 100)
                 assert world.score("q", ["x" * 100], fit=True) == [right]
 
+    def test_nor_is_its_template_remembered_when_it_was_asked_anew_for_a_short_one(self):
+        """The same model in the same window, and a template now."""
+        world = fitted(Server(window=4096), "q", ["x" * 5000])
+        world.answer = Server(window=4096, template=20)
+        world.now += 61
+        world.score("q", ["x"], fit=True)
+        assert world.score("q", ["x" * 5000], fit=True) == [oracle("q", "x" * 4074)]
+
     def test_a_smaller_window_shows_in_a_refusal(self):
         """Of a document that was short for the former one; nothing else told that the server was started again."""
         world = fitted(Server(template=20, window=4096), "q", ["x" * 100])
@@ -664,7 +673,7 @@ class TestFitting:
         world = World(Server(version=None, window=64), known=False)
         with pytest.raises(DocumentRejected):
             world.score("q", ["x" * 30, "x" * 100], api="rerank", fit=True)
-        assert {frozenset(sent.content) for sent in world.score_requests} == {frozenset({"model", "query", "documents"})}
+        assert all(sent.content.keys() == {"model", "query", "documents"} for sent in world.score_requests)
 
     def test_a_query_that_leaves_one_token_is_fine(self):
         """One of the document's."""
