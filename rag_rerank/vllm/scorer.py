@@ -19,7 +19,7 @@ from rag_rerank.vllm.call import Inputs
 from rag_rerank.vllm.client import Client, check_sendable
 from rag_rerank.vllm.endpoint import Endpoint
 from rag_rerank.vllm.exchange import Rules, Usage
-from rag_rerank.vllm.keys import SECRET, Key, Keys
+from rag_rerank.vllm.keys import SECRET, Key, Keys, guarded
 from rag_rerank.vllm.servers import Servers
 from rag_rerank.vllm.transport import Factory, Transport
 from rag_rerank.vllm.wire import Options
@@ -105,7 +105,7 @@ class VLLMScorer(Scorer):
         timeout: Seconds that a call may take in all, tries and waits included, unless it names a `deadline`. None: no
             bound. An `httpx.Timeout` bounds each try instead, as httpx does, and takes the place of `connect_timeout`.
         max_retries: How often a request is repeated after a failure that may pass: connection refused or broken, the
-            statuses 408, 409, 425, 429 and 5xx (but 501 and 505), or an invalid reply. At once after a connection
+            statuses 408, 409, 424, 425, 429 and 5xx (but 501 and 505), or an invalid reply. At once after a connection
             broke; else after 0.25 to 0.5 s, doubling, or when the server says (Retry-After). Asking another server
             is no repetition. After a request that failed in all its tries, requests get one each, until one is
             answered.
@@ -130,6 +130,7 @@ class VLLMScorer(Scorer):
 
     accepts_images = accepts_instruction = remote = True
 
+    @guarded
     def __init__(
         self,
         base_url: str | Sequence[str] | None = None,
