@@ -356,7 +356,7 @@ class Exchange:
         """Make the error for a status that is no success."""
         status, said, facts = reply.status, wire.error_text(reply.body), _told(reply, request)
         message = f"the server answered {status}" + (f": {said}" if said else "")
-        if (status >= 500 and status not in (501, 505)) or status in (408, 409, 425, 429):
+        if (status >= 500 and status not in (501, 505)) or status in (408, 409, 424, 425, 429):
             after = _retry_after(reply.headers.get("retry-after", ""), self.now())
             if sent is not None:
                 if status in (502, 503, 504):
