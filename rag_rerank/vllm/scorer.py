@@ -125,7 +125,7 @@ class VLLMScorer(Scorer):
         ContentError: From scoring, an image for a model that reads text only, or beside a `template` or prompt.
         ConfigError: At construction, an address that is no http(s) address or holds a password, a number out of range,
             a template that can't be used, a key for a plain http address that is not this machine's; at the first
-            call, a server that is too old for an option, or servers of different models.
+            call, a server that is too old for an option, or servers that give one pair different scores.
     """
 
     accepts_images = accepts_instruction = remote = True

@@ -122,9 +122,10 @@ class Servers:
             if server.facts is not None:
                 server.facts = replace(server.facts, **learned)
 
-    def facts_beside(self, asked: Server | None) -> ServerFacts | None:
-        """Give what one told about itself, another one than that."""
-        return next((each.facts for each in self._servers if each is not asked and each.facts is not None), None)
+    def facts_beside(self, asked: Server | None, since: float = -math.inf) -> ServerFacts | None:
+        """Give what one told about itself, another one than that, since a moment."""
+        others = (each for each in self._servers if each is not asked and each.asked_at >= since)
+        return next((each.facts for each in others if each.facts is not None), None)
 
     @property
     def facts(self) -> ServerFacts | None:
