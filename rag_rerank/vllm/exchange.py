@@ -399,8 +399,8 @@ class Exchange:
                     facts = replace(facts, form=await self._form(server, facts))
                     if self.rules.logits:
                         await self._check_logits(server, facts)
-                if len(self.servers) > 1:
-                    facts = replace(facts, letters=await self._compared(server, facts))
+                if len(self.servers) > 1 and not server.is_compared:  # calls that begin together ask once
+                    await self._compare(server, facts)
             except asyncio.CancelledError:
                 server.asked_at = former
                 raise
@@ -490,17 +490,23 @@ class Exchange:
             said = f"vLLM {version} gives wrong logits for this model (use_activation=False): it leaves out a layer of"
             raise ConfigError(f"{said} its head. Upgrade to 0.31 or newer, or leave out use_activation=")
 
-    async def _compared(self, server: Server, facts: ServerFacts) -> Answer | None:
+    async def _compare(self, server: Server, facts: ServerFacts) -> None:
         """Have one of several servers score two letters; ConfigError where another one gave them another score.
 
         Else a call could mix the scores of two models of one name, or of one with and without its template.
         """
-        answer = await self._optional(server, *_letters(facts))
-        known = self.servers.facts_beside(server, since=self.clock() - LONGEST_AGE)
-        if answer is None or known is None or known.letters is None:
-            return answer
-        (ours,), (theirs,) = answer.scores, known.letters.scores
-        tokens = answer.prompt_tokens, known.letters.prompt_tokens
+        server.is_compared, server.letters = True, None
+        request, read = _letters(facts, sent_id := self.new_id())
+        try:
+            answer = await self._optional(server, request, lambda body: self._own(server, read(body), sent_id))
+            server.letters = answer
+        finally:
+            server.is_compared = False
+        other = self.servers.letters_beside(server, self.clock() - LONGEST_AGE)
+        if answer is None or other is None:
+            return
+        (ours,), (theirs,) = answer.scores, other.scores
+        tokens = answer.prompt_tokens, other.prompt_tokens
         if abs(ours - theirs) > APART * max(1.0, abs(theirs)) or (all(tokens) and tokens[0] != tokens[1]):
             self.servers.forget()  # unless they are all alike now
             said = f"{ours:.3g} ({tokens[0]} tokens), another server {theirs:.3g} ({tokens[1]})"
@@ -508,7 +514,6 @@ class Exchange:
                 f"{server.label} gives a pair of letters the score {said}: start them with the same model, template "
                 "and options. `rag-rerank check` compares them"
             )
-        return answer
 
     def _facts(self, server: Server, version: Version | None, cards: list[Card]) -> ServerFacts:
         if not any(card.window for card in cards):
@@ -529,9 +534,11 @@ class Exchange:
         return ServerFacts(version, cards[0].name, cards[0].root, cards[0].window)
 
 
-def _letters(facts: ServerFacts, **options: Any) -> tuple[Request, Callable[[bytes], Answer]]:
+def _letters(
+    facts: ServerFacts, sent_id: str | None = None, **options: Any
+) -> tuple[Request, Callable[[bytes], Answer]]:
     """Make a request to score two letters, and what reads the answer."""
-    request = wire.scoring_request(facts, [NEUTRAL], [NEUTRAL], Options(**options))
+    request = wire.scoring_request(facts, [NEUTRAL], [NEUTRAL], Options(**options), sent_id)
     return request, functools.partial(wire.read_answer, facts.form.api, positions=[0])
 
 

@@ -99,7 +99,6 @@ class ServerFacts:
     has_template: bool | None = field(default=None, compare=False)
     most_bytes: int | None = field(default=None, compare=False)
     form: Form = field(default=VLLM_SCORE, compare=False)
-    letters: Answer | None = field(default=None, compare=False)  # to two letters, where there are other servers
 
     @property
     def listwise(self) -> bool:

@@ -937,6 +937,12 @@ class TestLearning:
             world.answer = Server()  # both are started again
             assert score(world) == score(world) == SCORES
 
+    def test_calls_that_begin_together_compare_servers_once(self):
+        """A server that is new has enough to do."""
+        world = World(servers=2, known=False)
+        assert world.at_once(18) == [SCORES] * 18
+        assert len(world.score_requests) == 18 + 2
+
     def test_rounding_is_no_other_score(self):
         """Two machines in half precision differ by so much."""
         world = World(at(Server(), off_by(0.01)), servers=2, known=False)

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from rag_rerank import DeadlineExceeded, DocumentRejected, RerankError
+from rag_rerank import ConfigError, DeadlineExceeded, DocumentRejected, RerankError
 from rag_rerank.vllm.exchange import ID_PREFIX, Send
 from rag_rerank.vllm.wire import Failure, Reply
 from tests.faulty_server import oracle
@@ -336,6 +336,8 @@ def test_every_schedule_of_faults_ends_in_the_right_scores_or_one_of_our_errors(
             assert setting.agree(scored, others) or (OTHER_MODEL in setting.met and set(scored) == {WRONG})
             assert set(error.indices) >= set(setting.bad_indices)
             assert setting.may_be_accused or list(error.indices) == setting.bad_indices
+        case ConfigError():  # servers are compared
+            assert OTHER_MODEL in setting.met
         case DeadlineExceeded():
             assert world.elapsed >= setting.deadline - 0.001
         case _:
