@@ -29,7 +29,7 @@ def activation(name: str, where: str) -> nn.Module:
     try:
         made: nn.Module = found().eval()  # type: ignore[misc]
         alone = torch.stack([made(number) for number in numbers[0]])
-        if torch.equal(made(numbers)[0], alone):
+        if torch.allclose(made(numbers)[0], alone):  # some CPUs' GELU has other last digits for single numbers
             return made
     except (TypeError, RuntimeError, ValueError, IndexError):
         pass

@@ -31,6 +31,7 @@ from transformers import (
 from rag_rerank import LocalScorer
 from rag_rerank.errors import ConfigError, DocumentRejected
 from rag_rerank.local.checkpoint.fingerprint import fingerprint
+from rag_rerank.local.models.layers import activation
 from tests.causal_models import byte_level_tokenizer, make_causal_lm, make_decoder_classifier, random_decoder
 from tests.encoder_models import make_colbert, make_pylate_colbert, random_encoder
 from tests.models import BERT_SPECIALS, MAX_LENGTH, word_piece_tokenizer
@@ -442,6 +443,17 @@ class TestModular:
         options = {"prompts": {"q": "query: "}, "default_prompt_name": "q", "activation_fn": torch.nn.Identity()}
         CrossEncoder(modules=modules, **options).save_pretrained(folder)
         assert_alike(ours(folder, texts), predicted(folder, texts))
+
+    def test_an_activation_whose_last_digits_depend_on_the_cpu(self, monkeypatch: pytest.MonkeyPatch):
+        """Of a GELU a vector's may differ from a single number's: Ettin's layout was refused on such machines."""
+
+        class Rounded(torch.nn.GELU):
+            def forward(self, numbers: torch.Tensor) -> torch.Tensor:
+                made: torch.Tensor = super().forward(numbers)
+                return made * (1 + 2e-7) if numbers.dim() else made
+
+        monkeypatch.setattr(torch.nn, "GELU", Rounded)
+        assert isinstance(activation("torch.nn.modules.activation.GELU", "2_Dense/config.json"), Rounded)
 
     def test_a_head_of_one_dense_is_no_colbert(self, base, folder: str, texts):
         """What calls itself a cross-encoder is one."""
