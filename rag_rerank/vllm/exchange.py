@@ -524,8 +524,8 @@ def _retry_after(value: str, now: float) -> float | None:
     except ValueError:
         try:
             date = parsedate_to_datetime(value)
-            seconds = (date if date.tzinfo else date.replace(tzinfo=UTC)).timestamp() - now
-        except (ValueError, TypeError, OverflowError, OSError):
+            seconds = date.replace(tzinfo=date.tzinfo or UTC).timestamp() - now
+        except (ValueError, OverflowError):
             return None
     # A year is beyond any meaning that it may have.
     return seconds if 0 <= seconds < 366 * 86400 else None

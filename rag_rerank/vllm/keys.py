@@ -103,7 +103,8 @@ def _spellings(letter: str) -> str:
     if letter.isalnum():
         return letter
     code, named = ord(letter), re.escape(html.escape(letter))
-    return rf"(?:{named}|\\*{re.escape(letter)}|(?:\\+u00|%|%25)(?i:{code:02x})|&#(?:{code}|[xX](?i:{code:x}));)"
+    plain = rf"{named}|\\{{0,32}}{re.escape(letter)}"  # of any number of backslashes, 64 kB would take 10 s
+    return rf"(?:{plain}|(?:\\{{1,32}}u00|%|%25)(?i:{code:02x})|&#(?:{code}|[xX](?i:{code:x}));)"
 
 
 def portable(name: str, function: object) -> Any:

@@ -5,6 +5,7 @@ import itertools
 import json
 import math
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
@@ -237,6 +238,15 @@ class TestRefusals:
         assert world.paths == ["/v1/score", "/v1/models"]
 
 
+@pytest.fixture
+def in_tokyo(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    with monkeypatch.context() as patch:
+        patch.setenv("TZ", "Asia/Tokyo")
+        time.tzset()
+        yield
+    time.tzset()
+
+
 class TestRetryAfter:
     """A server that says when, is asked then."""
 
@@ -255,8 +265,9 @@ class TestRetryAfter:
         ],
     )
     @pytest.mark.parametrize("status", [429, 503])
+    @pytest.mark.usefixtures("in_tokyo")
     def test_it_is_obeyed_exactly(self, status: int, value: str, seconds: float):
-        """Seconds, and dates in the three forms of RFC 9110."""
+        """Seconds, and dates in the three forms of RFC 9110, wherever the caller is."""
         world = World(Script(refusal(status, retry_after=value)), deadline=200)
         assert score(world) == SCORES
         assert world.slept == [seconds]
@@ -967,6 +978,7 @@ class TestLearning:
         world = World(answer, known=False, model="m", deadline=9)
         assert score(world) == SCORES
         assert world.elapsed == pytest.approx(5.01)
+        world.now += 6
         assert score(world) == SCORES
         assert world.paths == ["/version", "/v1/models", "/v1/score", "/v1/score"]
 
@@ -1072,6 +1084,24 @@ class TestLearning:
         assert score(world) == SCORES
         with pytest.raises(ConfigError, match=r"server1:1 serves 'n', another one 'm'; pass model=\."):
             score(world)
+
+    def test_servers_that_all_have_another_model_are_known_by_it_then(self):
+        """One call is lost."""
+        world = World(Server(models=["n"]), servers=2)
+        world.now += 61
+        with pytest.raises(ConfigError, match="serves 'n', another one 'm'"):
+            score(world)
+        assert score(world) == SCORES
+
+    @pytest.mark.parametrize(("reply", "kind"), [(refusal(401), AuthError), (BUSY, BackendUnavailable)])
+    def test_what_says_nothing_about_the_form_ends_the_search_for_it(self, reply: Reply, kind: type[Exception]):
+        """No other form is tried, but what may pass is tried again."""
+        world = World(Script(None, None, reply), known=False, max_retries=0)
+        with pytest.raises(kind):
+            world.score("q", ["a"], api="auto")
+        assert world.paths == ["/version", "/v1/models", "/v1/score"]
+        world = World(Script(None, None, BUSY), known=False)
+        assert world.score("q", ["a"], api="auto") == [oracle("q", "a")]
 
     def test_a_server_may_come_back_with_another_model(self):
         """Where nothing else is known, the model is what is served now."""
