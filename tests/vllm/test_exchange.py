@@ -159,8 +159,9 @@ class TestTries:
     def test_an_answer_that_is_not_read_is_a_bad_reply(self):
         """Too large, or compressed: the transport has closed the connection itself."""
         world = World(always(UNREAD))
-        with pytest.raises(BadReply, match=r"longer than 10 bytes \(server0:1, 3 attempts"):
+        with pytest.raises(BadReply, match=r"longer than 10 bytes \(server0:1, 3 attempts") as caught:
             score(world)
+        assert caught.value.whole
         assert world.discarded == []
 
     def test_the_attempts_of_the_whole_call_are_counted(self):
@@ -233,8 +234,9 @@ class TestRefusals:
     def test_a_model_that_is_listed_is_not_missing(self):
         """Some programs say so of a path that they don't have."""
         world = World(Script(refusal(404, "Invalid URL")), model="m")
-        with pytest.raises(BackendRejected, match=r'404: Invalid URL .*endpoint="auto"'):
+        with pytest.raises(BackendRejected, match=r'404: Invalid URL .*endpoint="auto"') as caught:
             score(world)
+        assert caught.value.whole
         assert world.paths == ["/v1/score", "/v1/models"]
 
 
@@ -959,6 +961,8 @@ class TestLearning:
         asked = ["/version", "/v1/models"] if reply is not BROKEN else ["/version"] * 2 + ["/v1/models"] * 2
 
         def answer(send: Send, now: float) -> tuple[float, Outcome]:
+            if send.request.body is not None:
+                assert not world.each_server[0].back_off.resting
             return (0.0, reply) if send.request.body is None else Server()(send, now)
 
         world = World(answer, known=False, model="m")
