@@ -198,6 +198,13 @@ class TestHeadersAndKeys:
             with pytest.raises(ConfigError, match="what the function api_key= gave"):
                 VLLMScorer(server.base_url, api_key=lambda key=key: key).score("q", ["a"])
 
+    def test_a_header_takes_the_keys_place(self):
+        """Said twice, the header is meant."""
+        settings = {"api_key": "canary-6", "default_headers": {"Authorization": "Basic canary-7"}}
+        with FaultyServer() as server, VLLMScorer(server.base_url, **settings) as scorer:
+            assert scorer.score("q", ["a"]) == EXACT
+            assert {request.headers["authorization"] for request in server.requests} == {"Basic canary-7"}
+
     def test_a_key_for_each_server(self):
         """By address; one without gets none."""
         with FaultyServer() as one, FaultyServer() as two:
@@ -371,6 +378,22 @@ class TestProxies:
         monkeypatch.setenv("SSL_CERT_FILE", "/nowhere.pem")
         with pytest.raises(ConfigError, match="SSL_CERT_FILE"):
             VLLMScorer("https://127.0.0.1:1").score("q", ["a"])
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"base_url": []}, "empty list"),
+        ({"extra_body": {"text_2": ["x"], "request_id": "1"}}, "must not hold request_id, text_2"),
+        ({"template": "qwen3-reranker", "max_tokens_per_query": 9}, "lose its end"),
+        ({"template": "qwen3-reranker", "max_tokens_per_doc": 9}, "lose its end"),
+        ({"template": "qwen3-reranker", "truncate_prompt_tokens": 9}, "lose its end"),
+    ],
+)
+def test_what_would_score_something_else_is_refused(settings: dict[str, Any], words: str):
+    """At construction."""
+    with pytest.raises(ConfigError, match=words):
+        VLLMScorer(**settings)
 
 
 @pytest.mark.parametrize(
