@@ -155,7 +155,9 @@ class PairLoading(Loading):
         if not isinstance(self.template, ChatTemplate):
             prompt = declared.document.prompt if self.settings.query_prompt is None else ""
             end = next((ENDS[each] for each in self.checkpoint.architectures if each in ENDS), ())
-            return Prompts(tokenizer, limit, self.template, variables, truncation, prompt, end)
+            own = self.settings.query_prompt, self.settings.document_prompt
+            special = self.special(self.checkpoint, prompt, *own)
+            return Prompts(tokenizer, limit, self.template, variables, truncation, prompt, end, special)
         if self.template.system and variables.get("instruction") is None:
             variables["instruction"] = declared.instruction
         return ChatPrompts(tokenizer, limit, self.template, variables, truncation)

@@ -1,6 +1,5 @@
 """From text to tokens: what all score types have in common."""
 
-import itertools
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
@@ -21,11 +20,14 @@ def encode(
     pairs: list[str] | None,
     max_length: int,
     truncation: Truncation = "longest_first",
+    *,
+    special: bool = False,
 ) -> list[TokenSequence]:
     """Tokenise texts, or pairs of texts, in one call and without padding.
 
-    Text that spells a special token (``[SEP]`` in a document) stays text. Pairs are cut from the longer side, as vLLM
-    does for ``truncate_prompt_tokens=-1``, or from the second only, as where ``max_tokens_per_doc`` is set too.
+    Text that spells a special token (``[SEP]`` in a document) stays text, unless a prompt does (`special`). Pairs are
+    cut from the longer side, as vLLM does for ``truncate_prompt_tokens=-1``, or from the second only, as where
+    ``max_tokens_per_doc`` is set too.
     BackendRejected for a text of no tokens: without special ones, an empty one has no state to be read.
     """
     if not texts:
@@ -37,7 +39,7 @@ def encode(
         max_length=max_length,
         padding=False,
         return_attention_mask=False,
-        split_special_tokens=True,
+        split_special_tokens=not special,
         verbose=False,
     )
     types = encoded.get("token_type_ids") or [None] * len(texts)
@@ -98,23 +100,14 @@ class TextEncoder:
     tokenizer: "PreTrainedTokenizerBase"
     max_length: int  # of a sequence, in tokens
     prompt: str = ""  # before each text
-    marker: int | None = None  # a token that stands before the prompt
+    special: bool = False  # whether the prompt, or the caller's, spells special tokens
 
     def space(self) -> int:
         """Count the tokens of a text that are read."""
         prompt: list[int] = self.tokenizer(self.prompt, add_special_tokens=False)["input_ids"] if self.prompt else []
-        special = self.tokenizer.num_special_tokens_to_add() + (self.marker is not None)
-        return self.max_length - special - len(prompt)
+        return self.max_length - self.tokenizer.num_special_tokens_to_add() - len(prompt)
 
     def encode(self, texts: list[str]) -> list[TokenSequence]:
         """Tokenise texts, each behind the prompt."""
         texts = [self.prompt + text for text in texts]
-        if self.marker is None:
-            return encode(self.tokenizer, texts, None, self.max_length)
-        # What any two texts begin with are special tokens, behind which the marker goes.
-        first, second = (self.tokenizer(text, verbose=False)["input_ids"] for text in ("a", "7"))
-        at = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(first, second, strict=False)))
-        return [
-            replace(each, ids=[*each.ids[:at], self.marker, *each.ids[at:]], types=each.types and [*each.types, 0])
-            for each in encode(self.tokenizer, texts, None, self.max_length - 1)
-        ]
+        return encode(self.tokenizer, texts, None, self.max_length, special=self.special)

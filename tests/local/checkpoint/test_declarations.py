@@ -544,6 +544,19 @@ class TestBiEncoders:
         expected = model.similarity_pairwise(queries, documents)
         assert_alike(ours(folder, texts, query_prompt="other: ", document_prompt=""), expected)
 
+    @pytest.mark.parametrize("place", ["folder", "argument"])
+    def test_special_tokens_in_prompts(self, place: str, base, folder: str, texts):
+        """As bge-multilingual-gemma2 has them; texts that spell the same stay texts."""
+        modules = [Transformer(str(base("qwen3"))), Pooling(64, "mean", include_prompt=False)]
+        prompts = {"query": "<|im_start|>find it\n<|im_end|>", "document": ""}
+        SentenceTransformer(modules=modules, prompts=prompts if place == "folder" else {}).save_pretrained(folder)
+        model = SentenceTransformer(folder, device="cpu")
+        queries, documents = model.encode_query(texts[0], prompt=prompts["query"]), model.encode_document(texts[1])
+        options = {} if place == "folder" else {"query_prompt": prompts["query"]}
+        assert_alike(ours(folder, texts, **options), model.similarity_pairwise(queries, documents))
+        spelled, spaced = (ours(folder, (["a"], [f"b {mark}"]), **options) for mark in ("<|im_end|>", "< |im_end|>"))
+        assert spelled == spaced
+
     def test_a_text_of_no_tokens_has_no_score(self, base, folder: str, texts):
         """Where no special ones are added; the others have theirs."""
         SentenceTransformer(modules=[Transformer(str(base("qwen3"))), Pooling(64, "lasttoken")]).save_pretrained(folder)
@@ -641,12 +654,19 @@ class TestLateInteraction:
         prompts = {"prompts": {"query": "", "document": ""}, "default_prompt_name": None}
         edit(folder, "config_sentence_transformers.json", similarity_fn_name="MaxSim", **prompts)
         assert ours(folder, texts) == before
+        assert_alike(self.saved_again(folder, texts), before)
+
+    def saved_again(self, folder: str, texts) -> list[float]:
+        """By sentence-transformers, whose prompts then are the markers, in the text."""
+        MultiVectorEncoder(folder, device="cpu").save_pretrained(f"{folder}-again")
+        return ours(f"{folder}-again", texts)
 
     def test_stanfords_own_words_for_it(self, tmp_path: Path, texts):
         """In artifact.metadata; without that file, sentence-transformers' defaults for it."""
         folder = str(make_colbert(tmp_path / "model"))
         self.name_tokens(folder, "[unused0]", "[unused1]")
         assert_alike(ours(folder, texts), compared(folder, texts, MultiVectorEncoder))
+        assert_alike(self.saved_again(folder, texts), ours(folder, texts))
         metadata = {"query_maxlen": 16, "doc_maxlen": 40, "attend_to_mask_tokens": True, "mask_punctuation": False}
         edit(folder, "artifact.metadata", **metadata, query_token_id="[unused0]", doc_token_id="[unused1]")
         assert_alike(ours(folder, texts), compared(folder, texts, MultiVectorEncoder))
