@@ -573,6 +573,13 @@ class TestBiEncoders:
         SentenceTransformer(modules=[Transformer(str(source)), Pooling(64, "mean")]).save_pretrained(folder)
         assert_alike(ours(folder, texts), compared(folder, texts))
 
+    def test_deberta_reads_on_behind_the_positions_of_its_config(self, base, folder: str, texts):
+        """Where the folder's own limit is longer: its positions are relative."""
+        source = base("deberta-v2", position_biased_input=False)
+        SentenceTransformer(modules=[Transformer(str(source)), Pooling(64, "mean")]).save_pretrained(folder)
+        edit(folder, "sentence_bert_config.json", max_seq_length=150)
+        assert_alike(ours(folder, texts), compared(folder, texts))
+
     def test_a_router_parts_queries_from_documents(self, base, folder: str, texts):
         """Each with a transformer of its own; or behind a common one."""
         sides = [
