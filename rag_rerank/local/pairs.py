@@ -5,6 +5,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -47,6 +48,7 @@ from rag_rerank.local.models.vision.processor import ImageProcessor
 from rag_rerank.local.models.vision.prompts import ImagePrompts
 from rag_rerank.local.models.vision.transformer import VisionTransformer
 from rag_rerank.local.transformer.proof import Parts
+from rag_rerank.local.transformer.transformer import looks_ahead
 from rag_rerank.local.weights import Loading
 from rag_rerank.template import Template
 
@@ -61,7 +63,11 @@ class PairLoading(Loading):
         model = self.load(AutoModelForSequenceClassification)
         self._choose_template(needed=isinstance(getattr(model, "score", None), torch.nn.Linear))
         make_head_precise(model, self.checkpoint.stored)
-        return self._pair_model(model, lambda model: classifier_parts(model, self.plain(model.base_model)))
+        loaded = self._pair_model(model, lambda model: classifier_parts(model, self.plain(model.base_model)))
+        if not isinstance(getattr(model, "score", None), torch.nn.Linear) or looks_ahead(model):
+            return loaded
+        # transformers reads the last token that is none of its config's padding, though a template may end with it.
+        return replace(loaded, unread=model.config.get_text_config().pad_token_id)
 
     def causal(self) -> ScoreType:
         """Load a model that answers with a word."""

@@ -26,6 +26,7 @@ from rag_rerank.local.transformer.transformer import (
     States,
     Transformer,
     can_unpad,
+    looks_ahead,
     prepare,
     rope_limit,
     tested,
@@ -104,7 +105,8 @@ class Loading:
         if verify:
             pairs = checkpoint.declaration.kind == "cross-encoder"
             try:
-                texts = samples(checkpoint.tokenizer, longest, pairs=pairs)
+                padding = None if looks_ahead(body) else getattr(body.config, "pad_token_id", None)
+                texts = samples(checkpoint.tokenizer, longest, pairs=pairs, padding=padding)
                 proof = prove(model, take_apart, texts, paths, limit)
             except torch.OutOfMemoryError:
                 raise

@@ -79,15 +79,20 @@ def truncate(tokenizer: "PreTrainedTokenizerBase", text: str, max_tokens: int) -
     return text
 
 
-def samples(tokenizer: "PreTrainedTokenizerBase", longest: int, *, pairs: bool) -> list[TokenSequence]:
-    """Make a short pair or text, a longer one of the same query, and the first again: what a model is proven on."""
+def samples(
+    tokenizer: "PreTrainedTokenizerBase", longest: int, *, pairs: bool, padding: int | None = None
+) -> list[TokenSequence]:
+    """Make a short pair or text, a longer one of the same query, and the first again: what a model is proven on.
+
+    None ends with the tokenizer's padding, or the config's, which some take for none of the text.
+    """
     query = "who lives in the city of 1 million people, and when was it founded by the old king?"
     sizes = {"a king": 29, "an old king lives there. " * 20: 67}  # tokens, at most; odd, for some pool neighbours
     short, long = (
         encode(tokenizer, [query if pairs else f"{query} {text}"], [text] if pairs else None, min(size, longest))[0]
         for text, size in sizes.items()
     )
-    while len(short.ids) > 1 and short.ids[-1] == tokenizer.pad_token_id:  # which some take for padding
+    while len(short.ids) > 1 and short.ids[-1] in (tokenizer.pad_token_id, padding):
         short, long = (replace(each, ids=each.ids[:-1], types=each.types and each.types[:-1]) for each in (short, long))
     return [replace(each, group="proof") for each in (short, long, short)]
 

@@ -20,6 +20,7 @@ from sentence_transformers.base.modules import Dense, Normalize, Router, Transfo
 from sentence_transformers.cross_encoder.modules import LogitScore
 from sentence_transformers.multi_vector_encoder.modules import HierarchicalTokenPooling, MultiVectorMask
 from sentence_transformers.sentence_transformer.modules import LayerNorm, Pooling
+from tokenizers.processors import TemplateProcessing
 from transformers import (
     CONFIG_MAPPING,
     AutoModel,
@@ -245,6 +246,23 @@ class TestClassifiers:
         edit(folder, "config.json", id2label=names, label2id={name: number for number, name in names.items()})
         with nullcontext() if right else pytest.raises(ConfigError, match=rf"'{labels[1]}', but the second is taken"):
             ours(folder, texts)
+
+    @pytest.mark.parametrize("place", ["template", "tokenizer"])
+    def test_a_decoder_that_pads_with_what_its_inputs_end_with(self, place: str, folder: str, tmp_path: Path, texts):
+        """As where the end of text is the padding: transformers reads the score from the token before it."""
+        source = make_decoder_classifier(tmp_path / "source", "llama")
+        tokenizer = AutoTokenizer.from_pretrained(source)
+        edit(str(source), "config.json", pad_token_id=tokenizer.eos_token_id)
+        if place == "template":
+            tokenizer.chat_template = CHAT + "{{ eos_token }}{{ eos_token }}"
+        else:
+            end = ("<|end_of_text|>", tokenizer.eos_token_id)
+            ends = TemplateProcessing(single=f"$A {end[0]}", pair=f"$A $B {end[0]}", special_tokens=[end])
+            tokenizer.backend_tokenizer.post_processor = ends
+        tokenizer.save_pretrained(source)
+        CrossEncoder(str(source), activation_fn=torch.nn.Identity()).save_pretrained(folder)
+        options = {"template": None} if place == "tokenizer" else {}
+        assert_alike(ours(folder, texts, **options), predicted(folder, texts))
 
     def test_two_labels_that_may_both_be_right_are_refused(self, base, folder: str, texts):
         """They are no share of each other."""
