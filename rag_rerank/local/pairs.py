@@ -87,7 +87,7 @@ class PairLoading(Loading):
         """Load a transformer with a head of modules."""
         route = self.checkpoint.declaration.document
         model = self.load(AutoModel)
-        self._choose_template(needed=not self.checkpoint.declaration.modular)
+        self._choose_template(needed=True)
         share = cast("Pooling", route.pooling).modes == ("lasttoken",)  # there is but one state of each shared token
         head_on = functools.cache(functools.partial(self.head, route, self.settings.query_prompt))  # read once a device
 
@@ -177,10 +177,12 @@ class PairLoading(Loading):
     def _find_template(self, *, needed: bool) -> Template | None:
         if isinstance(self.settings.template, Template) or self.settings.template is None:
             return self.settings.template
-        chat, saved = self.checkpoint.declaration.document.chat, self.checkpoint.tokenizer.chat_template
+        declared, saved = self.checkpoint.declaration, self.checkpoint.tokenizer.chat_template
         saved = saved.get("default", "") if isinstance(saved, dict) else saved  # of several, by their names
-        if chat is not None and isinstance(saved, str):
-            return ChatTemplate.of(chat, saved)
+        if declared.document.chat is not None and isinstance(saved, str):
+            return ChatTemplate.of(declared.document.chat, saved)
+        if declared.modular and declared.document.chat is None:
+            return None  # it says that it reads plain pairs
         if self.family is not None and self.family.template is not None:
             return Template.load(self.family.template)
         # Most checkpoints inherit a chat template from the model that they were made of; one for scoring has its roles.

@@ -343,6 +343,19 @@ class TestAnswers:
         one_query = [texts[0][0]] * 12, texts[1]
         assert_alike(ours(folder, one_query, use_activation=False), predicted(folder, one_query))
 
+    @pytest.mark.parametrize("head", ["answers", "classifier"])
+    def test_what_declares_no_chat_template_reads_plain_pairs(self, head: str, folder: str, tmp_path: Path, texts):
+        """Though one lies beside it, or none does."""
+        if head == "answers":
+            self.make(folder, make_causal_lm(tmp_path / "source", "qwen3"))
+            edit(folder, "sentence_bert_config.json", modality_config=None, module_output_name=None)
+            settings = Path(folder, "sentence_bert_config.json")
+            kept = {name: value for name, value in json.loads(settings.read_text()).items() if value is not None}
+            settings.write_text(json.dumps(kept))
+        else:
+            CrossEncoder(str(make_decoder_classifier(tmp_path / "source", "llama"))).save_pretrained(folder)
+        assert_cross_encoders_agree(folder, texts)
+
     def test_as_it_is_on_the_hub(self, tmp_path: Path, texts, caplog: pytest.LogCaptureFixture):
         """Qwen3-Reranker's own name and layout, a default prompt, and the identity, for which vLLM has the sigmoid."""
         folder = str(tmp_path / "Qwen3-Reranker-0.6B")
