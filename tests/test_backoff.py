@@ -97,6 +97,32 @@ class TestRests:
         back_off.failed()
         assert back_off.rest_ends == clock.now + 1
 
+    def test_what_others_begin_makes_a_failure_no_older(self, back_off: BackOff, clock: Clock):
+        """While it works, everybody may try, and each who fails tells."""
+        began = clock.now
+        clock.now += 1
+        assert back_off.claim()
+        back_off.failed(began)
+        assert back_off.resting
+
+    def test_what_it_asks_for_lengthens_a_rest_and_no_more(self, back_off: BackOff, clock: Clock):
+        """The next is twice what it was before, as ever; a shorter time than is left changes nothing."""
+        back_off.failed()
+        clock.now = 1001.0
+        back_off.failed()
+        for asked, ends in ((0.5, 1003.0), (10.0, 1011.0)):
+            back_off.asked(asked)
+            assert back_off.rest_ends == ends
+        clock.now = 1011.0
+        back_off.failed()
+        assert back_off.rest_ends == 1015.0
+
+    def test_a_rest_that_it_asks_for_ends_in_one_trial(self, back_off: BackOff, clock: Clock):
+        """As any, also where it had not failed before."""
+        back_off.asked(10.0)
+        clock.now += 10
+        assert [back_off.claim() for _ in range(2)] == [True, False]
+
     def test_the_next_to_be_ready_can_be_chosen(self, clock: Clock):
         """Earliest end first; what works is ready before all."""
         works, short, long = BackOff(clock), BackOff(clock), BackOff(clock)

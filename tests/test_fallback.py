@@ -291,6 +291,13 @@ class TestRests:
             clock.now += 1
         assert tried == [0, 1, 3, 7, 15, 31, 61, 91]
 
+    def test_one_that_says_when_is_left_alone_until_then(self, clock: Clock):
+        """A server's Retry-After."""
+        both = FallbackScorer(Member(1, BackendUnavailable("busy", retry_after=60.0)), Member(2))
+        for seconds, answered_by in ((0, 2), (59, 2), (1, 1)):
+            clock.now += seconds
+            assert both.score("q", "1") == [1000.0 * answered_by + 1]
+
     def test_the_first_that_works_is_taken(self, clock: Clock):
         """The order of the scorers is the order of preference."""
         members = Member(1, MOVING[0]), Member(2, MOVING[0]), Member(3), Member(4)

@@ -41,9 +41,6 @@ class ImageFile:
         with _opened(self.data) as image:
             return _as_rgb(image)
 
-    def __repr__(self) -> str:
-        return f"ImageFile({self.media_type}, {self.width}x{self.height})"
-
 
 BLANK = ImageFile((Path(__file__).parent / "blank.png").read_bytes(), "image/png", 64, 64)
 """A white square, which no model that sees refuses."""

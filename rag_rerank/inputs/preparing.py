@@ -54,8 +54,9 @@ def prepare_all(
     """
     if is_one(value):
         return [prepare(value, name)]
-    # Mappings iterate over keys, sets in no order, bytes as numbers: each would score something nobody meant.
-    if not isinstance(value, Iterable) or isinstance(value, Mapping | AbstractSet | bytes | bytearray | memoryview):
+    # Mappings and tables iterate over keys, sets in no order, bytes as numbers: each would score what nobody meant.
+    odd = isinstance(value, Mapping | AbstractSet | bytes | bytearray | memoryview) or hasattr(value, "columns")
+    if odd or not isinstance(value, Iterable):
         raise TypeError(f"{name} must be a string or a sequence of strings, got {type(value).__name__}")
     began = time.monotonic()
     prepared: list[Prepared] = []
@@ -112,11 +113,9 @@ def is_slow(value: Any) -> bool:
 
 def text_only(model: str, queries: Contents, documents: Contents) -> ContentError:
     """Make the error for a model that reads text only, with the position of the first thing that is more."""
-    for name, inputs in (("queries", queries), ("documents", documents)):
-        for position, each in enumerate(inputs):
-            if isinstance(each, Multimodal):
-                return ContentError(f"{name}[{position}] holds an image or a video, but {model} reads text only")
-    return ContentError(f"{model} reads text only")
+    sides = ("queries", queries), ("documents", documents)
+    more = (f"{name}[{n}]" for name, side in sides for n, each in enumerate(side) if isinstance(each, Multimodal))
+    return ContentError(f"{next(more)} holds an image or a video, but {model} reads text only")
 
 
 def _read(part: Image | Video) -> ImageFile | Link:

@@ -181,11 +181,10 @@ class Call:
 
     async def _fits_after_all(self, error: BackendError, chunk: list[int], sent: Options) -> bool:
         """Cut a chunk that is too long although it did not seem so: its template is long; False where that is known."""
-        uncut = sent.truncate_prompt_tokens is None and sent.max_tokens_per_doc == self.options.max_tokens_per_doc
         if not (self.fit and is_too_long(error.message)) or self._is_multimodal(chunk[0]):
             return False
         if self._options(chunk[0]) == sent:  # else another branch has found out meanwhile
-            if not uncut:
+            if sent.max_tokens_per_doc != self.options.max_tokens_per_doc:
                 if self._is_sure:
                     return False
                 self._is_sure = True
@@ -273,10 +272,9 @@ class Call:
             query = self._query(chunk[0])
             try:
                 left[query] = await self._left_by(query, window)
-            except BackendRejected:
+            except BackendRejected:  # of many queries: the server will say so of this one's pairs, and score the others
                 if len(self.queries) == 1:
                     raise
-                left[query] = None  # the server will say so of this query's pairs, and score the others
 
         await self._side_by_side(queries, measure, at_once)
         for position in range(len(self.documents)):

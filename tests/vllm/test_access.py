@@ -5,6 +5,7 @@ import itertools
 import logging
 import math
 import pickle
+import time
 import zlib
 from typing import Any
 
@@ -12,6 +13,7 @@ import httpx
 import pytest
 
 from rag_rerank import AuthError, BackendRejected, BackendUnavailable, ConfigError, VLLMScorer
+from rag_rerank.vllm.keys import Keys
 from tests.faulty_server import HANG, FaultyServer, Request, Steps, http, on_scores, oracle, refusal, right
 from tests.vllm.faults.common import soon
 
@@ -144,11 +146,15 @@ class TestClient:
     def test_copies_for_other_processes(self):
         """A function goes by its name; one without is refused, and so is what is secret."""
         with FaultyServer() as server:
-            scorer = VLLMScorer(server.base_url, http_client=make_client, api_key=current_key)
+            also = {"default_headers": {"X-Team": "search"}, "http_client": make_client}
+            scorer = VLLMScorer(server.base_url, api_key=current_key, **also)
             with pickle.loads(pickle.dumps(scorer)) as copy:  # noqa: S301
                 assert copy.score("q", ["a"]) == EXACT
             assert server.requests[-1].headers["x-mine"] == "1"
             assert server.requests[-1].headers["authorization"] == "Bearer current"
+            assert server.requests[-1].headers["x-team"] == "search"
+        over_http = VLLMScorer("http://rr", api_key=current_key, send_key_over_http=True, default_query={"v": "2"})
+        assert pickle.loads(pickle.dumps(over_http)).client.transport.keys.query == {"v": "2"}  # noqa: S301
         for settings in ({"http_client": lambda: None}, {"api_key": lambda: "k"}):
             with pytest.raises(ConfigError, match=f"{next(iter(settings))} can't go to another process"):
                 pickle.dumps(VLLMScorer(**settings))
@@ -188,6 +194,16 @@ class TestHeadersAndKeys:
             assert sent == ["Bearer one", "Bearer two", "Bearer three"]
             with pytest.raises(BackendUnavailable, match="api_key= is a function, which failed"):
                 scorer.score("q", ["a"])
+        for key in (b"one", "one\n"):
+            with pytest.raises(ConfigError, match="what the function api_key= gave"):
+                VLLMScorer(server.base_url, api_key=lambda key=key: key).score("q", ["a"])
+
+    def test_a_header_takes_the_keys_place(self):
+        """Said twice, the header is meant."""
+        settings = {"api_key": "canary-6", "default_headers": {"Authorization": "Basic canary-7"}}
+        with FaultyServer() as server, VLLMScorer(server.base_url, **settings) as scorer:
+            assert scorer.score("q", ["a"]) == EXACT
+            assert {request.headers["authorization"] for request in server.requests} == {"Basic canary-7"}
 
     def test_a_key_for_each_server(self):
         """By address; one without gets none."""
@@ -204,6 +220,13 @@ class TestHeadersAndKeys:
         """Not sent unencrypted to another machine."""
         with pytest.raises(ConfigError, match="unencrypted"):
             VLLMScorer("http://reranker:8000", default_headers={"X-Api-Key": "canary"})
+
+    def test_no_error_page_takes_long_to_search(self):
+        """Backslashes, which a key may have before each letter that is none, and as many as are read."""
+        keys = Keys([], headers={"X-Api-Key": "_canary-5"})
+        began = time.thread_time()
+        assert keys.scrub("\\" * (64 << 10), {}).count("\\") == 64 << 10
+        assert time.thread_time() - began < 2
 
     def test_short_keys_do_not_spoil_answers(self):
         """Only what an error says is searched for the key, and only for one of a plausible length."""
@@ -355,6 +378,22 @@ class TestProxies:
         monkeypatch.setenv("SSL_CERT_FILE", "/nowhere.pem")
         with pytest.raises(ConfigError, match="SSL_CERT_FILE"):
             VLLMScorer("https://127.0.0.1:1").score("q", ["a"])
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"base_url": []}, "empty list"),
+        ({"extra_body": {"text_2": ["x"], "request_id": "1"}}, "must not hold request_id, text_2"),
+        ({"template": "qwen3-reranker", "max_tokens_per_query": 9}, "lose its end"),
+        ({"template": "qwen3-reranker", "max_tokens_per_doc": 9}, "lose its end"),
+        ({"template": "qwen3-reranker", "truncate_prompt_tokens": 9}, "lose its end"),
+    ],
+)
+def test_what_would_score_something_else_is_refused(settings: dict[str, Any], words: str):
+    """At construction."""
+    with pytest.raises(ConfigError, match=words):
+        VLLMScorer(**settings)
 
 
 @pytest.mark.parametrize(

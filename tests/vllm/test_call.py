@@ -76,6 +76,7 @@ class TestChunks:
             (0.25, -2.5, False),
             (0.0001, -9.2102, True),
             (0.0001, -5.0, False),
+            (0.0, -150.0, True),
             (0.99999994, 20.0, True),
             (0.999, 2.0, False),
             (0.7, 0.7, True),  # cosines, and models without an activation
@@ -353,7 +354,7 @@ class TestIsolation:
         """They come together in one half: 8 of 32, of which 63 requests would be needed were they spread out."""
         documents = [f"{number:03}" + ("x" * 500 if number % 4 == 0 else "") for number in range(32)]
         world = World(Server(window=100))
-        with pytest.raises(DocumentRejected, match=r"\[0\] and 7 more .*context length.*max_tokens_per_doc=") as e:
+        with pytest.raises(DocumentRejected, match=r"\[0\] and 7 more .*context length.*Set max_tokens_per_doc=") as e:
             world.score("q", documents)
         assert e.value.indices == tuple(range(0, 32, 4))
         assert len(world.sent) == 20
@@ -474,8 +475,8 @@ class TestFitting:
     @pytest.mark.parametrize("at_once", [1, 2])
     def test_it_is_found_out_once_for_all_requests_of_a_query(self, at_once: int):
         """Those that are planned are cut anew, each pair at what its own query leaves; those under way are repeated."""
-        server, queries = Server(template=1500, window=4000), ["q", "q", "q", "query"]
-        documents = [letter * 2900 for letter in "abc"] + ["d"]
+        server, queries = Server(template=1500, window=4000), ["query", "query", "query", "q"]
+        documents = [letter * 2900 for letter in "abcd"]
 
         def answer(send: Send, now: float) -> tuple[float, Outcome]:
             second = send.request.body is not None and documents[2] in documents_of(send)
@@ -483,10 +484,11 @@ class TestFitting:
 
         world = World(answer, known=False, chunk_size=2, max_concurrency=at_once)
         assert world.score(queries, documents, fit=True) == [
-            oracle(query, document[:2498]) for query, document in zip(queries, documents, strict=True)
+            oracle(query, document[: 2499 - len(query)]) for query, document in zip(queries, documents, strict=True)
         ]
         measured = [sent.content["text_1"] for sent in world.score_requests if sent.documents == ["a"]]
-        assert measured == ["a", "q"]
+        assert measured == ["a", "query", "q"]
+        assert len(world.score_requests) == 7 + at_once
 
     def test_a_server_that_may_have_restarted_is_asked_anew_before_a_document_is_cut(self):
         """Now with a template, or another window: its connections are gone, or it was asked long ago."""
@@ -498,6 +500,14 @@ class TestFitting:
                 world.now += seconds
                 right = oracle("q", "x" * 42) if restarted.template else oracle("q", "x" * 100)
                 assert world.score("q", ["x" * 100], fit=True) == [right]
+
+    def test_nor_is_its_template_remembered_when_it_was_asked_anew_for_a_short_one(self):
+        """The same model in the same window, and a template now."""
+        world = fitted(Server(window=4096), "q", ["x" * 5000])
+        world.answer = Server(window=4096, template=20)
+        world.now += 61
+        world.score("q", ["x"], fit=True)
+        assert world.score("q", ["x" * 5000], fit=True) == [oracle("q", "x" * 4074)]
 
     def test_a_smaller_window_shows_in_a_refusal(self):
         """Of a document that was short for the former one; nothing else told that the server was started again."""
@@ -591,6 +601,9 @@ class TestFitting:
         world.score(queries, ["x" * 100] * 6, fit=True)
         assert world.most_at_once == 3
         assert world.elapsed == 2 + 1 + 2 + 2  # who it is, whether there is a template, six queries, six chunks
+        world = World(Server(template=1500, window=4000), known=False, chunk_size=3, max_concurrency=2)
+        world.score(queries, ["x" * 2900] * 6, fit=True)  # found out in two requests
+        assert world.most_at_once == 2
 
     @pytest.mark.parametrize("templated", [None, True])
     def test_measuring_takes_no_servers_turn(self, templated: bool | None):
@@ -657,8 +670,10 @@ class TestFitting:
 
     def test_a_rerank_api_that_is_not_vllms_is_sent_no_field_of_vllms(self):
         """Some servers pass fields that they don't know on, and fail over them."""
-        world = fitted(Server(version=None, window=64), "q", ["x" * 30], api="rerank")
-        assert world.sent[-1].content.keys() == {"model", "query", "documents"}
+        world = World(Server(version=None, window=64), known=False)
+        with pytest.raises(DocumentRejected):
+            world.score("q", ["x" * 30, "x" * 100], api="rerank", fit=True)
+        assert all(sent.content.keys() == {"model", "query", "documents"} for sent in world.score_requests)
 
     def test_a_query_that_leaves_one_token_is_fine(self):
         """One of the document's."""

@@ -5,6 +5,7 @@ import itertools
 import json
 import math
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
@@ -56,6 +57,18 @@ def learn(world: World) -> ServerFacts:
     return world.run(world.exchange().describe())
 
 
+def off_by(difference: float) -> Answer:
+    """A server whose scores are higher by so much."""
+
+    def answer(send: Send, now: float) -> tuple[float, Outcome]:
+        content = json.loads(Server().reply(send).body)
+        for entry in content.get("data", []) if send.request.body else []:
+            entry["score"] += difference
+        return 0.0, Reply(200, json.dumps(content).encode())
+
+    return answer
+
+
 class TestTries:
     """What may pass is tried again, what can't is not."""
 
@@ -65,7 +78,7 @@ class TestTries:
         assert score(world) == SCORES
         assert (world.paths, world.slept, world.discarded) == (["/v1/score"], [], [])
 
-    @pytest.mark.parametrize("status", [408, 409, 425, 429, 500, 502, 503, 504, 599])
+    @pytest.mark.parametrize("status", [408, 409, 424, 425, 429, 500, 502, 503, 504, 599])
     def test_a_status_that_may_pass_is_tried_again(self, status: int):
         """Scoring has no side effects, so repeating is safe."""
         world = World(Script(refusal(status)))
@@ -158,8 +171,9 @@ class TestTries:
     def test_an_answer_that_is_not_read_is_a_bad_reply(self):
         """Too large, or compressed: the transport has closed the connection itself."""
         world = World(always(UNREAD))
-        with pytest.raises(BadReply, match=r"longer than 10 bytes \(server0:1, 3 attempts"):
+        with pytest.raises(BadReply, match=r"longer than 10 bytes \(server0:1, 3 attempts") as caught:
             score(world)
+        assert caught.value.whole
         assert world.discarded == []
 
     def test_the_attempts_of_the_whole_call_are_counted(self):
@@ -232,9 +246,19 @@ class TestRefusals:
     def test_a_model_that_is_listed_is_not_missing(self):
         """Some programs say so of a path that they don't have."""
         world = World(Script(refusal(404, "Invalid URL")), model="m")
-        with pytest.raises(BackendRejected, match=r'404: Invalid URL .*endpoint="auto"'):
+        with pytest.raises(BackendRejected, match=r'404: Invalid URL .*endpoint="auto"') as caught:
             score(world)
+        assert caught.value.whole
         assert world.paths == ["/v1/score", "/v1/models"]
+
+
+@pytest.fixture
+def in_tokyo(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    with monkeypatch.context() as patch:
+        patch.setenv("TZ", "Asia/Tokyo")
+        time.tzset()
+        yield
+    time.tzset()
 
 
 class TestRetryAfter:
@@ -255,8 +279,9 @@ class TestRetryAfter:
         ],
     )
     @pytest.mark.parametrize("status", [429, 503])
+    @pytest.mark.usefixtures("in_tokyo")
     def test_it_is_obeyed_exactly(self, status: int, value: str, seconds: float):
-        """Seconds, and dates in the three forms of RFC 9110."""
+        """Seconds, and dates in the three forms of RFC 9110, wherever the caller is."""
         world = World(Script(refusal(status, retry_after=value)), deadline=200)
         assert score(world) == SCORES
         assert world.slept == [seconds]
@@ -913,13 +938,34 @@ class TestLearning:
         world = World(at(Server(), Server(version="0.30.1")), servers=2, known=False)
         assert score(world) == score(world) == SCORES
         assert [server.facts.version for server in world.each_server] == [(0, 32), (0, 30)]
-        assert world.paths == ["/version", "/v1/models", "/v1/score"] * 2
+        assert world.paths == ["/version", "/v1/models", "/v1/score", "/v1/score"] * 2
+
+    def test_servers_that_score_otherwise_are_refused(self):
+        """Calls would mix their scores: of two models of one name, or with a template and without."""
+        for odd in (Server(template=40), off_by(0.2)):
+            world = World(at(Server(), odd), servers=2, known=False)
+            assert score(world) == SCORES  # only one was asked so far
+            with pytest.raises(ConfigError, match="pair of letters"):
+                score(world)
+            world.answer = Server()  # both are started again
+            assert score(world) == score(world) == SCORES
+
+    def test_calls_that_begin_together_compare_servers_once(self):
+        """A server that is new has enough to do."""
+        world = World(servers=2, known=False)
+        assert world.at_once(18) == [SCORES] * 18
+        assert len(world.score_requests) == 18 + 2
+
+    def test_rounding_is_no_other_score(self):
+        """Two machines in half precision differ by so much."""
+        world = World(at(Server(), off_by(0.01)), servers=2, known=False)
+        assert score(world) + score(world) == pytest.approx(SCORES * 2, abs=0.02)
 
     def test_a_description_is_that_of_one_server(self):
         """Of one that is known, if there is one; nothing is asked then."""
         world = World(servers=2, known=False)
         assert learn(world) == learn(world) == ServerFacts((0, 32), "m", "org/m", 1_000_000)
-        assert world.paths == ["/version", "/v1/models"]
+        assert world.paths == ["/version", "/v1/models", "/v1/score"]
 
     def test_a_description_is_tried_for_as_a_score_is(self):
         """By the same rules."""
@@ -948,6 +994,8 @@ class TestLearning:
         asked = ["/version", "/v1/models"] if reply is not BROKEN else ["/version"] * 2 + ["/v1/models"] * 2
 
         def answer(send: Send, now: float) -> tuple[float, Outcome]:
+            if send.request.body is not None:
+                assert not world.each_server[0].back_off.resting
             return (0.0, reply) if send.request.body is None else Server()(send, now)
 
         world = World(answer, known=False, model="m")
@@ -967,6 +1015,7 @@ class TestLearning:
         world = World(answer, known=False, model="m", deadline=9)
         assert score(world) == SCORES
         assert world.elapsed == pytest.approx(5.01)
+        world.now += 6
         assert score(world) == SCORES
         assert world.paths == ["/version", "/v1/models", "/v1/score", "/v1/score"]
 
@@ -1072,6 +1121,24 @@ class TestLearning:
         assert score(world) == SCORES
         with pytest.raises(ConfigError, match=r"server1:1 serves 'n', another one 'm'; pass model=\."):
             score(world)
+
+    def test_servers_that_all_have_another_model_are_known_by_it_then(self):
+        """One call is lost."""
+        world = World(Server(models=["n"]), servers=2)
+        world.now += 61
+        with pytest.raises(ConfigError, match="serves 'n', another one 'm'"):
+            score(world)
+        assert score(world) == SCORES
+
+    @pytest.mark.parametrize(("reply", "kind"), [(refusal(401), AuthError), (BUSY, BackendUnavailable)])
+    def test_what_says_nothing_about_the_form_ends_the_search_for_it(self, reply: Reply, kind: type[Exception]):
+        """No other form is tried, but what may pass is tried again."""
+        world = World(Script(None, None, reply), known=False, max_retries=0)
+        with pytest.raises(kind):
+            world.score("q", ["a"], api="auto")
+        assert world.paths == ["/version", "/v1/models", "/v1/score"]
+        world = World(Script(None, None, BUSY), known=False)
+        assert world.score("q", ["a"], api="auto") == [oracle("q", "a")]
 
     def test_a_server_may_come_back_with_another_model(self):
         """Where nothing else is known, the model is what is served now."""

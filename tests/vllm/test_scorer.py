@@ -231,6 +231,7 @@ class TestInstruction:
             assert [request.content["text_1"] for request in server.score_requests] == [
                 f"task {number}\nQ: q\n" for number in range(100)
             ]
+            assert len(scorer.client._halves) <= 64
 
 
 def test_an_event_loop_runs_on_while_many_documents_are_prepared(monkeypatch: pytest.MonkeyPatch):

@@ -23,7 +23,7 @@ class PackedLinear(torch.nn.Module):
 
     def __init__(self, layer: torch.nn.Linear, rows: int, activation: str = "none") -> None:
         super().__init__()
-        self.in_features, self.out_features = layer.in_features, layer.out_features
+        self.in_features, self.out_features = layer.in_features, layer.out_features  # some models ask for them
         # The kernel reads a bias as if it were contiguous, whether it is or not.
         self.bias = None if layer.bias is None else layer.bias.detach().contiguous()
         self.weight: Tensor = torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach().contiguous(), rows)
@@ -33,10 +33,6 @@ class PackedLinear(torch.nn.Module):
         """Apply the layer, and the activation after it."""
         out: Tensor = torch.ops.mkldnn._linear_pointwise(inputs, self.weight, self.bias, self._activation, [], "none")
         return out
-
-    def extra_repr(self) -> str:
-        """Describe it for print(model)."""
-        return f"in_features={self.in_features}, out_features={self.out_features}, activation={self._activation}"
 
 
 def pack(model: torch.nn.Module, rows: int) -> None:

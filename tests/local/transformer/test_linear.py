@@ -71,11 +71,6 @@ class TestLayer:
         assert got.shape == expected.shape
         assert torch.allclose(got, expected, atol=1e-5)
 
-    def test_shows_what_it_is(self):
-        """To whoever prints the model."""
-        layer = PackedLinear(torch.nn.Linear(64, 96), 256, "gelu")
-        assert repr(layer) == "PackedLinear(in_features=64, out_features=96, activation=gelu)"
-
 
 class TestModels:
     """All layers of a model that are worth it."""

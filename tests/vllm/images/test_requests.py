@@ -94,6 +94,8 @@ class TestRequests:
     def test_a_query_goes_once_a_request_not_once_a_document(self, server: FaultyServer):
         """In a batch, too, and its file is read once."""
         scorer = VLLMScorer(server.base_url)
+        scorer.score("q", "a")  # that the model is not listwise, queries may go together
+        server.requests.clear()
         ranked = scorer.rerank_batch([Image(RED), Image(BLUE)], [["a", "b", "c"], ["a", "b"]])
         assert [len(each) for each in ranked] == [3, 2]
         asked = {spelled(r.content["text_1"]): r.documents for r in server.score_requests}
