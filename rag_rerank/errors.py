@@ -19,6 +19,9 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+FAILED_STATUSES = (424, 500)
+"""Of a server that has failed, as it may over one document; text-embeddings-inference's is 424."""
+
 
 class RerankError(Exception):
     """Base of all errors below: catch it to catch anything that rag_rerank reports."""

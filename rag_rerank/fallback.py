@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from rag_rerank.backoff import LONGEST_REST, BackOff
 from rag_rerank.errors import (
+    FAILED_STATUSES,
     BackendError,
     BackendRejected,
     BackendUnavailable,
@@ -35,7 +36,7 @@ class _Member(NamedTuple):
 class FallbackScorer(Scorer):
     """Asks the first of several scorers that works, such as a vLLM server and then a model in this process.
 
-    A call that ends in `BackendUnavailable`, `DeadlineExceeded`, `BadReply` or a refusal with a status of 500 or more
+    A call that ends in `BackendUnavailable`, `DeadlineExceeded`, `BadReply` or a refusal with the status 424 or 5xx
     moves as a whole to the next scorer, with one logged warning: scores of two scorers are never mixed. Whatever else
     goes wrong is raised at once: a refused request or document (`BackendRejected`), a wrong setting or argument. Where
     a query or document holds an image, scorers whose models read text only are passed over.
@@ -166,7 +167,7 @@ class _Call:
                 back_off.asked(error.retry_after)
         except BackendRejected as error:
             self._answered(member)
-            if (error.status or 0) < 500:
+            if (error.status or 0) < 500 and error.status not in FAILED_STATUSES:
                 raise
             self._failed.append((member.scorer, error))  # a server that fails over a document has refused nothing
         except ContentError as error:

@@ -223,8 +223,9 @@ class VLLMSettings(ScorerSettings):
         return VLLMScorer
 
     def _surroundings(self) -> Any:
-        # A hash, for one of them is a key; Python's differs in each process.
-        return hash((os.environ.get("VLLM_BASE_URL"), os.environ.get("VLLM_API_KEY"))), _last_written(self.template)
+        endings = "VLLM_BASE_URL", "VLLM_API_KEY", "_PROXY", "SSL_CERT_FILE", "SSL_CERT_DIR", "SSLKEYLOGFILE"
+        read = sorted(each for each in os.environ.items() if each[0].upper().endswith(endings))
+        return hash(tuple(read)), _last_written(self.template)  # a hash: it holds secrets, and differs in each process
 
 
 def path_as_text(value: Any) -> Any:
@@ -282,8 +283,9 @@ def _comparable(value: Any) -> Any:
 
 def _last_written(path: str | None) -> Any:
     """Tell a file or a folder from what may take its place; None for a model's name or a template's text."""
-    root = Path(path or "\0")
+    root = Path(path or "\0").absolute()
     with contextlib.suppress(OSError, ValueError):
         files = {file: file.stat() for file in [root, *root.glob("*"), *root.glob("*/*")]}
-        return {str(file): (status.st_mtime_ns, status.st_size) for file, status in files.items()}
+        # Some file systems give all files one time, and those of two models often have one size.
+        return {str(file): (each.st_mtime_ns, each.st_size, each.st_dev, each.st_ino) for file, each in files.items()}
     return None

@@ -12,6 +12,7 @@ from collections.abc import Callable, Generator, Sequence
 from typing import Any
 
 from rag_rerank.errors import (
+    FAILED_STATUSES,
     AuthError,
     BackendError,
     BackendRejected,
@@ -178,7 +179,7 @@ def _may_be_one_pairs(error: RerankError) -> bool:
     if isinstance(error, BackendError) and error.whole:
         return False
     if isinstance(error, BackendUnavailable):
-        return error.status == 500
+        return error.status in FAILED_STATUSES
     if isinstance(error, BackendRejected | BadReply):
         return not isinstance(error, AuthError)
     return type(error) is BackendError or isinstance(error, ContentError)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from rag_rerank.errors import (
+    FAILED_STATUSES,
     AuthError,
     BackendUnavailable,
     ConfigError,
@@ -163,8 +164,8 @@ class Asker:
             raise known
         errors = [outcome for outcome in found if isinstance(outcome, RerankError)]
         for error in errors:
-            # No query can cause these. An HTTP status of 500 can be the fault of one document.
-            unavailable = isinstance(error, BackendUnavailable) and error.status != 500
+            # No query can cause these.
+            unavailable = isinstance(error, BackendUnavailable) and error.status not in FAILED_STATUSES
             if unavailable or isinstance(error, AuthError | DeadlineExceeded) or getattr(error, "whole", False):
                 raise error
         told = any(isinstance(error, DocumentRejected) for error in errors)

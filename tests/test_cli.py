@@ -291,6 +291,7 @@ class TestMistakes:
                 'documents[0] must be str or an object with a "text", got NoneType',
             ),
             (["rerank", "q", "d", "--top-n", "0"], "", 2, "top_n must be at least 1"),
+            (["rerank", "q", "caf\udce9"], "", 2, "the argument 'caf\\udce9' is no text in utf-8"),
             (["score", "q", "d", "--model", "/no/such/folder"], "", 2, "there is no folder"),
             (["score", "q", "d", "--base-url", "ftp://x"], "", 2, "http://"),
             (["score", "q", "d", "--base-url", "http://x", "--port", "1"], "", 2, "either --base-url or"),
@@ -432,9 +433,12 @@ class TestCommon:
         with FaultyServer() as server:
             options = ["--base-url", server.base_url]
             shown = run("score", "q", "word " * 60, *options, COLUMNS="", VLLM_API_KEY="").stdout
-            narrow = run("rerank", "q", "word " * 60, *options, COLUMNS="40", VLLM_API_KEY="").stdout
+            narrow = [
+                run("rerank", "q", "word " * 60, *options, COLUMNS=width, VLLM_API_KEY="").stdout
+                for width in ("40", "8", "0")  # 0 is what a terminal says that has no size
+            ]
         assert "word " * 59 in shown
-        assert "word" in narrow
+        assert all("word" in table for table in narrow)
 
     def test_what_the_encoding_lacks_is_escaped(self):
         """As on Windows, where output goes to a file."""

@@ -244,6 +244,14 @@ class TestSharing:
         monkeypatch.setenv("VLLM_BASE_URL", "http://two")
         assert remote().scorer is not scorer is first.scorer
 
+    @pytest.mark.parametrize("name", ["HTTP_PROXY", "no_proxy", "SSL_CERT_FILE"])
+    def test_so_does_the_way_to_the_server(self, monkeypatch: pytest.MonkeyPatch, name: str):
+        """A proxy that was named later is asked by those that were made later."""
+        first = remote(base_url="http://example.org")
+        scorer = first.scorer
+        monkeypatch.setenv(name, "http://localhost:1")
+        assert remote(base_url="http://example.org").scorer is not scorer
+
     def test_keys_are_compared_and_shown_nowhere(self, monkeypatch: pytest.MonkeyPatch):
         """Another key is another scorer."""
         key, other = SecretStr("canary-k3y"), SecretStr("canary-k3y-2")
@@ -272,6 +280,21 @@ class TestSharing:
         again.model = str(tmp_path)
         assert again.scorer is not before is local.scorer
         assert remote(template=str(template), truncate_prompt_tokens=None).scorer is not rendered
+
+    def test_another_file_of_the_same_time_and_size_is_another_model(self, tmp_path: pathlib.Path):
+        """As a link that moves on finds it where an image of a system gives all files one time."""
+        for name in ("v1", "v2"):
+            (tmp_path / name).mkdir()
+            (tmp_path / name / "model.safetensors").write_text(name)
+            for path in (tmp_path / name / "model.safetensors", tmp_path / name):
+                os.utime(path, (1, 1))
+        components = [Local(), Local()]
+        for component, name in zip(components, ("v1", "v2"), strict=True):
+            (tmp_path / "current").unlink(missing_ok=True)
+            (tmp_path / "current").symlink_to(name)
+            component.model = str(tmp_path / "current")
+            assert component.scorer
+        assert components[0].scorer is not components[1].scorer
 
     def test_a_finaliser_may_close_a_component_meanwhile(self):
         """The garbage collector runs where it likes, also while settings are compared."""

@@ -90,6 +90,12 @@ class TestPairing:
         assert WordOverlap().score("a", (text for text in ("a", "b"))) == [1.0, 0.0]
 
 
+class Frame(list[str]):
+    """Iterates over the names of its columns, as in pandas."""
+
+    columns = ("text",)
+
+
 class TestWrongTypes:
     """What is no text is refused before any work, naming the position."""
 
@@ -101,9 +107,9 @@ class TestWrongTypes:
             scorer.score("a", ["ok", wrong])
         assert scorer.calls == []
 
-    @pytest.mark.parametrize("wrong", [None, 3, b"bytes", {"a": "b"}, {"a"}])
+    @pytest.mark.parametrize("wrong", [None, 3, b"bytes", {"a": "b"}, {"a"}, Frame(["text"])])
     def test_documents_that_are_no_sequence_are_refused(self, wrong: object):
-        """Mappings would give keys, sets no order, bytes numbers."""
+        """Mappings would give keys, tables the names of their columns, sets no order, bytes numbers."""
         with pytest.raises(TypeError, match="documents must be a string or a sequence of strings"):
             WordOverlap().score("a", wrong)
 

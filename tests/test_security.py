@@ -9,11 +9,13 @@ import socket
 import subprocess
 import sys
 import traceback
+from typing import Any
 
+import httpx
 import pytest
 
 from rag_rerank import BackendRejected, ConfigError, RerankError, VLLMScorer
-from tests.faulty_server import Behaviour, FaultyServer, http, on_scores
+from tests.faulty_server import HANG, Behaviour, FaultyServer, http, on_scores
 
 KEY = "sk-canary-5ecret-0123456789"
 
@@ -22,10 +24,10 @@ def everything_about(error: BaseException) -> str:
     """An error as logs, tracebacks with local variables, and debuggers show it, with all that it came from."""
     shown: list[str] = []
     while error is not None:
-        frames = traceback.walk_tb(error.__traceback__)
-        summary = traceback.StackSummary.extract(frames, capture_locals=True)
-        # Locals of this file hold the key; those of the libraries below must not.
-        shown += [str(frame.locals) for frame in summary if frame.filename != __file__]
+        for frame, _ in traceback.walk_tb(error.__traceback__):
+            # Locals of this file hold the key; those of the libraries below must not. rich and Sentry look into dicts.
+            if frame.f_code.co_filename != __file__:
+                shown += [f"{dict(value) if isinstance(value, dict) else value!r}" for value in frame.f_locals.values()]
         shown += [str(error), repr(error), str(vars(error)), str(error.args), str(pickle.dumps(error))]
         error = error.__cause__ or error.__context__
     return "\n".join(shown)
@@ -34,16 +36,21 @@ def everything_about(error: BaseException) -> str:
 class TestKeys:
     """A key is in the requests and nowhere else."""
 
+    @pytest.mark.parametrize("settings", [{}, {"http_client": httpx.AsyncClient}])
     @pytest.mark.parametrize("asynchronous", [False, True])
     def test_no_error_log_or_copy_shows_it(
-        self, asynchronous: bool, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
+        self,
+        asynchronous: bool,
+        settings: dict[str, Any],
+        caplog: pytest.LogCaptureFixture,
+        capfd: pytest.CaptureFixture[str],
     ):
         """A refused connection, a gateway that repeats the key it refuses, a broken answer: with logs at DEBUG."""
         caplog.set_level(logging.DEBUG)
         shown: list[str] = []
 
         def fail(base_url: str) -> None:
-            scorer = VLLMScorer(base_url, api_key=KEY, model="m", max_retries=0)
+            scorer = VLLMScorer(base_url, api_key=KEY, model="m", max_retries=0, **settings)
             shown.extend([repr(scorer), str(scorer), str(vars(scorer)), str(pickle.dumps(scorer))])
             shown.append(repr(copy.deepcopy(scorer)))
             with pytest.raises(RerankError) as caught:
@@ -63,6 +70,36 @@ class TestKeys:
         shown += list(capfd.readouterr())
         told = [text[max(0, text.index(KEY) - 200) : text.index(KEY) + 40] for text in shown if KEY in text]
         assert not told
+
+    @pytest.mark.parametrize("settings", [{}, {"http_client": httpx.AsyncClient}])
+    def test_no_call_that_is_given_up_shows_it(self, settings: dict[str, Any], caplog: pytest.LogCaptureFixture):
+        """Nor a key in a header or in the query: the cancellation stands in the traceback of the caller's timeout."""
+        caplog.set_level(logging.DEBUG)
+        more = {"default_headers": {"x-token": KEY}, "default_query": {"token": KEY}}
+        with FaultyServer(on_scores(lambda request: [HANG])) as server:
+            scorer = VLLMScorer(server.base_url, api_key=KEY, model="m", **more, **settings)
+            with pytest.raises(TimeoutError) as caught:
+                asyncio.run(asyncio.wait_for(scorer.ascore("q", ["a"]), 0.5))
+            assert server.requests[-1].wants_scores
+            assert f"token={KEY}" in server.requests[-1].path
+        assert KEY not in everything_about(caught.value)
+        assert KEY not in "".join(record.getMessage() for record in caplog.records)
+
+    @pytest.mark.parametrize(
+        "settings",
+        [
+            {"base_url": "ftp://host", "api_key": KEY},
+            {"api_key": KEY + "\n"},
+            {"default_headers": {"a b": KEY}},
+            {"default_query": {1: KEY}},
+            {"chunk_size": 0, "default_headers": {"x-token": KEY}},
+        ],
+    )
+    def test_no_wrong_setting_shows_it(self, settings: dict[str, Any]):
+        """Nor that of another argument."""
+        with pytest.raises(ConfigError) as caught:
+            VLLMScorer(**settings)
+        assert KEY not in everything_about(caught.value)
 
     def test_the_command_line_has_no_place_for_it(self):
         """Every user of a machine sees its command lines; it comes from the environment."""

@@ -97,8 +97,8 @@ def _header(text: str) -> tuple[str, str]:
 def console() -> Console:
     """Make a console on stdout whose tables are cut to a terminal's width, but not where they are piped or kept."""
     on = Console(highlight=False)
-    if not (on.file.isatty() or os.environ.get("COLUMNS")):
-        on.width = 1000
+    # Below 40, and where a terminal that has no size says 0, columns would vanish.
+    on.width = max(40, on.width) if on.file.isatty() or os.environ.get("COLUMNS") else 1000
     return on
 
 

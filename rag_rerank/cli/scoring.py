@@ -2,6 +2,7 @@
 
 import json
 import pprint
+import re
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
@@ -28,6 +29,7 @@ from rag_rerank.scorer import Scorer
 _LONGEST = 1000  # characters of a text in a table
 _IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 _TEXTS = (".txt", ".md")
+_UNDECODED = re.compile("[\udc80-\udcff]")  # what Python makes of an argument's bytes that are no text
 _TEXT_HELP = f"Score the names of files ending in {', '.join(_TEXTS + _IMAGES)}, not the files."
 _QUERY_HELP = "The query; without one, JSON Lines are read from stdin."
 QueryArgument = Annotated[str | None, typer.Argument(help=_QUERY_HELP)]
@@ -167,6 +169,8 @@ def _answer(
                 _print_json(ask(line.query, line.documents))
     elif not documents:
         raise ConfigError("pass at least one document after the query, or nothing at all to read stdin")
+    elif odd := [each for each in (query, *documents) if isinstance(each, str) and _UNDECODED.search(each)]:
+        raise ConfigError(f"the argument {odd[0]!a} is no text in {sys.getfilesystemencoding()}")
     elif as_json:
         _print_json(ask(query, documents))
     else:

@@ -28,7 +28,10 @@ def check_name(path: Path) -> None:
 
 def check_targets(*paths: Path | None) -> None:
     """Refuse, before hours of scoring, files that could not be written after them."""
-    for path in filter(None, paths):
+    named = list(filter(None, paths))
+    if len(set(map(Path.resolve, named))) < len(named):
+        raise ConfigError(f"of {', '.join(map(str, named))}, one would replace the other; give each a name of its own")
+    for path in named:
         folder = path.resolve().parent
         if path.is_dir() or not folder.is_dir():
             raise ConfigError(f"{path} can't be written: {'it is a' if path.is_dir() else 'there is no such'} folder")

@@ -86,12 +86,19 @@ def parse(number: int, raw: bytes) -> Line:
     """Read the line with this number of its file; it gets an `error` if it can't be scored."""
     raw = raw.rstrip(b"\r\n")
     try:
-        row = json.loads(raw.decode("utf-8-sig" if number == 1 else "utf-8"))
+        text = raw.decode("utf-8-sig" if number == 1 else "utf-8")
+        row = json.loads(text, object_pairs_hook=_unique)
         return Line(number, raw, row, *_contents(row))
     except json.JSONDecodeError as error:  # its own text calls every line the first
         return Line(number, raw, {}, "", [], error=f"not JSON: {error.msg} (character {error.pos + 1})")
     except (ValueError, TypeError, RecursionError) as error:  # not UTF-8, wrong fields, a bad image, nested too deep
         return Line(number, raw, {}, "", [], error=str(error))
+
+
+def _unique(fields: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len(row := dict(fields)) < len(fields):  # the output would lack what stands under the same name
+        raise ValueError(f"a name is there twice in an object with {', '.join(row)}")
+    return row
 
 
 def _contents(row: Any) -> tuple[Any, list[Any]]:

@@ -54,8 +54,9 @@ def prepare_all(
     """
     if is_one(value):
         return [prepare(value, name)]
-    # Mappings iterate over keys, sets in no order, bytes as numbers: each would score something nobody meant.
-    if not isinstance(value, Iterable) or isinstance(value, Mapping | AbstractSet | bytes | bytearray | memoryview):
+    # Mappings and tables iterate over keys, sets in no order, bytes as numbers: each would score what nobody meant.
+    odd = isinstance(value, Mapping | AbstractSet | bytes | bytearray | memoryview) or hasattr(value, "columns")
+    if odd or not isinstance(value, Iterable):
         raise TypeError(f"{name} must be a string or a sequence of strings, got {type(value).__name__}")
     began = time.monotonic()
     prepared: list[Prepared] = []

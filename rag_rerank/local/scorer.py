@@ -152,7 +152,7 @@ class LocalScorer(Scorer):
 
     @property
     def model_name(self) -> str:
-        """The hub id or folder, as given."""
+        """The hub id, or the whole path of the folder."""
         return self._settings.model
 
     @property

@@ -7,6 +7,7 @@ import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 from rag_rerank.errors import ConfigError
@@ -77,6 +78,8 @@ class Settings:
             self._set("template", Template.load(self.template))
         if not self.model:
             raise ConfigError("model is empty; pass a hub id or a folder")
+        # It is loaded later, wherever the process works by then.
+        self._set("model", str(Path(self.model).absolute()) if Path(self.model).is_dir() else self.model)
         for name, choice in _CHOICES.items():
             chosen, allowed = str(getattr(self, name)).removeprefix("torch."), get_args(choice)  # torch.bfloat16, too
             if chosen not in allowed:

@@ -77,7 +77,6 @@ class Connection(asyncio.Protocol):
             parts += self._http.send_with_data_passthrough(h11.Data(data=body)) or []
         self._http.send(h11.EndOfMessage())
         self.transport.writelines(parts)
-        parts.clear()  # or a traceback could show the key
         while isinstance(event := await self._event(), h11.InformationalResponse):
             continue
         if not isinstance(event, h11.Response):

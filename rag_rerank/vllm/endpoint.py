@@ -26,19 +26,19 @@ class Endpoint:
         if not isinstance(base_url, str):
             raise ConfigError(f"base_url must be a string, got {type(base_url).__name__}")
         example = "such as http://localhost:8000"
+        if "@" in base_url:  # wherever: what is written wrongly is shown below, and a password may be in it
+            raise ConfigError("base_url holds a user name or password; pass the key as api_key= or in VLLM_API_KEY")
+        if "?" in base_url or "#" in base_url:
+            raise ConfigError("base_url must not have a query or fragment (what follows ? or #)")
         try:
             parts = urlsplit(base_url.strip())
             host, port = parts.hostname, parts.port
         except ValueError as error:
             raise ConfigError(f"base_url is not a URL ({error}); pass one {example}") from None
-        if "@" in parts.netloc:
-            raise ConfigError("base_url holds a user name or password; pass the key as api_key= or in VLLM_API_KEY")
         if parts.scheme not in ("http", "https"):
             raise ConfigError(f"base_url must begin with http:// or https://, got {base_url!r}; pass one {example}")
         if not host:
             raise ConfigError(f"base_url names no host: {base_url!r}; pass one {example}")
-        if parts.query or parts.fragment:
-            raise ConfigError("base_url must not have a query or fragment (what follows ? or #)")
         parsed = re.fullmatch(r"(.*?)((?:/v[12])?(?:/score|/rerank(?:ing)?)?)/*", parts.path)
         prefix, path = parsed.groups()  # type: ignore[union-attr]  # it matches anything
         if port == 0:

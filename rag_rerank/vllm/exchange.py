@@ -45,6 +45,7 @@ E = TypeVar("E", bound=BackendError)
 
 # Seconds for which what is known of a server holds; where it could not tell, it is asked again soon.
 LONGEST_AGE, SHORTEST_AGE = 60.0, 5.0
+APART = 0.05  # by how much the scores of a pair may differ among servers, as a part of those beyond 1: by rounding
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 8.0  # seconds
 # By which a reply to another request of ours is known, also on servers that have not echoed an id yet.
 ID_PREFIX = "rag-rerank-"
@@ -356,7 +357,7 @@ class Exchange:
         """Make the error for a status that is no success."""
         status, said, facts = reply.status, wire.error_text(reply.body), _told(reply, request)
         message = f"the server answered {status}" + (f": {said}" if said else "")
-        if (status >= 500 and status not in (501, 505)) or status in (408, 409, 425, 429):
+        if (status >= 500 and status not in (501, 505)) or status in (408, 409, 424, 425, 429):
             after = _retry_after(reply.headers.get("retry-after", ""), self.now())
             if sent is not None:
                 if status in (502, 503, 504):
@@ -391,17 +392,19 @@ class Exchange:
             try:
                 version = await self._optional(server, Request("GET", "/version"), wire.read_version)
                 facts = self._facts(server, version, await self._listed(server))
+                if facts == before:
+                    facts = replace(before, has_template=None)  # a restart may have changed no more than that
+                else:
+                    server.facts = None  # of another server, whatever becomes of what follows
+                    facts = replace(facts, form=await self._form(server, facts))
+                    if self.rules.logits:
+                        await self._check_logits(server, facts)
+                if len(self.servers) > 1 and not server.is_compared:  # calls that begin together ask once
+                    await self._compare(server, facts)
             except asyncio.CancelledError:
                 server.asked_at = former
                 raise
-            if facts == before:
-                server.facts = replace(before, has_template=None)  # a restart may have changed no more than that
-            else:
-                server.facts = None  # of another server, whatever becomes of what follows
-                facts = replace(facts, form=await self._form(server, facts))
-                if self.rules.logits:
-                    await self._check_logits(server, facts)
-                server.facts = facts
+            server.facts = facts
         return server.facts or await self._described(server)
 
     async def _missing(self, server: Server, model: str, refusal: BackendRejected) -> Exception:
@@ -460,7 +463,7 @@ class Exchange:
         refusals: list[BackendError] = []
         for form in forms:
             try:
-                await self._score_of_letters(server, replace(facts, form=form), Options())
+                await self.once(server, *_letters(replace(facts, form=form)))
             except (BackendRejected, MayPass) as error:
                 refusal = error.error if isinstance(error, MayPass) else error
                 if isinstance(refusal, AuthError) or not isinstance(refusal, BackendRejected | BadReply):
@@ -474,8 +477,8 @@ class Exchange:
         """Refuse to take logits that are none, see `wire.WRONG_LOGITS`: seen in whether their sigmoid is the score."""
         if not wire.WRONG_LOGITS[0] <= (facts.version or (0, 0)) <= wire.WRONG_LOGITS[1]:
             return
-        logit = await self._score_of_letters(server, facts, Options(use_activation=False))
-        score = await self._score_of_letters(server, facts, Options())
+        (logit,) = (await self.once(server, *_letters(facts, use_activation=False))).scores
+        (score,) = (await self.once(server, *_letters(facts))).scores
         if not 0 < score < 1 or math.isclose(score, logit, abs_tol=0.01):
             return  # the model has no activation
         if score > 0.99:  # rounding leaves no more to compare
@@ -487,10 +490,30 @@ class Exchange:
             said = f"vLLM {version} gives wrong logits for this model (use_activation=False): it leaves out a layer of"
             raise ConfigError(f"{said} its head. Upgrade to 0.31 or newer, or leave out use_activation=")
 
-    async def _score_of_letters(self, server: Server, facts: ServerFacts, options: Options) -> float:
-        request = wire.scoring_request(facts, [NEUTRAL], [NEUTRAL], options)
-        answer = await self.once(server, request, functools.partial(wire.read_answer, facts.form.api, positions=[0]))
-        return answer.scores[0]
+    async def _compare(self, server: Server, facts: ServerFacts) -> None:
+        """Have one of several servers score two letters; ConfigError where another one gave them another score.
+
+        Else a call could mix the scores of two models of one name, or of one with and without its template.
+        """
+        server.is_compared, server.letters = True, None
+        request, read = _letters(facts, sent_id := self.new_id())
+        try:
+            answer = await self._optional(server, request, lambda body: self._own(server, read(body), sent_id))
+            server.letters = answer
+        finally:
+            server.is_compared = False
+        other = self.servers.letters_beside(server, self.clock() - LONGEST_AGE)
+        if answer is None or other is None:
+            return
+        (ours,), (theirs,) = answer.scores, other.scores
+        tokens = answer.prompt_tokens, other.prompt_tokens
+        if abs(ours - theirs) > APART * max(1.0, abs(theirs)) or (all(tokens) and tokens[0] != tokens[1]):
+            self.servers.forget()  # unless they are all alike now
+            said = f"{ours:.3g} ({tokens[0]} tokens), another server {theirs:.3g} ({tokens[1]})"
+            raise ConfigError(
+                f"{server.label} gives a pair of letters the score {said}: start them with the same model, template "
+                "and options. `rag-rerank check` compares them"
+            )
 
     def _facts(self, server: Server, version: Version | None, cards: list[Card]) -> ServerFacts:
         if not any(card.window for card in cards):
@@ -509,6 +532,14 @@ class Exchange:
             self.servers.forget()  # unless they all have another one now
             raise ConfigError(f"{label} serves {cards[0].name!r}, another one {known.model!r}; pass model=.")
         return ServerFacts(version, cards[0].name, cards[0].root, cards[0].window)
+
+
+def _letters(
+    facts: ServerFacts, sent_id: str | None = None, **options: Any
+) -> tuple[Request, Callable[[bytes], Answer]]:
+    """Make a request to score two letters, and what reads the answer."""
+    request = wire.scoring_request(facts, [NEUTRAL], [NEUTRAL], Options(**options), sent_id)
+    return request, functools.partial(wire.read_answer, facts.form.api, positions=[0])
 
 
 def _told(reply: Reply, request: Request) -> dict[str, Any]:

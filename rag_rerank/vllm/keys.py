@@ -6,12 +6,14 @@ import inspect
 import os
 import pickle
 import re
-from collections.abc import Callable, Mapping, MutableMapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from typing import Any, ParamSpec, TypeVar
 
 from rag_rerank.errors import BackendUnavailable, ConfigError
 from rag_rerank.vllm.endpoint import Endpoint
 
+P = ParamSpec("P")
+E = TypeVar("E", bound=BaseException)
 Key = str | Callable[[], str]
 SECRET = re.compile("key|token|secret|passw|auth|credential|cookie", re.IGNORECASE)  # names of what gives access
 _OURS = {"content-type", "content-length", "accept-encoding", "transfer-encoding", "host"}
@@ -35,6 +37,7 @@ class Keys:
     ) -> None:
         named = [*(headers or {}).items(), *(query or {}).items()]
         for name, value in named:
+            _checked(name, "a name in default_headers or default_query")
             _checked(value, f"default_headers or default_query[{name!r}]")
         for name in headers or ():
             if not re.fullmatch(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+", name) or name.lower() in _OURS:
@@ -96,6 +99,34 @@ class Keys:
             if len(secret) >= 8:  # a short one ("k", "0") is in words and numbers
                 text = re.sub("".join(map(_spellings, secret)), "[key]", text)
         return text
+
+
+def guarded(make: Callable[P, None]) -> Callable[P, None]:
+    """Keep what a function is given out of its errors, see `without_frames`."""
+
+    @functools.wraps(make)
+    def guarding(*arguments: P.args, **settings: P.kwargs) -> None:
+        try:
+            make(*arguments, **settings)
+        except (ConfigError, TypeError) as error:
+            del arguments, settings
+            raise without_frames(error) from error.__cause__
+
+    return guarding
+
+
+def without_frames(error: E) -> E:
+    """Drop the frames of an error and of what it came from: views of local variables would show keys."""
+    for each in causes(error):
+        each.__traceback__ = None
+    return error
+
+
+def causes(error: BaseException | None) -> Iterator[BaseException]:
+    """List an error and what it was raised from, all the way down."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
 
 
 def _spellings(letter: str) -> str:

@@ -18,7 +18,7 @@ from rag_rerank.vllm.call import Inputs
 from rag_rerank.vllm.client import Client, check_sendable
 from rag_rerank.vllm.endpoint import Endpoint
 from rag_rerank.vllm.exchange import Rules, Usage
-from rag_rerank.vllm.keys import SECRET, Key, Keys
+from rag_rerank.vllm.keys import SECRET, Key, Keys, guarded
 from rag_rerank.vllm.servers import Servers
 from rag_rerank.vllm.transport import Factory, Transport
 from rag_rerank.vllm.wire import Options
@@ -104,7 +104,7 @@ class VLLMScorer(Scorer):
         timeout: Seconds that a call may take in all, tries and waits included, unless it names a `deadline`. None: no
             bound. An `httpx.Timeout` bounds each try instead, as httpx does, and takes the place of `connect_timeout`.
         max_retries: How often a request is repeated after a failure that may pass: connection refused or broken, the
-            statuses 408, 409, 425, 429 and 5xx (but 501 and 505), or an invalid reply. At once after a connection
+            statuses 408, 409, 424, 425, 429 and 5xx (but 501 and 505), or an invalid reply. At once after a connection
             broke; else after 0.25 to 0.5 s, doubling, or when the server says (Retry-After). Asking another server
             is no repetition. After a request that failed in all its tries, requests get one each, until one is
             answered.
@@ -124,11 +124,12 @@ class VLLMScorer(Scorer):
         ContentError: From scoring, an image for a model that reads text only, or beside a `template` or prompt.
         ConfigError: At construction, an address that is no http(s) address or holds a password, a number out of range,
             a template that can't be used, a key for a plain http address that is not this machine's; at the first
-            call, a server that is too old for an option, or servers of different models.
+            call, a server that is too old for an option, or servers that give one pair different scores.
     """
 
     accepts_images = accepts_instruction = remote = True
 
+    @guarded
     def __init__(
         self,
         base_url: str | Sequence[str] | None = None,

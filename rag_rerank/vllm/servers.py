@@ -8,7 +8,7 @@ from typing import Any
 
 from rag_rerank.backoff import BackOff
 from rag_rerank.vllm.endpoint import Endpoint
-from rag_rerank.vllm.wire import ServerFacts
+from rag_rerank.vllm.wire import Answer, ServerFacts
 
 logger = logging.getLogger("rag_rerank.vllm")
 
@@ -28,6 +28,8 @@ class Server:
     asked_at: float = -math.inf  # when that was
     is_connected: Callable[[], bool] | None = None  # whether it has left open over what it answered last
     echoes_ids: bool = False  # whether it has given a request's id back
+    letters: Answer | None = None  # to two letters, where there are others to compare it with
+    is_compared: bool = False  # whether it is now
 
     @property
     def label(self) -> str:
@@ -125,6 +127,11 @@ class Servers:
     def facts_beside(self, asked: Server | None) -> ServerFacts | None:
         """Give what one told about itself, another one than that."""
         return next((each.facts for each in self._servers if each is not asked and each.facts is not None), None)
+
+    def letters_beside(self, asked: Server, since: float) -> Answer | None:
+        """Give another one's answer to two letters, if it has told since that moment who it is."""
+        others = (each for each in self._servers if each is not asked and each.facts and each.asked_at >= since)
+        return next((each.letters for each in others if each.letters is not None), None)
 
     @property
     def facts(self) -> ServerFacts | None:

@@ -14,7 +14,7 @@ import os
 import ssl
 import time
 import zlib
-from collections.abc import AsyncGenerator, AsyncIterable, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterable, Callable, Coroutine, Iterable, Mapping, Sequence
 from dataclasses import replace
 from http.cookiejar import DefaultCookiePolicy
 from typing import Any, TypeVar
@@ -28,7 +28,7 @@ from rag_rerank.vllm.background import Background
 from rag_rerank.vllm.connections import Address, CantConnect, Connections
 from rag_rerank.vllm.endpoint import Endpoint
 from rag_rerank.vllm.exchange import Send
-from rag_rerank.vllm.keys import Keys, portable
+from rag_rerank.vllm.keys import Keys, causes, portable, without_frames
 from rag_rerank.vllm.proxies import proxy_for
 from rag_rerank.vllm.wire import Failure, Reply, printable
 
@@ -111,8 +111,17 @@ class Transport:
 
     async def send(self, send: Send) -> Reply | Failure:
         """Send a request in this event loop; cancelling the task gives it up."""
+        try:
+            outcome = await self._sent(send)
+        except (RerankError, asyncio.CancelledError) as error:
+            raise without_frames(error) from error.__cause__
+        if isinstance(outcome, Failure) and outcome.cause is not None:
+            without_frames(outcome.cause)
+        return outcome
+
+    async def _sent(self, send: Send) -> Reply | Failure:
         client = await self._client()
-        headers = _Headers({**_HEADERS, **self.keys.headers})
+        headers = {**_HEADERS, **self.keys.headers}
         if send.request.id is not None:
             headers["x-request-id"] = send.request.id
         try:
@@ -194,6 +203,8 @@ class Transport:
         own = client.auth is not None or "authorization" in request.headers
         if not (own and self.keys.is_default):  # what the user's client brings goes before VLLM_API_KEY
             self.keys.sign(request.headers, send.endpoint)
+        if self.keys.query:
+            request.url = _Url(request.url)
         headers.update(request.headers)  # for `scrub`
         auth = None if "authorization" in request.headers else httpx.USE_CLIENT_DEFAULT
         with ending.scope:
@@ -285,13 +296,6 @@ def _tls(roots: Iterable[str]) -> ssl.SSLContext | None:
     return context
 
 
-class _Headers(dict[str, str]):
-    """Headers that show no key where a traceback shows the values of variables."""
-
-    def __repr__(self) -> str:
-        return f"<{len(self)} headers>"
-
-
 class _Ending:
     """Ends an exchange early, when it can be.
 
@@ -325,6 +329,13 @@ class _Ending:
         """End what does not tell what it does: a user's transport that is not httpcore's."""
         if not self._told:
             self.scope.cancel()
+
+
+class _Url(httpx.URL):
+    """An address that logs show without its query, where a key may be."""
+
+    def __str__(self) -> str:
+        return str(self.copy_with(query=None))
 
 
 async def _closing(client: Any) -> _Lifetime:
@@ -400,12 +411,12 @@ async def _fill(body: bytearray, chunks: AsyncIterable[bytes], encoding: str, li
 
 
 def _failure(error: Exception, *, proxied: bool) -> Failure:
-    text, causes = str(error) or type(error).__name__, list(_causes(error))
-    full = [each for each in causes if isinstance(each, OSError) and each.errno in (errno.EMFILE, errno.ENFILE)]
-    if full or any(isinstance(each, RuntimeError) for each in causes):
+    text, came_from = str(error) or type(error).__name__, list(causes(error))
+    full = [each for each in came_from if isinstance(each, OSError) and each.errno in (errno.EMFILE, errno.ENFILE)]
+    if full or any(isinstance(each, RuntimeError) for each in came_from):
         return Failure("local", f"this process has no file left for a connection, or no thread ({text})", error)
     if isinstance(error, CantConnect | httpx.ConnectError | httpx.ConnectTimeout | httpx.ProxyError):
-        if any(isinstance(each, ssl.SSLCertVerificationError) for each in causes):
+        if any(isinstance(each, ssl.SSLCertVerificationError) for each in came_from):
             return Failure("certificate", f"can't trust the server: {text}", error)
         there = " through the proxy that the environment names" if proxied else ""
         text = "timed out" if isinstance(error, httpx.ConnectTimeout) else text
@@ -413,10 +424,3 @@ def _failure(error: Exception, *, proxied: bool) -> Failure:
     if isinstance(error, httpx.TimeoutException | TimeoutError):
         return Failure("timeout", "timed out", error)
     return Failure("broken", f"the connection broke: {text}", error)
-
-
-def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    """List an error and what it was raised from, all the way down."""
-    while error is not None:
-        yield error
-        error = error.__cause__ or error.__context__

@@ -286,6 +286,7 @@ class TestEnds:
             (["--run", "RUN"], "the run has the document 'd1' (for the query 'q1'), the collection has not"),
             (["--html", "/no/such/folder/x.html"], "there is no such folder"),
             (["--json", "/"], "it is a folder"),
+            (["--json", "/no/x", "--html", "/no/../no/x"], "one would replace the other"),
             (["--measures", "nDGC@10"], "'nDGC@10' is not known"),
             (["--base-url", "ftp://x"], "http://"),
             (["--base-url", "http://x", "--dtype", "float32"], "local models"),

@@ -240,6 +240,7 @@ class TestRejects:
             (b'{"query": "q", "documents": "d"}', '"documents" must be list, got str'),
             (b'{"query": "q", "documents": ["d", 3]}', "documents[1] must be str"),
             (b'{"query": "q", "documents": [{"txt": "d"}]}', "documents[0] must be str"),
+            (b'{"query": "q", "documents": ["d"], "documents": ["e"]}', "there twice in an object"),
             (b"[" * 100_000, "recursion"),
             (b'{"query": "q", "documents": [], "n": ' + b"1" * 5000 + b"}", "digits"),
         ],

@@ -3,12 +3,14 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 from rag_rerank import ConfigError, LocalScorer
+from tests.models import make_bert_cross_encoder
 
 
 @pytest.mark.parametrize(
@@ -70,3 +72,14 @@ def test_python_without_docstrings():
     environment = {**os.environ, "PYTHONOPTIMIZE": "2"}
     ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment, check=False)
     assert "ConfigError: transformers needs docstrings" in ended.stderr
+
+
+def test_a_relative_folder_counts_from_where_the_scorer_was_made(
+    cross_encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """The model is loaded with the first call, when the process may work in a folder with another one of that name."""
+    make_bert_cross_encoder(tmp_path / "other" / cross_encoder.name, seed=1)
+    monkeypatch.chdir(cross_encoder.parent)
+    with LocalScorer(cross_encoder, dtype="float32") as whole, LocalScorer(cross_encoder.name, dtype="float32") as part:
+        monkeypatch.chdir(tmp_path / "other")
+        assert part.score("a", "b") == whole.score("a", "b")

@@ -90,10 +90,21 @@ def test_what_is_no_address_is_refused_at_construction(base_url: str, reason: st
         VLLMScorer(base_url)
 
 
-def test_a_password_in_the_address_is_refused_and_not_repeated():
-    """It would end up in logs; the error says where keys go."""
-    with pytest.raises(ConfigError, match="VLLM_API_KEY") as caught:
-        VLLMScorer("http://user:hunter2@host")
+@pytest.mark.parametrize(
+    "base_url",
+    [
+        "http://user:hunter2@host",
+        "user:hunter2@host:8000",
+        "http:/user:hunter2@host",
+        "http://user:hunter2/x@host:80",
+        "http://user:[hunter2]@host",
+        "host/v1?key=hunter2",
+    ],
+)
+def test_a_password_in_the_address_is_refused_and_not_repeated(base_url: str):
+    """It would end up in logs, also where the address is wrong in other ways."""
+    with pytest.raises(ConfigError, match="VLLM_API_KEY|query") as caught:
+        VLLMScorer(base_url)
     assert "hunter2" not in str(caught.value)
 
 

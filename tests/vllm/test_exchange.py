@@ -57,6 +57,18 @@ def learn(world: World) -> ServerFacts:
     return world.run(world.exchange().describe())
 
 
+def off_by(difference: float) -> Answer:
+    """A server whose scores are higher by so much."""
+
+    def answer(send: Send, now: float) -> tuple[float, Outcome]:
+        content = json.loads(Server().reply(send).body)
+        for entry in content.get("data", []) if send.request.body else []:
+            entry["score"] += difference
+        return 0.0, Reply(200, json.dumps(content).encode())
+
+    return answer
+
+
 class TestTries:
     """What may pass is tried again, what can't is not."""
 
@@ -66,7 +78,7 @@ class TestTries:
         assert score(world) == SCORES
         assert (world.paths, world.slept, world.discarded) == (["/v1/score"], [], [])
 
-    @pytest.mark.parametrize("status", [408, 409, 425, 429, 500, 502, 503, 504, 599])
+    @pytest.mark.parametrize("status", [408, 409, 424, 425, 429, 500, 502, 503, 504, 599])
     def test_a_status_that_may_pass_is_tried_again(self, status: int):
         """Scoring has no side effects, so repeating is safe."""
         world = World(Script(refusal(status)))
@@ -926,13 +938,34 @@ class TestLearning:
         world = World(at(Server(), Server(version="0.30.1")), servers=2, known=False)
         assert score(world) == score(world) == SCORES
         assert [server.facts.version for server in world.each_server] == [(0, 32), (0, 30)]
-        assert world.paths == ["/version", "/v1/models", "/v1/score"] * 2
+        assert world.paths == ["/version", "/v1/models", "/v1/score", "/v1/score"] * 2
+
+    def test_servers_that_score_otherwise_are_refused(self):
+        """Calls would mix their scores: of two models of one name, or with a template and without."""
+        for odd in (Server(template=40), off_by(0.2)):
+            world = World(at(Server(), odd), servers=2, known=False)
+            assert score(world) == SCORES  # only one was asked so far
+            with pytest.raises(ConfigError, match="pair of letters"):
+                score(world)
+            world.answer = Server()  # both are started again
+            assert score(world) == score(world) == SCORES
+
+    def test_calls_that_begin_together_compare_servers_once(self):
+        """A server that is new has enough to do."""
+        world = World(servers=2, known=False)
+        assert world.at_once(18) == [SCORES] * 18
+        assert len(world.score_requests) == 18 + 2
+
+    def test_rounding_is_no_other_score(self):
+        """Two machines in half precision differ by so much."""
+        world = World(at(Server(), off_by(0.01)), servers=2, known=False)
+        assert score(world) + score(world) == pytest.approx(SCORES * 2, abs=0.02)
 
     def test_a_description_is_that_of_one_server(self):
         """Of one that is known, if there is one; nothing is asked then."""
         world = World(servers=2, known=False)
         assert learn(world) == learn(world) == ServerFacts((0, 32), "m", "org/m", 1_000_000)
-        assert world.paths == ["/version", "/v1/models"]
+        assert world.paths == ["/version", "/v1/models", "/v1/score"]
 
     def test_a_description_is_tried_for_as_a_score_is(self):
         """By the same rules."""

@@ -141,6 +141,19 @@ def test_tei_cuts_what_is_too_long():
             assert server.score_requests[-1].content == {"query": "q", "texts": ["d"]} | said
 
 
+def test_a_document_that_tei_fails_at():
+    """It answers 424 to the whole request where one score is not a number: the others have theirs."""
+
+    def fail(request: Request) -> Steps:
+        failed = {"error": "score is NaN", "error_type": "Backend"}
+        bad = request.wants_scores and "bad" in request.content["texts"]
+        return [http(json.dumps(failed), 424)] if bad else TEI(request)
+
+    with scoring(fail, endpoint="tei") as (_, scorer), pytest.raises(DocumentRejected, match="score is NaN") as caught:
+        scorer.score("q", [*DOCUMENTS, "bad"])
+    assert caught.value.scores == (*EXPECTED, None)
+
+
 def test_an_option_that_tei_can_not_be_told_is_a_wrong_setting():
     """Not a score without it."""
     with scoring(TEI, endpoint="tei") as (_, scorer), pytest.raises(ConfigError, match="does not know instruction"):

@@ -89,7 +89,8 @@ class _OwnScorer(_Reranker):  # noqa: PLW1641 - no hash: fields can be changed
 
     def __getstate__(self) -> dict[Any, Any]:
         # The process that unpickles builds its own scorer.
-        return {**super().__getstate__(), "__pydantic_private__": {"_built": None}}
+        state = super().__getstate__()
+        return {**state, "__pydantic_private__": state["__pydantic_private__"] | {"_built": None}}
 
     @classmethod
     def is_lc_serializable(cls) -> bool:

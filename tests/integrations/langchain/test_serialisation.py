@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from langchain_core.load import dumpd, dumps, loads
 from langchain_core.runnables import RunnablePassthrough, RunnableSequence
-from pydantic import SecretStr, ValidationError
+from pydantic import PrivateAttr, SecretStr, ValidationError
 
 from langchain_rag_rerank import LocalReranker, ScorerReranker, VLLMReranker
 from rag_rerank import BackendUnavailable, ConfigError
@@ -149,6 +149,14 @@ class TestDumps:
         assert dumpd(keywords())["type"] == "not_implemented"
 
 
+class Counting(LocalReranker):
+    _calls: list[int] = PrivateAttr(default_factory=list)
+
+
+class CountingRemotely(VLLMReranker):
+    _calls: list[int] = PrivateAttr(default_factory=list)
+
+
 class TestCopies:
     """In this process they share the model."""
 
@@ -183,6 +191,13 @@ class TestCopies:
         reranker = VLLMReranker(api_key=KEY)
         assert copy.deepcopy(reranker).api_key == reranker.model_copy().api_key == SecretStr(KEY)
         assert pickle.loads(pickle.dumps(reranker)).api_key is None  # noqa: S301
+
+    @pytest.mark.parametrize("cls", [Counting, CountingRemotely])
+    def test_a_class_of_ones_own_keeps_what_it_holds(self, cls: type):
+        """Another process finds the private attributes that it has beside ours."""
+        reranker = cls(model="m")
+        reranker._calls.append(1)
+        assert pickle.loads(pickle.dumps(reranker))._calls == [1]  # noqa: S301
 
     def test_equal_settings_are_equal_rerankers(self):
         """Whether or not they have been used; another class never is."""

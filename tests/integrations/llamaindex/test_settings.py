@@ -10,11 +10,12 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 from llama_index.core.callbacks import CallbackManager
 from llama_index.core.schema import MetadataMode
-from pydantic import ValidationError
+from pydantic import PrivateAttr, ValidationError
 
 from llama_index.postprocessor.rag_rerank import LocalReranker, ScorerReranker, VLLMReranker
 from rag_rerank import BackendUnavailable, ConfigError, LocalScorer, RerankError, Scorer, VLLMScorer
@@ -146,6 +147,16 @@ class TestFields:
         assert options.scorer is not before
 
 
+class Tenant(VLLMReranker):
+    """Has an argument that is no field."""
+
+    _tenant: str = PrivateAttr(default="")
+
+    def __init__(self, tenant: str, **fields: Any) -> None:
+        super().__init__(instruction=f"for {tenant}", **fields)
+        self._tenant = tenant
+
+
 class TestCopies:
     """Dicts, pickles, copies, and what of a reranker they have."""
 
@@ -174,6 +185,11 @@ class TestCopies:
             assert twin.to_dict() == reranker.to_dict()
             assert twin.scorer.model_name == reranker.scorer.model_name
         assert caplog.records == []
+
+    def test_a_class_of_ones_own_is_made_once(self) -> None:
+        """What unpickles it neither asks for its own arguments nor loses what it holds."""
+        twin = pickle.loads(pickle.dumps(Tenant("a", top_n=2)))  # noqa: S301 - our own
+        assert (type(twin), twin.instruction, twin.top_n, twin._tenant) == (Tenant, "for a", 2, "a")
 
     def test_copies_share_the_scorer(self, local: LocalScorer) -> None:
         """No copy loads a model of its own."""

@@ -134,7 +134,9 @@ class TestSeveralServers:
         before = [len(server.score_requests) for server in servers]
         for _ in range(6):
             assert score(scorer, FEW) == EXACT[:5]
-        assert [len(server.score_requests) - n for server, n in zip(servers, before, strict=True)] == [3, 3]
+        # After a 404 the model may be another one: each is compared with the other again.
+        compared = status == 404
+        assert [len(server.score_requests) - n - compared for server, n in zip(servers, before, strict=True)] == [3, 3]
 
     def test_one_that_is_busy(self, serve: Serve, connect: Connect, score: Score):
         """Row 13: what it asks for concerns nobody while another can do it."""

@@ -1,14 +1,13 @@
 """What LlamaIndex sees of every reranker: fields, events, and the sync and the async hook. All else is the scorer's."""
 
-import functools
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Self
 
-from llama_index.core.bridge.pydantic import ConfigDict, Field, PrivateAttr, ValidationError, field_validator
-from llama_index.core.callbacks import CBEventType, EventPayload
+from llama_index.core.bridge.pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, field_validator
+from llama_index.core.callbacks import CallbackManager, CBEventType, EventPayload
 from llama_index.core.instrumentation import get_dispatcher  # type: ignore[attr-defined]  # not in an __all__
 from llama_index.core.instrumentation.events.rerank import ReRankEndEvent, ReRankStartEvent
 from llama_index.core.postprocessor.types import BaseNodePostprocessor
@@ -167,11 +166,15 @@ class Reranker(BaseNodePostprocessor, rag_rerank.Closeable):
         return super().__deepcopy__(memo)
 
     # LlamaIndex's own pickling deletes from the living object what can't be pickled (an engine's callbacks), and would
-    # carry the key along. A pickle rebuilds the reranker from its fields but these.
-    def __reduce__(self) -> tuple[Any, ...]:
-        hidden = ("api_key", "http_client", "default_headers", "default_query", "callback_manager")
-        fields = {name: value for name, value in vars(self).items() if name not in hidden}
-        return functools.partial(type(self), **fields), ()
+    # carry the key along; unpickling would call an `__init__` that may be a subclass's, with other arguments.
+    def __getstate__(self) -> dict[Any, Any]:
+        state: dict[Any, Any] = BaseModel.__getstate__(self)
+        hidden = ("api_key", "http_client", "default_headers", "default_query")
+        fields = {name: None if name in hidden else value for name, value in vars(self).items()}
+        fields["callback_manager"] = CallbackManager()
+        return {**state, "__dict__": fields, "__pydantic_private__": state["__pydantic_private__"] | {"_built": None}}
+
+    __setstate__ = BaseModel.__setstate__
 
 
 @dataclass(slots=True)
