@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
+from tokenizers import AddedToken
 from transformers import AutoModel, AutoModelForTextEncoding, PreTrainedModel, PreTrainedTokenizerBase
 
 from rag_rerank.errors import ConfigError
@@ -90,13 +91,13 @@ class EmbedderLoading(Loading):
             made, _ = self.run(model, lambda each: self.parts(each, _all, checkpoint), checkpoint, unpadded=unpadded)
             self.encoders[route.folder] = model, made
         model, transformer = self.encoders[route.folder]
-        marker, prompt = _marker(checkpoint.tokenizer, route.prompt, markers) if own_prompt is None else (None, "")
+        _make_special(checkpoint.tokenizer, markers)
         return {
             "transformer": transformer,
             "tokenizer": checkpoint.tokenizer,
             "max_length": self.max_length(model, route),
-            "prompt": prompt,
-            "marker": marker,
+            "prompt": route.prompt if own_prompt is None else "",
+            "special": self.special(checkpoint, route.prompt if own_prompt is None else own_prompt),
         }
 
 
@@ -111,11 +112,13 @@ def _known_ids(tokenizer: PreTrainedTokenizerBase, words: Sequence[str]) -> froz
     return frozenset(ids if tokenizer.unk_token in words else ids - {tokenizer.unk_token_id})
 
 
-def _marker(tokenizer: PreTrainedTokenizerBase, prompt: str, markers: Sequence[str]) -> tuple[int | None, str]:
-    """Split a prompt into the token that it began with in training, if it did with one, and the rest."""
+def _make_special(tokenizer: PreTrainedTokenizerBase, markers: Sequence[str]) -> None:
+    """Make special tokens of the prompts, or their first words, that a vocabulary has, as sentence-transformers does.
+
+    They were tokens of their own in training, though the tokenizer would take them apart.
+    """
     vocabulary = tokenizer.get_vocab()
     for marker in markers:
-        for token in (marker, *marker.split()[:1]):
-            if token in vocabulary and prompt.startswith(token):
-                return vocabulary[token], prompt[len(token) :]
-    return None, prompt
+        token = next((token for token in (marker, *marker.split()[:1]) if token in vocabulary), marker)
+        if token in vocabulary and tokenizer.tokenize(token) != [token]:
+            tokenizer.add_tokens([AddedToken(token, normalized=False)], special_tokens=True)

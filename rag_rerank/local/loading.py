@@ -59,6 +59,7 @@ def load(settings: Settings) -> Model:
     loading = loads(checkpoint, settings, family, device)
     score_type: ScoreType = getattr(loading, kind.replace("-", "_"))()
     template = loading.template
+    prompted = template is not None or kind == "listwise"
     asked = f"{checkpoint.name!r}, without a template," if template is None else f"the template {template.name!r}"
     takes = kind == "listwise" or (template is not None and template.takes("instruction"))
     no_instruction = None if takes else f"{asked} has no place for an instruction"
@@ -77,10 +78,10 @@ def load(settings: Settings) -> Model:
         no_instruction=no_instruction,
         max_tokens_per_query=settings.max_tokens_per_query,
         max_tokens_per_doc=settings.max_tokens_per_doc,
-        special=None if template is None and kind != "listwise" else special_tokens(checkpoint.tokenizer),
+        special=special_tokens(checkpoint.tokenizer) if prompted or loading.special_prompts else None,
         listwise=kind == "listwise",
         passages=settings.long_documents == "max-passage",
-        document_prompt=settings.document_prompt or "",
+        prompts={"queries": settings.query_prompt or "", "documents": settings.document_prompt or ""},
         declaration=checkpoint.declaration,
         proof=loading.proof,
     )

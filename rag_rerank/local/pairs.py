@@ -5,6 +5,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -47,6 +48,7 @@ from rag_rerank.local.models.vision.processor import ImageProcessor
 from rag_rerank.local.models.vision.prompts import ImagePrompts
 from rag_rerank.local.models.vision.transformer import VisionTransformer
 from rag_rerank.local.transformer.proof import Parts
+from rag_rerank.local.transformer.transformer import looks_ahead
 from rag_rerank.local.weights import Loading
 from rag_rerank.template import Template
 
@@ -61,7 +63,11 @@ class PairLoading(Loading):
         model = self.load(AutoModelForSequenceClassification)
         self._choose_template(needed=isinstance(getattr(model, "score", None), torch.nn.Linear))
         make_head_precise(model, self.checkpoint.stored)
-        return self._pair_model(model, lambda model: classifier_parts(model, self.plain(model.base_model)))
+        loaded = self._pair_model(model, lambda model: classifier_parts(model, self.plain(model.base_model)))
+        if not isinstance(getattr(model, "score", None), torch.nn.Linear) or looks_ahead(model):
+            return loaded
+        # transformers reads the last token that is none of its config's padding, though a template may end with it.
+        return replace(loaded, unread=model.config.get_text_config().pad_token_id)
 
     def causal(self) -> ScoreType:
         """Load a model that answers with a word."""
@@ -81,7 +87,7 @@ class PairLoading(Loading):
         """Load a transformer with a head of modules."""
         route = self.checkpoint.declaration.document
         model = self.load(AutoModel)
-        self._choose_template(needed=not self.checkpoint.declaration.modular)
+        self._choose_template(needed=True)
         share = cast("Pooling", route.pooling).modes == ("lasttoken",)  # there is but one state of each shared token
         head_on = functools.cache(functools.partial(self.head, route, self.settings.query_prompt))  # read once a device
 
@@ -155,7 +161,9 @@ class PairLoading(Loading):
         if not isinstance(self.template, ChatTemplate):
             prompt = declared.document.prompt if self.settings.query_prompt is None else ""
             end = next((ENDS[each] for each in self.checkpoint.architectures if each in ENDS), ())
-            return Prompts(tokenizer, limit, self.template, variables, truncation, prompt, end)
+            own = self.settings.query_prompt, self.settings.document_prompt
+            special = self.special(self.checkpoint, prompt, *own)
+            return Prompts(tokenizer, limit, self.template, variables, truncation, prompt, end, special)
         if self.template.system and variables.get("instruction") is None:
             variables["instruction"] = declared.instruction
         return ChatPrompts(tokenizer, limit, self.template, variables, truncation)
@@ -169,10 +177,12 @@ class PairLoading(Loading):
     def _find_template(self, *, needed: bool) -> Template | None:
         if isinstance(self.settings.template, Template) or self.settings.template is None:
             return self.settings.template
-        chat, saved = self.checkpoint.declaration.document.chat, self.checkpoint.tokenizer.chat_template
+        declared, saved = self.checkpoint.declaration, self.checkpoint.tokenizer.chat_template
         saved = saved.get("default", "") if isinstance(saved, dict) else saved  # of several, by their names
-        if chat is not None and isinstance(saved, str):
-            return ChatTemplate.of(chat, saved)
+        if declared.document.chat is not None and isinstance(saved, str):
+            return ChatTemplate.of(declared.document.chat, saved)
+        if declared.modular and declared.document.chat is None:
+            return None  # it says that it reads plain pairs
         if self.family is not None and self.family.template is not None:
             return Template.load(self.family.template)
         # Most checkpoints inherit a chat template from the model that they were made of; one for scoring has its roles.

@@ -15,6 +15,7 @@ from rag_rerank.local.checkpoint.declaration import Pooling, Route
 from rag_rerank.local.hardware import choose_batching, choose_dtype
 from rag_rerank.local.models.encoding import samples
 from rag_rerank.local.models.layers import pool, read_layers
+from rag_rerank.local.models.model import special_tokens
 from rag_rerank.local.settings import Settings
 from rag_rerank.local.transformer.batching import Batching
 from rag_rerank.local.transformer.proof import FAILURES, Parts, Proof, Unproven, prove
@@ -25,6 +26,7 @@ from rag_rerank.local.transformer.transformer import (
     States,
     Transformer,
     can_unpad,
+    looks_ahead,
     prepare,
     rope_limit,
     tested,
@@ -43,6 +45,7 @@ class Loading:
     proofs: list[Proof] = field(default_factory=list)  # of each transformer
     facts: dict[str, str] = field(default_factory=dict)  # what was found out on the way that can change a score
     template: Template | None = None  # to prompt with; set on the way
+    special_prompts: bool = False  # whether any spells a special token
 
     @cached_property
     def batching(self) -> Batching:
@@ -102,7 +105,8 @@ class Loading:
         if verify:
             pairs = checkpoint.declaration.kind == "cross-encoder"
             try:
-                texts = samples(checkpoint.tokenizer, longest, pairs=pairs)
+                padding = None if looks_ahead(body) else getattr(body.config, "pad_token_id", None)
+                texts = samples(checkpoint.tokenizer, longest, pairs=pairs, padding=padding)
                 proof = prove(model, take_apart, texts, paths, limit)
             except torch.OutOfMemoryError:
                 raise
@@ -124,6 +128,13 @@ class Loading:
             limit = min(limit, self.family.max_length or limit)
         self.facts["max_length"] = str(limit)
         return limit
+
+    def special(self, checkpoint: Checkpoint, *prompts: str | None) -> bool:
+        """Tell whether a prompt spells special tokens: there they count, and no text may spell any."""
+        pattern = special_tokens(checkpoint.tokenizer)
+        found = pattern is not None and any(pattern.search(prompt or "") for prompt in prompts)
+        self.special_prompts = self.special_prompts or found
+        return found
 
     def head(self, route: Route, own_prompt: str | None, device: torch.device, dimensions: int | None = None) -> Head:
         """Make a vector of a text's states; of a cross-encoder's, logits."""

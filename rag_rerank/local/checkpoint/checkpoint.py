@@ -216,11 +216,13 @@ def _without_bars() -> Iterator[None]:
 def max_length(checkpoint: Checkpoint, model: PreTrainedModel, declared: int | None, asked: int | None) -> int:
     """Find the longest input in tokens; ConfigError if the caller asked for more than the model was made for.
 
-    What sentence-transformers' files declare goes before what the tokenizer says, and before the window of a rope.
+    What sentence-transformers' files declare goes before what the tokenizer says, and before the window of a rope or of
+    DeBERTa, which has no table of positions.
     """
     config = checkpoint.config.get_text_config()  # itself, where there is no tower beside it
     limits = [count for _, count in position_tables(model)]
-    if declared is None or not any("inv_freq" in name for name, _ in model.named_buffers()):
+    endless = getattr(config, "position_biased_input", None) is False
+    if declared is None or not (endless or any("inv_freq" in name for name, _ in model.named_buffers())):
         limits.append(int(getattr(config, "max_position_embeddings", 0) or 0))
     limits.append(declared or int(min(checkpoint.tokenizer.model_max_length, 10**9)))  # "no limit" is written as 10**30
     limit = min(value for value in limits if value > 0)

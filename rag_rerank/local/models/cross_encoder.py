@@ -27,11 +27,20 @@ class PairModel:
     activation: Activation  # from logits to scores, elementwise
     transformer: Transformer  # without its head
     head: Head  # gives one logit
+    unread: int | None = None  # a token that no logit is read from at the end of a sequence
 
     def inputs(self, queries: list[Any], documents: list[Any], instruction: str | None = None) -> Inputs:
         """Make one sequence per pair."""
         sequences = self.prompts.instructed(instruction).sequences(queries, documents)
-        return Inputs(sequences, lambda logits: self.activation(logits[:, 0]).tolist())
+        return Inputs(list(map(self._read, sequences)), lambda logits: self.activation(logits[:, 0]).tolist())
+
+    def _read(self, sequence: TokenSequence) -> TokenSequence:
+        end = len(sequence.ids)
+        while end > 1 and sequence.ids[end - 1] == self.unread:
+            end -= 1
+        if end == len(sequence.ids):
+            return sequence
+        return replace(sequence, ids=sequence.ids[:end], types=sequence.types and sequence.types[:end])
 
     def document_space(self, queries: list[Any], instruction: str | None = None) -> list[int]:
         """Count the tokens of a document that are read beside each of the queries."""

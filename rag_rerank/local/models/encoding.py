@@ -1,6 +1,5 @@
 """From text to tokens: what all score types have in common."""
 
-import itertools
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
@@ -21,11 +20,14 @@ def encode(
     pairs: list[str] | None,
     max_length: int,
     truncation: Truncation = "longest_first",
+    *,
+    special: bool = False,
 ) -> list[TokenSequence]:
     """Tokenise texts, or pairs of texts, in one call and without padding.
 
-    Text that spells a special token (``[SEP]`` in a document) stays text. Pairs are cut from the longer side, as vLLM
-    does for ``truncate_prompt_tokens=-1``, or from the second only, as where ``max_tokens_per_doc`` is set too.
+    Text that spells a special token (``[SEP]`` in a document) stays text, unless a prompt does (`special`). Pairs are
+    cut from the longer side, as vLLM does for ``truncate_prompt_tokens=-1``, or from the second only, as where
+    ``max_tokens_per_doc`` is set too.
     BackendRejected for a text of no tokens: without special ones, an empty one has no state to be read.
     """
     if not texts:
@@ -37,7 +39,7 @@ def encode(
         max_length=max_length,
         padding=False,
         return_attention_mask=False,
-        split_special_tokens=True,
+        split_special_tokens=not special,
         verbose=False,
     )
     types = encoded.get("token_type_ids") or [None] * len(texts)
@@ -77,15 +79,20 @@ def truncate(tokenizer: "PreTrainedTokenizerBase", text: str, max_tokens: int) -
     return text
 
 
-def samples(tokenizer: "PreTrainedTokenizerBase", longest: int, *, pairs: bool) -> list[TokenSequence]:
-    """Make a short pair or text, a longer one of the same query, and the first again: what a model is proven on."""
+def samples(
+    tokenizer: "PreTrainedTokenizerBase", longest: int, *, pairs: bool, padding: int | None = None
+) -> list[TokenSequence]:
+    """Make a short pair or text, a longer one of the same query, and the first again: what a model is proven on.
+
+    None ends with the tokenizer's padding, or the config's, which some take for none of the text.
+    """
     query = "who lives in the city of 1 million people, and when was it founded by the old king?"
     sizes = {"a king": 29, "an old king lives there. " * 20: 67}  # tokens, at most; odd, for some pool neighbours
     short, long = (
         encode(tokenizer, [query if pairs else f"{query} {text}"], [text] if pairs else None, min(size, longest))[0]
         for text, size in sizes.items()
     )
-    while len(short.ids) > 1 and short.ids[-1] == tokenizer.pad_token_id:  # which some take for padding
+    while len(short.ids) > 1 and short.ids[-1] in (tokenizer.pad_token_id, padding):
         short, long = (replace(each, ids=each.ids[:-1], types=each.types and each.types[:-1]) for each in (short, long))
     return [replace(each, group="proof") for each in (short, long, short)]
 
@@ -98,23 +105,14 @@ class TextEncoder:
     tokenizer: "PreTrainedTokenizerBase"
     max_length: int  # of a sequence, in tokens
     prompt: str = ""  # before each text
-    marker: int | None = None  # a token that stands before the prompt
+    special: bool = False  # whether the prompt, or the caller's, spells special tokens
 
     def space(self) -> int:
         """Count the tokens of a text that are read."""
         prompt: list[int] = self.tokenizer(self.prompt, add_special_tokens=False)["input_ids"] if self.prompt else []
-        special = self.tokenizer.num_special_tokens_to_add() + (self.marker is not None)
-        return self.max_length - special - len(prompt)
+        return self.max_length - self.tokenizer.num_special_tokens_to_add() - len(prompt)
 
     def encode(self, texts: list[str]) -> list[TokenSequence]:
         """Tokenise texts, each behind the prompt."""
         texts = [self.prompt + text for text in texts]
-        if self.marker is None:
-            return encode(self.tokenizer, texts, None, self.max_length)
-        # What any two texts begin with are special tokens, behind which the marker goes.
-        first, second = (self.tokenizer(text, verbose=False)["input_ids"] for text in ("a", "7"))
-        at = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(first, second, strict=False)))
-        return [
-            replace(each, ids=[*each.ids[:at], self.marker, *each.ids[at:]], types=each.types and [*each.types, 0])
-            for each in encode(self.tokenizer, texts, None, self.max_length - 1)
-        ]
+        return encode(self.tokenizer, texts, None, self.max_length, special=self.special)

@@ -7,7 +7,7 @@ listwise model one sequence for many documents.
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from rag_rerank.errors import ConfigError, ContentError
@@ -81,7 +81,8 @@ class Model:
     listwise: bool = False  # whether the documents of a query are read together, in their order
     passages: bool = False  # whether a document longer than the window is scored as passages, by the best of them
     special: re.Pattern[str] | None = None  # first characters of what a prompt's tokenizer takes for a special token
-    document_prompt: str = ""  # what `LocalScorer` puts before each document, and so before each passage
+    # What `LocalScorer` puts before each; a document's also before each passage.
+    prompts: Mapping[Side, str] = field(default_factory=dict)
 
     def inputs(
         self, queries: Sequence[Prepared], documents: Sequence[Prepared], instruction: str | None = None
@@ -104,7 +105,10 @@ class Model:
         if len(queries) == 1:
             queries, spaces = queries * len(documents), spaces * len(documents)
         pairs = zip(documents, spaces, strict=True)
-        split = [split_document(self.tokenizer, document, space, self.document_prompt) for document, space in pairs]
+        split = [
+            split_document(self.tokenizer, document, space, self.prompts.get("documents", ""))
+            for document, space in pairs
+        ]
         inputs = self.score_type.inputs(
             [query for query, passages in zip(queries, split, strict=True) for _ in passages],
             [passage for passages in split for passage in passages],
@@ -122,7 +126,7 @@ class Model:
             if isinstance(each, Multimodal):
                 raise InputError(side, each, self.text_only or "")
         if self.special is not None:
-            inputs = [_as_plain_text(each, self.special) for each in inputs]
+            inputs = [_as_plain_text(each, self.special, self.prompts.get(side, "")) for each in inputs]
         return list(inputs) if limit is None else [self._limited(each, limit) for each in inputs]
 
     def _limited(self, each: Prepared, limit: int) -> Prepared:
@@ -142,7 +146,8 @@ def special_tokens(tokenizer: "PreTrainedTokenizerBase") -> re.Pattern[str] | No
     return re.compile("|".join(ways)) if spelled else None
 
 
-def _as_plain_text(value: Prepared, special: re.Pattern[str]) -> Prepared:
+def _as_plain_text(value: Prepared, special: re.Pattern[str], prompt: str) -> Prepared:
     if isinstance(value, str):
-        return special.sub(r"\g<0> ", value)
+        text = value.removeprefix(prompt)
+        return value[: len(value) - len(text)] + special.sub(r"\g<0> ", text)
     return Multimodal(tuple(special.sub(r"\g<0> ", part) if isinstance(part, str) else part for part in value.parts))

@@ -33,6 +33,7 @@ class Prompts:
     truncation: Truncation = "longest_first"  # from which of a plain pair the tokens beyond `max_length` are cut
     prompt: str = ""  # before the query of a plain pair
     end: tuple[int, ...] = ()  # tokens behind a rendered template
+    special: bool = False  # whether a prompt spells special tokens
 
     def instructed(self, instruction: str | None) -> Self:
         """Give the same with a call's own instruction; None keeps the scorer's."""
@@ -76,11 +77,12 @@ class Prompts:
         if self.truncation == "only_second" and min(self.document_space(list(dict.fromkeys(queries))), default=1) < 1:
             raise no_space(self.max_length)
         queries = [self.prompt + query for query in queries]
-        sequences = encode(self.tokenizer, queries, documents, self.max_length, self.truncation)
+        sequences = encode(self.tokenizer, queries, documents, self.max_length, self.truncation, special=self.special)
         # vLLM tokenises pair by pair, and tokenizer(query, "") takes the empty document for none: [CLS] q [SEP] instead
         # of [CLS] q [SEP] [SEP]. Another score (4e-3 in one logit), so we do as the server does.
         empty = [position for position, document in enumerate(documents) if not document]
-        alone = encode(self.tokenizer, [queries[position] for position in empty], None, self.max_length)
+        without = [queries[position] for position in empty]
+        alone = encode(self.tokenizer, without, None, self.max_length, special=self.special)
         for position, sequence in zip(empty, alone, strict=True):
             sequences[position] = sequence
         return sequences

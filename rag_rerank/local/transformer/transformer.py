@@ -154,13 +154,17 @@ def can_unpad(model: "PreTrainedModel") -> bool:
         return False  # the caller asked for another
     if not from_transformers(model) or not (tested(model) or model._supports_attention_backend):
         return False
-    config = model.config
-    two_way = getattr(config, "is_causal", None) is False and _has_causal_layers(model)
-    if two_way or getattr(config, "use_bidirectional_attention", None):
-        return False  # its tokens attend to those behind them, which only transformers' masks know
+    if looks_ahead(model):
+        return False  # only transformers' masks know it
     if model.device.type == "cuda" and _soft_capped(model):
         return False  # the varlen kernel has no soft cap
     return available(model.device, model.dtype)
+
+
+def looks_ahead(model: "PreTrainedModel") -> bool:
+    """Tell whether tokens of a decoder attend to those behind them, as its config says."""
+    two_way = getattr(model.config, "is_causal", None) is False and _has_causal_layers(model)
+    return two_way or bool(getattr(model.config, "use_bidirectional_attention", None))
 
 
 def _soft_capped(model: "PreTrainedModel") -> bool:

@@ -20,6 +20,7 @@ from sentence_transformers.base.modules import Dense, Normalize, Router, Transfo
 from sentence_transformers.cross_encoder.modules import LogitScore
 from sentence_transformers.multi_vector_encoder.modules import HierarchicalTokenPooling, MultiVectorMask
 from sentence_transformers.sentence_transformer.modules import LayerNorm, Pooling
+from tokenizers.processors import TemplateProcessing
 from transformers import (
     CONFIG_MAPPING,
     AutoModel,
@@ -246,6 +247,23 @@ class TestClassifiers:
         with nullcontext() if right else pytest.raises(ConfigError, match=rf"'{labels[1]}', but the second is taken"):
             ours(folder, texts)
 
+    @pytest.mark.parametrize("place", ["template", "tokenizer"])
+    def test_a_decoder_that_pads_with_what_its_inputs_end_with(self, place: str, folder: str, tmp_path: Path, texts):
+        """As where the end of text is the padding: transformers reads the score from the token before it."""
+        source = make_decoder_classifier(tmp_path / "source", "llama")
+        tokenizer = AutoTokenizer.from_pretrained(source)
+        edit(str(source), "config.json", pad_token_id=tokenizer.eos_token_id)
+        if place == "template":
+            tokenizer.chat_template = CHAT + "{{ eos_token }}{{ eos_token }}"
+        else:
+            end = ("<|end_of_text|>", tokenizer.eos_token_id)
+            ends = TemplateProcessing(single=f"$A {end[0]}", pair=f"$A $B {end[0]}", special_tokens=[end])
+            tokenizer.backend_tokenizer.post_processor = ends
+        tokenizer.save_pretrained(source)
+        CrossEncoder(str(source), activation_fn=torch.nn.Identity()).save_pretrained(folder)
+        options = {"template": None} if place == "tokenizer" else {}
+        assert_alike(ours(folder, texts, **options), predicted(folder, texts))
+
     def test_two_labels_that_may_both_be_right_are_refused(self, base, folder: str, texts):
         """They are no share of each other."""
         CrossEncoder(str(base("bert", AutoModelForSequenceClassification, num_labels=2))).save_pretrained(folder)
@@ -324,6 +342,19 @@ class TestAnswers:
         self.make(folder, source, false=false, activation_fn=torch.nn.Identity())
         one_query = [texts[0][0]] * 12, texts[1]
         assert_alike(ours(folder, one_query, use_activation=False), predicted(folder, one_query))
+
+    @pytest.mark.parametrize("head", ["answers", "classifier"])
+    def test_what_declares_no_chat_template_reads_plain_pairs(self, head: str, folder: str, tmp_path: Path, texts):
+        """Though one lies beside it, or none does."""
+        if head == "answers":
+            self.make(folder, make_causal_lm(tmp_path / "source", "qwen3"))
+            edit(folder, "sentence_bert_config.json", modality_config=None, module_output_name=None)
+            settings = Path(folder, "sentence_bert_config.json")
+            kept = {name: value for name, value in json.loads(settings.read_text()).items() if value is not None}
+            settings.write_text(json.dumps(kept))
+        else:
+            CrossEncoder(str(make_decoder_classifier(tmp_path / "source", "llama"))).save_pretrained(folder)
+        assert_cross_encoders_agree(folder, texts)
 
     def test_as_it_is_on_the_hub(self, tmp_path: Path, texts, caplog: pytest.LogCaptureFixture):
         """Qwen3-Reranker's own name and layout, a default prompt, and the identity, for which vLLM has the sigmoid."""
@@ -544,6 +575,19 @@ class TestBiEncoders:
         expected = model.similarity_pairwise(queries, documents)
         assert_alike(ours(folder, texts, query_prompt="other: ", document_prompt=""), expected)
 
+    @pytest.mark.parametrize("place", ["folder", "argument"])
+    def test_special_tokens_in_prompts(self, place: str, base, folder: str, texts):
+        """As bge-multilingual-gemma2 has them; texts that spell the same stay texts."""
+        modules = [Transformer(str(base("qwen3"))), Pooling(64, "mean", include_prompt=False)]
+        prompts = {"query": "<|im_start|>find it\n<|im_end|>", "document": ""}
+        SentenceTransformer(modules=modules, prompts=prompts if place == "folder" else {}).save_pretrained(folder)
+        model = SentenceTransformer(folder, device="cpu")
+        queries, documents = model.encode_query(texts[0], prompt=prompts["query"]), model.encode_document(texts[1])
+        options = {} if place == "folder" else {"query_prompt": prompts["query"]}
+        assert_alike(ours(folder, texts, **options), model.similarity_pairwise(queries, documents))
+        spelled, spaced = (ours(folder, (["a"], [f"b {mark}"]), **options) for mark in ("<|im_end|>", "< |im_end|>"))
+        assert spelled == spaced
+
     def test_a_text_of_no_tokens_has_no_score(self, base, folder: str, texts):
         """Where no special ones are added; the others have theirs."""
         SentenceTransformer(modules=[Transformer(str(base("qwen3"))), Pooling(64, "lasttoken")]).save_pretrained(folder)
@@ -558,6 +602,13 @@ class TestBiEncoders:
         """Though a pair would have two."""
         source = base("bert", type_vocab_size=1)
         SentenceTransformer(modules=[Transformer(str(source)), Pooling(64, "mean")]).save_pretrained(folder)
+        assert_alike(ours(folder, texts), compared(folder, texts))
+
+    def test_deberta_reads_on_behind_the_positions_of_its_config(self, base, folder: str, texts):
+        """Where the folder's own limit is longer: its positions are relative."""
+        source = base("deberta-v2", position_biased_input=False)
+        SentenceTransformer(modules=[Transformer(str(source)), Pooling(64, "mean")]).save_pretrained(folder)
+        edit(folder, "sentence_bert_config.json", max_seq_length=150)
         assert_alike(ours(folder, texts), compared(folder, texts))
 
     def test_a_router_parts_queries_from_documents(self, base, folder: str, texts):
@@ -641,12 +692,19 @@ class TestLateInteraction:
         prompts = {"prompts": {"query": "", "document": ""}, "default_prompt_name": None}
         edit(folder, "config_sentence_transformers.json", similarity_fn_name="MaxSim", **prompts)
         assert ours(folder, texts) == before
+        assert_alike(self.saved_again(folder, texts), before)
+
+    def saved_again(self, folder: str, texts) -> list[float]:
+        """By sentence-transformers, whose prompts then are the markers, in the text."""
+        MultiVectorEncoder(folder, device="cpu").save_pretrained(f"{folder}-again")
+        return ours(f"{folder}-again", texts)
 
     def test_stanfords_own_words_for_it(self, tmp_path: Path, texts):
         """In artifact.metadata; without that file, sentence-transformers' defaults for it."""
         folder = str(make_colbert(tmp_path / "model"))
         self.name_tokens(folder, "[unused0]", "[unused1]")
         assert_alike(ours(folder, texts), compared(folder, texts, MultiVectorEncoder))
+        assert_alike(self.saved_again(folder, texts), ours(folder, texts))
         metadata = {"query_maxlen": 16, "doc_maxlen": 40, "attend_to_mask_tokens": True, "mask_punctuation": False}
         edit(folder, "artifact.metadata", **metadata, query_token_id="[unused0]", doc_token_id="[unused1]")
         assert_alike(ours(folder, texts), compared(folder, texts, MultiVectorEncoder))
