@@ -25,7 +25,7 @@ class _CrossEncoder(BaseCrossEncoder):
             if isinstance(pair, str) or len(pair) != 2:
                 raise TypeError(f"text_pairs[{position}] must be a pair: (query, document)")
         queries, documents = [query for query, _ in text_pairs], [document for _, document in text_pairs]
-        alike = len(queries) > 1 and all(query == queries[0] for query in queries)  # one query's documents, as a rule
+        alike = all(query == queries[0] for query in queries)  # one query's documents, as a rule
         return self._reranker.scorer.score(queries[:1] if alike else queries, documents)
 
 

@@ -10,7 +10,7 @@ from langchain_core.documents import Document
 
 from langchain_rag_rerank import LocalReranker, ScorerReranker
 from rag_rerank import BackendUnavailable
-from tests.integrations.langchain.common import QUERY, BrokenScorer, found, keywords, numbers
+from tests.integrations.langchain.common import QUERY, BrokenScorer, KeywordScorer, found, keywords, numbers
 from tests.models import CORPUS
 
 
@@ -72,6 +72,19 @@ def test_a_reranker_takes_the_place_of_langchains_model():
     """CrossEncoderReranker takes it as its model."""
     theirs = CrossEncoderReranker(model=keywords().as_cross_encoder(), top_n=3)
     assert numbers(theirs.compress_documents(found(), QUERY)) == [1, 3, 2]
+
+
+def test_pairs_of_one_query_are_its_documents():
+    """A listwise model reads them together, as in a rerank."""
+    asked = []
+
+    class Listens(KeywordScorer):
+        def _score(self, queries, documents, until):
+            asked.append((queries, documents))
+            return super()._score(queries, documents, until)
+
+    ScorerReranker(scorer=Listens()).as_cross_encoder().score([("q", "a"), ("q", "b")])
+    assert asked == [(["q"], ["a", "b"])]
 
 
 def test_pairs_may_have_different_queries():

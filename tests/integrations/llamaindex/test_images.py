@@ -190,12 +190,14 @@ class TestFilesAndAddresses:
             "../pages-of-others/c.png",
         ]
         barred += [str(tmp_path / "pages-of-others" / "c.png"), "/dev/zero", "a\0.png"]
-        nodes = [ImageNode(image_path=path, id_=path) for path in [*inside, *barred]]
+        nodes: list[BaseNode] = [ImageNode(image_path=path, id_=path) for path in [*inside, *barred]]
+        nodes += [Node(image_resource=MediaResource(path=folder / "a.png"), id_="resource")]
         reranker = VLLMReranker(base_url=server.base_url, image_folder=folder, top_n=None)
         scores = {result.node_id: result.score for result in rerank(reranker, nodes)}
         assert scores == {
             **{path: oracle(QUERY, spelled(sent(data))) for path, data in inside.items()},
             **dict.fromkeys(barred),
+            "resource": oracle(QUERY, spelled(sent(RED))),
         }
 
     def test_a_path_may_count_from_where_the_process_runs(
