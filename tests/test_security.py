@@ -101,6 +101,19 @@ class TestKeys:
             VLLMScorer(**settings)
         assert KEY not in everything_about(caught.value)
 
+    async def test_what_the_caller_was_handling_keeps_its_frames(self):
+        """Only our own errors, and what they came from, are without theirs."""
+        handled = []
+        try:
+            raise LookupError("the caller's")  # noqa: TRY301 - a call that is made while it is handled
+        except LookupError as error:
+            handled.append(error)
+            with pytest.raises(ConfigError):
+                VLLMScorer("ftp://host")
+            with pytest.raises(RerankError):
+                await VLLMScorer("http://127.0.0.1:1", model="m", max_retries=0).ascore("q", ["a"])
+        assert handled[0].__traceback__ is not None
+
     def test_the_command_line_has_no_place_for_it(self):
         """Every user of a machine sees its command lines; it comes from the environment."""
         asked = subprocess.run(

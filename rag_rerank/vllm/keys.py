@@ -6,7 +6,9 @@ import inspect
 import os
 import pickle
 import re
+import sys
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from itertools import takewhile
 from typing import Any, ParamSpec, TypeVar
 
 from rag_rerank.errors import BackendUnavailable, ConfigError
@@ -106,18 +108,22 @@ def guarded(make: Callable[P, None]) -> Callable[P, None]:
 
     @functools.wraps(make)
     def guarding(*arguments: P.args, **settings: P.kwargs) -> None:
+        handled = sys.exception()
         try:
             make(*arguments, **settings)
         except (ConfigError, TypeError) as error:
             del arguments, settings
-            raise without_frames(error) from error.__cause__
+            raise without_frames(error, handled) from error.__cause__
 
     return guarding
 
 
-def without_frames(error: E) -> E:
-    """Drop the frames of an error and of what it came from: views of local variables would show keys."""
-    for each in causes(error):
+def without_frames(error: E, handled: BaseException | None) -> E:
+    """Drop the frames of an error and of what it came from: views of local variables would show keys.
+
+    Not those of what the caller was handling: that is his own.
+    """
+    for each in takewhile(lambda each: each is not handled, causes(error)):
         each.__traceback__ = None
     return error
 

@@ -12,6 +12,7 @@ import functools
 import importlib
 import os
 import ssl
+import sys
 import time
 import zlib
 from collections.abc import AsyncGenerator, AsyncIterable, Callable, Coroutine, Iterable, Mapping, Sequence
@@ -28,7 +29,7 @@ from rag_rerank.vllm.background import Background
 from rag_rerank.vllm.connections import Address, CantConnect, Connections
 from rag_rerank.vllm.endpoint import Endpoint
 from rag_rerank.vllm.exchange import Send
-from rag_rerank.vllm.keys import Keys, causes, portable, without_frames
+from rag_rerank.vllm.keys import SECRET, Keys, causes, portable, without_frames
 from rag_rerank.vllm.proxies import proxy_for
 from rag_rerank.vllm.wire import Failure, Reply, printable
 
@@ -111,12 +112,13 @@ class Transport:
 
     async def send(self, send: Send) -> Reply | Failure:
         """Send a request in this event loop; cancelling the task gives it up."""
+        handled = sys.exception()
         try:
             outcome = await self._sent(send)
         except (RerankError, asyncio.CancelledError) as error:
-            raise without_frames(error) from error.__cause__
+            raise without_frames(error, handled) from error.__cause__
         if isinstance(outcome, Failure) and outcome.cause is not None:
-            without_frames(outcome.cause)
+            without_frames(outcome.cause, handled)
         return outcome
 
     async def _sent(self, send: Send) -> Reply | Failure:
@@ -203,7 +205,7 @@ class Transport:
         own = client.auth is not None or "authorization" in request.headers
         if not (own and self.keys.is_default):  # what the user's client brings goes before VLLM_API_KEY
             self.keys.sign(request.headers, send.endpoint)
-        if self.keys.query:
+        if any(map(SECRET.search, self.keys.query)):
             request.url = _Url(request.url)
         headers.update(request.headers)  # for `scrub`
         auth = None if "authorization" in request.headers else httpx.USE_CLIENT_DEFAULT
