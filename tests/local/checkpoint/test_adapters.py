@@ -105,6 +105,7 @@ def test_of_a_causal_model(adapter: Path, tmp_path: Path, texts):
     model = train(adapter, AutoModelForCausalLM.from_pretrained(base), config)
     tokenizer = AutoTokenizer.from_pretrained(base)
     ids = tokenizer.convert_tokens_to_ids(["no", "yes"])
+    model.double()  # float32 rounds beside its base in other places than when it is merged with it: 1.3e-5 on some CPUs
     with torch.inference_mode():
         answers = [
             model(**tokenizer(f"{query} {document}", return_tensors="pt")).logits[0, -1, ids]
