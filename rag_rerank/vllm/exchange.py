@@ -499,11 +499,12 @@ class Exchange:
         request, read = _letters(facts, sent_id := self.new_id())
         try:
             answer = await self._optional(server, request, lambda body: self._own(server, read(body), sent_id))
-            server.letters = answer
         finally:
             server.is_compared = False
-        other = self.servers.letters_beside(server, self.clock() - LONGEST_AGE)
-        if answer is None or other is None:
+        if answer is None or answer.model not in (None, facts.model):  # it says itself that this was another one
+            return
+        server.letters, other = answer, self.servers.letters_beside(server, self.clock() - LONGEST_AGE)
+        if other is None:
             return
         (ours,), (theirs,) = answer.scores, other.scores
         tokens = answer.prompt_tokens, other.prompt_tokens

@@ -40,14 +40,17 @@ class TestTwoServers:
     def test_a_call_is_shared_out_among_them(
         self, vllm_pair: Servers, local_cross_encoder: LocalScorer, query_and_documents
     ):
-        """600 documents in 12 requests: 6 to each, the scores in their places. One asks first what a template takes."""
+        """600 documents in 12 requests: 6 to each, the scores in their places.
+
+        Both are compared by two letters before, and one is asked what a template takes.
+        """
         query, documents = query_and_documents
         before = [sum(finished(url).values()) for url in vllm_pair.base_urls]
         with VLLMScorer(vllm_pair.base_urls, chunk_size=50, timeout=120) as scorer:
             scores = scorer.score(query, documents)
         after = [sum(finished(url).values()) for url in vllm_pair.base_urls]
         assert largest_difference(scores, local_cross_encoder.score(query, documents)) <= TOLERANCE
-        assert all(300 <= now - then <= 301 for now, then in zip(after, before, strict=True))
+        assert all(301 <= now - then <= 302 for now, then in zip(after, before, strict=True))
 
 
 @pytest.fixture(scope="module")
