@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import bm25s
+import numpy as np
 import Stemmer
 
 from rag_rerank.errors import ConfigError
@@ -35,16 +36,22 @@ class BM25:
 
     def retrieve(self, query: str, depth: int) -> dict[str, float]:
         """Find the `depth` best documents, best first, with their scores; fewer if fewer share a word with it."""
-        if not self._has_words:
+        [words] = self._tokens([query], return_ids=False)
+        known = self._index.get_tokens_ids(words) if self._has_words else []
+        if not known:
             return {}
-        rows, scores = self._index.retrieve(self._tokens([query]), k=min(depth, len(self._ids)), show_progress=False)
+        scores = self._index.get_scores_from_ids(known)
         # Documents with score 0 share no word with the query: keeping them would inflate recall on small collections.
-        return {self._ids[row]: float(score) for row, score in zip(rows[0], scores[0], strict=True) if score > 0}
+        rows = np.flatnonzero(scores > 0)
+        # Not the index's own search: which of several equal documents it leaves out depends on the processor.
+        best = rows[np.argsort(-scores[rows], kind="stable")][:depth]
+        return {self._ids[row]: float(scores[row]) for row in best}
 
-    def _tokens(self, texts: list[str]) -> Any:
+    def _tokens(self, texts: list[str], *, return_ids: bool = True) -> Any:
         texts = [text.encode(errors="replace").decode() for text in texts]  # stemmers take no halves of characters
         if self._language == "characters":
             words = [re.findall(r"\w+", text) for text in texts]
             texts = [" ".join(word[at : at + 2] for word in each for at in range(len(word) - 1)) for each in words]
         stopwords: Any = "en" if self._language == "english" else []
-        return bm25s.tokenize(texts, stopwords=stopwords, stemmer=self._stemmer, show_progress=False)
+        options = {"stopwords": stopwords, "stemmer": self._stemmer, "return_ids": return_ids}
+        return bm25s.tokenize(texts, **options, show_progress=False)

@@ -30,6 +30,11 @@ class TestBM25:
         assert bm25.retrieve("submarine", 100) == {}
         assert bm25.retrieve("", 100) == {}
 
+    def test_of_equal_documents_the_first_are_retrieved(self):
+        """On any processor: which of them numpy puts first depends on its instructions."""
+        documents = {f"d{number}": "pandas eat bamboo" for number in range(1000)}
+        assert list(BM25(documents).retrieve("bamboo", 100)) == [f"d{number}" for number in range(100)]
+
     def test_halves_of_characters_are_no_error(self):
         """As texts from PDFs have them."""
         for language in ("english", "none", "characters"):
