@@ -59,7 +59,9 @@ async def test_from_an_event_loop(vllm_litellm: str):
     """The same as from a thread."""
     query, *documents = "q", "a", "b", "c"
     async with behind(vllm_litellm) as scorer:
-        assert await scorer.ascore(query, documents) == pytest.approx(scorer.score(query, documents), abs=1e-6)
+        assert await scorer.ascore(query, documents) == pytest.approx(
+            scorer.score(query, documents), rel=1e-6, abs=1e-6
+        )
 
 
 def test_a_document_that_is_too_long_is_named(vllm_litellm: str):
