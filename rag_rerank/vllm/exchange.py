@@ -399,7 +399,7 @@ class Exchange:
                     facts = replace(facts, form=await self._form(server, facts))
                     if self.rules.logits:
                         await self._check_logits(server, facts)
-                if len(self.servers) > 1 and not server.is_compared:  # calls that begin together ask once
+                if len(self.servers) > 1 and not server.being_compared:  # calls that begin together ask once
                     await self._compare(server, facts)
             except asyncio.CancelledError:
                 server.asked_at = former
@@ -495,12 +495,12 @@ class Exchange:
 
         Else a call could mix the scores of two models of one name, or of one with and without its template.
         """
-        server.is_compared, server.letters = True, None
+        server.being_compared, server.letters = True, None
         request, read = _letters(facts, sent_id := self.new_id())
         try:
             answer = await self._optional(server, request, lambda body: self._own(server, read(body), sent_id))
         finally:
-            server.is_compared = False
+            server.being_compared = False
         if answer is None or answer.model not in (None, facts.model):  # it says itself that this was another one
             return
         server.letters, other = answer, self.servers.letters_beside(server, self.clock() - LONGEST_AGE)

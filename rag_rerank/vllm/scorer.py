@@ -1,5 +1,6 @@
 """VLLMScorer: settings, checked, and the scorer's contract kept with a client."""
 
+import asyncio
 import hashlib
 import json
 import math
@@ -226,6 +227,11 @@ class VLLMScorer(Scorer):
     async def _ascore(
         self, queries: Inputs, documents: Inputs, until: float | None, instruction: str | None = None
     ) -> list[Outcome]:
+        try:
+            asyncio.get_running_loop()
+        except RuntimeError:
+            said = "ascore needs an event loop of asyncio; from another one (trio), call score in a thread"
+            raise ConfigError(said) from None
         _usage.set(usage := Usage())
         return await self.client.call(queries, documents, until, instruction, usage)
 

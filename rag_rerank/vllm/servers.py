@@ -29,7 +29,7 @@ class Server:
     is_connected: Callable[[], bool] | None = None  # whether it has left open over what it answered last
     echoes_ids: bool = False  # whether it has given a request's id back
     letters: Answer | None = None  # to two letters, where there are others to compare it with
-    is_compared: bool = False  # whether it is now
+    being_compared: bool = False  # whether a call is asking for that now
 
     @property
     def label(self) -> str:

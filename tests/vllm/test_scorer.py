@@ -43,6 +43,12 @@ def identity_of(server: FaultyServer, **settings: Any):
         return scorer.identity()
 
 
+def test_without_an_event_loop_of_asyncio_a_call_says_so():
+    """As in trio, where asyncio's own words would tell nobody what to do."""
+    with pytest.raises(ConfigError, match="trio"):
+        VLLMScorer("http://127.0.0.1:1").ascore("q", ["a"]).send(None)
+
+
 class TestIdentity:
     """What resumed runs and caches compare."""
 

@@ -177,7 +177,7 @@ class TestHead:
             LocalScorer(cross_encoder, dtype="float32", use_activation=False) as precise,
         ):
             scores, expected = (each.score("which one", documents) for each in (scorer, precise))
-        assert len(set(scores)) >= len(set(expected)) - 3  # a few are equal by chance
+        assert len(set(scores)) >= len(set(expected))
 
     @pytest.mark.parametrize("make", [make_bert_cross_encoder, make_mpnet], ids=["by its parts", "as a whole"])
     def test_its_weights_are_those_of_the_file(self, make, tmp_path: Path):
