@@ -73,6 +73,7 @@ def _similarity(declared: Declaration) -> Finding:
     """Tell what makes a score of two embeddings, and what of that vLLM leaves out."""
     late = declared.kind == "late-interaction"
     more = {
+        "texts as": declared.query.chat and "messages",
         "query prompt": declared.query.prompt,
         "document prompt": declared.document.prompt,
         "dimensions": declared.dimensions,

@@ -9,11 +9,14 @@ from tokenizers import AddedToken
 from transformers import AutoModel, AutoModelForTextEncoding, PreTrainedModel, PreTrainedTokenizerBase
 
 from rag_rerank.errors import ConfigError
-from rag_rerank.local.checkpoint.declaration import Declaration, Route, Side
+from rag_rerank.local.checkpoint.chat import ChatTemplate
+from rag_rerank.local.checkpoint.checkpoint import Checkpoint
+from rag_rerank.local.checkpoint.declaration import Chat, Declaration, Route, Side
 from rag_rerank.local.models.bi_encoder import BiEncoder, Embedder
 from rag_rerank.local.models.late_interaction import LateInteraction, TokenEmbedder
 from rag_rerank.local.models.layers import read_layers
 from rag_rerank.local.models.model import ScoreType
+from rag_rerank.local.models.prompts import ChatPrompts
 from rag_rerank.local.transformer.transformer import States, Transformer
 from rag_rerank.local.weights import Loading
 
@@ -32,9 +35,10 @@ class EmbedderLoading(Loading):
                 f"{self.checkpoint.name!r} has no modules.json, so how its token states become an embedding is "
                 "unknown. Pass a sentence-transformers model, or a cross-encoder."
             )
-        sides = (declared.query, self.settings.query_prompt), (declared.document, self.settings.document_prompt)
-        query = self._embedder(*sides[0])
-        document = query if sides[0] == sides[1] else self._embedder(*sides[1])
+        own = self.settings.query_prompt, self.settings.document_prompt
+        query = self._embedder("query", declared.query, own[0])
+        alike = (declared.query, own[0]) == (declared.document, own[1]) and query.chat is None
+        document = query if alike else self._embedder("document", declared.document, own[1])
         return BiEncoder(query, document, declared.similarity)
 
     def late_interaction(self) -> ScoreType:
@@ -48,9 +52,9 @@ class EmbedderLoading(Loading):
         document = self._token_embedder(declared, "document", self.settings.document_prompt)
         return LateInteraction(query, document, declared.similarity == "meanmaxsim")
 
-    def _embedder(self, route: Route, own_prompt: str | None) -> Embedder:
+    def _embedder(self, side: Side, route: Route, own_prompt: str | None) -> Embedder:
         head = self.head(route, own_prompt, self.device, self.checkpoint.declaration.dimensions)
-        return Embedder(**self._encoder(route, own_prompt), head=head)
+        return Embedder(**self._encoder(side, route, own_prompt), head=head)
 
     def _token_embedder(self, declared: Declaration, side: Side, own_prompt: str | None) -> TokenEmbedder:
         route = declared.query if side == "query" else declared.document
@@ -68,9 +72,12 @@ class EmbedderLoading(Loading):
         if expansion is not None and expansion.fixed and tokenizer.padding_side == "left":
             what = "a query_expansion, but the padding_side of its tokenizer is left; supported is right"
             raise ConfigError(f"{self.checkpoint.name!r} declares {what}")
+        if expansion is not None and route.chat is not None:
+            what = "a query_expansion and a chat template; its length would cut the end of the template"
+            raise ConfigError(f"{self.checkpoint.name!r} declares {what}")
         unpadded = declared.expansion is None or declared.expansion.attend
         return TokenEmbedder(
-            **self._encoder(route, own_prompt, declared.markers, unpadded=unpadded),
+            **self._encoder(side, route, own_prompt, declared.markers, unpadded=unpadded),
             layers=read_layers(self.checkpoint.files, layers).to(self.device),
             skipped=_known_ids(tokenizer, declared.skipped_words) if side in declared.skipped_in else frozenset(),
             kept=frozenset(declared.kept_ids) if side == "document" else frozenset(),
@@ -80,7 +87,7 @@ class EmbedderLoading(Loading):
         )
 
     def _encoder(
-        self, route: Route, own_prompt: str | None, markers: Sequence[str] = (), *, unpadded: bool = True
+        self, side: Side, route: Route, own_prompt: str | None, markers: Sequence[str] = (), *, unpadded: bool = True
     ) -> dict[str, Any]:
         """Load a transformer without a head, its tokenizer, and what it reads."""
         checkpoint = self.checkpoint.at(route)
@@ -92,13 +99,26 @@ class EmbedderLoading(Loading):
             self.encoders[route.folder] = model, made
         model, transformer = self.encoders[route.folder]
         _make_special(checkpoint.tokenizer, markers)
+        limit, prompt = self.max_length(model, route), route.prompt if own_prompt is None else ""
         return {
             "transformer": transformer,
             "tokenizer": checkpoint.tokenizer,
-            "max_length": self.max_length(model, route),
-            "prompt": route.prompt if own_prompt is None else "",
+            "max_length": limit,
+            "prompt": prompt,
             "special": self.special(checkpoint, route.prompt if own_prompt is None else own_prompt),
+            "chat": None if route.chat is None else self._chat(side, route.chat, checkpoint, limit, prompt),
         }
+
+    def _chat(self, side: Side, chat: Chat, checkpoint: Checkpoint, limit: int, prompt: str) -> ChatPrompts:
+        """Make what renders the texts of one side; the prompt is the system's message."""
+        source = checkpoint.chat_template
+        if source is None:
+            what = "messages (modality_config), but its tokenizer has no chat template"
+            raise ConfigError(f"{self.checkpoint.name!r} declares {what}")
+        self.special_prompts = True
+        tokenizer = checkpoint.tokenizer
+        variables = {**tokenizer.special_tokens_map, **self.settings.variables, "instruction": prompt}
+        return ChatPrompts(tokenizer, limit, ChatTemplate.of_texts(chat, source, side), variables)
 
 
 def _all(states: States) -> torch.Tensor:

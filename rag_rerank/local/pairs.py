@@ -177,17 +177,17 @@ class PairLoading(Loading):
     def _find_template(self, *, needed: bool) -> Template | None:
         if isinstance(self.settings.template, Template) or self.settings.template is None:
             return self.settings.template
-        declared, saved = self.checkpoint.declaration, self.checkpoint.tokenizer.chat_template
-        saved = saved.get("default", "") if isinstance(saved, dict) else saved  # of several, by their names
-        if declared.document.chat is not None and isinstance(saved, str):
+        declared, saved = self.checkpoint.declaration, self.checkpoint.chat_template
+        if declared.document.chat is not None and saved is not None:
             return ChatTemplate.of(declared.document.chat, saved)
         if declared.modular and declared.document.chat is None:
             return None  # it says that it reads plain pairs
         if self.family is not None and self.family.template is not None:
             return Template.load(self.family.template)
         # Most checkpoints inherit a chat template from the model that they were made of; one for scoring has its roles.
-        marks = "\"'" if isinstance(saved, str) else ""
-        if any(f"{mark}query{mark}" in saved and f"{mark}document{mark}" in saved for mark in marks):
+        if saved is not None and any(
+            f"{mark}query{mark}" in saved and f"{mark}document{mark}" in saved for mark in "\"'"
+        ):
             return Template("chat_template", saved)
         if needed and getattr(self.checkpoint.config, SCORE_TEMPLATE, None) != "none":
             architecture, shipped = self.checkpoint.architectures[0], ", ".join(Template.shipped())

@@ -65,7 +65,7 @@ class LocalScorer(Scorer):
         classifier_tokens: For a ``*ForCausalLM`` that is not known: ``(true,)``, whose logit is the score, or
             ``(false, true)``, scored by the difference, as with vLLM's ``classifier_from_token``.
         query_prompt, document_prompt: Text to put before each query or document: embedding models such as E5 and
-            Qwen3-Embedding were trained with one. Neither here nor on vLLM is any added by itself.
+            Qwen3-Embedding were trained with one. None: what the checkpoint declares; vLLM adds none by itself.
         use_activation: None or True applies the checkpoint's own activation, as vLLM does (sigmoid unless its config
             names another); False gives logits. Without effect on a bi-encoder; for late interaction, False leaves
             token vectors at their own length.

@@ -154,7 +154,7 @@ class Loading:
         pooling, tokenizer = cast("Pooling", route.pooling), self.checkpoint.at(route).tokenizer
         prompt = route.prompt if own_prompt is None else own_prompt
         skip = 0
-        if prompt and not pooling.include_prompt:
+        if prompt and not pooling.include_prompt and route.chat is None:  # in messages sentence-transformers counts all
             ids = tokenizer(prompt)["input_ids"]
             skip = len(ids) - (ids[-1] in tokenizer.all_special_ids)
 

@@ -18,6 +18,8 @@ from rag_rerank.check.local import check_local
 from tests.causal_models import make_causal_lm
 from tests.commands import run
 from tests.encoder_models import make_bi_encoder, make_encoder_cross_encoder, make_pylate_colbert, modular_modules
+from tests.local.checkpoint.test_chat import FLAT
+from tests.local.checkpoint.test_chat import make as make_embedder_of_messages
 from tests.native_models import make_jina_v3
 
 
@@ -95,6 +97,8 @@ def test_embeddings(tmp_path: Path):
     found = examine(colbert)["Scores"]
     assert "maxsim, query prompt '[Q] ', queries filled up to 20, skipped words 32; vLLM takes" in found.says
     assert 'late_interaction="vllm"' in str(found.remedy)
+    make_embedder_of_messages(str(tmp_path / "messages"), FLAT)
+    assert "It declares cosine, texts as 'messages'; vLLM" in examine(tmp_path / "messages")["Scores"].says
 
 
 def test_a_listwise_model(tmp_path: Path):

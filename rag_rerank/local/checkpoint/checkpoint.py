@@ -149,6 +149,12 @@ class Checkpoint:
         weights = Weights(self.files, self.route.folder)
         return {name: weights.rows(name).float() for name in names if name in weights.home}
 
+    @property
+    def chat_template(self) -> str | None:
+        """The tokenizer's chat template, the default where it has several."""
+        saved: Any = self.tokenizer.chat_template
+        return saved.get("default") if isinstance(saved, dict) else saved
+
     @functools.cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The checkpoint's tokenizer; an adapter without one has its model's."""

@@ -340,11 +340,10 @@ class _Reader:
         return [_step(module, router.path) for module in modules]
 
     def _vector_route(self, side: Side, prompt: str, output: str) -> Route:
-        """Read what a text passes through on its way to vectors, with neither a chat template nor a head."""
+        """Read what a text passes through on its way to vectors, without a head."""
         route, end = self._route(side, prompt, output)
-        if end != output or route.chat:
-            what = "chat templates" if route.chat else f"{end} at the end"
-            raise _Refused(f"{_MODULES} declares {what}; such a model is supported from plain text to {output}")
+        if end != output:
+            raise _Refused(f"{_MODULES} declares {end} at the end; such a model is supported from text to {output}")
         return route
 
     def _route(self, side: Side, prompt: str, dense_input: str) -> tuple[Route, str]:

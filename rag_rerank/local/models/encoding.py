@@ -9,6 +9,7 @@ from rag_rerank.local.transformer.batching import TokenSequence
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from rag_rerank.local.models.prompts import Prompts
     from rag_rerank.local.transformer.transformer import Transformer
 
 Truncation = Literal["longest_first", "only_second"]
@@ -106,13 +107,18 @@ class TextEncoder:
     max_length: int  # of a sequence, in tokens
     prompt: str = ""  # before each text
     special: bool = False  # whether the prompt, or the caller's, spells special tokens
+    chat: "Prompts | None" = None  # what renders each text with a chat template, the prompt in it
 
     def space(self) -> int:
         """Count the tokens of a text that are read."""
+        if self.chat is not None:
+            return self.chat.document_space([""])[0]
         prompt: list[int] = self.tokenizer(self.prompt, add_special_tokens=False)["input_ids"] if self.prompt else []
         return self.max_length - self.tokenizer.num_special_tokens_to_add() - len(prompt)
 
     def encode(self, texts: list[str]) -> list[TokenSequence]:
-        """Tokenise texts, each behind the prompt."""
+        """Tokenise texts, each behind the prompt or rendered."""
+        if self.chat is not None:  # without a group: pooling may read the state of each token
+            return [replace(each, group=None) for each in self.chat.sequences([""], texts)]
         texts = [self.prompt + text for text in texts]
         return encode(self.tokenizer, texts, None, self.max_length, special=self.special)
