@@ -117,7 +117,7 @@ class EmbedderLoading(Loading):
             raise ConfigError(f"{self.checkpoint.name!r} declares {what}")
         self.special_prompts = True
         tokenizer = checkpoint.tokenizer
-        variables = {**tokenizer.special_tokens_map, **self.settings.variables, "instruction": prompt}
+        variables = {**tokenizer.special_tokens_map, **self.settings.variables, "instruction": prompt or None}
         return ChatPrompts(tokenizer, limit, ChatTemplate.of_texts(chat, source, side), variables)
 
 
