@@ -33,7 +33,9 @@ _DEVICES = frozenset({"cpu", "cuda", "hpu", "mps", "mtia", "xla", "xpu"})
 _ELSEWHERE = {
     "torch_dtype": "pass dtype= to LocalScorer itself",
     **dict.fromkeys(("load_in_8bit", "load_in_4bit"), "pass a quantization_config, which transformers 5 reads"),
-    **dict.fromkeys(("output_loading_info", "subfolder", "use_safetensors"), "it is always set"),
+    **dict.fromkeys(
+        ("ignore_mismatched_sizes", "output_loading_info", "subfolder", "use_safetensors"), "it is always set"
+    ),
 }
 
 

@@ -42,6 +42,7 @@ from tests.models import make_bert_cross_encoder
         ({"model_kwargs": {"torch_dtype": "bfloat16"}}, "pass dtype= to LocalScorer itself"),
         ({"model_kwargs": {"load_in_8bit": True}}, "load_in_8bit: pass a quantization_config"),
         ({"model_kwargs": {"use_safetensors": False}}, "use_safetensors: it is always set"),
+        ({"model_kwargs": {"ignore_mismatched_sizes": True}}, "ignore_mismatched_sizes: it is always set"),
         ({"tokenizer_kwargs": {"max_length": 512}}, "tokenizer_kwargs can't hold max_length: pass max_length="),
     ],
 )
