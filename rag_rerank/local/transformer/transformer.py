@@ -316,7 +316,7 @@ def _rope_limits(rope: Any, layers: str | None, longest: int) -> set[int]:
         return set()
 
     def turned(length: int) -> Tensor:
-        positions = torch.tensor([[*range(8), length - 1]], device=rope.inv_freq.device)
+        positions = torch.tensor([[*range(8), length - 1]], device=next(rope.buffers()).device)
         options = {} if layers is None else {"layer_type": layers}
         cosines: Tensor = rope(torch.zeros(1, device=positions.device), positions, **options)[0]
         return cosines[0, :8]

@@ -165,6 +165,13 @@ class TestLongRope:
         got = Padded(model, 0, Batching(4096), limit=40).states(sequences).last()
         torch.testing.assert_close(got, torch.stack(alone), rtol=0, atol=1e-5)
 
+    def test_each_kind_of_layer_may_have_a_rope_of_its_own(self):
+        """As in Gemma 3."""
+        full = {**self.ROPE, "factor": 2.0, "original_max_position_embeddings": 40}
+        full |= {name: full[name] * 2 for name in ("short_factor", "long_factor")}
+        ropes = {"sliding_attention": {"rope_type": "default", "rope_theta": 1e4}, "full_attention": full}
+        assert rope_limit(random_decoder("gemma3_text", rope_parameters=ropes), MAX_LENGTH) == 40
+
     def test_a_rope_of_each_length_is_refused(self, tmp_path: Path):
         """transformers' own scores depend on what was scored before."""
         model = random_decoder("llama", max_position_embeddings=40, rope_parameters=DYNAMIC)
