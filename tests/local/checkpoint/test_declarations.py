@@ -601,6 +601,14 @@ class TestBiEncoders:
             rest = ["a query"] * 2, ["one", "two"]
             assert_alike(scorer.score(*rest), compared(folder, rest), spread=1e-3)
 
+    @pytest.mark.parametrize("pooling", ["mean", "lasttoken"])
+    def test_a_decoder_is_not_padded(self, pooling: str, base, folder: str, texts):
+        """Its texts lie end to end, too; what they begin with alike is not shared, for all states are read."""
+        SentenceTransformer(modules=[Transformer(str(base("qwen3"))), Pooling(64, pooling)]).save_pretrained(folder)
+        with LocalScorer(folder, dtype="float32") as scorer:
+            assert_alike(scorer.score(*texts), compared(folder, texts))
+            assert scorer.proof().path == "unpadded"
+
     def test_one_kind_of_token_is_enough_for_single_texts(self, base, folder: str, texts):
         """Though a pair would have two."""
         source = base("bert", type_vocab_size=1)
