@@ -95,7 +95,9 @@ class EmbedderLoading(Loading):
             # Of a T5, which reads and writes, sentence-transformers saves the reading half alone.
             reads = checkpoint.config.model_type in {"t5", "mt5", "umt5"}
             model = self.load(AutoModelForTextEncoding if reads else AutoModel, checkpoint)
-            made, _ = self.run(model, lambda each: self.parts(each, _all, checkpoint), checkpoint, unpadded=unpadded)
+            made, _ = self.run(
+                model, lambda each: self.parts(each, _all, checkpoint, share=False), checkpoint, unpadded=unpadded
+            )
             self.encoders[route.folder] = model, made
         model, transformer = self.encoders[route.folder]
         _make_special(checkpoint.tokenizer, markers)

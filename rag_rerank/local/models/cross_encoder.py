@@ -11,7 +11,7 @@ from rag_rerank.local.models.model import Inputs
 from rag_rerank.local.models.prompts import Prompts
 from rag_rerank.local.transformer.batching import TokenSequence
 from rag_rerank.local.transformer.proof import Parts
-from rag_rerank.local.transformer.transformer import Head, Padded, States, Transformer, from_transformers
+from rag_rerank.local.transformer.transformer import Head, Padded, States, Transformer, from_transformers, looks_ahead
 
 if TYPE_CHECKING:
     from rag_rerank.local.models.vision.prompts import ImagePrompts
@@ -107,8 +107,9 @@ def _in_float32(_: object, arguments: tuple[Any, ...], options: dict[str, Any]) 
 def classifier_parts(model: Any, plain: Padded) -> Parts:
     """Take a ``*ForSequenceClassification`` apart, whose body `plain` runs; with an unknown head it is its body."""
     score, whole = getattr(model, "score", None), whole_parts(model.base_model, Whole.of(model, plain))
-    # A checkpoint's own code may read its score from elsewhere (nemotron: the mean): that runs as it is.
-    if isinstance(score, torch.nn.Linear) and from_transformers(model):
+    # A checkpoint's own code may read its score from elsewhere (nemotron: the mean): that runs as it is. So does what
+    # looks ahead: its score is read before padding that a text ends with, which can't be left out: it is attended to.
+    if isinstance(score, torch.nn.Linear) and from_transformers(model) and not looks_ahead(model):
         # Padded, too, its last token is where we know it to be; transformers looks for a token that is no padding.
         precise = score.weight.detach().to(torch.float32, copy=True)  # it computes in float32, as vLLM has it
 

@@ -51,8 +51,16 @@ def token_ids(tokenizer: "PreTrainedTokenizerBase", tokens: Sequence[str], name:
 
 
 def keep_answers(model: "PreTrainedModel", ids: Sequence[int]) -> None:
-    """Leave of a model's output layer the rows of the tokens `ids`, computed in float32."""
+    """Leave of a model's output layer the rows of the tokens `ids`, computed in float32; ConfigError where it has more.
+
+    What is left is also what `Parts.alone` runs: no proof would see what a layer of its own kind does to its rows.
+    """
     output: Any = model.get_output_embeddings()  # type: ignore[no-untyped-call]
+    if type(output) is not torch.nn.Linear:  # Dory's multiplies each logit, Baichuan's divides its rows by their norms
+        raise ConfigError(
+            f"the output layer of a {type(model).__name__} is a {type(output).__name__}, which does more than multiply "
+            "by rows of a matrix: its answers can't be taken out of it. Use another model"
+        )
     kept = torch.nn.Linear(1, 1, bias=False, device="meta")  # draws no random numbers
     for name in ("weight", "bias"):
         if (rows := getattr(output, name, None)) is not None:

@@ -86,17 +86,20 @@ def attention(
     sliding_window: int | None = None,
     softcap: float | None = None,
     is_causal: bool | None = None,
-    **_: Any,
+    **more: Any,
 ) -> tuple[Tensor, None]:
     """Attend, each segment to itself and its prefix; transformers calls this in each layer.
 
     `query` is ``[1, heads, tokens, size]``; `key` and `value` may have fewer heads. `layout`, not a mask, says what
     attends to what: under a `sliding_window`, at distances below it. tanh brings scores into the range of `softcap`
     (Gemma 2). None for `scaling` is one over the root of `size`, for `is_causal` what the layer is. Returns
-    ``[1, tokens, heads, size]``, and None for the weights.
+    ``[1, tokens, heads, size]``, and None for the weights. ValueError for a layer that wants something else, which may
+    be seen only in texts longer than those of the proof (MiniMax M3's blocks of 2,048 keys).
     """
     if attention_mask is not None and sliding_window is None:
         raise ValueError("only its mask has a window")
+    if unknown := [name for name, value in more.items() if isinstance(value, Tensor) and name != "position_ids"]:
+        raise ValueError(f"it passes {unknown}")
     causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
     kernel = _varlen if query.is_cuda else _one_by_one
     return kernel(query, key, value, layout, _Options(causal, sliding_window, softcap, scaling)), None

@@ -234,7 +234,10 @@ class Padded(_Runner):
             return longest
         step = 1 << max(4, longest.bit_length() - 5)
         positions: int = getattr(self.model.config, "max_position_embeddings", None) or 10**9
-        return max(longest, min(longest + -longest % step, positions - 2))  # RoBERTa and its kin count from 2
+        most = positions - 2  # RoBERTa and its kin count from 2
+        if self.limit is not None and longest <= self.limit:
+            most = self.limit  # padding has positions, too: beyond it, it would turn all tokens otherwise
+        return max(longest, min(longest + -longest % step, most))
 
     def states(self, sequences: Sequence[TokenSequence]) -> States:
         """Run one batch. In a decoder, padding on the right is never seen: tokens attend to those before them."""
@@ -313,7 +316,7 @@ def _rope_limits(rope: Any, layers: str | None, longest: int) -> set[int]:
         return set()
 
     def turned(length: int) -> Tensor:
-        positions = torch.tensor([[*range(8), length - 1]], device=rope.inv_freq.device)
+        positions = torch.tensor([[*range(8), length - 1]], device=next(rope.buffers()).device)
         options = {} if layers is None else {"layer_type": layers}
         cosines: Tensor = rope(torch.zeros(1, device=positions.device), positions, **options)[0]
         return cosines[0, :8]

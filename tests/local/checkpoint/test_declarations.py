@@ -247,12 +247,15 @@ class TestClassifiers:
         with nullcontext() if right else pytest.raises(ConfigError, match=rf"'{labels[1]}', but the second is taken"):
             ours(folder, texts)
 
+    @pytest.mark.parametrize("causal", [True, False])
     @pytest.mark.parametrize("place", ["template", "tokenizer"])
-    def test_a_decoder_that_pads_with_what_its_inputs_end_with(self, place: str, folder: str, tmp_path: Path, texts):
+    def test_a_decoder_that_pads_with_what_its_inputs_end_with(
+        self, place: str, causal: bool, folder: str, tmp_path: Path, texts
+    ):
         """As where the end of text is the padding: transformers reads the score from the token before it."""
         source = make_decoder_classifier(tmp_path / "source", "llama")
         tokenizer = AutoTokenizer.from_pretrained(source)
-        edit(str(source), "config.json", pad_token_id=tokenizer.eos_token_id)
+        edit(str(source), "config.json", pad_token_id=tokenizer.eos_token_id, is_causal=causal)
         if place == "template":
             tokenizer.chat_template = CHAT + "{{ eos_token }}{{ eos_token }}"
         else:
@@ -597,6 +600,14 @@ class TestBiEncoders:
             assert caught.value.indices == (1,)
             rest = ["a query"] * 2, ["one", "two"]
             assert_alike(scorer.score(*rest), compared(folder, rest), spread=1e-3)
+
+    @pytest.mark.parametrize("pooling", ["mean", "lasttoken"])
+    def test_a_decoder_is_not_padded(self, pooling: str, base, folder: str, texts):
+        """Its texts lie end to end, too; what they begin with alike is not shared, for all states are read."""
+        SentenceTransformer(modules=[Transformer(str(base("qwen3"))), Pooling(64, pooling)]).save_pretrained(folder)
+        with LocalScorer(folder, dtype="float32") as scorer:
+            assert_alike(scorer.score(*texts), compared(folder, texts))
+            assert scorer.proof().path == "unpadded"
 
     def test_one_kind_of_token_is_enough_for_single_texts(self, base, folder: str, texts):
         """Though a pair would have two."""

@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from rag_rerank import BackendRejected, ConfigError, LocalScorer
 from rag_rerank.families import FAMILIES
@@ -149,6 +149,18 @@ class TestKnownModels:
         folder = make_causal_lm(tmp_path / "m", "qwen3")
         with pytest.raises(ConfigError, match="not one entry"):
             LocalScorer(folder, template=PLAIN, classifier_tokens=tokens).score("q", "d")
+
+
+@pytest.mark.skipif("dory" not in CONFIG_MAPPING, reason="this transformers has no Dory")
+def test_an_output_layer_of_its_own_kind_is_refused(tmp_path: Path):
+    """Dory's has a scale for each word; without it, what two rows make of a state is no logit of the model."""
+    tokenizer = byte_level_tokenizer("llama")
+    sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 128}
+    config = CONFIG_MAPPING["dory"](**sizes, num_key_value_heads=1, head_dim=32, vocab_size=len(tokenizer))
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match="output layer of a DoryForCausalLM is a DoryLMHead"):
+        LocalScorer(tmp_path, template=PLAIN, classifier_tokens=("no", "yes")).score("q", "d")
 
 
 class TestLength:

@@ -186,6 +186,16 @@ class TestCPU:
         states, _ = attention(layer, both.query, both.key, both.value, None, layout=layout)
         assert torch.equal(states, both.attend())
 
+    @pytest.mark.parametrize("name", ["s_aux", "block_indices"])
+    def test_what_it_does_not_know_is_refused(self, name: str):
+        """Sinks, and blocks of keys that were chosen: these hide none of so few, and no proof would miss them."""
+        one = row([Segment(0, 5)], causal=True)
+        layout = Layout.of(one.segments, torch.device("cpu"))
+        options = {"position_ids": torch.arange(5), "dropout": 0.0, "layout": layout}
+        attention(SimpleNamespace(), one.query, one.key, one.value, None, **options)
+        with pytest.raises(ValueError, match=name):
+            attention(SimpleNamespace(), one.query, one.key, one.value, None, **options, **{name: torch.zeros(1)})
+
     @pytest.mark.parametrize("softcap", [None, 50.0])
     @pytest.mark.parametrize("window", [None, 400])
     def test_masks_are_not_kept_without_end(self, window: int | None, softcap: float | None):

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -130,12 +130,17 @@ class TestPath:
 class TestLongRope:
     """A rope that turns all positions otherwise once the last is beyond the original window (Phi-3)."""
 
+    ROPE: ClassVar = {
+        "rope_type": "longrope",
+        "rope_theta": 10_000.0,
+        "short_factor": [1.0] * 8,
+        "long_factor": [4.0] * 8,
+    }
+
     @pytest.fixture
     def folder(self, tmp_path: Path) -> Path:
         """A window of 40 tokens, and factors of two kinds."""
-        factors = {"short_factor": [1.0] * 8, "long_factor": [4.0] * 8}
-        rope = {"rope_type": "longrope", "rope_theta": 10_000.0, **factors}
-        return make_phi3(tmp_path, rope)
+        return make_phi3(tmp_path, self.ROPE)
 
     def test_each_side_of_the_window_is_run_apart(self, folder: Path):
         """A pair scores beside a longer one as alone, and so does the longer one."""
@@ -150,6 +155,22 @@ class TestLongRope:
         assert rope_limit(model, MAX_LENGTH) == 40
         assert rope_limit(model, 40) is None
         assert rope_limit(random_decoder("phi3"), MAX_LENGTH) is None
+
+    @torch.inference_mode()
+    def test_padding_does_not_reach_beyond_it(self, folder: Path):
+        """It has positions, too: a row of 38 tokens becomes one of 40, not of 48."""
+        model = AutoModel.from_pretrained(folder).eval()
+        sequences = [TokenSequence([*range(10, 10 + length)]) for length in (38, 20)]
+        alone = [model(input_ids=torch.tensor([each.ids])).last_hidden_state[0, -1] for each in sequences]
+        got = Padded(model, 0, Batching(4096), limit=40).states(sequences).last()
+        torch.testing.assert_close(got, torch.stack(alone), rtol=0, atol=1e-5)
+
+    def test_each_kind_of_layer_may_have_a_rope_of_its_own(self):
+        """As in Gemma 3."""
+        full = {**self.ROPE, "factor": 2.0, "original_max_position_embeddings": 40}
+        full |= {name: full[name] * 2 for name in ("short_factor", "long_factor")}
+        ropes = {"sliding_attention": {"rope_type": "default", "rope_theta": 1e4}, "full_attention": full}
+        assert rope_limit(random_decoder("gemma3_text", rope_parameters=ropes), MAX_LENGTH) == 40
 
     def test_a_rope_of_each_length_is_refused(self, tmp_path: Path):
         """transformers' own scores depend on what was scored before."""
