@@ -253,7 +253,10 @@ class Transport:
         try:
             client = self._factory()
         except Exception as error:
-            raise ConfigError(f"http_client= is a function, which failed: {type(error).__name__}: {error}") from error
+            said = f"http_client= is a function, which failed: {type(error).__name__}"
+            if "@" in str(error):  # httpx quotes a proxy's address that it can't read, with its password
+                raise ConfigError(said) from None
+            raise ConfigError(f"{said}: {error}") from error
         if not isinstance(client, httpx.AsyncClient):
             raise ConfigError(f"http_client must make an httpx.AsyncClient; it made {type(client).__name__}")
         if client.is_closed or any(client is other for other, _ in self._clients.values()):
