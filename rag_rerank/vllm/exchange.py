@@ -52,7 +52,8 @@ ID_PREFIX = "rag-rerank-"
 
 _REMEDIES = {  # by the kind of a failure, or by the status of a refusal
     "local": "Allow more (ulimit -n), or make fewer calls at a time (max_waiting_calls=).",
-    "certificate": "The certificate must be valid for that name; SSL_CERT_FILE names more authorities to trust.",
+    "certificate": "The certificate must be valid for that name; SSL_CERT_FILE names the authorities to trust.",
+    "tls": "Does it speak https there? Else its address begins with http://.",
     "timeout": "Is it overloaded? See attempt_timeout= and timeout=.",
     401: "Pass api_key= or set VLLM_API_KEY.",
     403: "Pass api_key= or set VLLM_API_KEY.",
@@ -62,7 +63,7 @@ _REMEDIES = {  # by the kind of a failure, or by the status of a refusal
     413: "Shorten it, or have the proxy take larger requests (nginx: client_max_body_size).",
 }
 
-NOBODY = ("connect", "certificate", "local")  # kinds of failures without a connection
+NOBODY = ("connect", "certificate", "tls", "local")  # kinds of failures without a connection
 
 
 @dataclass(frozen=True, slots=True)
@@ -348,7 +349,7 @@ class Exchange:
             return MayPass(self.error(BadReply, failure.text, None, server, whole=True))
         if failure.kind != "local" and sent is not None:
             # A connection breaks in a restart, too, after which others' scores must not be mixed with another model's.
-            gone = failure.kind == "connect" or (failure.kind == "broken" and len(self.servers) > 1)
+            gone = failure.kind in NOBODY or (failure.kind == "broken" and len(self.servers) > 1)
             server.failed(sent, gone=gone)
         text = failure.text
         if failure.kind == "timeout":

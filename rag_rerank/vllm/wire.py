@@ -61,7 +61,7 @@ class Reply:
 class Failure:
     """No reply; ``unread`` if one came that must not be read (too large); ``local`` if this process is to blame."""
 
-    kind: Literal["timeout", "connect", "certificate", "broken", "unread", "local"]
+    kind: Literal["timeout", "connect", "certificate", "tls", "broken", "unread", "local"]
     text: str  # one clause
     cause: Exception | None = None  # the HTTP library's
 
