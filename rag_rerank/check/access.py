@@ -32,7 +32,8 @@ _LOG = "Look into the log of the server, or of the proxy before it."
 _NO_ANSWER = {
     "connect": "Start vLLM there (it listens once its model is loaded), or pass the address where it runs.",
     "timeout": "Restart it if it hangs (vLLM does so after SIGTERM while it works), or allow more time.",
-    "certificate": "Use the name that its certificate is for; SSL_CERT_FILE names more authorities to trust.",
+    "certificate": "Use the name that its certificate is for; SSL_CERT_FILE names the authorities to trust.",
+    "tls": "Pass an address that begins with http://, if it does not speak https.",
     "unread": "Pass the address of a vLLM server.",
 }
 

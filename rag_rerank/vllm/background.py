@@ -1,6 +1,7 @@
 """One event loop for the process, in a thread of its own, for callers that have none."""
 
 import asyncio
+import contextlib
 import os
 import socket
 import threading
@@ -64,12 +65,19 @@ class Background:
                 loop = asyncio.new_event_loop()
                 _look_up_in_daemon_threads(loop)
                 try:
-                    threading.Thread(target=loop.run_forever, name="rag_rerank", daemon=True).start()
+                    threading.Thread(target=_run_for_ever, args=(loop,), name="rag_rerank", daemon=True).start()
                 except RuntimeError as error:  # no thread to be had now; the next call tries again
                     loop.close()
                     raise BackendUnavailable(f"this process can't ask a server: {error}", attempts=0) from error
                 self._loop = loop
             return self._loop
+
+
+def _run_for_ever(loop: asyncio.AbstractEventLoop) -> None:
+    """Run it whatever a user's function raises: asyncio lets these two end a loop, in which all callers' work is."""
+    while True:
+        with contextlib.suppress(SystemExit, KeyboardInterrupt):  # its caller gets it all the same
+            loop.run_forever()
 
 
 def _look_up_in_daemon_threads(loop: asyncio.AbstractEventLoop) -> None:

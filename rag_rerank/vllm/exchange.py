@@ -52,7 +52,8 @@ ID_PREFIX = "rag-rerank-"
 
 _REMEDIES = {  # by the kind of a failure, or by the status of a refusal
     "local": "Allow more (ulimit -n), or make fewer calls at a time (max_waiting_calls=).",
-    "certificate": "The certificate must be valid for that name; SSL_CERT_FILE names more authorities to trust.",
+    "certificate": "The certificate must be valid for that name; SSL_CERT_FILE names the authorities to trust.",
+    "tls": "Does it speak https there? Else its address begins with http://.",
     "timeout": "Is it overloaded? See attempt_timeout= and timeout=.",
     401: "Pass api_key= or set VLLM_API_KEY.",
     403: "Pass api_key= or set VLLM_API_KEY.",
@@ -62,7 +63,7 @@ _REMEDIES = {  # by the kind of a failure, or by the status of a refusal
     413: "Shorten it, or have the proxy take larger requests (nginx: client_max_body_size).",
 }
 
-NOBODY = ("connect", "certificate", "local")  # kinds of failures without a connection
+NOBODY = ("connect", "certificate", "tls", "local")  # kinds of failures without a connection
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,6 +140,7 @@ class Exchange:
     def __post_init__(self) -> None:
         self._began = self.clock()
         self._answered_by: str | None = None
+        self._letters: Answer | None = None  # by the first server that was asked, where others may be
         # After so many seconds without a sign of life (vLLM hangs after SIGTERM) another server is asked as well.
         self._share = math.inf
         if self.rules.attempt_timeout is None and len(self.servers) > 1:
@@ -169,6 +171,8 @@ class Exchange:
 
         async def attempt(server: Server) -> Answer:
             facts = await self._described(server)
+            self._compare(server, facts, self._letters)
+            self._letters = self._letters or facts.letters
             sent_id = self.new_id()
             request = make(facts, sent_id)
             try:
@@ -344,7 +348,9 @@ class Exchange:
         if failure.kind == "unread":
             return MayPass(self.error(BadReply, failure.text, None, server, whole=True))
         if failure.kind != "local" and sent is not None:
-            server.failed(sent, gone=failure.kind == "connect")
+            # A connection breaks in a restart, too, after which others' scores must not be mixed with another model's.
+            gone = failure.kind in NOBODY or (failure.kind == "broken" and len(self.servers) > 1)
+            server.failed(sent, gone=gone)
         text = failure.text
         if failure.kind == "timeout":
             limit = self.rules.attempt_timeout
@@ -361,7 +367,7 @@ class Exchange:
             after = _retry_after(reply.headers.get("retry-after", ""), self.now())
             if sent is not None:
                 if status in (502, 503, 504):
-                    server.failed(sent)
+                    server.failed(sent, gone=status == 502)  # a gateway's: nobody is behind it
                 if after is not None:
                     server.asked(after, self.clock())
             return MayPass(self.error(BackendUnavailable, message, None, server, retry_after=after, **facts))
@@ -399,12 +405,13 @@ class Exchange:
                     facts = replace(facts, form=await self._form(server, facts))
                     if self.rules.logits:
                         await self._check_logits(server, facts)
-                if len(self.servers) > 1 and not server.being_compared:  # calls that begin together ask once
-                    await self._compare(server, facts)
+                if len(self.servers) > 1:
+                    facts = replace(facts, letters=await self._scored_letters(server, facts))
             except asyncio.CancelledError:
                 server.asked_at = former
                 raise
             server.facts = facts
+            self._compare(server, facts, self.servers.letters_beside(server, now - LONGEST_AGE))
         return server.facts or await self._described(server)
 
     async def _missing(self, server: Server, model: str, refusal: BackendRejected) -> Exception:
@@ -490,24 +497,39 @@ class Exchange:
             said = f"vLLM {version} gives wrong logits for this model (use_activation=False): it leaves out a layer of"
             raise ConfigError(f"{said} its head. Upgrade to 0.31 or newer, or leave out use_activation=")
 
-    async def _compare(self, server: Server, facts: ServerFacts) -> None:
-        """Have one of several servers score two letters; ConfigError where another one gave them another score.
+    async def _scored_letters(self, server: Server, facts: ServerFacts) -> Answer | None:
+        """Have one of several servers score two letters, to be compared; None where it refuses them.
+
+        Calls that begin together ask once. Those of another thread's event loop can't wait for it, and ask themselves.
+        """
+        loop, beside = asyncio.get_running_loop(), server.asking
+        if beside is not None and beside.get_loop() is loop:
+            await asyncio.wait([beside], timeout=None if self.until is None else self.left())
+            if beside.done() and not beside.cancelled():
+                return beside.result()
+        server.asking = asking = loop.create_future()
+        request, read = _letters(facts, sent_id := self.new_id())
+        answer: Answer | None = None
+        try:
+            with contextlib.suppress(BackendRejected):
+                answer = await self.once(server, request, lambda body: self._own(server, read(body), sent_id))
+            if answer is not None and answer.model not in (None, facts.model):
+                answer = None  # it says itself that this was another one
+            asking.set_result(answer)
+        finally:
+            server.asking = None
+            asking.cancel()
+        return answer
+
+    def _compare(self, server: Server, facts: ServerFacts, other: Answer | None) -> None:
+        """Raise ConfigError where another server, or this one before, gave two letters another score.
 
         Else a call could mix the scores of two models of one name, or of one with and without its template.
         """
-        server.being_compared, server.letters = True, None
-        request, read = _letters(facts, sent_id := self.new_id())
-        try:
-            answer = await self._optional(server, request, lambda body: self._own(server, read(body), sent_id))
-        finally:
-            server.being_compared = False
-        if answer is None or answer.model not in (None, facts.model):  # it says itself that this was another one
+        if facts.letters is None or other is None:
             return
-        server.letters, other = answer, self.servers.letters_beside(server, self.clock() - LONGEST_AGE)
-        if other is None:
-            return
-        (ours,), (theirs,) = answer.scores, other.scores
-        tokens = answer.prompt_tokens, other.prompt_tokens
+        (ours,), (theirs,) = facts.letters.scores, other.scores
+        tokens = facts.letters.prompt_tokens, other.prompt_tokens
         if abs(ours - theirs) > APART * max(1.0, abs(theirs)) or (all(tokens) and tokens[0] != tokens[1]):
             self.servers.forget()  # unless they are all alike now
             said = f"{ours:.3g} ({tokens[0]} tokens), another server {theirs:.3g} ({tokens[1]})"

@@ -96,8 +96,8 @@ class Keys:
 
     def scrub(self, text: str, headers: Mapping[str, str]) -> str:
         """Leave secrets out of what a server says: some gateways repeat the key that they refuse."""
-        for value in (headers.get("authorization", ""), *self._secrets):
-            secret = value.rpartition(" ")[2]  # what follows Bearer, say
+        secrets = [*self._secrets, *(value for name, value in headers.items() if SECRET.search(name))]
+        for secret in " ".join(secrets).split():  # what follows Bearer, and without the end of a key's file
             if len(secret) >= 8:  # a short one ("k", "0") is in words and numbers
                 text = re.sub("".join(map(_spellings, secret)), "[key]", text)
         return text

@@ -1,5 +1,6 @@
 """The servers of one scorer: which is asked next, and what is known about each."""
 
+import asyncio
 import logging
 import math
 from collections.abc import Callable, Collection, Sequence
@@ -28,8 +29,7 @@ class Server:
     asked_at: float = -math.inf  # when that was
     is_connected: Callable[[], bool] | None = None  # whether it has left open over what it answered last
     echoes_ids: bool = False  # whether it has given a request's id back
-    letters: Answer | None = None  # to two letters, where there are others to compare it with
-    being_compared: bool = False  # whether a call is asking for that now
+    asking: asyncio.Future[Answer | None] | None = None  # for the letters in its facts, if a call is at that now
 
     @property
     def label(self) -> str:
@@ -131,7 +131,7 @@ class Servers:
     def letters_beside(self, asked: Server, since: float) -> Answer | None:
         """Give another one's answer to two letters, if it has told since that moment who it is."""
         others = (each for each in self._servers if each is not asked and each.facts and each.asked_at >= since)
-        return next((each.letters for each in others if each.letters is not None), None)
+        return next((each.facts.letters for each in others if each.facts and each.facts.letters), None)
 
     @property
     def facts(self) -> ServerFacts | None:

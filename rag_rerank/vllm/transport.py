@@ -18,7 +18,7 @@ import zlib
 from collections.abc import AsyncGenerator, AsyncIterable, Callable, Coroutine, Iterable, Mapping, Sequence
 from dataclasses import replace
 from http.cookiejar import DefaultCookiePolicy
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import anyio
 import httpx
@@ -253,7 +253,10 @@ class Transport:
         try:
             client = self._factory()
         except Exception as error:
-            raise ConfigError(f"http_client= is a function, which failed: {type(error).__name__}: {error}") from error
+            said = f"http_client= is a function, which failed: {type(error).__name__}"
+            if "@" in str(error):  # httpx quotes a proxy's address that it can't read, with its password
+                raise ConfigError(said) from None
+            raise ConfigError(f"{said}: {error}") from error
         if not isinstance(client, httpx.AsyncClient):
             raise ConfigError(f"http_client must make an httpx.AsyncClient; it made {type(client).__name__}")
         if client.is_closed or any(client is other for other, _ in self._clients.values()):
@@ -422,7 +425,8 @@ def _failure(error: Exception, *, proxied: bool) -> Failure:
             return Failure("certificate", f"can't trust the server: {text}", error)
         there = " through the proxy that the environment names" if proxied else ""
         text = "timed out" if isinstance(error, httpx.ConnectTimeout) else text
-        return Failure("connect", f"can't connect{there}: {text}", error)
+        kind: Literal["tls", "connect"] = "tls" if any(isinstance(e, ssl.SSLError) for e in came_from) else "connect"
+        return Failure(kind, f"can't connect{there}: {text}", error)
     if isinstance(error, httpx.TimeoutException | TimeoutError):
         return Failure("timeout", "timed out", error)
     return Failure("broken", f"the connection broke: {text}", error)

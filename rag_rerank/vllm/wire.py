@@ -61,7 +61,7 @@ class Reply:
 class Failure:
     """No reply; ``unread`` if one came that must not be read (too large); ``local`` if this process is to blame."""
 
-    kind: Literal["timeout", "connect", "certificate", "broken", "unread", "local"]
+    kind: Literal["timeout", "connect", "certificate", "tls", "broken", "unread", "local"]
     text: str  # one clause
     cause: Exception | None = None  # the HTTP library's
 
@@ -95,10 +95,11 @@ class ServerFacts:
     checkpoint: str | None = None  # the hub id or folder behind that name
     window: int | None = None  # how many tokens the model reads at most
     # Learned later, None before: whether it puts pairs into a score template; how many bytes the texts of a request may
-    # have, where one was too large.
+    # have, where one was too large; what it answers to two letters, where there are others to compare it with.
     has_template: bool | None = field(default=None, compare=False)
     most_bytes: int | None = field(default=None, compare=False)
     form: Form = field(default=VLLM_SCORE, compare=False)
+    letters: Answer | None = field(default=None, compare=False)
 
     @property
     def listwise(self) -> bool:

@@ -6,13 +6,14 @@ import logging
 import math
 import pickle
 import time
+import traceback
 import zlib
 from typing import Any
 
 import httpx
 import pytest
 
-from rag_rerank import AuthError, BackendRejected, BackendUnavailable, ConfigError, VLLMScorer
+from rag_rerank import AuthError, BackendRejected, BackendUnavailable, ConfigError, RerankError, VLLMScorer
 from rag_rerank.vllm.keys import Keys
 from tests.faulty_server import HANG, FaultyServer, Request, Steps, http, on_scores, oracle, refusal, right
 from tests.vllm.faults.common import soon
@@ -87,6 +88,17 @@ class TestClient:
         assert authorization.startswith("Bearer canary-3" if "api_key" in settings else sent)
         assert authorization.split()[1] not in f"{caught.value} {caught.value.body}"
 
+    @pytest.mark.parametrize("name", ["Authorization", "X-Api-Key"])
+    @pytest.mark.parametrize("end", ["", "\n"])
+    def test_its_secret_headers_are_in_no_error(self, name: str, end: str):
+        """Whether the server repeats one, or no header can hold it: a key that was read from a file, with its end."""
+        behave = on_scores(lambda request: refusal(401, f"wrong: {request.headers[name.lower()]}"))
+        settings = {"http_client": lambda: httpx.AsyncClient(headers={name: f"canary-5ecret{end}"}), "max_retries": 0}
+        with FaultyServer(behave) as server, VLLMScorer(server.base_url, **settings) as scorer:
+            with pytest.raises(RerankError, match="Illegal header value" if end else "wrong: ") as caught:
+                scorer.score("q", ["a"])
+            assert "canary" not in "".join(traceback.format_exception(caught.value)) + f"{caught.value.body}"
+
     @pytest.mark.parametrize(
         ("behave", "outcome"),
         [
@@ -128,6 +140,13 @@ class TestClient:
             pytest.raises(ConfigError, match="http_client= is a function"),
         ):
             scorer.score("q", ["a"])
+
+    def test_a_proxy_that_it_can_not_read_is_not_repeated(self):
+        """httpx quotes all of such an address."""
+        with VLLMScorer(http_client=lambda: httpx.AsyncClient(proxy="me:canary@proxy:3128")) as scorer:
+            with pytest.raises(ConfigError, match="http_client= is a function, which failed: ValueError") as caught:
+                scorer.score("q", ["a"])
+            assert "canary" not in "".join(traceback.format_exception(caught.value))
 
     @pytest.mark.parametrize("wrong", [httpx.AsyncClient(), 3, lambda: 3, httpx.Client])
     def test_anything_else_is_refused(self, wrong: Any):

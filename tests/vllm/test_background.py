@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -48,6 +49,24 @@ class TestThread:
             background.run(answer(), 10)
         assert background.run(answer(), 10) == background.run(answer(), None) == 42
         assert len(tries) == 2
+
+    @pytest.mark.parametrize("error", [SystemExit, KeyboardInterrupt])
+    def test_what_ends_a_thread_ends_a_call_only(self, error: type[BaseException]):
+        """A user's function for keys may call sys.exit; others go on."""
+        background = Background()
+
+        async def leave() -> None:
+            raise error
+
+        async def wait() -> int:
+            await asyncio.sleep(0.1)
+            return 42
+
+        with ThreadPoolExecutor(1) as pool:
+            other = pool.submit(background.run, wait(), 10)
+            with pytest.raises(error):
+                background.run(leave(), 10)
+            assert other.result() == background.run(answer(), 10) == 42
 
     def test_work_that_takes_too_long_is_cancelled(self):
         """And the loop goes on."""

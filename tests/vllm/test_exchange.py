@@ -603,8 +603,9 @@ class TestSeveralServers:
             world.now = START + moment / 10
             before = len(world.sent)
             assert score(world) == SCORES
-            asked_at += [moment / 10 for host in world.hosts[before:] if host == 0]
+            asked_at += [moment / 10] * (0 in world.hosts[before:])
         assert len(asked_at) == 4
+        assert sum(sent.send.endpoint.label == "server0:1" for sent in world.score_requests) <= 4
         assert all(later - earlier >= 2**n for n, (earlier, later) in enumerate(itertools.pairwise(asked_at)))
 
     def test_one_that_hangs_rests(self):
@@ -870,9 +871,10 @@ class TestIdentity:
         assert score(world) == SCORES
         assert world.paths == ["/v1/score"] * 2 + ["/version", "/v1/models", "/v1/score"]
 
-    def test_a_server_that_was_gone_while_others_answered_is_asked_again_who_it_is(self):
-        """Only that one."""
-        world = World(at(Script(None, REFUSED), Server()), servers=2)
+    @pytest.mark.parametrize("outcome", [REFUSED, BROKEN, refusal(502)])
+    def test_a_server_that_was_gone_while_others_answered_is_asked_again_who_it_is(self, outcome: Outcome):
+        """Only that one. It may be back, with another model of that name, before anybody finds nobody there."""
+        world = World(at(Script(None, outcome), Server()), servers=2)
         for _ in range(3):
             assert score(world) == SCORES
         assert [server.facts is None for server in world.each_server] == [True, False]
@@ -955,6 +957,46 @@ class TestLearning:
         world = World(servers=2, known=False)
         assert world.at_once(18) == [SCORES] * 18
         assert len(world.score_requests) == 18 + 2
+
+    @pytest.mark.parametrize("seconds", [0.0, 0.5])
+    def test_calls_that_begin_together_mix_no_scores(self, seconds: float):
+        """They wait for what the first of them learns; none goes on as if there were no other server."""
+
+        def slow(send: Send, now: float) -> tuple[float, Outcome]:
+            return seconds, off_by(0.2)(send, now)[1]
+
+        world = World(at(Server(), slow), servers=2, known=False, chunk_size=1)
+
+        async def calls() -> list[list[float] | BaseException]:
+            each = (world.call("q", ["a", "b", "c"]) for _ in range(9))
+            return await asyncio.gather(*each, return_exceptions=True)
+
+        for _ in range(2):
+            assert {type(outcome) for outcome in world.run(calls())} == {ConfigError}
+
+    def test_a_server_that_can_not_be_compared_yet_gives_no_scores(self):
+        """Another one does."""
+        busy = off_by(0.2)
+        world = World(at(Server(), lambda send, now: (0.0, BUSY) if send.request.body else busy(send, now)), servers=2)
+        for server in world.each_server:
+            server.facts = None
+        assert score(world) == score(world) == SCORES
+        world.answer, world.now = at(Server(), busy), world.now + 2
+        with pytest.raises(ConfigError, match="pair of letters"):
+            score(world), score(world)
+
+    def test_a_comparison_that_is_given_up_is_no_ones_answer(self):
+        """Who waited for it asks."""
+        world = World(at(Server(seconds=1.0), Server(seconds=1.0)), servers=2, known=False)
+
+        async def calls() -> list[float]:
+            first, second = (asyncio.create_task(world.call("q", ["a", "b"])) for _ in range(2))
+            await asyncio.sleep(2.5)
+            first.cancel()
+            return await second
+
+        assert world.run(calls()) == SCORES
+        assert all(server.asking is None for server in world.each_server)
 
     def test_rounding_is_no_other_score(self):
         """Two machines in half precision differ by so much."""

@@ -151,9 +151,24 @@ class TestConnections:
     def test_a_certificate_of_a_trusted_authority(
         self, serve: Serve, connect: Connect, score: Score, monkeypatch: pytest.MonkeyPatch
     ):
-        """Row 4, the other way round: SSL_CERT_FILE names more authorities."""
+        """Row 4, the other way round: SSL_CERT_FILE names the authorities."""
         monkeypatch.setenv("SSL_CERT_FILE", str(TLS / "authority.pem"))
         assert score(connect(serve(tls=server_side("right")))) == EXACT
+
+    def test_a_server_that_speaks_no_tls(self, connect: Connect, score: Score):
+        """Its answer to the handshake is 400, in plain text: the error says what to change about the address."""
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+
+            def refuse() -> None:
+                connection, _ = listener.accept()
+                with connection:
+                    connection.recv(4096)
+                    connection.sendall(http("", 400))
+
+            threading.Thread(target=refuse, daemon=True).start()
+            scorer = connect(f"https://127.0.0.1:{listener.getsockname()[1]}", max_retries=0)
+            with pytest.raises(BackendUnavailable, match=r"can't connect: \[SSL.*begins with http://"):
+                score(scorer, FEW)
 
     def test_a_reset_before_the_answer(self, serve: Serve, connect: Connect, score: Score):
         """Row 5: one more request."""
