@@ -118,7 +118,7 @@ class TextEncoder:
 
     def encode(self, texts: list[str]) -> list[TokenSequence]:
         """Tokenise texts, each behind the prompt or rendered."""
-        if self.chat is not None:  # without a group: pooling may read the state of each token
-            return [replace(each, group=None) for each in self.chat.sequences([""], texts)]
+        if self.chat is not None:
+            return self.chat.sequences([""], texts)
         texts = [self.prompt + text for text in texts]
         return encode(self.tokenizer, texts, None, self.max_length, special=self.special)
