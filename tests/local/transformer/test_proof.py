@@ -149,6 +149,12 @@ class TestLongRope:
             assert scorer.proof().path == "unpadded"
             assert largest_difference(scorer.score(QUERY, DOCUMENTS * 3), alone(folder) * 3) <= 1e-5
 
+    def test_the_window_itself_is_within_it(self, folder: Path):
+        """40 tokens are not run beside 41, nor two batches at a time: the model keeps the rope of the last."""
+        runner = Padded(AutoModel.from_pretrained(folder), 0, Batching(4096, parallel=2), limit=40)
+        assert runner.batches([TokenSequence([5] * length) for length in (40, 41)], 4096) == [[0], [1]]
+        assert runner.batching.parallel == 1
+
     def test_only_where_texts_are_that_long(self, folder: Path):
         """Within the window there is one side."""
         model = AutoModel.from_pretrained(folder)
