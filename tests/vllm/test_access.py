@@ -353,6 +353,16 @@ class TestProxies:
         with pytest.raises(ConfigError):
             VLLMScorer("http://other:8000") if exception != "*" else VLLMScorer("ftp://x")
 
+    def test_the_one_for_the_scheme_goes_before_the_one_for_all(self, monkeypatch: pytest.MonkeyPatch):
+        """As curl has it; and the dot that may end a name is none of an exception's business."""
+        monkeypatch.setenv("HTTP_PROXY", "http://proxy:1")
+        monkeypatch.setenv("ALL_PROXY", "socks://other:1")
+        monkeypatch.setenv("NO_PROXY", "other.test")
+        VLLMScorer("http://gpu.test")
+        VLLMScorer("https://other.test.")
+        with pytest.raises(ConfigError, match="ALL_PROXY"):
+            VLLMScorer("https://gpu.test")
+
     @pytest.mark.parametrize("exception", ["10.0.0.0/8", "10.1.2.3", "10.1.2.3:8000", "x,[fd00::1],10.1.0.0/16"])
     def test_networks(self, exception: str, monkeypatch: pytest.MonkeyPatch):
         """As curl and Go read them."""
