@@ -224,7 +224,10 @@ class Transport:
                 if stream is not None:  # with nothing asked, only its end can be read
                     reply = replace(reply, is_connected=lambda: not stream.get_extra_info("is_readable"))
                 reply, judged = self._judged(send, reply, request.headers)
-                if not judged and stream is not None and response.http_version != "HTTP/2":
+                # httpcore takes what came behind this answer for that to its next request, where no id tells. (Where a
+                # hook has read this one, another request may have the connection by now.)
+                tells = response.is_closed or (send.request.id or "").encode() in reply.body
+                if not (judged and tells) and stream is not None and response.http_version != "HTTP/2":
                     await stream.aclose()  # in HTTP/2, answers have numbers
                 return reply
         return Failure("timeout", "timed out")

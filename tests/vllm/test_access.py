@@ -14,8 +14,8 @@ import httpx
 import pytest
 
 from rag_rerank import AuthError, BackendRejected, BackendUnavailable, ConfigError, RerankError, VLLMScorer
-from rag_rerank.vllm.keys import Keys
-from tests.faulty_server import HANG, FaultyServer, Request, Steps, http, on_scores, oracle, refusal, right
+from rag_rerank.vllm.keys import Keys, causes
+from tests.faulty_server import HANG, RESET, FaultyServer, Request, Steps, http, on_scores, oracle, refusal, right
 from tests.vllm.faults.common import soon
 
 EXACT = [oracle("q", "a")]
@@ -240,6 +240,19 @@ class TestHeadersAndKeys:
         with pytest.raises(ConfigError, match="unencrypted"):
             VLLMScorer("http://reranker:8000", default_headers={"X-Api-Key": "canary"})
 
+    def test_no_key_is_in_a_log_or_a_cause(self, caplog: pytest.LogCaptureFixture):
+        """httpx logs addresses, with their query, and its errors hold the request."""
+        caplog.set_level(logging.DEBUG, "httpx")
+        settings = {"default_query": {"api_key": "canary-1"}, "api_key": "canary-2", "http_client": httpx.AsyncClient}
+        with FaultyServer(lambda request: [RESET] if request.wants_scores else None) as server:
+            settings |= {"model": "m", "max_retries": 0}
+            with VLLMScorer(server.base_url, **settings) as scorer, pytest.raises(BackendUnavailable) as caught:
+                scorer.score("q", ["a"])
+        assert "/v1/models" in caplog.text
+        assert "canary" not in caplog.text
+        (request,) = [each.request for each in causes(caught.value) if isinstance(each, httpx.RequestError)]
+        assert "canary" not in f"{request.url} {request.headers.raw}"
+
     def test_no_error_page_takes_long_to_search(self):
         """Backslashes, which a key may have before each letter that is none, and as many as are read."""
         keys = Keys([], headers={"X-Api-Key": "_canary-5"})
@@ -352,6 +365,16 @@ class TestProxies:
         VLLMScorer("http://gpu.test:8000")
         with pytest.raises(ConfigError):
             VLLMScorer("http://other:8000") if exception != "*" else VLLMScorer("ftp://x")
+
+    def test_the_one_for_the_scheme_goes_before_the_one_for_all(self, monkeypatch: pytest.MonkeyPatch):
+        """As curl has it; and the dot that may end a name is none of an exception's business."""
+        monkeypatch.setenv("HTTP_PROXY", "http://proxy:1")
+        monkeypatch.setenv("ALL_PROXY", "socks://other:1")
+        monkeypatch.setenv("NO_PROXY", "other.test")
+        VLLMScorer("http://gpu.test")
+        VLLMScorer("https://other.test.")
+        with pytest.raises(ConfigError, match="ALL_PROXY"):
+            VLLMScorer("https://gpu.test")
 
     @pytest.mark.parametrize("exception", ["10.0.0.0/8", "10.1.2.3", "10.1.2.3:8000", "x,[fd00::1],10.1.0.0/16"])
     def test_networks(self, exception: str, monkeypatch: pytest.MonkeyPatch):

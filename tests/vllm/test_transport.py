@@ -6,6 +6,7 @@ import gc
 import pytest
 
 from rag_rerank import VLLMScorer
+from rag_rerank.vllm import connections
 from tests.faulty_server import FaultyServer, oracle
 from tests.vllm.faults.common import soon
 
@@ -33,6 +34,14 @@ class TestConnections:
         with FaultyServer() as server:
             asyncio.run(calls(VLLMScorer(server.base_url)))
             assert server.connections == 1
+
+    def test_one_that_was_idle_for_long_is_closed(self, monkeypatch: pytest.MonkeyPatch):
+        """The server may close it in the moment of its use."""
+        monkeypatch.setattr(connections, "LONGEST_IDLE", 0.0)
+        with FaultyServer() as server, VLLMScorer(server.base_url) as scorer:
+            assert scorer.score("q", ["a"]) == scorer.score("q", ["a"]) == EXACT
+            assert server.connections == len(server.requests)
+            assert soon(lambda: server.open_connections == 1)
 
     def test_a_scorer_that_is_dropped_closes_its_connections(self):
         """Nobody closes a retriever's compressor."""

@@ -137,6 +137,28 @@ class TestConnections:
             with at_least(0.3), pytest.raises(BackendUnavailable, match="3 attempts"):
                 score(scorer)
 
+    def test_an_address_where_nobody_accepts_beside_another(
+        self, connect: Connect, score: Score, serve: Serve, monkeypatch: pytest.MonkeyPatch
+    ):
+        """A name may have several; each gets its share of the time."""
+        server, look_up = serve(), socket.getaddrinfo
+        port = int(server.label.rpartition(":")[2])
+
+        def two(host, *arguments, **options):
+            return [look_up(each, *arguments, **options)[0] for each in ("127.0.0.2", "127.0.0.1")]
+
+        with contextlib.ExitStack() as sockets:
+            listener = sockets.enter_context(socket.socket())
+            listener.bind(("127.0.0.2", port))
+            listener.listen(0)
+            for _ in range(4):
+                client = sockets.enter_context(socket.socket())
+                client.setblocking(False)
+                client.connect_ex(listener.getsockname())
+            monkeypatch.setattr(socket, "getaddrinfo", two)
+            scorer = connect(f"http://reranker.test:{port}", connect_timeout=0.4, max_retries=0)
+            assert score(scorer, FEW) == EXACT[:5]
+
     @pytest.mark.parametrize("certificate", ["wrong_host", "expired", "self_signed"])
     def test_a_certificate_that_proves_nothing(
         self, serve: Serve, connect: Connect, score: Score, certificate: str, monkeypatch: pytest.MonkeyPatch

@@ -8,6 +8,7 @@ import zlib
 from collections.abc import Callable
 from typing import Any
 
+import httpx
 import pytest
 
 from rag_rerank import (
@@ -281,10 +282,16 @@ class TestReplies:
         assert score(connect(server, chunk_size=1, max_concurrency=32)) == EXACT
         assert len(server.score_requests) == 2 * len(DOCUMENTS)
 
-    def test_an_answer_that_nobody_asked_for(self, serve: Serve, connect: Connect, score: Score):
+    @pytest.mark.parametrize("client", [None, httpx.AsyncClient], ids=["ours", "httpx"])
+    @pytest.mark.parametrize("has_id", [True, False])
+    def test_an_answer_that_nobody_asked_for(
+        self, serve: Serve, connect: Connect, score: Score, has_id: bool, client: type | None
+    ):
         """Row 34: it comes behind another and waits in the connection for the next request."""
-        server = serve(on_scores(lambda request: [b"".join(right(request)) * 2], times=1))
-        scorer = connect(server)
+        answer = right if has_id else spoilt(lambda content: content.pop("id") and None)
+        before = itertools.count()
+        server = serve(on_scores(lambda request: [b"".join(answer(request)) * (1 if next(before) else 2)]))
+        scorer = connect(server, http_client=client)
         assert score(scorer, FEW) == EXACT[:5]
         assert score(scorer, DOCUMENTS[5:10]) == EXACT[5:10]
         assert len(server.score_requests) <= 3
