@@ -170,10 +170,9 @@ def test_one_calibration_file_serves_both_frameworks(scorer: LocalScorer, texts:
             ranked = [(each.metadata["n"], each.metadata["relevance_score"]) for each in found]
             nodes = [NodeWithScore(node=TextNode(text=text, id_=str(n))) for n, text in enumerate(texts)]
             results = of_llama_index.postprocess_nodes(nodes, query_str=QUERY)
-        found_by_llama_index = [(int(each.node.node_id), each.score) for each in results]
-        assert [index for index, _ in ranked] == [index for index, _ in found_by_llama_index]
-        assert [index for index, _ in ranked] == [index for index, _ in right]
-        assert [score for _, score in ranked] == pytest.approx([score for _, score in right], abs=1e-6)
+        for of_framework in (ranked, [(int(each.node.node_id), each.score) for each in results]):
+            assert [index for index, _ in of_framework] == [index for index, _ in right]
+            assert [score for _, score in of_framework] == pytest.approx([score for _, score in right], abs=1e-6)
 
 
 def test_calibrated_and_plain_components_share_the_model(cross_encoder: Path, loads: list[object], tmp_path: Path):
